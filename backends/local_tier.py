@@ -1,0 +1,259 @@
+"""Opens the local tier of one namespace: directories, adoption of dead owners, new slot files.
+
+Start-up is the one place where a wrong size or an unusable directory is an error the user sees:
+``ConfigError`` names the key, the value and what is valid.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flexkv_sglang.backends.journal import generations
+from flexkv_sglang.backends.ownership import OwnerLock, owners
+from flexkv_sglang.backends.probe import IoMode, probe_directory
+from flexkv_sglang.backends.records import NO_PARENT, RECORD, Records, SlotClass
+from flexkv_sglang.backends.slot_file import OwnedStore, SlotFileTier, free_bytes, is_no_space
+from flexkv_sglang.errors import ConfigError, JournalError, TierUnavailableError
+from flexkv_sglang.types import SECTOR, PageKey, round_up
+
+logger = logging.getLogger(__name__)
+
+AUTO_SIZE_MAX = 64 * 10**9
+"""Without a configured size: a quarter of the free space, at most this."""
+
+_U32_SLOTS = (1 << 32) - 2
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What the adopted owners hold, as ``TierIndex.load`` wants it: parallel lists, oldest first."""
+
+    keys: list[PageKey]
+    slots: list[int]
+    parents: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One configured directory: its namespace folder and how I/O works there."""
+
+    directory: Path
+    mode: IoMode
+
+
+def prepare_directory(path: str, io_engine: str) -> IoMode:
+    """Make the directory if needed and prove that pages can be written and read there.
+
+    Raises ``ConfigError`` naming the directory and the reason.
+    """
+    directory = Path(path).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        mode = probe_directory(str(directory), io_engine)
+    except OSError as exc:
+        raise ConfigError(
+            f"path: cannot use {str(directory)!r}: {exc.strerror or exc}. "
+            "Valid: a directory this user can write to, on a disk with free space"
+        ) from exc
+    except TierUnavailableError as exc:
+        raise ConfigError(
+            f"path, io_engine={io_engine!r}: {exc}. Valid: io_engine 'auto' takes what works"
+        ) from exc
+    logger.info(
+        "flexkv: %s: io_engine=%s o_direct=%s segment_align=%d%s",
+        directory,
+        mode.engine,
+        str(mode.o_direct).lower(),
+        mode.segment_align,
+        f" (not better because {mode.reason})" if mode.reason else "",
+    )
+    return mode
+
+
+def open_places(
+    paths: Mapping[str, IoMode], namespace: str, fields: Mapping[str, object]
+) -> list[Place]:
+    """The namespace folder in each directory, with NAMESPACE.json telling people what it is for."""
+    places = []
+    for path, mode in paths.items():
+        directory = Path(path).expanduser() / namespace
+        directory.mkdir(exist_ok=True)
+        describe = directory / "NAMESPACE.json"
+        if not describe.exists():
+            temporary = directory / f"NAMESPACE.json.{os.getpid()}.tmp"
+            temporary.write_text(
+                json.dumps({"namespace": namespace, **fields}, indent=2, sort_keys=True) + "\n"
+            )
+            temporary.rename(describe)
+        places.append(Place(directory, mode))
+    return places
+
+
+def open_tier(
+    places: Sequence[Place],
+    namespace: str,
+    payload_bytes: int,
+    share_bytes: int | None,
+    *,
+    trust_unclean: bool,
+    key_name: str = "size",
+) -> tuple[SlotFileTier, Recovered]:
+    """Adopt dead owners, then preallocate what is missing to this process's share.
+
+    ``share_bytes``: bytes this process may take over all directories; 0: it only reads its neighbours;
+    None: what was left here by an earlier run, else a quarter of the free space. Raises
+    ``ConfigError`` when a share is too small for one page or larger than the free space.
+    """
+    if share_bytes == 0:
+        return SlotFileTier([]), Recovered([], [], [])
+    slot_bytes = round_up(payload_bytes, SECTOR)
+    stores: list[OwnedStore] = []
+    live: list[Records] = []
+    try:
+        for place in places:
+            share = None if share_bytes is None else share_bytes // len(places)
+            for store, records in _open_directory(
+                place,
+                namespace,
+                SlotClass(slot_bytes, payload_bytes, 0),
+                share,
+                len(places),
+                trust_unclean,
+                key_name,
+            ):
+                stores.append(store)
+                live.append(records)
+    except BaseException:
+        for store in stores:
+            store.close()
+        raise
+    tier = SlotFileTier(stores)
+    return tier, _recovered(tier, live)
+
+
+def _open_directory(
+    place: Place,
+    namespace: str,
+    wanted: SlotClass,
+    share: int | None,
+    place_count: int,
+    trust_unclean: bool,
+    key_name: str,
+) -> list[tuple[OwnedStore, Records]]:
+    slots_max = _U32_SLOTS if share is None else min(share // wanted.slot_bytes, _U32_SLOTS)
+    if slots_max < 1:
+        raise ConfigError(
+            f"{key_name}: this process's share in {place.directory} is {share} bytes, less than one page "
+            f"({wanted.slot_bytes} bytes). Valid: at least {wanted.slot_bytes * place_count} bytes per rank process"
+        )
+    opened = _adopt_all(
+        place, namespace, wanted.payload_bytes, slots_max, trust_unclean, single=share is None
+    )
+    have = sum(store.slots.slot_class.slot_count for store, _ in opened)
+    if share is None:
+        auto = min(free_bytes(place.directory) // 4, AUTO_SIZE_MAX) // wanted.slot_bytes
+        slots_max = have or max(1, auto)
+    missing = slots_max - have
+    if missing > 0:
+        slot_class = SlotClass(wanted.slot_bytes, wanted.payload_bytes, missing)
+        opened.append((_create(place, namespace, slot_class, key_name), np.zeros(0, RECORD)))
+    return opened
+
+
+def _create(place: Place, namespace: str, slot_class: SlotClass, key_name: str) -> OwnedStore:
+    needed = slot_class.slot_bytes * slot_class.slot_count
+    free = free_bytes(place.directory)
+    if needed > free:
+        raise ConfigError(
+            f"{key_name}: {needed} more bytes are needed in {place.directory}, but only {free} are free. "
+            f"Valid: a size that fits, or free space on that disk"
+        )
+    try:
+        return OwnedStore.create(place.directory, namespace, slot_class, place.mode)
+    except OSError as exc:
+        if is_no_space(exc):
+            raise ConfigError(
+                f"{key_name}: {needed} bytes do not fit into {place.directory}: {exc.strerror}"
+            ) from exc
+        raise ConfigError(
+            f"path: cannot create files in {place.directory}: {exc.strerror or exc}"
+        ) from exc
+
+
+def _adopt_all(
+    place: Place,
+    namespace: str,
+    payload_bytes: int,
+    slots_max: int,
+    trust_unclean: bool,
+    *,
+    single: bool,
+) -> list[tuple[OwnedStore, Records]]:
+    """Dead owners of this namespace, the largest first, until ``slots_max`` slots are ours."""
+    adopted: list[tuple[OwnedStore, Records]] = []
+    left = slots_max
+    for owner in _by_size(place.directory):
+        if left < 1 or (single and adopted):
+            break
+        lock = OwnerLock.try_take(place.directory, owner)
+        if lock is None:
+            continue
+        if not generations(place.directory, owner):  # died while it was being made
+            lock.remove_files()
+            lock.close()
+            continue
+        try:
+            store, records = OwnedStore.adopt(
+                lock,
+                namespace,
+                payload_bytes,
+                place.mode,
+                slots_max=left,
+                trust_unclean=trust_unclean,
+            )
+        except (JournalError, TierUnavailableError, OSError) as exc:
+            logger.warning("flexkv: owner %s in %s is left alone: %s", owner, place.directory, exc)
+            lock.close()
+            continue
+        left -= store.slots.slot_class.slot_count
+        adopted.append((store, records))
+        logger.info(
+            "flexkv: adopted %s in %s: %d pages in %d slots",
+            owner,
+            place.directory,
+            len(records),
+            store.slots.slot_class.slot_count,
+        )
+    return adopted
+
+
+def _by_size(directory: Path) -> list[str]:
+    sizes = dict.fromkeys(owners(directory), 0)
+    for name in os.listdir(directory):
+        owner = name.partition(".")[0]
+        if name.endswith(".slots") and owner in sizes:
+            try:
+                sizes[owner] += (directory / name).stat().st_size
+            except FileNotFoundError:
+                continue
+    return sorted(sizes, key=lambda owner: (-sizes[owner], owner))
+
+
+def _recovered(tier: SlotFileTier, live: Sequence[Records]) -> Recovered:
+    keys: list[PageKey] = []
+    slots: list[int] = []
+    parents: list[int] = []
+    for index, records in enumerate(live):
+        base = tier.base(index)
+        keys += records["key"].tolist()
+        slots += (records["slot"].astype(np.int64) + base).tolist()
+        linked = records["parent"].astype(np.int64)
+        parents += np.where(linked == NO_PARENT, -1, linked + base).tolist()
+    return Recovered(keys, slots, parents)

@@ -1,0 +1,121 @@
+"""Which I/O works in a directory, found out by a real 4 KiB write and read, never by ``open`` alone.
+
+Several file systems accept O_DIRECT in ``open`` and refuse the first write; a store that trusts the
+open loses every page in silence.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexkv_sglang.backends.io import IoBatch, IoEngine
+from flexkv_sglang.backends.posix_io import PosixIo
+from flexkv_sglang.backends.ring import Ring
+from flexkv_sglang.errors import TierUnavailableError
+from flexkv_sglang.types import MEMORY_ALIGN, SECTOR
+
+LADDER = ("io_uring", "threads", "buffered")
+"""io_uring with O_DIRECT; threads with O_DIRECT; threads through the page cache."""
+
+_PROBE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class IoMode:
+    """How pages of one directory are moved.
+
+    ``segment_align``: every buffer of a zero-copy page must be a multiple of this many bytes (512 where
+    the disk allows it, else 4096). ``reason``: why a better rung of the ladder was not taken, or "".
+    """
+
+    engine: str
+    o_direct: bool
+    segment_align: int
+    reason: str = ""
+
+    @property
+    def open_flags(self) -> int:
+        """Flags for every descriptor of a slot file in this directory."""
+        return os.O_CLOEXEC | (os.O_DIRECT if self.o_direct else 0)
+
+
+def probe_directory(directory: str, wanted: str = "auto") -> IoMode:
+    """The best rung that really moves bytes in ``directory``; ``wanted`` names one rung or "auto".
+
+    Raises ``TierUnavailableError`` with every rung's error when none works, ``OSError`` when no file can
+    be made in the directory at all.
+    """
+    reasons: list[str] = []
+    for engine in LADDER if wanted == "auto" else (wanted,):
+        direct = engine != "buffered"
+        try:
+            align = _try(directory, engine, direct)
+        except OSError as exc:
+            if exc.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOENT, errno.EDQUOT):
+                raise
+            reasons.append(f"{engine}: {exc.strerror or exc}")
+            continue
+        return IoMode(engine, direct, align, "; ".join(reasons))
+    raise TierUnavailableError(f"no I/O works in {directory}: {'; '.join(reasons)}")
+
+
+def make_engine(kind: str) -> IoEngine:
+    """A fresh engine for a probed mode."""
+    return Ring() if kind == "io_uring" else PosixIo(kind=kind)
+
+
+def _try(directory: str, engine: str, direct: bool) -> int:
+    """Write 4 KiB, read it back, compare; then the same in 512-byte pieces. Returns the segment alignment."""
+    io = make_engine(engine)
+    try:
+        fd, path = tempfile.mkstemp(prefix=".flexkv-probe-", dir=directory)
+        os.close(fd)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+            try:
+                _round_trip(io, fd, pieces=1)
+                return _segment_align(io, fd) if direct else 1
+            finally:
+                os.close(fd)
+        finally:
+            os.unlink(path)
+    finally:
+        io.close()
+
+
+def _segment_align(io: IoEngine, fd: int) -> int:
+    try:
+        _round_trip(io, fd, pieces=SECTOR // MEMORY_ALIGN)
+    except OSError:
+        return SECTOR
+    return MEMORY_ALIGN
+
+
+def _round_trip(io: IoEngine, fd: int, pieces: int) -> None:
+    memory = mmap.mmap(-1, 4 * SECTOR)
+    array = np.frombuffer(memory, np.uint8)
+    source, target = array[:SECTOR], array[2 * SECTOR : 3 * SECTOR]
+    source[:] = np.frombuffer(os.urandom(SECTOR), np.uint8)
+    piece = SECTOR // pieces
+    steps = np.arange(pieces, dtype=np.uint64) * np.uint64(piece)
+    lengths = np.full(pieces, piece, np.uint64)
+    deadline = time.monotonic() + _PROBE_TIMEOUT_S
+    for part, move in ((source, io.write), (target, io.read)):
+        batch = IoBatch(
+            np.array([fd], np.int32),
+            np.zeros(1, np.uint64),
+            (np.uint64(part.ctypes.data) + steps)[None, :],
+            lengths,
+        )
+        moved = int(move(batch, deadline)[0])
+        if moved != SECTOR:
+            raise OSError(-moved if moved < 0 else errno.EIO, f"moved {moved} of {SECTOR} bytes")
+    if not np.array_equal(source, target):
+        raise OSError(errno.EIO, "read back other bytes than were written")

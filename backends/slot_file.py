@@ -1,0 +1,346 @@
+"""Slot files and the local tier made of them.
+
+A slot file is preallocated once and never grows: its size is the byte quota. Slot ``i`` starts at
+``i * slot_bytes``. The tier joins the slot files of all owners this process holds (one per directory,
+plus adopted ones) into one range of slot numbers. It knows bytes and journals, not eviction; its own
+columns are the checksum and the kind of checksum per slot.
+
+Threads: ``extents``, ``checksums`` and ``accepts`` may be called by any thread at any time for pinned or
+reserved slots. The ``publish_*`` methods append to journals; the engine serialises them.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.journal import (
+    JournalWriter,
+    LiveState,
+    boot_id,
+    generations,
+    journal_path,
+    keys_field,
+    new_records,
+    recover,
+    slots_path,
+    snapshot_path,
+)
+from flexkv_sglang.backends.ownership import OwnerLock
+from flexkv_sglang.backends.probe import IoMode
+from flexkv_sglang.backends.records import NO_PARENT, Op, Records, SlotClass
+from flexkv_sglang.errors import JournalError, TierUnavailableError
+from flexkv_sglang.types import I64, U64, PageKey, SlotId
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """Where ``n`` pages lie on media: ``fds`` int32 ``[n]``, ``offsets`` uint64 ``[n]``, ``modes`` per page.
+
+    ``modes[i]`` says how page ``i`` may be moved (engine, O_DIRECT, alignment).
+    """
+
+    fds: np.ndarray[tuple[int], np.dtype[np.int32]]
+    offsets: U64
+    modes: tuple[IoMode, ...]
+
+
+class SlotFile:
+    """One open slot file. ``close`` is idempotent."""
+
+    def __init__(self, path: Path, slot_class: SlotClass, mode: IoMode, *, writable: bool) -> None:
+        self.path = path
+        self.slot_class = slot_class
+        self.mode = mode
+        self.fd = os.open(path, mode.open_flags | (os.O_RDWR if writable else os.O_RDONLY))
+        size = os.fstat(self.fd).st_size
+        if size < slot_class.slot_bytes * slot_class.slot_count:
+            os.close(self.fd)
+            raise TierUnavailableError(f"{path} has {size} bytes, too few for {slot_class}")
+
+    @classmethod
+    def create(cls, path: Path, slot_class: SlotClass, mode: IoMode) -> SlotFile:
+        """Preallocate and open. Raises ``OSError`` (ENOSPC when the disk cannot hold it)."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, slot_class.slot_bytes * slot_class.slot_count)
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            os.close(fd)
+        return cls(path, slot_class, mode, writable=True)
+
+    def sync(self) -> None:
+        """Flush to the medium."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class OwnedStore:
+    """One owner's slot file and journal in one directory; this process holds the owner's lock."""
+
+    def __init__(self, lock: OwnerLock, slots: SlotFile, journal: JournalWriter) -> None:
+        self.lock = lock
+        self.slots = slots
+        self.journal = journal
+        count = slots.slot_class.slot_count
+        self.sums = array("Q", bytes(8 * count))
+        self.kinds = bytearray(count)
+        self.failed = False  # a failed journal: nothing more is written here
+
+    @classmethod
+    def create(
+        cls, directory: Path, namespace: str, slot_class: SlotClass, mode: IoMode
+    ) -> OwnedStore:
+        """A new owner. Leaves nothing behind when it fails."""
+        lock = OwnerLock.create(directory)
+        try:
+            slots = SlotFile.create(
+                slots_path(directory, lock.owner, slot_class.slot_bytes), slot_class, mode
+            )
+            journal = JournalWriter.create(directory, namespace, lock.owner, (slot_class,))
+        except BaseException:
+            lock.remove_files()
+            lock.close()
+            raise
+        return cls(lock, slots, journal)
+
+    @classmethod
+    def adopt(
+        cls,
+        lock: OwnerLock,
+        namespace: str,
+        payload_bytes: int,
+        mode: IoMode,
+        *,
+        slots_max: int,
+        trust_unclean: bool,
+    ) -> tuple[OwnedStore, Records]:
+        """Take over a dead owner whose lock we hold. Returns the store and its live PUT records.
+
+        A new generation is started before anything is written, so that whoever still tails the old
+        journal notices. More than ``slots_max`` slots: the file is cut and the pages beyond are lost.
+        ``trust_unclean``: keep pages although the machine went down without a clean close (right when
+        every read is verified in full). Raises ``JournalError``, ``TierUnavailableError`` or ``OSError``
+        when the files are not usable.
+        """
+        directory = lock.directory
+        state = recover(directory, lock.owner, namespace)
+        if len(state.header.files) != 1 or state.header.files[0].payload_bytes != payload_bytes:
+            raise JournalError(f"owner {lock.owner} holds other pages: {state.header.files}")
+        found = state.header.files[0]
+        wanted = replace(found, slot_count=min(found.slot_count, slots_max))
+        path = slots_path(directory, lock.owner, found.slot_bytes)
+        slots = SlotFile(path, found, mode, writable=True)
+        try:
+            live = state.records if trust_unclean or _survived(state) else state.records[:0]
+            live = live[live["slot"] < wanted.slot_count]
+            journal = _start_generation(lock, state, live, wanted)
+            if wanted != found:
+                os.truncate(path, wanted.slot_bytes * wanted.slot_count)
+        except BaseException:
+            slots.close()
+            raise
+        slots.slot_class = wanted
+        store = cls(lock, slots, journal)
+        for slot, total, flags in zip(
+            live["slot"].tolist(), live["sum"].tolist(), live["flags"].tolist(), strict=True
+        ):
+            store.sums[slot] = total
+            store.kinds[slot] = flags & 0xFF
+        return store, live
+
+    def close(self) -> None:
+        """Flush, append the clean mark, release the lock. Idempotent."""
+        clean = not self.failed and self.slots.fd >= 0
+        try:
+            if clean:
+                self.slots.sync()
+            self.journal.close(clean=clean)
+        finally:
+            self.slots.close()
+            self.lock.close()
+
+
+def _start_generation(
+    lock: OwnerLock, state: LiveState, live: Records, slot_class: SlotClass
+) -> JournalWriter:
+    """Journal of an adopted owner, on a new generation whose snapshot is ``live``."""
+    directory = lock.directory
+    for generation in generations(directory, lock.owner):
+        if generation != state.header.generation:  # whoever tails these sees them vanish
+            journal_path(directory, lock.owner, generation).unlink(missing_ok=True)
+            snapshot_path(directory, lock.owner, generation).unlink(missing_ok=True)
+    journal = JournalWriter(directory, state.header, position=state.end, seq=state.seq)
+    if len(live) < len(
+        state.records
+    ):  # for those who tail it: SEAL alone says that nothing changed
+        journal.append(new_records(Op.CLEAR, 1))
+    journal.rotate(live, (slot_class,))
+    return journal
+
+
+def _survived(state: LiveState) -> bool:
+    """Page-cache writes of this boot are safe from a process crash; of an earlier boot only after CLOSE."""
+    return state.clean or (bool(boot_id()) and state.header.boot_id == boot_id())
+
+
+class SlotFileTier:
+    """All slots this process owns, numbered from 0: store after store, slot after slot."""
+
+    def __init__(self, stores: Sequence[OwnedStore]) -> None:
+        self.stores = list(stores)
+        counts = [store.slots.slot_class.slot_count for store in self.stores]
+        self._bases = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.slot_count = int(self._bases[-1])
+
+    def base(self, store_index: int) -> int:
+        """First slot number of a store."""
+        return int(self._bases[store_index])
+
+    def locate(self, slots: Sequence[int]) -> tuple[I64, I64]:
+        """(store index ``[n]``, slot within the store ``[n]``)."""
+        array_of = np.asarray(slots, np.int64)
+        store = np.searchsorted(self._bases, array_of, side="right") - 1
+        return store, array_of - self._bases[store]
+
+    def extents(self, slots: Sequence[int]) -> Extents:
+        """Where these slots lie."""
+        store, local = self.locate(slots)
+        fds = np.array([s.slots.fd for s in self.stores], np.int32)
+        sizes = np.array([s.slots.slot_class.slot_bytes for s in self.stores], np.uint64)
+        modes = [s.slots.mode for s in self.stores]
+        return Extents(
+            fds[store],
+            local.astype(np.uint64) * sizes[store],
+            tuple(modes[i] for i in store.tolist()),
+        )
+
+    def checksums(self, slots: Sequence[int]) -> list[tuple[ChecksumKind, int]]:
+        """What the journal says of these slots' payloads."""
+        store, local = self.locate(slots)
+        return [
+            (ChecksumKind(self.stores[s].kinds[i]), self.stores[s].sums[i])
+            for s, i in zip(store.tolist(), local.tolist(), strict=True)
+        ]
+
+    def writable(self, slots: Sequence[int]) -> list[bool]:
+        """Per slot: False if its store's journal has failed."""
+        store, _ = self.locate(slots)
+        return [not self.stores[s].failed for s in store.tolist()]
+
+    def publish_put(
+        self, entries: Sequence[tuple[PageKey, SlotId, int, int]], kind: ChecksumKind
+    ) -> list[bool]:
+        """Append commit records for (key, slot, checksum, parent slot or -1): one write per journal.
+
+        The pages' bytes are complete on the medium. Returns per entry whether its record was appended.
+        """
+        done = [False] * len(entries)
+        store_of, local = self.locate([slot for _, slot, _, _ in entries])
+        parent_store, parent_local = self.locate([max(parent, 0) for _, _, _, parent in entries])
+        for index, store in enumerate(self.stores):
+            rows = np.flatnonzero(store_of == index).tolist()
+            if not rows or store.failed:
+                continue
+            records = new_records(Op.PUT, len(rows))
+            records["flags"] = int(kind)
+            records["len"] = store.slots.slot_class.payload_bytes
+            records["slot"] = local[rows]
+            records["key"] = keys_field([entries[row][0] for row in rows])
+            records["sum"] = np.array([entries[row][2] for row in rows], np.uint64)
+            linked = np.array([entries[row][3] >= 0 for row in rows]) & (
+                parent_store[rows] == index
+            )
+            records["parent"] = np.where(linked, parent_local[rows], NO_PARENT)
+            if self._append(store, records):
+                for row in rows:
+                    done[row] = True
+                    store.sums[int(local[row])] = entries[row][2]
+                    store.kinds[int(local[row])] = int(kind)
+        return done
+
+    def publish_del(self, victims: Sequence[tuple[PageKey, SlotId]]) -> None:
+        """Append tombstones. A store whose journal fails takes no more writes."""
+        store_of, local = self.locate([slot for _, slot in victims])
+        for index, store in enumerate(self.stores):
+            rows = np.flatnonzero(store_of == index).tolist()
+            if rows and not store.failed:
+                records = new_records(Op.DEL, len(rows))
+                records["slot"] = local[rows]
+                records["key"] = keys_field([victims[row][0] for row in rows])
+                self._append(store, records)
+
+    def publish_clear(self) -> None:
+        """Append CLEAR to every journal."""
+        for store in self.stores:
+            if not store.failed:
+                self._append(store, new_records(Op.CLEAR, 1))
+
+    def snapshot_records(
+        self, live: Sequence[tuple[PageKey, SlotId, int]], store_index: int
+    ) -> Records:
+        """PUT records of one store for the (key, slot, parent slot or -1) in ``live``, in that order."""
+        store = self.stores[store_index]
+        low, high = self.base(store_index), self.base(store_index + 1)
+        mine = [item for item in live if low <= item[1] < high]
+        records = new_records(Op.PUT, len(mine))
+        local = np.array([slot - low for _, slot, _ in mine], np.int64)
+        records["slot"] = local
+        records["len"] = store.slots.slot_class.payload_bytes
+        records["key"] = keys_field([key for key, _, _ in mine])
+        records["flags"] = np.frombuffer(store.kinds, np.uint8)[local]
+        records["sum"] = np.frombuffer(store.sums, np.uint64)[local]
+        parents = np.array([parent for _, _, parent in mine], np.int64)
+        inside = (parents >= low) & (parents < high)
+        records["parent"] = np.where(inside, parents - low, NO_PARENT)
+        return records
+
+    def close(self) -> None:
+        """Flush and release every store, also when one of them fails. Idempotent."""
+        first: OSError | JournalError | None = None
+        for store in self.stores:
+            try:
+                store.close()
+            except (OSError, JournalError) as exc:
+                first = first or exc
+        if first is not None:
+            raise TierUnavailableError(f"closing the tier: {first}") from first
+
+    @staticmethod
+    def _append(store: OwnedStore, records: Records) -> bool:
+        try:
+            store.journal.append(records)
+        except JournalError as exc:
+            # Without its journal a store must not be rewritten: neighbours would trust old records.
+            store.failed = True
+            logger.error("flexkv: %s takes no more pages: %s", store.slots.path, exc)
+            return False
+        return True
+
+
+def free_bytes(directory: Path) -> int:
+    """What an unprivileged user can still allocate on the file system of ``directory``."""
+    stat = os.statvfs(directory)
+    return stat.f_bavail * stat.f_frsize
+
+
+def is_no_space(exc: OSError) -> bool:
+    """True for the errors that mean a full disk or quota."""
+    return exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,0 +1,25 @@
+"""FlexKV for SGLang: an L3 storage backend for HiCache on local SSDs, shared between replicas.
+
+Public names are imported lazily: ``sglang.srt.plugins`` loads this package in processes that must not
+pay for (or fail on) torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexkv_sglang.adapter import FlexKVStorage
+    from flexkv_sglang.config import FlexKVConfig
+
+__version__ = "0.1.0"
+__all__ = ["FlexKVConfig", "FlexKVStorage", "__version__"]
+
+_HOME = {"FlexKVStorage": "flexkv_sglang.adapter", "FlexKVConfig": "flexkv_sglang.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,101 @@
+"""What we ask of the running SGLang beyond its storage interface, in one place.
+
+Only reads: the served model, and the parallel sizes that the storage config does not carry. Everything
+here may be absent in another release; then the answer is None and the caller says what follows.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexkv_sglang.fingerprint import directory_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model arguments of the server this process belongs to."""
+
+    path: str
+    revision: str | None
+    load_format: str
+    quantization: str | None
+    random_seed: int | None
+
+
+def served_model() -> ServedModel | None:
+    """From SGLang's published server arguments; None outside a server or in an unknown release."""
+    try:
+        from sglang.srt.runtime_context import get_server_args
+
+        args: Any = get_server_args()
+        return ServedModel(
+            str(args.model_path),
+            args.revision,
+            str(args.load_format),
+            args.quantization,
+            args.random_seed,
+        )
+    except (ImportError, AttributeError, ValueError, AssertionError, RuntimeError):
+        return None
+
+
+def data_parallel_size() -> int:
+    """Engine replicas inside one server (they share the configured ``size``); 1 when unknown."""
+    try:
+        from sglang.srt.runtime_context import get_server_args
+
+        return max(1, int(get_server_args().dp_size))
+    except (ImportError, AttributeError, ValueError, AssertionError, RuntimeError, TypeError):
+        return 1
+
+
+def model_identity(model_id: str | None, model_name: str | None) -> str:
+    """One text that differs whenever the weights differ.
+
+    ``model_id`` (configured) wins. Otherwise a fingerprint of the served checkpoint's files. Without
+    files to look at (weights from a hub that are not in the cache, a test harness) the name and revision
+    have to do, and a warning says so.
+    """
+    if model_id:
+        return f"id:{model_id}"
+    model = served_model()
+    if model is None:
+        logger.warning(
+            "flexkv: the served model's files are unknown here; pages are named after %r only. "
+            "Set model_id to tell checkpoints apart",
+            model_name,
+        )
+        return f"name:{model_name}"
+    extra = f"load_format={model.load_format} quantization={model.quantization}"
+    if model.load_format == "dummy":
+        extra += f" seed={model.random_seed}"
+    directory = _checkpoint_directory(model)
+    fingerprint = directory_fingerprint(directory) if directory is not None else None
+    if fingerprint is None:
+        logger.warning(
+            "flexkv: no local files of %r to fingerprint; pages are named after path and revision. "
+            "Set model_id to tell checkpoints apart",
+            model.path,
+        )
+        return f"path:{model.path}@{model.revision} {extra}"
+    return f"files:{fingerprint} {extra}"
+
+
+def _checkpoint_directory(model: ServedModel) -> Path | None:
+    path = Path(model.path)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path.parent
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    except (ImportError, ValueError, OSError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None

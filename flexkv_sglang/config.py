@@ -1,0 +1,145 @@
+"""FlexKVConfig: the JSON of ``--hicache-storage-backend-extra-config``, parsed once, frozen, strict.
+
+An unknown key, a wrong type or an impossible value is a ``ConfigError`` that names the key, the value
+and what is valid. Nothing is read from the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flexkv_sglang.errors import ConfigError
+
+SGLANG_KEYS = frozenset(
+    {
+        # SGLang takes these out of the dict, but not on every path (decode offload leaves the first five).
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "prefetch_timeout_max",
+        "hicache_storage_pass_prefix_keys",
+        "tp_lcm_size",
+        # These it leaves: the dynamic loader's own, and one it adds itself.
+        "backend_name",
+        "module_path",
+        "class_name",
+        "interface_v1",
+        "allocator",
+        "file_storage_path",
+    }
+)
+"""Keys that belong to SGLang: accepted, and none of our business."""
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
+_SIZE_HELP = 'bytes as a number, or a string such as "200GB", "1.5TB" or "512MiB"'
+
+
+@dataclass(frozen=True, slots=True)
+class FlexKVConfig:
+    """Effective settings of one storage instance. Field docs are the README's configuration table.
+
+    ``path``: directories, striped evenly. ``size``: bytes one server may take over all of them and all
+    its rank processes, or None (what an earlier run left, else a quarter of the free space, at most
+    64 GB per rank process and directory). ``verify``: full | sampled | off. ``io_engine``: auto |
+    io_uring | threads | buffered. ``model_id``: names the weights instead of fingerprinting them.
+    """
+
+    path: tuple[str, ...] = ("~/.cache/flexkv-sglang",)
+    size: int | None = None
+    verify: str = "full"
+    io_engine: str = "auto"
+    model_id: str | None = None
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any] | None) -> FlexKVConfig:
+        """From SGLang's extra_config dict. Raises ``ConfigError``."""
+        given = {
+            key: value for key, value in (extra_config or {}).items() if key not in SGLANG_KEYS
+        }
+        unknown = sorted(set(given) - set(_PARSERS))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], [*_PARSERS, *SGLANG_KEYS], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"{unknown[0]}: unknown key, value {given[unknown[0]]!r}.{hint} Valid keys: "
+                f"{', '.join(_PARSERS)}"
+            )
+        return cls(**{key: _PARSERS[key](key, value) for key, value in given.items()})
+
+    def describe(self) -> str:
+        """One line for the log."""
+        size = "auto" if self.size is None else str(self.size)
+        return (
+            f"path={','.join(self.path)} size={size} verify={self.verify} io_engine={self.io_engine} "
+            f"model_id={self.model_id or 'fingerprint'}"
+        )
+
+
+def parse_size(key: str, value: object) -> int:
+    """Bytes from a positive number or a string with a unit (powers of 1000: GB; of 1024: GiB)."""
+    if isinstance(value, str):
+        match = _SIZE.match(value)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise ConfigError(f"{key}: {value!r} is not a size. Valid: {_SIZE_HELP}")
+        amount = float(match[1]) * unit
+    elif isinstance(value, int) and not isinstance(value, bool):
+        amount = float(value)
+    else:
+        raise ConfigError(f"{key}: {value!r} is a {type(value).__name__}. Valid: {_SIZE_HELP}")
+    if not 1 <= amount < 2**63:
+        raise ConfigError(f"{key}: {value!r} is out of range. Valid: {_SIZE_HELP}, at least 1 byte")
+    return int(value) if isinstance(value, int) else int(amount)
+
+
+def _paths(key: str, value: object) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(items, list | tuple)
+        or not items
+        or not all(isinstance(i, str) and i for i in items)
+    ):
+        raise ConfigError(f"{key}: {value!r}. Valid: a directory, or a list of directories")
+    if len(set(items)) != len(items):
+        raise ConfigError(f"{key}: {value!r} names a directory twice. Valid: different directories")
+    return tuple(items)
+
+
+def _choice(*valid: str) -> Callable[[str, object], str]:
+    def parse(key: str, value: object) -> str:
+        if not isinstance(value, str) or value not in valid:
+            raise ConfigError(f"{key}: {value!r}. Valid: {', '.join(valid)}")
+        return value
+
+    return parse
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{key}: {value!r}. Valid: a non-empty string")
+    return value
+
+
+_PARSERS: dict[str, Callable[[str, object], Any]] = {
+    "path": _paths,
+    "size": parse_size,
+    "verify": _choice("full", "sampled", "off"),
+    "io_engine": _choice("auto", "io_uring", "threads", "buffered"),
+    "model_id": _text,
+}

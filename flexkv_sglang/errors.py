@@ -1,0 +1,36 @@
+"""The error tree. Only ``ConfigError`` ever leaves this package; the rest is counted and becomes a miss.
+
+FlexKVError
+    ConfigError              start-up only: the user can fix it
+    TierError                the world failed; the engine counts it and answers "miss"
+        TierUnavailableError     nothing could be tried
+        PageCorruptError         length, key or checksum mismatch
+    JournalError             a journal or snapshot cannot be written or is not ours
+"""
+
+
+class FlexKVError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class ConfigError(FlexKVError, ValueError):
+    """A setting is wrong. Names the key, the value and what is valid.
+
+    Also a ``ValueError``: SGLang prints those as "Failed to create storage backend: ...".
+    """
+
+
+class TierError(FlexKVError):
+    """A storage medium failed in a way that concerns the whole call."""
+
+
+class TierUnavailableError(TierError):
+    """Nothing could be tried: file gone, ring broken, directory unreadable."""
+
+
+class PageCorruptError(TierError):
+    """Bytes on the medium are not the bytes that were committed."""
+
+
+class JournalError(FlexKVError):
+    """A journal or snapshot cannot be written, or does not belong to us."""

@@ -1,0 +1,102 @@
+"""HostPages: SGLang's host pool + token indices -> where each page lies in memory.
+
+Buffers are put into one canonical order, K of all layers before V of all layers, which is also the order
+of SGLang's flat pages (``get_data_page(flat=True)``): a page written through the zero-copy interface and
+one written through the generic interface have the same bytes.
+
+Does not import sglang: the pool is a duck type, ``HostPool``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_sglang.types import PageBuffers
+
+
+class HostPool(Protocol):
+    """What we use of ``sglang.srt.mem_cache.pool_host.base.HostKVCache``."""
+
+    layout: str
+    page_size: int
+    dtype: Any
+
+    def get_page_buffer_meta(self, indices: Any) -> tuple[list[int], list[int]] | None:
+        """One index per token -> (addresses, lengths) of all buffers, page after page."""
+
+
+class UnsupportedPoolError(Exception):
+    """The pool offers no page buffers that could be stored: every access is a miss, said once in the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageGeometry:
+    """Shape of one page: ``lengths`` bytes per buffer in stored order; ``order`` SGLang's buffer positions."""
+
+    lengths: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of one page."""
+        return sum(self.lengths)
+
+
+class HostPages:
+    """Page addresses of one host pool. Raises ``UnsupportedPoolError`` when the pool cannot name them."""
+
+    def __init__(self, pool: HostPool, first_page_indices: Any) -> None:
+        """``first_page_indices``: int64 tensor ``[tokens per page]`` of any page, to learn the geometry."""
+        self._pool = pool
+        self.tokens_per_page = int(getattr(pool, "logical_page_size", None) or pool.page_size)
+        try:
+            meta = pool.get_page_buffer_meta(first_page_indices)
+        except (AttributeError, NotImplementedError, ValueError, AssertionError) as exc:
+            raise UnsupportedPoolError(f"{type(pool).__name__} ({pool.layout}): {exc}") from exc
+        if meta is None or not meta[0]:
+            raise UnsupportedPoolError(
+                f"{type(pool).__name__} ({pool.layout}) holds no bytes of its own"
+            )
+        lengths = [int(length) for length in meta[1]]
+        order = _stored_order(pool, len(lengths))
+        self.geometry = PageGeometry(tuple(lengths[i] for i in order), order)
+        self._order = np.array(order, np.intp)
+        self._lengths = np.array(self.geometry.lengths, np.uint64)
+
+    def buffers(self, host_indices: Any, page_count: int) -> PageBuffers | None:
+        """Addresses of ``page_count`` pages, or None if the indices are not those of so many whole pages.
+
+        ``host_indices``: int64 tensor ``[page_count * tokens per page]``.
+        """
+        if page_count == 0 or int(host_indices.numel()) != page_count * self.tokens_per_page:
+            return None
+        meta = self._pool.get_page_buffer_meta(host_indices)
+        if meta is None or len(meta[0]) != page_count * len(self._order):
+            return None
+        addresses = np.array(meta[0], np.uint64).reshape(page_count, len(self._order))
+        return PageBuffers(np.ascontiguousarray(addresses[:, self._order]), self._lengths)
+
+
+def _stored_order(pool: HostPool, count: int) -> tuple[int, ...]:
+    """SGLang lists layer_first MHA buffers as K0 V0 K1 V1 ...; they are stored as K0 K1 ... V0 V1 ..."""
+    layers = int(getattr(pool, "layer_num", 0) or 0)
+    if pool.layout == "layer_first" and count == 2 * layers:
+        return (*range(0, count, 2), *range(1, count, 2))
+    return tuple(range(count))
+
+
+def tensor_buffers(tensors: list[Any], payload_bytes: int) -> PageBuffers | None:
+    """Flat page tensors (CPU, contiguous, ``payload_bytes`` each) as pages of one buffer; None if any is not."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        if tensor.numel() * tensor.element_size() != payload_bytes:
+            return None
+    addresses: npt.NDArray[np.uint64] = np.array(
+        [[tensor.data_ptr()] for tensor in tensors], np.uint64
+    )
+    return PageBuffers(addresses.reshape(len(tensors), 1), np.array([payload_bytes], np.uint64))

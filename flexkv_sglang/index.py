@@ -1,0 +1,395 @@
+"""TierIndex: which page is in which slot, and which one goes next. Pure: no I/O, no lock, no clock.
+
+States of a slot::
+
+    free --reserve--> WRITING --commit--> READY --(victim of reserve | discard | clear)--> free
+                         |                  |
+                         +---- abort ---> free
+                         +---- clear ---> DOOMED  (still written to, found by nobody)
+                                            READY and pinned --discard/clear--> DOOMED
+    DOOMED --abort, or the last unpin--> free
+
+The one invariant: **a key found here names a slot whose bytes are complete, or is WRITING and then
+found by nobody but ``reserve``**. Victims are leaves only: READY, unpinned, and with no cached child,
+because a page whose parent is gone can never be hit again (page keys chain over the whole prefix).
+
+Not thread-safe: ``CacheEngine`` holds its lock around every call. There is no Python object per page
+beyond the key's bytes (one million objects made a full garbage collection pause 0.3 s); columns are
+arrays, and a slot's number is its row.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from flexkv_sglang.types import PageKey, SlotId
+
+FREE, WRITING, READY, DOOMED = range(4)
+_NONE = -1
+_SLOT_BITS = 32
+_SLOT_MASK = (1 << _SLOT_BITS) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Answer of ``reserve``. ``granted``: (position in the batch, slot). ``victims``: (key, slot) to tombstone.
+
+    ``refused``: positions for which no slot could be freed. Other positions were present already.
+    """
+
+    granted: list[tuple[int, SlotId]]
+    victims: list[tuple[PageKey, SlotId]]
+    refused: list[int]
+
+
+class TierIndex:
+    """Index over ``slot_count`` slots. See the module docstring for states and rules."""
+
+    def __init__(self, slot_count: int) -> None:
+        assert 0 <= slot_count <= _SLOT_MASK, slot_count
+        self.slot_count = slot_count
+        self._slot_of: dict[PageKey, int] = {}
+        self._key_of: list[PageKey | None] = [None] * slot_count
+        self._state = bytearray(slot_count)
+        self._pins = array("I", bytes(4 * slot_count))
+        self._parent = array("q", b"\xff" * (8 * slot_count))
+        self._parent_generation = array("I", bytes(4 * slot_count))
+        self._generation = array("I", bytes(4 * slot_count))
+        self._children = array("I", bytes(4 * slot_count))
+        self._tick = array("Q", bytes(8 * slot_count))
+        self._now = 0
+        self._returned: list[int] = []  # freed slots, taken before never-used ones
+        self._unused = (
+            0  # slots from here on were never used; taken in order, so runs are contiguous
+        )
+        self._leaves: list[
+            int
+        ] = []  # heap of tick << 32 | slot; stale entries are dropped when popped
+        self._ready_count = 0
+
+    def __len__(self) -> int:
+        """READY pages."""
+        return self._ready_count
+
+    def find(self, key: PageKey) -> SlotId | None:
+        """Slot of a READY page, or None. Does not touch recency."""
+        slot = self._slot_of.get(key)
+        return SlotId(slot) if slot is not None and self._state[slot] == READY else None
+
+    def holds(self, key: PageKey) -> bool:
+        """True if the page is READY or being written: writing it again would be waste."""
+        return key in self._slot_of
+
+    def prefix(self, keys: Sequence[PageKey]) -> int:
+        """Length of the leading run of READY keys. Does not touch recency: asking is not using."""
+        slot_of, state = self._slot_of, self._state
+        for count, key in enumerate(keys):
+            slot = slot_of.get(key)
+            if slot is None or state[slot] != READY:
+                return count
+        return len(keys)
+
+    def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
+        """Pin the READY pages among ``keys`` up to the first absent one; touch them, refresh links.
+
+        Returns the slots of that leading run. Each must be given to ``unpin`` exactly once.
+        """
+        slots = [SlotId(self._slot_of[key]) for key in keys[: self.prefix(keys)]]
+        for slot in slots:
+            self._pins[slot] += 1
+        self._link_run(slots)
+        self._touch_chain(slots)
+        return slots
+
+    def unpin(self, slots: Iterable[SlotId]) -> None:
+        """Release pins. A doomed slot becomes free with its last pin."""
+        for slot in slots:
+            assert self._pins[slot] > 0, f"slot {slot} is not pinned"
+            self._pins[slot] -= 1
+            if self._pins[slot] == 0 and self._state[slot] == DOOMED:
+                self._free(slot)
+
+    def discard(self, key: PageKey, slot: SlotId) -> bool:
+        """Forget a READY page whose bytes turned out wrong. False if ``key`` is no longer in ``slot``.
+
+        Its children stay as roots. A pinned slot is reused only after its last unpin.
+        """
+        if self._slot_of.get(key) != slot or self._state[slot] != READY:
+            return False
+        self._forget(slot)
+        if self._pins[slot]:
+            self._state[slot] = DOOMED
+        else:
+            self._free(slot)
+        return True
+
+    def reserve(
+        self, keys: Sequence[PageKey], parent: PageKey | None, skip: frozenset[int] = frozenset()
+    ) -> Reserved:
+        """Slots for the absent ones among ``keys`` (one chain, in order); they become WRITING.
+
+        ``parent``: the page before ``keys[0]``, if known. ``skip``: positions not wanted (a neighbour
+        has them). Present keys are touched and never victims of this call. Never waits, never raises:
+        when nothing can be evicted the rest of the batch is refused, a leading part is granted.
+        """
+        held = [
+            SlotId(slot)
+            for key in (keys if parent is None else (parent, *keys))
+            if (slot := self._slot_of.get(key)) is not None
+        ]
+        for slot in held:  # a batch never evicts its own pages
+            self._pins[slot] += 1
+        granted: list[tuple[int, SlotId]] = []
+        victims: list[tuple[PageKey, SlotId]] = []
+        refused: list[int] = []
+        previous = self._slot_of.get(parent, _NONE) if parent is not None else _NONE
+        for position, key in enumerate(keys):
+            current = self._slot_of.get(key, _NONE)
+            if current == _NONE and position not in skip:
+                taken = None if refused else self._take(victims)
+                if taken is None:
+                    refused.append(position)
+                else:
+                    current = self._begin_write(key, taken)
+                    granted.append((position, taken))
+            if current != _NONE and previous != _NONE:
+                self._link(current, previous)
+            previous = current
+        for slot in held:
+            self._pins[slot] -= 1
+        self._touch_chain(held)
+        return Reserved(granted, victims, refused)
+
+    def still_writing(self, slots: Iterable[SlotId]) -> list[bool]:
+        """Per slot: False if ``clear`` doomed it since ``reserve``. Such a slot must be aborted."""
+        return [self._state[slot] == WRITING for slot in slots]
+
+    def commit(self, slots: Iterable[SlotId]) -> None:
+        """WRITING -> READY. The commit records of these slots are on the journal already."""
+        for slot in slots:
+            assert self._state[slot] == WRITING, f"slot {slot} is in state {self._state[slot]}"
+            self._state[slot] = READY
+            self._ready_count += 1
+            self._stamp(slot)
+
+    def abort(self, slots: Iterable[SlotId]) -> None:
+        """WRITING -> free: nothing was published for these slots."""
+        for slot in slots:
+            assert self._state[slot] in (WRITING, DOOMED), (
+                f"slot {slot} is in state {self._state[slot]}"
+            )
+            if self._state[slot] == WRITING:
+                self._forget(slot)
+            self._free(slot)
+
+    def clear(self) -> None:
+        """Forget every page. The journal says so already.
+
+        Pinned slots and slots being written are doomed: they come back by ``unpin`` / ``abort``.
+        """
+        for slot in self._slot_of.values():
+            self._key_of[slot] = None
+            self._parent[slot] = _NONE
+            self._children[slot] = 0
+            self._generation[slot] = (self._generation[slot] + 1) & 0xFFFFFFFF
+            if self._state[slot] == WRITING or self._pins[slot]:
+                self._state[slot] = DOOMED
+            else:
+                self._free(slot)
+        self._slot_of.clear()
+        self._leaves.clear()
+        self._ready_count = 0
+
+    def load(
+        self, keys: Sequence[PageKey], slots: Sequence[int], parents: Sequence[int]
+    ) -> list[int]:
+        """Fill an empty index from a recovered journal, oldest first. ``parents``: slots, or -1.
+
+        Returns the positions that were dropped because their key is held by an earlier slot.
+        """
+        assert not self._slot_of, "load() is for an empty index"
+        dropped: list[int] = []
+        for position, (key, slot) in enumerate(zip(keys, slots, strict=True)):
+            if key in self._slot_of or self._state[slot] != FREE:
+                dropped.append(position)
+                continue
+            self._slot_of[key] = slot
+            self._key_of[slot] = key
+            self._state[slot] = READY
+            self._now += 1
+            self._tick[slot] = self._now
+        for slot, parent in zip(slots, parents, strict=True):
+            if parent >= 0 and parent != slot and self._state[parent] == READY:
+                self._link(slot, parent)
+        self._ready_count = len(self._slot_of)
+        self._returned = [s for s in range(self.slot_count - 1, -1, -1) if self._state[s] == FREE]
+        self._unused = self.slot_count
+        self._rebuild_leaves()
+        return dropped
+
+    def items_by_age(self) -> list[tuple[PageKey, SlotId, int]]:
+        """(key, slot, parent slot or -1) of every READY page, least recently used first: a snapshot's order."""
+        ready = [s for s in self._slot_of.values() if self._state[s] == READY]
+        ready.sort(key=self._tick.__getitem__)
+        return [
+            (key, SlotId(s), self._live_parent(s))
+            for s in ready
+            if (key := self._key_of[s]) is not None
+        ]
+
+    def parent_slot(self, slot: SlotId) -> int:
+        """Slot of the cached parent page, or -1."""
+        return self._live_parent(slot)
+
+    def free_count(self) -> int:
+        """Slots that can be taken without evicting."""
+        return len(self._returned) + self.slot_count - self._unused
+
+    def check(self) -> None:
+        """Assert every invariant. O(slots): for tests and ``flexkv check``."""
+        children = [0] * self.slot_count
+        for key, slot in self._slot_of.items():
+            assert self._key_of[slot] == key, f"slot {slot} and its key disagree"
+            assert self._state[slot] in (WRITING, READY), (
+                f"found key in slot {slot}, state {self._state[slot]}"
+            )
+            parent = self._live_parent(slot)
+            if parent != _NONE:
+                assert self._state[parent] in (WRITING, READY), (
+                    f"slot {slot} has a dead parent {parent}"
+                )
+                children[parent] += 1
+        assert self._ready_count == sum(state == READY for state in self._state)
+        free = [*self._returned, *range(self._unused, self.slot_count)]
+        assert len(free) == len(set(free)), "a slot is free twice"
+        assert set(free) == {s for s in range(self.slot_count) if self._state[s] == FREE}, (
+            "free slots leak"
+        )
+        heap = set(self._leaves)
+        for slot in range(self.slot_count):
+            assert children[slot] == self._children[slot], (
+                f"slot {slot} counts {self._children[slot]} children"
+            )
+            if self._state[slot] == FREE:
+                assert self._pins[slot] == 0, f"slot {slot} is free but pinned"
+                assert self._key_of[slot] is None, f"slot {slot} is free but has a key"
+            if self._state[slot] == READY and self._children[slot] == 0:
+                assert self._tick[slot] << _SLOT_BITS | slot in heap, (
+                    f"leaf {slot} cannot be found for eviction"
+                )
+
+    def _live_parent(self, slot: int) -> int:
+        parent = self._parent[slot]
+        if parent == _NONE or self._generation[parent] != self._parent_generation[slot]:
+            return _NONE
+        return parent
+
+    def _link(self, slot: int, parent: int) -> None:
+        current = self._live_parent(slot)
+        if current != _NONE or parent == slot:
+            # A key chains over its whole prefix, so its parent cannot change. Two claims mean the
+            # caller's chain is not one (opaque v0 keys): keep the first, links are only an order.
+            return
+        self._parent[slot] = parent
+        self._parent_generation[slot] = self._generation[parent]
+        self._children[parent] += 1
+
+    def _link_run(self, slots: Sequence[int]) -> None:
+        for position in range(1, len(slots)):
+            self._link(slots[position], slots[position - 1])
+
+    def _touch_chain(self, slots: Sequence[int]) -> None:
+        """Touch from tail to head, so that within one request the tail is older and goes first."""
+        for slot in reversed(slots):
+            if self._state[slot] == READY:
+                self._stamp(slot)
+
+    def _stamp(self, slot: int) -> None:
+        self._now += 1
+        self._tick[slot] = self._now
+        if self._children[slot] == 0:
+            self._push_leaf(slot)
+
+    def _push_leaf(self, slot: int) -> None:
+        if len(self._leaves) > 2 * self._ready_count + 1024:
+            self._rebuild_leaves()
+        heapq.heappush(self._leaves, self._tick[slot] << _SLOT_BITS | slot)
+
+    def _rebuild_leaves(self) -> None:
+        self._leaves = [
+            self._tick[s] << _SLOT_BITS | s
+            for s in self._slot_of.values()
+            if self._state[s] == READY and self._children[s] == 0
+        ]
+        heapq.heapify(self._leaves)
+
+    def _take(self, victims: list[tuple[PageKey, SlotId]]) -> SlotId | None:
+        if self._returned:
+            return SlotId(self._returned.pop())
+        if self._unused < self.slot_count:
+            self._unused += 1
+            return SlotId(self._unused - 1)
+        victim = self._pop_victim()
+        if victim is None:
+            return None
+        key = self._key_of[victim]
+        assert key is not None
+        self._forget(victim)
+        self._state[victim] = FREE
+        victims.append((key, victim))
+        return victim
+
+    def _pop_victim(self) -> SlotId | None:
+        """The least recently used leaf that nobody holds, or None. Pinned leaves stay in the heap."""
+        pinned: list[int] = []
+        found: SlotId | None = None
+        while self._leaves:
+            entry = heapq.heappop(self._leaves)
+            slot = entry & _SLOT_MASK
+            if (
+                self._state[slot] != READY
+                or self._children[slot]
+                or self._tick[slot] != entry >> _SLOT_BITS
+            ):
+                continue
+            if self._pins[slot]:
+                pinned.append(entry)
+                continue
+            found = SlotId(slot)
+            break
+        for entry in pinned:
+            heapq.heappush(self._leaves, entry)
+        return found
+
+    def _begin_write(self, key: PageKey, slot: SlotId) -> SlotId:
+        self._slot_of[key] = slot
+        self._key_of[slot] = key
+        self._state[slot] = WRITING
+        self._now += 1
+        self._tick[slot] = self._now
+        return slot
+
+    def _forget(self, slot: int) -> None:
+        """Take a page out of the map and out of the tree; its slot is not free yet."""
+        key = self._key_of[slot]
+        assert key is not None
+        del self._slot_of[key]
+        self._key_of[slot] = None
+        if self._state[slot] == READY:
+            self._ready_count -= 1
+        parent = self._live_parent(slot)
+        self._parent[slot] = _NONE
+        if parent != _NONE:
+            self._children[parent] -= 1
+            if self._children[parent] == 0 and self._state[parent] == READY:
+                self._push_leaf(parent)
+        # Children that are left (after a discard) become roots: their link names an old generation.
+        self._generation[slot] = (self._generation[slot] + 1) & 0xFFFFFFFF
+        self._children[slot] = 0
+
+    def _free(self, slot: int) -> None:
+        self._state[slot] = FREE
+        self._returned.append(slot)

@@ -1,0 +1,127 @@
+"""Makes ``flexkv`` a valid name for SGLang's ``--hicache-storage-backend``. The only file that bridges SGLang.
+
+SGLang loads the entry-point group ``sglang.srt.plugins`` in every process before it parses arguments.
+SGLang knows its storage backends by three hard-coded name lists, so three small hooks are needed; none
+changes a file or a behaviour of SGLang for anybody who does not ask for ``flexkv``:
+
+1. the command line accepts the name;
+2. attaching a backend called ``flexkv`` (at start, or over HTTP) is attaching ``dynamic`` with our module
+   and class and the zero-copy interface; afterwards the controller is told the name the user knows;
+3. the hashes of the pages before a batch are passed along, which gives eviction the whole chain.
+
+If a target is not there or has other parameters, ``flexkv`` is refused with one clear error instead of
+running without storage. Importing this module costs nothing: no torch, no store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from flexkv_sglang.errors import ConfigError
+
+NAME = "flexkv"
+MODULE, CLASS = "flexkv_sglang", "FlexKVStorage"
+
+_ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
+_SERVER_ARGS = "sglang.srt.server_args.ServerArgs.__post_init__"
+_ATTACH = "sglang.srt.managers.cache_controller.HiCacheController.attach_storage_backend"
+_RUNTIME_CONFIG = (
+    "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment.apply_runtime_config"
+)
+_ATTACH_PARAMETERS = ("storage_backend", "storage_backend_extra_config")
+
+HELP = (
+    "'--hicache-storage-backend dynamic' with module_path 'flexkv_sglang', class_name 'FlexKVStorage', "
+    "backend_name 'flexkv' and interface_v1 1 in the extra config needs no hooks"
+)
+
+
+def register() -> None:
+    """Entry point: register the hooks with SGLang's plug-in framework (0.5.11 and later)."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(_ADD_CLI_ARGS, accept_name, HookType.AFTER)
+    HookRegistry.register(_SERVER_ARGS, refuse_if_misfit, HookType.AFTER)
+    HookRegistry.register(_ATTACH, attach, HookType.AROUND)
+    if (
+        _resolve(_RUNTIME_CONFIG) is not None
+    ):  # an optimisation: without it each batch is a chain of its own
+        HookRegistry.register(_RUNTIME_CONFIG, pass_prefix_keys, HookType.BEFORE)
+
+
+def misfit() -> str | None:
+    """Why this SGLang cannot be bridged, or None. Resolves the class that attaches storage backends."""
+    target = _resolve(_ATTACH)
+    if target is None:
+        return f"SGLang has no {_ATTACH}"
+    parameters = inspect.signature(inspect.unwrap(target)).parameters
+    missing = [name for name in _ATTACH_PARAMETERS if name not in parameters]
+    if missing:
+        return f"{_ATTACH} has no parameter {', '.join(missing)}"
+    return None
+
+
+def accept_name(result: Any, parser: argparse.ArgumentParser, *_args: Any, **_kwargs: Any) -> Any:
+    """After ``ServerArgs.add_cli_args``: the finished action gets a new list of choices."""
+    for action in parser._actions:
+        if (
+            action.dest == "hicache_storage_backend"
+            and action.choices is not None
+            and NAME not in action.choices
+        ):
+            action.choices = [*action.choices, NAME]
+    return result
+
+
+def refuse_if_misfit(result: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """After ``ServerArgs`` is made: the one clear error, for the command line and for ``Engine(...)``."""
+    if getattr(server_args, "hicache_storage_backend", None) == NAME:
+        _refuse_misfit()
+    return result
+
+
+def attach(original: Callable[..., Any], controller: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``HiCacheController.attach_storage_backend``: ``flexkv`` is ``dynamic`` plus our class."""
+    bound = inspect.signature(inspect.unwrap(original)).bind(controller, *args, **kwargs)
+    if bound.arguments.get("storage_backend") != NAME:
+        return original(controller, *args, **kwargs)
+    _refuse_misfit()
+    extra = dict(bound.arguments.get("storage_backend_extra_config") or {})
+    extra.update(backend_name=NAME, module_path=MODULE, class_name=CLASS, interface_v1=1)
+    bound.arguments["storage_backend"] = "dynamic"
+    bound.arguments["storage_backend_extra_config"] = extra
+    result = original(*bound.args, **bound.kwargs)
+    # The zero-copy functions are chosen by now. A second attach compares this with the name it was asked for.
+    controller.storage_backend_type = NAME
+    return result
+
+
+def pass_prefix_keys(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the tree takes over the storage settings: with ``flexkv``, prefix keys are passed along."""
+    if kwargs.get("storage_backend") == NAME and "hicache_storage_pass_prefix_keys" in kwargs:
+        kwargs = {**kwargs, "hicache_storage_pass_prefix_keys": True}
+    return args, kwargs
+
+
+def _refuse_misfit() -> None:
+    reason = misfit()
+    if reason is not None:
+        import sglang
+
+        raise ConfigError(
+            f"hicache_storage_backend: 'flexkv' does not fit SGLang {sglang.__version__}: {reason}. "
+            f"Valid: another release of flexkv-sglang or SGLang; {HELP}"
+        )
+
+
+def _resolve(path: str) -> Any:
+    module, _, attribute = path.rpartition(".")
+    module, _, class_name = module.rpartition(".")
+    try:
+        return getattr(getattr(importlib.import_module(module), class_name), attribute)
+    except (ImportError, AttributeError):
+        return None

@@ -1,0 +1,235 @@
+"""PageMover: moves pages between memory and media, straight where alignment allows, else through a slab.
+
+Knows no keys, no index and takes no lock of the engine: pins and WRITING slots protect the bytes while
+they move. Invariant: when a call returns, nothing reads or writes the caller's memory any more, and a
+page is reported True only if every byte of it moved and ``inspect`` accepted it.
+
+Threads: any. Reads and writes have an engine and a slab each, so a long write does not hold up a read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_sglang.backends.io import IoBatch, IoEngine
+from flexkv_sglang.backends.probe import IoMode, make_engine
+from flexkv_sglang.backends.slot_file import Extents
+from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, BoolArray, PageBuffers, round_up
+
+Inspect = Callable[[int, list[tuple[int, int]]], bool]
+"""(page position, its buffers as (address, bytes)) -> keep it? Called off the I/O path, from any thread."""
+
+_SLAB_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MovePlan:
+    """Which pages of a call go straight between memory and disk (True) and which are copied once."""
+
+    direct: BoolArray
+
+    @property
+    def copied(self) -> int:
+        """Pages that go through the bounce slab."""
+        return int(len(self.direct) - self.direct.sum())
+
+
+def plan_move(buffers: PageBuffers, modes: Sequence[IoMode]) -> MovePlan:
+    """A page is moved without a copy if the medium is opened through the page cache, or if all its
+    addresses, all its buffer lengths and its total length are aligned as the medium asks."""
+    needs = np.array([mode.segment_align if mode.o_direct else 0 for mode in modes], np.uint64)
+    addresses_fit = (buffers.addresses % np.uint64(MEMORY_ALIGN) == 0).all(axis=1)
+    total_fits = buffers.payload_bytes % SECTOR == 0
+    direct = np.zeros(len(buffers), np.bool_)
+    for need in np.unique(needs).tolist():
+        rows = needs == need
+        if need == 0:
+            direct[rows] = True
+        elif total_fits and not (buffers.lengths % np.uint64(need)).any():
+            direct[rows] = addresses_fit[rows]
+    return MovePlan(direct)
+
+
+class _Slab:
+    """Page-aligned memory for bounced pages, made at first use. Shared mapping: safe across a fork."""
+
+    def __init__(self, row_bytes: int) -> None:
+        self.rows = max(1, _SLAB_BYTES // row_bytes)
+        self._memory = mmap.mmap(-1, self.rows * row_bytes)
+        base = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self.addresses = np.uint64(base) + np.arange(self.rows, dtype=np.uint64) * np.uint64(
+            row_bytes
+        )
+
+
+class _Lane:
+    """One direction: its engines (one per kind), and one slab guarded by a lock."""
+
+    def __init__(self, row_bytes: int) -> None:
+        self._row_bytes = row_bytes
+        self._guard = threading.Lock()  # guards making engines and the slab
+        self._engines: dict[str, IoEngine] = {}
+        self._slab: _Slab | None = None
+        self.slab_lock = threading.Lock()  # held while bounced pages of one call use the slab
+
+    def engine(self, kind: str) -> IoEngine:
+        with self._guard:
+            if kind not in self._engines:
+                self._engines[kind] = make_engine(kind)
+            return self._engines[kind]
+
+    def slab(self) -> _Slab:
+        with self._guard:
+            if self._slab is None:
+                self._slab = _Slab(self._row_bytes)
+            return self._slab
+
+    def close(self) -> None:
+        with self._guard:
+            for engine in self._engines.values():
+                engine.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One call: what moves where, and what has been accepted so far (bool ``[n]``)."""
+
+    direction: str
+    extents: Extents
+    buffers: PageBuffers
+    deadline: float
+    inspect: Inspect
+    accepted: BoolArray
+
+
+class PageMover:
+    """Moves pages of one payload size. ``close`` waits for running transfers; idempotent."""
+
+    def __init__(self, payload_bytes: int) -> None:
+        self._payload_bytes = payload_bytes
+        row_bytes = round_up(payload_bytes, SECTOR)
+        self._lanes = {"read": _Lane(row_bytes), "write": _Lane(row_bytes)}
+        self._row_bytes = row_bytes
+
+    def read(
+        self, extents: Extents, buffers: PageBuffers, deadline: float, inspect: Inspect
+    ) -> list[bool]:
+        """Media to memory. A bounced page reaches its target only after ``inspect`` accepted it.
+
+        ``deadline`` is ``time.monotonic()`` seconds; pages not begun by then are False.
+        """
+        return self._move("read", extents, buffers, deadline, inspect)
+
+    def write(
+        self, extents: Extents, buffers: PageBuffers, deadline: float, inspect: Inspect
+    ) -> list[bool]:
+        """Memory to media. ``inspect`` sees the page's source buffers once its bytes have been taken."""
+        return self._move("write", extents, buffers, deadline, inspect)
+
+    def close(self) -> None:
+        """Wait for running transfers and release the engines."""
+        for lane in self._lanes.values():
+            lane.close()
+
+    def _move(
+        self,
+        direction: str,
+        extents: Extents,
+        buffers: PageBuffers,
+        deadline: float,
+        inspect: Inspect,
+    ) -> list[bool]:
+        assert len(extents.offsets) == len(buffers), (len(extents.offsets), len(buffers))
+        assert buffers.payload_bytes == self._payload_bytes, (
+            buffers.payload_bytes,
+            self._payload_bytes,
+        )
+        job = _Job(direction, extents, buffers, deadline, inspect, np.zeros(len(buffers), np.bool_))
+        direct = plan_move(buffers, extents.modes).direct
+        kinds = np.array([mode.engine for mode in extents.modes])
+        for kind in np.unique(kinds).tolist():
+            rows = np.flatnonzero(direct & (kinds == kind))
+            if len(rows):
+                self._direct(job, kind, rows)
+            rows = np.flatnonzero(~direct & (kinds == kind))
+            if len(rows):
+                self._bounced(job, kind, rows)
+        return [bool(flag) for flag in job.accepted]
+
+    def _direct(self, job: _Job, kind: str, rows: npt.NDArray[np.intp]) -> None:
+        """Between disk and the caller's memory; each page is inspected as it lands."""
+        buffers = job.buffers
+        batch = IoBatch(
+            job.extents.fds[rows],
+            job.extents.offsets[rows],
+            buffers.addresses[rows],
+            buffers.lengths,
+        )
+        lengths = buffers.lengths.tolist()
+        checked = np.zeros(len(rows), np.bool_)
+
+        def on_done(positions: npt.NDArray[np.intp]) -> None:
+            for position in positions.tolist():
+                page = int(rows[position])
+                parts = list(zip(buffers.addresses[page].tolist(), lengths, strict=True))
+                checked[position] = job.inspect(page, parts)
+
+        moved = self._run(job, kind, batch, on_done)
+        job.accepted[rows] = checked & (moved == batch.page_bytes)
+
+    def _bounced(self, job: _Job, kind: str, rows: npt.NDArray[np.intp]) -> None:
+        """Through the slab, as many pages at a time as it has rows."""
+        lane = self._lanes[job.direction]
+        with lane.slab_lock:
+            slab = lane.slab()
+            for start in range(0, len(rows), slab.rows):
+                self._bounce_group(job, kind, slab, rows[start : start + slab.rows])
+
+    def _bounce_group(self, job: _Job, kind: str, slab: _Slab, rows: npt.NDArray[np.intp]) -> None:
+        staged = slab.addresses[: len(rows)]
+        batch = IoBatch(
+            job.extents.fds[rows],
+            job.extents.offsets[rows],
+            staged[:, None],
+            np.array([self._row_bytes], np.uint64),
+        )
+        pages, addresses = rows.tolist(), staged.tolist()
+        if job.direction == "write":
+            for address, page in zip(addresses, pages, strict=True):
+                _copy(job.buffers, page, address, to_slab=True)
+        moved = self._run(job, kind, batch, None).tolist()
+        for address, page, count in zip(addresses, pages, moved, strict=True):
+            if count == self._row_bytes and job.inspect(page, [(address, self._payload_bytes)]):
+                if job.direction == "read":
+                    _copy(job.buffers, page, address, to_slab=False)
+                job.accepted[page] = True
+
+    def _run(
+        self,
+        job: _Job,
+        kind: str,
+        batch: IoBatch,
+        on_done: Callable[[npt.NDArray[np.intp]], None] | None,
+    ) -> npt.NDArray[np.int64]:
+        engine = self._lanes[job.direction].engine(kind)
+        move = engine.read if job.direction == "read" else engine.write
+        return move(batch, job.deadline, on_done)
+
+
+def _copy(buffers: PageBuffers, page: int, slab_address: int, *, to_slab: bool) -> None:
+    """Gather one page into its slab row, or scatter it back."""
+    for address, length in zip(
+        buffers.addresses[page].tolist(), buffers.lengths.tolist(), strict=True
+    ):
+        if to_slab:
+            ctypes.memmove(slab_address, address, length)
+        else:
+            ctypes.memmove(address, slab_address, length)
+        slab_address += length

@@ -1,0 +1,63 @@
+"""Names shared by every layer. Imports nothing of ours.
+
+A *page* is SGLang's unit of KV cache (``page_size`` tokens, all layers). It is found by its
+``PageKey`` and stored in one *slot*: equal pieces of a slot file, page payload first, padding after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+PageKey = NewType("PageKey", bytes)
+"""32 bytes: SGLang's SHA-256 page hash. It chains over the prefix, so a key stands for its whole prefix."""
+
+SlotId = NewType("SlotId", int)
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+SECTOR = 4096
+"""Offsets, lengths and slot sizes on the medium are multiples of this (4Kn disks)."""
+
+MEMORY_ALIGN = 512
+"""Memory addresses handed to O_DIRECT must be multiples of this (``statx(STATX_DIOALIGN)``)."""
+
+
+def round_up(value: int, step: int) -> int:
+    """``value`` rounded up to a multiple of ``step``."""
+    return -(-value // step) * step
+
+
+@dataclass(frozen=True, slots=True)
+class PageBuffers:
+    """Where ``n`` pages lie in memory: ``b`` buffers each, in the order they are stored.
+
+    ``addresses``: uint64 ``[n, b]``; ``lengths``: uint64 ``[b]`` in bytes, the same for every page.
+    Only addresses: whoever made them keeps the memory alive until the call that uses them returns.
+    """
+
+    addresses: U64
+    lengths: U64
+
+    def __post_init__(self) -> None:
+        assert self.addresses.ndim == 2, self.addresses.shape
+        assert self.addresses.dtype == np.uint64
+        assert self.lengths.dtype == np.uint64
+        assert self.addresses.shape[1] == len(self.lengths), (self.addresses.shape, self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of one page."""
+        return int(self.lengths.sum())
+
+    def take(self, rows: npt.NDArray[np.intp] | list[int] | slice) -> PageBuffers:
+        """The same for some of the pages."""
+        return PageBuffers(self.addresses[rows], self.lengths)
