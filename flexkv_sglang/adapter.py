@@ -227,6 +227,39 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             return self._mismatch(keys, host_indices)
         return self._put(keys, sources, extra_info)
 
+    # Pools beside KV (Mamba, SWA, indexer, ...) are not stored yet. A page without its sidecars would be
+    # wrong output, so a request that needs any of them misses.
+
+    @_boundary(lambda self, *a, **k: None)
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        """Called for every pool of a hybrid model, KV included."""
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        if str(getattr(host_pool_name, "value", host_pool_name)) != "kv":
+            logger.warning(
+                "flexkv: pool %s is not stored by this release: this model's pages will miss",
+                host_pool_name,
+            )
+
+    @_boundary(lambda self, *a, **k: _no_hits())
+    def batch_exists_v2(
+        self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
+    ) -> Any:
+        """KV pages alone: as ``batch_exists``. With any other pool: nothing."""
+        hits = _no_hits()
+        if not pool_transfers:
+            hits.kv_hit_pages = self.batch_exists(keys, extra_info)
+        return hits
+
+    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers))
+    def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
+        """All False: sidecars are not stored."""
+        return _all_false(transfers)
+
+    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers))
+    def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
+        """All False: sidecars are not stored."""
+        return _all_false(transfers)
+
     @_boundary(lambda self, key: False)
     def exists(self, key: str) -> bool:
         """True if one page is stored here or by a neighbour."""
@@ -331,3 +364,13 @@ def _parent_of(extra_info: Any) -> PageKey | None:
     """The page before the batch: the last of ``prefix_keys``, if SGLang passes them."""
     prefix = getattr(extra_info, "prefix_keys", None)
     return page_key(prefix[-1]) if prefix else None
+
+
+def _no_hits() -> Any:
+    from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
+
+    return PoolTransferResult(0, {})
+
+
+def _all_false(transfers: list[Any]) -> dict[str, list[bool]]:
+    return {transfer.name: [False] * len(transfer.keys or []) for transfer in transfers}

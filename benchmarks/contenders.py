@@ -1,0 +1,250 @@
+"""What is compared in ``ssd.py``: this package's adapter, SGLang's ``file`` backend, and fio as the ceiling.
+
+Each contender writes and reads the same number of pages of the same size, and reports seconds and CPU
+seconds. The adapter and ``file`` are used through the interface SGLang uses for them (zero-copy v1 and
+generic), from the same page-aligned host memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import resource
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
+
+from flexkv_sglang import FlexKVStorage
+from flexkv_sglang.backends.ring import depth_for
+
+BATCH = 128  # pages per call: SGLang's STORAGE_BATCH_SIZE
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed pass."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+class Contender(Protocol):
+    """Writes all pages, then reads them back cold."""
+
+    name: str
+
+    def write(self, generation: int, /) -> Sample: ...
+    def read(self, generation: int, /) -> Sample: ...
+    def close(self) -> None: ...
+
+
+class PagePool:
+    """A ``page_first`` MHA host pool of ``pages`` pages: K of all pages, then V, page aligned, random bytes."""
+
+    layout = "page_first"
+    dtype = torch.bfloat16
+    start_layer, layer_num = 0, 1
+
+    def __init__(self, page_bytes: int, pages: int, page_size: int = 64) -> None:
+        self.page_size = page_size
+        self.half = page_bytes // 2
+        self.memory = mmap.mmap(-1, page_bytes * pages)
+        self.bytes = np.frombuffer(self.memory, np.uint8)
+        block = np.frombuffer(np.random.default_rng(7).bytes(1 << 20), np.uint8)
+        for start in range(0, len(self.bytes), len(block)):
+            self.bytes[start : start + len(block)] = block[: len(self.bytes) - start]
+        stamps = self.bytes.reshape(-1, 4096)[:, :8].view(np.uint64)
+        stamps[:, 0] = np.arange(
+            len(stamps), dtype=np.uint64
+        )  # every 4 KiB differs: nothing to deduplicate
+        self.base = self.bytes.ctypes.data
+        self.v_offset = self.half * pages
+
+    def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
+        """As SGLang's MHA pool answers."""
+        addresses: list[int] = []
+        for token in indices.tolist()[:: self.page_size]:
+            k = self.base + token // self.page_size * self.half
+            addresses += [k, k + self.v_offset]
+        return addresses, [self.half] * len(addresses)
+
+    def flat_page(self, page: int) -> torch.Tensor:
+        """One flat page for the generic interface, as SGLang's ``get_data_page(flat=True)``: a copy."""
+        k = self.bytes[page * self.half : (page + 1) * self.half]
+        v = self.bytes[self.v_offset + page * self.half : self.v_offset + (page + 1) * self.half]
+        return torch.from_numpy(np.concatenate([k, v]))
+
+
+def page_names(generation: int, count: int) -> list[str]:
+    """Hashes as SGLang makes them: 64 hex digits, other ones in each generation."""
+    return [hashlib.sha256(f"{generation}:{i}".encode()).hexdigest() for i in range(count)]
+
+
+def storage_config(extra: dict[str, Any]) -> HiCacheStorageConfig:
+    """One rank, MHA."""
+    return HiCacheStorageConfig(
+        tp_rank=0,
+        tp_size=1,
+        pp_rank=0,
+        pp_size=1,
+        attn_cp_rank=0,
+        attn_cp_size=1,
+        is_mla_model=False,
+        enable_storage_metrics=False,
+        is_page_first_layout=True,
+        model_name="bench",
+        extra_config=extra,
+    )
+
+
+class FlexKV:
+    """This package, through ``batch_set_v1`` / ``batch_get_v1``."""
+
+    def __init__(self, directory: Path, pool: PagePool, pages: int, verify: str = "full") -> None:
+        self.name = "flexkv" if verify == "full" else f"flexkv-verify-{verify}"
+        self._pool, self._pages = pool, pages
+        self._directory = directory / self.name
+        size = pages * (2 * pool.half + 4096)
+        self.storage = FlexKVStorage(
+            storage_config(
+                {"path": str(self._directory), "size": size, "verify": verify, "model_id": "bench"}
+            )
+        )
+        self.storage.register_mem_pool_host(pool)
+
+    def write(self, generation: int) -> Sample:
+        """New pages into slots that were written before (or not, in the warm-up)."""
+        self.storage.clear()
+        return self._pass(self.storage.batch_set_v1, generation)
+
+    def read(self, generation: int) -> Sample:
+        """O_DIRECT: cold by nature."""
+        return self._pass(self.storage.batch_get_v1, generation)
+
+    def close(self) -> None:
+        self.storage.close()
+        shutil.rmtree(self._directory)
+
+    def _pass(self, call: Any, generation: int) -> Sample:
+        names = page_names(generation, self._pages)
+        tokens = torch.arange(self._pages * self._pool.page_size)
+        step = BATCH * self._pool.page_size
+        with Stopwatch() as watch:
+            for start in range(0, self._pages, BATCH):
+                first = start * self._pool.page_size
+                done = call(names[start : start + BATCH], tokens[first : first + step])
+                assert all(done), "a page was not moved"
+        return watch.sample
+
+
+class File:
+    """SGLang's ``file`` backend through its generic interface, as the controller drives it."""
+
+    name = "file"
+
+    def __init__(self, directory: Path, pool: PagePool, pages: int) -> None:
+        self._pool, self._pages = pool, pages
+        self._directory = directory / "file"
+        self._directory.mkdir()
+        self.storage = HiCacheFile(storage_config({}), str(self._directory))
+        self._targets = [torch.zeros(2 * pool.half, dtype=torch.uint8) for _ in range(BATCH)]
+
+    def write(self, generation: int) -> Sample:
+        """New files. Buffered, so the pass ends with a sync of the file system."""
+        for path in self._directory.iterdir():
+            path.unlink()
+        os.sync()
+        names = page_names(generation, self._pages)
+        with Stopwatch() as watch:
+            for start in range(0, self._pages, BATCH):
+                pages = range(start, min(start + BATCH, self._pages))
+                assert self.storage.batch_set(
+                    names[start : start + BATCH], [self._pool.flat_page(p) for p in pages]
+                )
+            os.sync()
+        return watch.sample
+
+    def read(self, generation: int) -> Sample:
+        """Cold: the page cache of every file is dropped first."""
+        os.sync()
+        for path in self._directory.iterdir():
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+        names = page_names(generation, self._pages)
+        with Stopwatch() as watch:
+            for start in range(0, self._pages, BATCH):
+                batch = names[start : start + BATCH]
+                found = self.storage.batch_get(batch, self._targets[: len(batch)])
+                assert all(page is not None for page in found)
+        return watch.sample
+
+    def close(self) -> None:
+        shutil.rmtree(self._directory)
+
+
+class Fio:
+    """The ceiling: fio with io_uring, registered buffers and files, random page order, our queue depth."""
+
+    name = "fio"
+
+    def __init__(self, directory: Path, page_bytes: int, pages: int) -> None:
+        self._path = directory / "fio.dat"
+        self._page_bytes, self._pages = page_bytes, pages
+
+    def write(self, _generation: int) -> Sample:
+        return self._run("randwrite")
+
+    def read(self, _generation: int) -> Sample:
+        return self._run("randread")
+
+    def close(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def _run(self, how: str) -> Sample:
+        command = [
+            "fio",
+            "--name=page",
+            f"--filename={self._path}",
+            "--direct=1",
+            "--ioengine=io_uring",
+            f"--rw={how}",
+            f"--bs={self._page_bytes}",
+            f"--iodepth={depth_for(self._page_bytes)}",
+            "--fixedbufs=1",
+            "--registerfiles=1",
+            f"--size={self._page_bytes * self._pages}",
+            "--output-format=json",
+            "--randrepeat=0",
+            "--fallocate=posix",
+            "--group_reporting",
+        ]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        job = json.loads(result.stdout)["jobs"][0]
+        seconds = job["write" if how == "randwrite" else "read"]["runtime"] / 1000
+        return Sample(seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000)
+
+
+class Stopwatch:
+    """Wall and CPU seconds of a block, all threads of this process."""
+
+    def __enter__(self) -> Stopwatch:
+        self._cpu, self._wall = _cpu(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.sample = Sample(time.perf_counter() - self._wall, _cpu() - self._cpu)
+
+
+def _cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

@@ -1,0 +1,40 @@
+"""Let ``pytest`` run in a checkout that is not installed, without putting the repository root on sys.path.
+
+The root holds a folder ``triton_kernels``; on the path it would answer for the Triton project's package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+from hypothesis import HealthCheck, settings
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+if importlib.util.find_spec("flexkv_sglang") is None:
+    _dir = ROOT / "flexkv_sglang"
+    _spec = importlib.util.spec_from_file_location(
+        "flexkv_sglang", _dir / "__init__.py", submodule_search_locations=[str(_dir)]
+    )
+    assert _spec is not None
+    assert _spec.loader is not None
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules["flexkv_sglang"] = _module
+    _spec.loader.exec_module(_module)
+
+sys.path.insert(0, str(ROOT / "tests" / "support"))  # helpers, imported by plain name
+
+_slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "dev", max_examples=30, deadline=None, suppress_health_check=_slow_is_fine
+)
+settings.register_profile(
+    "ci", max_examples=100, deadline=None, suppress_health_check=_slow_is_fine
+)
+settings.register_profile(
+    "nightly", max_examples=5000, deadline=None, suppress_health_check=_slow_is_fine
+)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")

@@ -1,0 +1,122 @@
+"""What goes straight between memory and disk, what is copied, and that no byte beyond a page is touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engines import page_memory, soon
+
+from flexkv_sglang.backends.probe import IoMode, probe_directory
+from flexkv_sglang.backends.slot_file import Extents
+from flexkv_sglang.transfer import PageMover, plan_move
+from flexkv_sglang.types import SECTOR, PageBuffers, round_up
+
+DIRECT_512 = IoMode("io_uring", True, 512)
+DIRECT_4096 = IoMode("io_uring", True, 4096)
+BUFFERED = IoMode("buffered", False, 1)
+
+
+@pytest.mark.parametrize(
+    ("payload", "buffers", "shift", "mode", "direct"),
+    [
+        (65536, 1, 0, DIRECT_4096, True),
+        (65536, 2, 0, DIRECT_4096, True),
+        (65536, 1, 512, DIRECT_4096, True),  # memory needs 512 only
+        (65536, 1, 64, DIRECT_4096, False),  # torch.empty
+        (65536, 32, 0, DIRECT_4096, False),  # buffers of 2048 bytes
+        (65536, 32, 0, DIRECT_512, True),
+        (70272, 1, 0, DIRECT_512, False),  # MLA, page_size 1, 61 layers
+        (1024, 2, 0, DIRECT_512, False),
+        (70272, 3, 7, BUFFERED, True),
+    ],
+)
+def test_a_page_is_copied_only_where_alignment_demands_it(
+    payload: int, buffers: int, shift: int, mode: IoMode, direct: bool
+) -> None:
+    _, pages = page_memory(4, payload, buffers, shift=shift)
+    plan = plan_move(pages, [mode] * 4)
+    assert plan.direct.tolist() == [direct] * 4
+    assert plan.copied == (0 if direct else 4)
+
+
+def test_each_page_of_a_mixed_call_is_planned_by_itself() -> None:
+    _, aligned = page_memory(2, 8192)
+    _, shifted = page_memory(2, 8192, shift=64)
+    mixed = PageBuffers(np.concatenate([aligned.addresses, shifted.addresses]), aligned.lengths)
+    plan = plan_move(mixed, [DIRECT_4096, BUFFERED, DIRECT_4096, BUFFERED])
+    assert plan.direct.tolist() == [True, True, False, True]
+
+
+@pytest.fixture(params=["io_uring", "threads", "buffered"])
+def mode(request: pytest.FixtureRequest, tmp_path: Path) -> IoMode:
+    return probe_directory(str(tmp_path), request.param)
+
+
+@pytest.fixture
+def fd(tmp_path: Path, mode: IoMode) -> Iterator[int]:
+    opened = os.open(tmp_path / "slots", os.O_RDWR | os.O_CREAT | mode.open_flags)
+    os.posix_fallocate(opened, 0, 64 << 20)
+    yield opened
+    os.close(opened)
+
+
+@pytest.mark.parametrize(
+    ("payload", "buffers", "shift"),
+    [(65536, 2, 0), (65536, 1, 64), (70272, 1, 0), (1000, 1, 3), (6144, 3, 1)],
+)
+def test_round_trip_touches_nothing_around_the_pages(
+    fd: int, mode: IoMode, payload: int, buffers: int, shift: int
+) -> None:
+    count = 130
+    slot_bytes = round_up(payload, SECTOR)
+    extents = Extents(
+        np.full(count, fd, np.int32),
+        np.arange(count, dtype=np.uint64) * np.uint64(slot_bytes),
+        (mode,) * count,
+    )
+    source, source_buffers = page_memory(count, payload, buffers, shift=shift, seed=1)
+    mover = PageMover(payload)
+    inspected: list[int] = []
+
+    def inspect(page: int, parts: list[tuple[int, int]]) -> bool:
+        inspected.append(page)
+        return sum(length for _, length in parts) == payload
+
+    assert all(mover.write(extents, source_buffers, soon(), inspect))
+    assert sorted(inspected) == list(range(count))
+    roomy, _ = page_memory(count + 2, payload, 1, shift=shift)
+    middle = roomy[1:-1]
+    starts = np.uint64(middle.ctypes.data) + np.arange(count, dtype=np.uint64)[:, None] * np.uint64(
+        payload
+    )
+    steps = np.arange(buffers, dtype=np.uint64)[None, :] * source_buffers.lengths[0]
+    targets = PageBuffers(starts + steps, source_buffers.lengths)
+    assert all(mover.read(extents, targets, soon(), lambda _page, _parts: True))
+    assert np.array_equal(middle, source)
+    assert (roomy[0] == 0xA5).all()
+    assert (roomy[-1] == 0xA5).all()
+    mover.close()
+
+
+@pytest.mark.parametrize("mode", ["io_uring", "threads"], indirect=True)
+def test_a_rejected_bounced_page_never_reaches_its_target(fd: int, mode: IoMode) -> None:
+    extents = Extents(np.full(2, fd, np.int32), np.array([0, 4096], np.uint64), (mode, mode))
+    target, buffers = page_memory(2, 1000, shift=1)
+    mover = PageMover(1000)
+    assert mover.read(extents, buffers, soon(), lambda page, _parts: page == 1) == [False, True]
+    assert (target[0] == 0xA5).all()
+    assert (target[1] == 0).all()
+    mover.close()
+
+
+def test_a_short_transfer_is_a_failed_page(fd: int, mode: IoMode) -> None:
+    os.ftruncate(fd, 65536 + 4096)
+    extents = Extents(np.full(2, fd, np.int32), np.array([0, 65536], np.uint64), (mode, mode))
+    _, buffers = page_memory(2, 65536)
+    mover = PageMover(65536)
+    assert mover.read(extents, buffers, soon(), lambda _page, _parts: True) == [True, False]
+    mover.close()
