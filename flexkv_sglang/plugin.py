@@ -55,9 +55,10 @@ def register() -> None:
 
 def misfit() -> str | None:
     """Why this SGLang cannot be bridged, or None. Resolves the class that attaches storage backends."""
-    target = _resolve(_ATTACH)
-    if target is None:
-        return f"SGLang has no {_ATTACH}"
+    try:
+        target = _resolve(_ATTACH)
+    except (ImportError, AttributeError) as exc:
+        return f"{_ATTACH} cannot be reached ({type(exc).__name__}: {exc})"
     parameters = inspect.signature(inspect.unwrap(target)).parameters
     missing = [name for name in _ATTACH_PARAMETERS if name not in parameters]
     if missing:
@@ -119,9 +120,14 @@ def _refuse_misfit() -> None:
 
 
 def _resolve(path: str) -> Any:
-    module, _, attribute = path.rpartition(".")
-    module, _, class_name = module.rpartition(".")
+    """``package.module.Class.attribute``. Raises ``ImportError`` or ``AttributeError``."""
+    module, class_name, attribute = path.rsplit(".", 2)
+    return getattr(getattr(importlib.import_module(module), class_name), attribute)
+
+
+def _is_there(path: str) -> bool:
     try:
-        return getattr(getattr(importlib.import_module(module), class_name), attribute)
+        _resolve(path)
     except (ImportError, AttributeError):
-        return None
+        return False
+    return True
