@@ -238,7 +238,9 @@ class Replica:
         names = [process.pid for process in alive]
         self.kill()
         if names:
-            raise self._failure(f"{len(names)} processes survived SIGTERM for {timeout_s:.0f} s: {names}")
+            raise self._failure(
+                f"{len(names)} processes survived SIGTERM for {timeout_s:.0f} s: {names}"
+            )
 
     def kill(self) -> None:
         """SIGKILL of all processes at once, as a power cut would; harmless when nothing runs."""
