@@ -24,6 +24,20 @@ class ChecksumKind(IntEnum):
     XXH3_64_SAMPLED = 3
 
 
+WRITTEN_KIND = {
+    "full": ChecksumKind.XXH3_64,
+    "sampled": ChecksumKind.XXH3_64_SAMPLED,
+    "off": ChecksumKind.NONE,
+}
+"""``verify`` setting -> what is computed for a page that is written."""
+
+ACCEPTED_KINDS = {
+    "full": frozenset({ChecksumKind.XXH3_64}),
+    "sampled": frozenset({ChecksumKind.XXH3_64, ChecksumKind.XXH3_64_SAMPLED}),
+    "off": frozenset(ChecksumKind),
+}
+"""``verify`` setting -> pages that count as stored. Others do not exist for this process."""
+
 _BLOCK = 4096
 _SAMPLE_STRIDE = 16  # one 4 KiB block of 16 is read
 

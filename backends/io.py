@@ -19,6 +19,9 @@ from flexkv_sglang.types import I64, U64
 NOT_TRIED = -errno.ETIME
 """Result of a page that was not submitted before the deadline."""
 
+CLOSE_TIMEOUT_S = 6.0
+"""SGLang joins its threads for 10 s when a backend is detached; a hung disk must not exceed that."""
+
 IOVEC = np.dtype([("base", "<u8"), ("len", "<u8")])
 IOV_MAX = 1024
 
@@ -59,11 +62,12 @@ class IoEngine(Protocol):
     """Moves batches. One call at a time per engine (it has its own lock); any thread may call.
 
     ``read`` / ``write`` return int64 ``[n]``: bytes moved, ``-errno``, or ``NOT_TRIED``. They return only
-    when no transfer is in flight any more: after that nothing touches the caller's memory.
+    when no transfer is in flight any more: after that nothing touches the caller's memory. ``close``
+    waits ``CLOSE_TIMEOUT_S`` for a running batch and answers whether it ended; idempotent.
     """
 
     kind: str
 
     def read(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64: ...
     def write(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64: ...
-    def close(self) -> None: ...
+    def close(self) -> bool: ...

@@ -256,12 +256,13 @@ def recover(directory: Path, owner: str, namespace: str) -> LiveState:
 
 
 def _recover_generation(directory: Path, owner: str, namespace: str, generation: int) -> LiveState:
-    raw = journal_path(directory, owner, generation).read_bytes()
-    header = Header.unpack(raw[:HEADER_BYTES], JOURNAL_MAGIC)
+    with journal_path(directory, owner, generation).open("rb") as file:
+        header = Header.unpack(file.read(HEADER_BYTES), JOURNAL_MAGIC)  # cheap to refuse
+        raw = file.read()
     if header.namespace != namespace or header.owner != owner or header.generation != generation:
         raise JournalError(f"belongs to {header.namespace}/{header.owner}.{header.generation}")
     parts = [read_snapshot(directory, header)] if generation else []
-    journal = valid_prefix(raw[HEADER_BYTES:], header.epoch, header.base_seq)
+    journal = valid_prefix(raw, header.epoch, header.base_seq)
     parts.append(journal)
     live = last_words(np.concatenate(parts), header)
     ops = journal["op"]

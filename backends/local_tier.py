@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.journal import generations
 from flexkv_sglang.backends.ownership import OwnerLock, owners
 from flexkv_sglang.backends.probe import IoMode, probe_directory
@@ -102,7 +103,7 @@ def open_tier(
     payload_bytes: int,
     share_bytes: int | None,
     *,
-    trust_unclean: bool,
+    accepted: frozenset[ChecksumKind],
     key_name: str = "size",
 ) -> tuple[SlotFileTier, Recovered]:
     """Adopt dead owners, then preallocate what is missing to this process's share.
@@ -125,7 +126,7 @@ def open_tier(
                 SlotClass(slot_bytes, payload_bytes, 0),
                 share,
                 len(places),
-                trust_unclean,
+                accepted,
                 key_name,
             ):
                 stores.append(store)
@@ -144,7 +145,7 @@ def _open_directory(
     wanted: SlotClass,
     share: int | None,
     place_count: int,
-    trust_unclean: bool,
+    accepted: frozenset[ChecksumKind],
     key_name: str,
 ) -> list[tuple[OwnedStore, Records]]:
     slots_max = _U32_SLOTS if share is None else min(share // wanted.slot_bytes, _U32_SLOTS)
@@ -154,7 +155,7 @@ def _open_directory(
             f"({wanted.slot_bytes} bytes). Valid: at least {wanted.slot_bytes * place_count} bytes per rank process"
         )
     opened = _adopt_all(
-        place, namespace, wanted.payload_bytes, slots_max, trust_unclean, single=share is None
+        place, namespace, wanted.payload_bytes, slots_max, accepted, single=share is None
     )
     have = sum(store.slots.slot_class.slot_count for store, _ in opened)
     if share is None:
@@ -192,7 +193,7 @@ def _adopt_all(
     namespace: str,
     payload_bytes: int,
     slots_max: int,
-    trust_unclean: bool,
+    accepted: frozenset[ChecksumKind],
     *,
     single: bool,
 ) -> list[tuple[OwnedStore, Records]]:
@@ -216,7 +217,7 @@ def _adopt_all(
                 payload_bytes,
                 place.mode,
                 slots_max=left,
-                trust_unclean=trust_unclean,
+                accepted=accepted,
             )
         except (JournalError, TierUnavailableError, OSError) as exc:
             logger.warning("flexkv: owner %s in %s is left alone: %s", owner, place.directory, exc)

@@ -62,9 +62,16 @@ class Replica:
     """What one neighbour holds, as its journal says. Guarded by ``NeighbourStore``'s lock."""
 
     def __init__(
-        self, directory: Path, owner: str, namespace: str, payload_bytes: int, mode: IoMode
+        self,
+        directory: Path,
+        owner: str,
+        namespace: str,
+        payload_bytes: int,
+        mode: IoMode,
+        accepted: frozenset[ChecksumKind],
     ) -> None:
         self.owner = owner
+        self._accepted = accepted
         self.leases = 0
         self.dropped = False
         self._directory = directory
@@ -190,7 +197,7 @@ class Replica:
         )
         for op, slot, key, total, flags, length in fields:
             self._next_version += 1
-            if op == Op.PUT and slot < len(self._sums) and length == self._payload_bytes:
+            if op == Op.PUT and slot < len(self._sums) and self._usable(flags, length):
                 self._slot_of[key] = slot
                 self._version[slot] = self._next_version
                 self._sums[slot] = total
@@ -202,6 +209,9 @@ class Replica:
             elif op == Op.CLEAR:
                 self._slot_of.clear()
 
+    def _usable(self, flags: int, length: int) -> bool:
+        return length == self._payload_bytes and flags & 0xFF in self._accepted
+
 
 class NeighbourStore:
     """All neighbours of this process in a list of (directory, how to read there)."""
@@ -212,7 +222,9 @@ class NeighbourStore:
         namespace: str,
         payload_bytes: int,
         own: Iterable[str],
+        accepted: frozenset[ChecksumKind],
     ) -> None:
+        self._accepted = accepted
         self._places = list(places)
         self._namespace = namespace
         self._payload_bytes = payload_bytes
@@ -315,7 +327,9 @@ class NeighbourStore:
     def _load(self, directory: Path, owner: str, mode: IoMode) -> None:
         for _ in range(_LOAD_TRIES):  # the owner may start a new generation while we read
             try:
-                replica = Replica(directory, owner, self._namespace, self._payload_bytes, mode)
+                replica = Replica(
+                    directory, owner, self._namespace, self._payload_bytes, mode, self._accepted
+                )
             except FileNotFoundError:
                 continue
             except (JournalError, TierUnavailableError, OSError) as exc:

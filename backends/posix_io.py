@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.backends.io import IOV_MAX, NOT_TRIED, IoBatch, OnDone
+from flexkv_sglang.backends.io import CLOSE_TIMEOUT_S, IOV_MAX, NOT_TRIED, IoBatch, OnDone
 from flexkv_sglang.types import I64
 
 _CHUNK = 8  # pages between two reports of completion
@@ -41,11 +41,16 @@ class PosixIo:
         """Memory to medium; see ``IoEngine``."""
         return self._run(batch, deadline, on_done, writing=True)
 
-    def close(self) -> None:
-        """Wait for a running batch, then end the threads. Idempotent."""
-        with self._lock:
+    def close(self) -> bool:
+        """End the threads once no batch runs; see ``IoEngine``."""
+        if not self._lock.acquire(timeout=CLOSE_TIMEOUT_S):
+            return False
+        try:
             self._closed = True
             self._pool.shutdown(wait=True)
+        finally:
+            self._lock.release()
+        return True
 
     def _run(
         self, batch: IoBatch, deadline: float, on_done: OnDone | None, *, writing: bool

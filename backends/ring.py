@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.backends.io import IOVEC, NOT_TRIED, IoBatch, OnDone
+from flexkv_sglang.backends.io import CLOSE_TIMEOUT_S, IOVEC, NOT_TRIED, IoBatch, OnDone
 from flexkv_sglang.types import I64
 
 _NR_SETUP, _NR_ENTER = 425, 426  # the same on x86-64 and aarch64
@@ -165,12 +165,21 @@ class Ring:
         """Memory to medium; see ``IoEngine``."""
         return self._run(batch, deadline, on_done, writing=True)
 
-    def close(self) -> None:
-        """Wait for a running batch, then give the ring back. Idempotent."""
-        with self._lock:
+    def close(self) -> bool:
+        """Give the ring back once no batch runs; see ``IoEngine``."""
+        if not self._lock.acquire(timeout=CLOSE_TIMEOUT_S):
+            return (
+                False  # the kernel still writes into somebody's memory: everything stays as it is
+            )
+        try:
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
+                # Each mapping holds a duplicate of the descriptor; they go with their last view.
+                del self._words, self._sqes, self._cqes
+        finally:
+            self._lock.release()
+        return True
 
     def _run(
         self, batch: IoBatch, deadline: float, on_done: OnDone | None, *, writing: bool

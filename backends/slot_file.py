@@ -130,15 +130,15 @@ class OwnedStore:
         mode: IoMode,
         *,
         slots_max: int,
-        trust_unclean: bool,
+        accepted: frozenset[ChecksumKind],
     ) -> tuple[OwnedStore, Records]:
         """Take over a dead owner whose lock we hold. Returns the store and its live PUT records.
 
         A new generation is started before anything is written, so that whoever still tails the old
         journal notices. More than ``slots_max`` slots: the file is cut and the pages beyond are lost.
-        ``trust_unclean``: keep pages although the machine went down without a clean close (right when
-        every read is verified in full). Raises ``JournalError``, ``TierUnavailableError`` or ``OSError``
-        when the files are not usable.
+        Pages whose kind of checksum is not ``accepted`` are forgotten; so is everything if the machine
+        went down without a clean close, unless only fully verified pages are accepted. Raises
+        ``JournalError``, ``TierUnavailableError`` or ``OSError`` when the files are not usable.
         """
         directory = lock.directory
         state = recover(directory, lock.owner, namespace)
@@ -149,8 +149,11 @@ class OwnedStore:
         path = slots_path(directory, lock.owner, found.slot_bytes)
         slots = SlotFile(path, found, mode, writable=True)
         try:
-            live = state.records if trust_unclean or _survived(state) else state.records[:0]
-            live = live[live["slot"] < wanted.slot_count]
+            trusted = accepted == {ChecksumKind.XXH3_64} or _survived(state)
+            live = state.records if trusted else state.records[:0]
+            live = live[
+                (live["slot"] < wanted.slot_count) & np.isin(live["flags"] & 0xFF, list(accepted))
+            ]
             journal = _start_generation(lock, state, live, wanted)
             if wanted != found:
                 os.truncate(path, wanted.slot_bytes * wanted.slot_count)

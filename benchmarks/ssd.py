@@ -13,9 +13,9 @@ import argparse
 import csv
 import json
 import logging
+import os
 import platform
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -126,19 +126,12 @@ def environment() -> dict[str, str]:
         capture_output=True,
         text=True,
     ).stdout.strip()
-    fio = shutil.which("fio")
-    fio_version = (
-        subprocess.run(
-            [fio, "--version"], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        if fio
-        else ""
+    fio = subprocess.run(["fio", "--version"], check=True, capture_output=True, text=True).stdout
+    machine = f"{platform.machine()} {os.cpu_count()} cpu linux-{platform.release()}"
+    versions = (
+        f"python-{platform.python_version()} numpy-{numpy.__version__} xxhash-{xxhash.VERSION}"
     )
-    return {
-        "machine": f"{platform.machine()} {len(__import__('os').sched_getaffinity(0))} cpu linux-{platform.release()}",
-        "commit": commit,
-        "versions": f"python-{platform.python_version()} numpy-{numpy.__version__} xxhash-{xxhash.VERSION} {fio_version}",
-    }
+    return {"machine": machine, "commit": commit, "versions": f"{versions} {fio.strip()}"}
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
+from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.compat import data_parallel_size, model_identity
@@ -40,6 +41,9 @@ READ_SECONDS_MIN = 0.5
 
 WRITE_SECONDS = 8.0
 """Bound of a put. SGLang joins its storage threads for 10 s when a backend is detached."""
+
+EXISTS_SPAN = 512
+"""Keys converted and looked up at a time."""
 
 _LOG_INTERVAL_S = 60.0
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -116,21 +120,22 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         namespace = identity.namespace
         share = self._share_bytes()
         places = open_places(self._modes, namespace, identity.fields())
-        trusted = self._config.verify == "full"
+        accepted = ACCEPTED_KINDS[self._config.verify]
         tier, recovered = open_tier(
-            places, namespace, identity.payload_bytes, share, trust_unclean=trusted
+            places, namespace, identity.payload_bytes, share, accepted=accepted
         )
         neighbours = NeighbourStore(
             [(place.directory, place.mode) for place in places],
             namespace,
             identity.payload_bytes,
             [store.lock.owner for store in tier.stores],
+            accepted,
         )
         engine = CacheEngine(
             tier,
             recovered,
             neighbours,
-            PageMover(identity.payload_bytes),
+            PageMover(identity.payload_bytes, self.metrics),
             self.metrics,
             self._config.verify,
         )
@@ -201,7 +206,18 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     @_boundary(lambda self, keys, *a, **k: 0)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         """Leading run of pages that are stored here or by a neighbour. Memory only."""
-        return self._engine.prefix(page_keys(keys)) if self._engine is not None else 0
+        if self._engine is None:
+            return 0
+        count = 0
+        for start in range(
+            0, len(keys), EXISTS_SPAN
+        ):  # most long requests end early: convert as needed
+            span = page_keys(keys[start : start + EXISTS_SPAN])
+            found = self._engine.prefix(span)
+            count += found
+            if found < len(span):
+                break
+        return count
 
     @_boundary(lambda self, keys, *a, **k: [False] * len(keys))
     def batch_get_v1(

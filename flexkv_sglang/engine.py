@@ -17,7 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
+from flexkv_sglang.backends.checksum import (
+    ACCEPTED_KINDS,
+    WRITTEN_KIND,
+    ChecksumKind,
+    page_checksum,
+)
 from flexkv_sglang.backends.local_tier import Recovered
 from flexkv_sglang.backends.neighbours import NeighbourPage, NeighbourStore
 from flexkv_sglang.backends.slot_file import Extents, SlotFileTier
@@ -31,18 +36,8 @@ from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 logger = logging.getLogger(__name__)
 
 _SCAN_INTERVAL_S = 0.25
+_JOIN_TIMEOUT_S = 2.0
 _LOCK_SPAN = 512  # keys looked up under one hold of the lock
-
-_WRITTEN_KIND = {
-    "full": ChecksumKind.XXH3_64,
-    "sampled": ChecksumKind.XXH3_64_SAMPLED,
-    "off": ChecksumKind.NONE,
-}
-_ACCEPTED_KINDS = {
-    "full": frozenset({ChecksumKind.XXH3_64}),
-    "sampled": frozenset({ChecksumKind.XXH3_64, ChecksumKind.XXH3_64_SAMPLED}),
-    "off": frozenset(ChecksumKind),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +119,8 @@ class CacheEngine:
         self._neighbours = neighbours
         self._mover = mover
         self._metrics = metrics
-        self._written_kind = _WRITTEN_KIND[verify]
-        self._accepted_kinds = _ACCEPTED_KINDS[verify]
+        self._written_kind = WRITTEN_KIND[verify]
+        self._accepted_kinds = ACCEPTED_KINDS[verify]
         self._lock = threading.Lock()
         self._publish = threading.Lock()
         self._index = TierIndex(tier.slot_count)  # guarded by _lock
@@ -367,8 +362,12 @@ class CacheEngine:
     def close(self) -> None:
         """Wait for running transfers, flush, mark the journals clean, release the owner locks. Idempotent."""
         self._stop.set()
-        self._tail.join(timeout=5)
-        self._mover.close()
+        self._tail.join(timeout=_JOIN_TIMEOUT_S)
+        if not self._mover.close():
+            # A disk hangs. Whoever adopted these files now could be overwritten by what is in flight,
+            # so the locks stay ours until this process ends.
+            logger.error("flexkv: transfers are still in flight; the files stay locked")
+            return
         self._neighbours.close()
         try:
             self._tier.close()

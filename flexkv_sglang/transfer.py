@@ -21,6 +21,7 @@ import numpy.typing as npt
 from flexkv_sglang.backends.io import IoBatch, IoEngine
 from flexkv_sglang.backends.probe import IoMode, make_engine
 from flexkv_sglang.backends.slot_file import Extents
+from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, BoolArray, PageBuffers, round_up
 
 Inspect = Callable[[int, list[tuple[int, int]]], bool]
@@ -91,10 +92,12 @@ class _Lane:
                 self._slab = _Slab(self._row_bytes)
             return self._slab
 
-    def close(self) -> None:
+    def close(self) -> bool:
         with self._guard:
-            for engine in self._engines.values():
-                engine.close()
+            ended = [
+                engine.close() for engine in self._engines.values()
+            ]  # each, also after a False
+        return all(ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +113,11 @@ class _Job:
 
 
 class PageMover:
-    """Moves pages of one payload size. ``close`` waits for running transfers; idempotent."""
+    """Moves pages of one payload size."""
 
-    def __init__(self, payload_bytes: int) -> None:
+    def __init__(self, payload_bytes: int, metrics: Metrics) -> None:
         self._payload_bytes = payload_bytes
+        self._metrics = metrics
         row_bytes = round_up(payload_bytes, SECTOR)
         self._lanes = {"read": _Lane(row_bytes), "write": _Lane(row_bytes)}
         self._row_bytes = row_bytes
@@ -133,10 +137,10 @@ class PageMover:
         """Memory to media. ``inspect`` sees the page's source buffers once its bytes have been taken."""
         return self._move("write", extents, buffers, deadline, inspect)
 
-    def close(self) -> None:
-        """Wait for running transfers and release the engines."""
-        for lane in self._lanes.values():
-            lane.close()
+    def close(self) -> bool:
+        """Wait a bounded time for running transfers and release the engines. False: some still run."""
+        ended = [lane.close() for lane in self._lanes.values()]
+        return all(ended)
 
     def _move(
         self,
@@ -152,7 +156,9 @@ class PageMover:
             self._payload_bytes,
         )
         job = _Job(direction, extents, buffers, deadline, inspect, np.zeros(len(buffers), np.bool_))
-        direct = plan_move(buffers, extents.modes).direct
+        plan = plan_move(buffers, extents.modes)
+        direct = plan.direct
+        self._metrics.count("copied_pages", plan.copied)
         kinds = np.array([mode.engine for mode in extents.modes])
         for kind in np.unique(kinds).tolist():
             rows = np.flatnonzero(direct & (kinds == kind))

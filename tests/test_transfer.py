@@ -12,6 +12,7 @@ from engines import page_memory, soon
 
 from flexkv_sglang.backends.probe import IoMode, probe_directory
 from flexkv_sglang.backends.slot_file import Extents
+from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.transfer import PageMover, plan_move
 from flexkv_sglang.types import SECTOR, PageBuffers, round_up
 
@@ -79,7 +80,7 @@ def test_round_trip_touches_nothing_around_the_pages(
         (mode,) * count,
     )
     source, source_buffers = page_memory(count, payload, buffers, shift=shift, seed=1)
-    mover = PageMover(payload)
+    mover = PageMover(payload, Metrics())
     inspected: list[int] = []
 
     def inspect(page: int, parts: list[tuple[int, int]]) -> bool:
@@ -106,7 +107,7 @@ def test_round_trip_touches_nothing_around_the_pages(
 def test_a_rejected_bounced_page_never_reaches_its_target(fd: int, mode: IoMode) -> None:
     extents = Extents(np.full(2, fd, np.int32), np.array([0, 4096], np.uint64), (mode, mode))
     target, buffers = page_memory(2, 1000, shift=1)
-    mover = PageMover(1000)
+    mover = PageMover(1000, Metrics())
     assert mover.read(extents, buffers, soon(), lambda page, _parts: page == 1) == [False, True]
     assert (target[0] == 0xA5).all()
     assert (target[1] == 0).all()
@@ -117,6 +118,6 @@ def test_a_short_transfer_is_a_failed_page(fd: int, mode: IoMode) -> None:
     os.ftruncate(fd, 65536 + 4096)
     extents = Extents(np.full(2, fd, np.int32), np.array([0, 65536], np.uint64), (mode, mode))
     _, buffers = page_memory(2, 65536)
-    mover = PageMover(65536)
+    mover = PageMover(65536, Metrics())
     assert mover.read(extents, buffers, soon(), lambda _page, _parts: True) == [True, False]
     mover.close()

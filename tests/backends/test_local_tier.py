@@ -15,10 +15,12 @@ import pytest
 from engines import keys, open_engine, page_memory, soon
 
 from flexkv_sglang.backends import local_tier, probe
+from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.ownership import OwnerLock, owners
 from flexkv_sglang.errors import ConfigError
 
+FULL = ACCEPTED_KINDS["full"]
 PAGE = 8192
 SIZE = 16 * PAGE
 
@@ -114,7 +116,7 @@ def test_several_directories_share_the_size_and_all_are_used(tmp_path: Path) -> 
     modes = {
         str(tmp_path / name): prepare_directory(str(tmp_path / name), "auto") for name in ("a", "b")
     }
-    tier, _ = open_tier(open_places(modes, "ns", {}), "ns", PAGE, SIZE, trust_unclean=True)
+    tier, _ = open_tier(open_places(modes, "ns", {}), "ns", PAGE, SIZE, accepted=FULL)
     sizes = [path.stat().st_size for path in sorted(tmp_path.rglob("*.slots"))]
     assert sizes == [SIZE // 2, SIZE // 2]
     assert tier.slot_count == 16
@@ -127,7 +129,7 @@ def test_without_a_size_an_earlier_run_decides_then_the_free_space(
     monkeypatch.setattr(local_tier, "free_bytes", lambda _directory: 40 * PAGE)
     place = open_places({str(tmp_path): prepare_directory(str(tmp_path), "auto")}, "ns", {})
     for _ in range(2):
-        tier, _ = open_tier(place, "ns", PAGE, None, trust_unclean=True)
+        tier, _ = open_tier(place, "ns", PAGE, None, accepted=FULL)
         assert tier.slot_count == 10
         tier.close()
         monkeypatch.setattr(local_tier, "free_bytes", lambda _directory: 8 * PAGE)
@@ -135,7 +137,7 @@ def test_without_a_size_an_earlier_run_decides_then_the_free_space(
 
 def test_a_rank_that_only_reads_owns_no_files(tmp_path: Path) -> None:
     place = open_places({str(tmp_path): prepare_directory(str(tmp_path), "auto")}, "ns", {})
-    tier, _ = open_tier(place, "ns", PAGE, 0, trust_unclean=True)
+    tier, _ = open_tier(place, "ns", PAGE, 0, accepted=FULL)
     assert tier.slot_count == 0
     assert not owners(tmp_path / "ns")
     tier.close()

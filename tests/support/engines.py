@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.engine import CacheEngine
@@ -33,15 +34,18 @@ def open_engine(
     mode = prepare_directory(str(directory), io_engine)
     places = open_places({str(directory): mode}, namespace, {})
     tier, recovered = open_tier(
-        places, namespace, payload_bytes, size, trust_unclean=verify == "full"
+        places, namespace, payload_bytes, size, accepted=ACCEPTED_KINDS[verify]
     )
     neighbours = NeighbourStore(
         [(place.directory, place.mode) for place in places],
         namespace,
         payload_bytes,
         [store.lock.owner for store in tier.stores],
+        ACCEPTED_KINDS[verify],
     )
-    return CacheEngine(tier, recovered, neighbours, PageMover(payload_bytes), Metrics(), verify)
+    metrics = Metrics()
+    mover = PageMover(payload_bytes, metrics)
+    return CacheEngine(tier, recovered, neighbours, mover, metrics, verify)
 
 
 def page_memory(

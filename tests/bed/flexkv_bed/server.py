@@ -49,6 +49,7 @@ _SGLANG_CPU = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
 }
 
 
@@ -58,7 +59,7 @@ class ServerFailedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a replica is started. ``extra`` None means the usual one for flexkv: threshold and path."""
+    """How a replica is started. ``extra`` None means the usual one for flexkv: threshold, path and a small size."""
 
     model: Path
     storage: Path
@@ -77,7 +78,7 @@ class Settings:
         """The JSON of ``--hicache-storage-backend-extra-config``."""
         if self.extra is not None:
             return {"prefetch_threshold": self.page_size, **self.extra}
-        return {"prefetch_threshold": self.page_size, "path": str(self.storage)}
+        return flexkv_extra(self.storage, self.page_size)
 
     def command(self, port: int) -> list[str]:
         """The server's command line; ``sglang serve`` or the module, which are two ways in."""
@@ -102,6 +103,11 @@ class Settings:
         }
         switches = ["--enable-hierarchical-cache", "--enable-cache-report", *self.arguments]
         return [*entry, *(part for k, v in flags.items() for part in (f"--{k}", str(v))), *switches]
+
+
+def flexkv_extra(storage: Path, page_size: int = 16) -> Json:
+    """The usual extra config. The size keeps a test from reserving a quarter of the disk."""
+    return {"prefetch_threshold": page_size, "path": str(storage), "size": "256MiB"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,9 @@ def _write_tokenizer(target: Path) -> None:
 def _write_weights(target: Path, seed: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(torch.bfloat16)
