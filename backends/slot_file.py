@@ -297,22 +297,21 @@ class SlotFileTier:
                 self._append(store, new_records(Op.CLEAR, 1))
 
     def snapshot_records(
-        self, live: Sequence[tuple[PageKey, SlotId, int]], store_index: int
+        self, keys: Sequence[PageKey], slots: I64, parents: I64, store_index: int
     ) -> Records:
-        """PUT records of one store for the (key, slot, parent slot or -1) in ``live``, in that order."""
+        """PUT records of one store for pages in ``slots`` (int64 ``[n]``, parents or -1), in that order."""
         store = self.stores[store_index]
         low, high = self.base(store_index), self.base(store_index + 1)
-        mine = [item for item in live if low <= item[1] < high]
+        mine = np.flatnonzero((slots >= low) & (slots < high))
+        local, linked = slots[mine] - low, parents[mine]
         records = new_records(Op.PUT, len(mine))
-        local = np.array([slot - low for _, slot, _ in mine], np.int64)
         records["slot"] = local
         records["len"] = store.slots.slot_class.payload_bytes
-        records["key"] = keys_field([key for key, _, _ in mine])
+        records["key"] = keys_field([keys[row] for row in mine.tolist()])
         records["flags"] = np.frombuffer(store.kinds, np.uint8)[local]
         records["sum"] = np.frombuffer(store.sums, np.uint64)[local]
-        parents = np.array([parent for _, _, parent in mine], np.int64)
-        inside = (parents >= low) & (parents < high)
-        records["parent"] = np.where(inside, parents - low, NO_PARENT)
+        inside = (linked >= low) & (linked < high)
+        records["parent"] = np.where(inside, linked - low, NO_PARENT)
         return records
 
     def close(self) -> None:

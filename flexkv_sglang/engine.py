@@ -343,9 +343,10 @@ class CacheEngine:
                 continue
             with self._publish:
                 with self._lock:
-                    live = self._index.items_by_age()
+                    frozen = self._index.freeze()
                 try:
-                    store.journal.rotate(self._tier.snapshot_records(live, index))
+                    live = self._tier.snapshot_records(*frozen.by_age(), index)
+                    store.journal.rotate(live)
                     self._metrics.count("journal_rotations")
                 except (OSError, JournalError) as exc:
                     store.failed = True

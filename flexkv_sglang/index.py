@@ -13,9 +13,8 @@ The one invariant: **a key found here names a slot whose bytes are complete, or 
 found by nobody but ``reserve``**. Victims are leaves only: READY, unpinned, and with no cached child,
 because a page whose parent is gone can never be hit again (page keys chain over the whole prefix).
 
-Not thread-safe: ``CacheEngine`` holds its lock around every call. There is no Python object per page
-beyond the key's bytes (one million objects made a full garbage collection pause 0.3 s); columns are
-arrays, and a slot's number is its row.
+Not thread-safe: ``CacheEngine`` holds its lock around every call. Columns are arrays and a slot's number
+is its row: one million Python objects made a full garbage collection pause 0.3 s.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flexkv_sglang.types import PageKey, SlotId
+import numpy as np
 
-FREE, WRITING, READY, DOOMED = range(4)
-_NONE = -1
+from flexkv_sglang.frozen import FrozenPages
+from flexkv_sglang.types import DOOMED, FREE, I64, NO_SLOT, READY, WRITING, PageKey, SlotId
+
 _SLOT_BITS = 32
 _SLOT_MASK = (1 << _SLOT_BITS) - 1
 
@@ -129,7 +129,7 @@ class TierIndex:
     def reserve(
         self, keys: Sequence[PageKey], parent: PageKey | None, skip: frozenset[int] = frozenset()
     ) -> Reserved:
-        """Slots for the absent ones among ``keys`` (one chain, in order); they become WRITING.
+        """Slots for the absent ones of a chain; they become WRITING.
 
         ``parent``: the page before ``keys[0]``, if known. ``skip``: positions not wanted (a neighbour
         has them). Present keys are touched and never victims of this call. Never waits, never raises:
@@ -145,17 +145,17 @@ class TierIndex:
         granted: list[tuple[int, SlotId]] = []
         victims: list[tuple[PageKey, SlotId]] = []
         refused: list[int] = []
-        previous = self._slot_of.get(parent, _NONE) if parent is not None else _NONE
+        previous = self._slot_of.get(parent, NO_SLOT) if parent is not None else NO_SLOT
         for position, key in enumerate(keys):
-            current = self._slot_of.get(key, _NONE)
-            if current == _NONE and position not in skip:
+            current = self._slot_of.get(key, NO_SLOT)
+            if current == NO_SLOT and position not in skip:
                 taken = None if refused else self._take(victims)
                 if taken is None:
                     refused.append(position)
                 else:
                     current = self._begin_write(key, taken)
                     granted.append((position, taken))
-            if current != _NONE and previous != _NONE:
+            if current != NO_SLOT and previous != NO_SLOT:
                 self._link(current, previous)
             previous = current
         for slot in held:
@@ -192,7 +192,7 @@ class TierIndex:
         """
         for slot in self._slot_of.values():
             self._key_of[slot] = None
-            self._parent[slot] = _NONE
+            self._parent[slot] = NO_SLOT
             self._children[slot] = 0
             self._generation[slot] = (self._generation[slot] + 1) & 0xFFFFFFFF
             if self._state[slot] == WRITING or self._pins[slot]:
@@ -208,45 +208,48 @@ class TierIndex:
     ) -> list[int]:
         """Fill an empty index from a recovered journal, oldest first. ``parents``: slots, or -1.
 
-        Returns the positions that were dropped because their key is held by an earlier slot.
+        Returns the positions that were dropped because an earlier one has the same key.
         """
         assert not self._slot_of, "load() is for an empty index"
-        dropped: list[int] = []
-        for position, (key, slot) in enumerate(zip(keys, slots, strict=True)):
-            if key in self._slot_of or self._state[slot] != FREE:
-                dropped.append(position)
-                continue
-            self._slot_of[key] = slot
+        dropped = [
+            position
+            for position, (key, slot) in enumerate(zip(keys, slots, strict=True))
+            if self._slot_of.setdefault(key, slot) != slot
+        ]
+        for key, slot in self._slot_of.items():
             self._key_of[slot] = key
-            self._state[slot] = READY
-            self._now += 1
-            self._tick[slot] = self._now
-        for slot, parent in zip(slots, parents, strict=True):
-            if parent >= 0 and parent != slot and self._state[parent] == READY:
-                self._link(slot, parent)
-        self._ready_count = len(self._slot_of)
-        self._returned = [s for s in range(self.slot_count - 1, -1, -1) if self._state[s] == FREE]
+        kept = np.delete(np.asarray(slots, np.int64), dropped)
+        assert len(np.unique(kept)) == len(kept), "two pages in one slot"
+        np.frombuffer(self._state, np.uint8)[kept] = READY
+        self._now = len(kept)
+        np.frombuffer(self._tick, np.uint64)[kept] = np.arange(1, len(kept) + 1, dtype=np.uint64)
+        self._load_links(kept, np.delete(np.asarray(parents, np.int64), dropped))
+        self._ready_count = len(kept)
+        free = np.flatnonzero(np.frombuffer(self._state, np.uint8) == FREE)
+        self._returned = free[::-1].tolist()
         self._unused = self.slot_count
         self._rebuild_leaves()
         return dropped
 
-    def items_by_age(self) -> list[tuple[PageKey, SlotId, int]]:
-        """(key, slot, parent slot or -1) of every READY page, least recently used first: a snapshot's order."""
-        ready = [s for s in self._slot_of.values() if self._state[s] == READY]
-        ready.sort(key=self._tick.__getitem__)
-        return [
-            (key, SlotId(s), self._live_parent(s))
-            for s in ready
-            if (key := self._key_of[s]) is not None
-        ]
+    def _load_links(self, slots: I64, parents: I64) -> None:
+        state = np.frombuffer(self._state, np.uint8)
+        linked = (parents >= 0) & (parents < self.slot_count) & (parents != slots)
+        linked[linked] = state[parents[linked]] == READY
+        np.frombuffer(self._parent, np.int64)[slots[linked]] = parents[linked]
+        counts = np.bincount(parents[linked], minlength=self.slot_count)
+        np.frombuffer(self._children, np.uint32)[:] = counts[: self.slot_count]
 
-    def parent_slot(self, slot: SlotId) -> int:
-        """Slot of the cached parent page, or -1."""
-        return self._live_parent(slot)
-
-    def free_count(self) -> int:
-        """Slots that can be taken without evicting."""
-        return len(self._returned) + self.slot_count - self._unused
+    def freeze(self) -> FrozenPages:
+        """A copy of what a snapshot needs. Copies only: a million pages are not sorted under a lock."""
+        return FrozenPages(
+            list(self._slot_of),
+            np.fromiter(self._slot_of.values(), np.int64, len(self._slot_of)),
+            np.array(self._state, np.uint8),
+            np.array(self._tick, np.uint64),
+            np.array(self._parent, np.int64),
+            np.array(self._parent_generation, np.uint32),
+            np.array(self._generation, np.uint32),
+        )
 
     def check(self) -> None:
         """Assert every invariant. O(slots): for tests and ``flexkv check``."""
@@ -256,8 +259,8 @@ class TierIndex:
             assert self._state[slot] in (WRITING, READY), (
                 f"found key in slot {slot}, state {self._state[slot]}"
             )
-            parent = self._live_parent(slot)
-            if parent != _NONE:
+            parent = self.parent_slot(slot)
+            if parent != NO_SLOT:
                 assert self._state[parent] in (WRITING, READY), (
                     f"slot {slot} has a dead parent {parent}"
                 )
@@ -281,15 +284,16 @@ class TierIndex:
                     f"leaf {slot} cannot be found for eviction"
                 )
 
-    def _live_parent(self, slot: int) -> int:
+    def parent_slot(self, slot: int) -> int:
+        """Slot of the cached parent page, or -1."""
         parent = self._parent[slot]
-        if parent == _NONE or self._generation[parent] != self._parent_generation[slot]:
-            return _NONE
+        if parent == NO_SLOT or self._generation[parent] != self._parent_generation[slot]:
+            return NO_SLOT
         return parent
 
     def _link(self, slot: int, parent: int) -> None:
-        current = self._live_parent(slot)
-        if current != _NONE or parent == slot:
+        current = self.parent_slot(slot)
+        if current != NO_SLOT or parent == slot:
             # A key chains over its whole prefix, so its parent cannot change. Two claims mean the
             # caller's chain is not one (opaque v0 keys): keep the first, links are only an order.
             return
@@ -380,9 +384,9 @@ class TierIndex:
         self._key_of[slot] = None
         if self._state[slot] == READY:
             self._ready_count -= 1
-        parent = self._live_parent(slot)
-        self._parent[slot] = _NONE
-        if parent != _NONE:
+        parent = self.parent_slot(slot)
+        self._parent[slot] = NO_SLOT
+        if parent != NO_SLOT:
             self._children[parent] -= 1
             if self._children[parent] == 0 and self._state[parent] == READY:
                 self._push_leaf(parent)

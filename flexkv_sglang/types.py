@@ -17,6 +17,12 @@ PageKey = NewType("PageKey", bytes)
 
 SlotId = NewType("SlotId", int)
 
+FREE, WRITING, READY, DOOMED = range(4)
+"""States of a slot; ``index.TierIndex`` says what they mean and how they change."""
+
+NO_SLOT = -1
+"""In place of a slot number: none."""
+
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
