@@ -18,16 +18,22 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 
 NAME = "flexkv"
 MODULE, CLASS = "flexkv_sglang", "FlexKVStorage"
 
 _ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
-_SERVER_ARGS = "sglang.srt.server_args.ServerArgs.__post_init__"
+_RESOLVE = "sglang.srt.server_args.ServerArgs.resolve_once"
+_POST_INIT = (
+    "sglang.srt.server_args.ServerArgs.__post_init__"  # before 0.5.23: resolution happens here
+)
 _ATTACH = "sglang.srt.managers.cache_controller.HiCacheController.attach_storage_backend"
 _RUNTIME_CONFIG = (
     "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment.apply_runtime_config"
@@ -45,7 +51,10 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(_ADD_CLI_ARGS, accept_name, HookType.AFTER)
-    HookRegistry.register(_SERVER_ARGS, refuse_if_misfit, HookType.AFTER)
+    # In 0.5.23 ServerArgs is a msgspec struct, which never looks at a patched __post_init__.
+    HookRegistry.register(
+        _RESOLVE if _is_there(_RESOLVE) else _POST_INIT, refuse_early, HookType.BEFORE
+    )
     HookRegistry.register(_ATTACH, attach, HookType.AROUND)
     if (
         _resolve(_RUNTIME_CONFIG) is not None
@@ -78,11 +87,12 @@ def accept_name(result: Any, parser: argparse.ArgumentParser, *_args: Any, **_kw
     return result
 
 
-def refuse_if_misfit(result: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> Any:
-    """After ``ServerArgs`` is made: the one clear error, for the command line and for ``Engine(...)``."""
+def refuse_early(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Before the server's arguments are resolved, whether from the command line or ``Engine(...)``:
+    what cannot work is said before a model is loaded."""
     if getattr(server_args, "hicache_storage_backend", None) == NAME:
         _refuse_misfit()
-    return result
+        _check_settings(getattr(server_args, "hicache_storage_backend_extra_config", None))
 
 
 def attach(original: Callable[..., Any], controller: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,6 +127,26 @@ def _refuse_misfit() -> None:
             f"hicache_storage_backend: 'flexkv' does not fit SGLang {sglang.__version__}: {reason}. "
             f"Valid: another release of flexkv-sglang or SGLang; {HELP}"
         )
+
+
+def _check_settings(text: str | None) -> None:
+    """Wrong keys and values are said by the launcher already. Only JSON: SGLang reads the other forms."""
+    if not text:
+        return
+    if text.startswith("@"):
+        path = Path(text[1:])
+        if path.suffix != ".json" or not path.is_file():
+            return
+        text = path.read_text()
+    try:
+        given = json.loads(text)
+    except ValueError as exc:
+        raise ConfigError(
+            f"hicache_storage_backend_extra_config: {text!r} is not JSON: {exc}"
+        ) from exc
+    if not isinstance(given, dict):
+        raise ConfigError(f"hicache_storage_backend_extra_config: {text!r}. Valid: a JSON object")
+    FlexKVConfig.parse(given)
 
 
 def _resolve(path: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,8 +84,37 @@ def test_a_misfit_is_one_clear_error_never_silence(monkeypatch: pytest.MonkeyPat
         plugin.attach(Controller.attach_storage_backend, Controller(), "flexkv")
     asked, other = argparse.Namespace(hicache_storage_backend="flexkv"), argparse.Namespace()
     with pytest.raises(ConfigError, match=expected):
-        plugin.refuse_if_misfit(None, asked)
-    assert plugin.refuse_if_misfit("kept", other) == "kept"
+        plugin.refuse_early(asked)
+    plugin.refuse_early(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"sise": 1}', r"sise: unknown key, value 1. Did you mean 'size'"),
+        ("{size", r"extra_config: '{size' is not JSON"),
+        ("[1]", r"Valid: a JSON object"),
+    ],
+)
+def test_a_wrong_setting_is_said_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, message: str
+) -> None:
+    fits(monkeypatch)
+    (tmp_path / "settings.json").write_text(text)
+    for given in (text, f"@{tmp_path / 'settings.json'}"):
+        args = argparse.Namespace(
+            hicache_storage_backend="flexkv", hicache_storage_backend_extra_config=given
+        )
+        with pytest.raises(ConfigError, match=message):
+            plugin.refuse_early(args)
+    good = argparse.Namespace(
+        hicache_storage_backend="flexkv",
+        hicache_storage_backend_extra_config='{"size": "1GB", "prefetch_threshold": 16}',
+    )
+    plugin.refuse_early(good)
+    good.hicache_storage_backend = "file"
+    good.hicache_storage_backend_extra_config = '{"sise": 1}'
+    plugin.refuse_early(good)
 
 
 def test_a_changed_signature_is_a_misfit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +161,10 @@ action = next(a for a in parser._actions if a.dest == 'hicache_storage_backend')
 assert 'flexkv' in action.choices and 'file' in action.choices, action.choices
 args = parser.parse_args(['--model-path', 'm', '--hicache-storage-backend', 'flexkv'])
 assert args.hicache_storage_backend == 'flexkv'
-ServerArgs(model_path='m', hicache_storage_backend='flexkv')
 plugin.misfit = lambda: 'planted'
+asked = ServerArgs(model_path='m', hicache_storage_backend='flexkv')
 try:
-    ServerArgs(model_path='m', hicache_storage_backend='flexkv')
+    asked.resolve_once()
 except ValueError as exc:
     assert 'planted' in str(exc), exc
 else:
