@@ -25,8 +25,8 @@ CLOSE_TIMEOUT_S = 6.0
 IOVEC = np.dtype([("base", "<u8"), ("len", "<u8")])
 IOV_MAX = 1024
 
-OnDone = Callable[[npt.NDArray[np.intp]], None]
-"""Called with the batch positions that completed, while others are still in flight."""
+OnDone = Callable[[npt.NDArray[np.intp], I64], None]
+"""Called with batch positions that completed and their results, while others are still in flight."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ def _share(
             results[position] = _move(batch, position, writing)
             tried.append(position)
         if on_done is not None and tried:
-            on_done(np.array(tried, np.intp))
+            on_done(np.array(tried, np.intp), results[tried])
         if len(tried) < len(positions):
             return
 

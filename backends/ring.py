@@ -254,7 +254,7 @@ class Ring:
             in_flight -= len(done)
             if on_done is not None and len(done) and failure is None:
                 try:
-                    on_done(done)
+                    on_done(done, results[done])
                 except BaseException as exc:  # noqa: BLE001 - re-raised below; I/O in flight drains first
                     failure = exc
         if failure is not None:

@@ -30,7 +30,7 @@ from flexkv_sglang.errors import JournalError, TierError
 from flexkv_sglang.index import TierIndex
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.prefix import cut_after_first_failure
-from flexkv_sglang.transfer import PageMover
+from flexkv_sglang.transfer import Outcome, PageMover
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
 logger = logging.getLogger(__name__)
@@ -198,29 +198,27 @@ class CacheEngine:
         results: list[bool],
         bad: list[int],
     ) -> None:
-        wrong: list[int] = []
-
         def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
             source = sources[rows[position]]
             if source.kind not in self._accepted_kinds:
                 return False
             if source.kind is ChecksumKind.NONE or self._written_kind is ChecksumKind.NONE:
                 return True
-            if page_checksum(source.kind, source.key, parts) == source.checksum:
-                return True
-            wrong.append(position)
-            return False
+            return page_checksum(source.kind, source.key, parts) == source.checksum
 
         try:
-            done = self._mover.read(extents, targets.take(rows), deadline, inspect)
+            outcomes = self._mover.read(extents, targets.take(rows), deadline, inspect)
         except (OSError, TierError) as exc:
             self._trouble("read", exc)
             return
-        for position, row in enumerate(rows):
-            results[row] = done[position]
-        # A short or failed transfer leaves rubbish in the target: only complete reads count as corrupt.
-        bad += [rows[position] for position in wrong]
-        self._metrics.count("read_failed_pages", sum(1 for flag in done if not flag) - len(wrong))
+        for row, outcome in zip(rows, outcomes, strict=True):
+            results[row] = outcome is Outcome.DONE
+            if outcome in (
+                Outcome.REFUSED,
+                Outcome.SHORT,
+            ):  # it will not get better by asking again
+                bad.append(row)
+        self._metrics.count("read_failed_pages", outcomes.count(Outcome.FAILED))
 
     def _recheck_neighbours(
         self, sources: list[_Source], foreign: list[int], results: list[bool], bad: list[int]
@@ -308,7 +306,9 @@ class CacheEngine:
         try:
             usable = self._tier.writable(slots)
             if all(usable):
-                done = self._mover.write(self._tier.extents(slots), sources, deadline, inspect)
+                extents = self._tier.extents(slots)
+                outcomes = self._mover.write(extents, sources, deadline, inspect)
+                done = [outcome is Outcome.DONE for outcome in outcomes]
         except (OSError, TierError) as exc:
             self._trouble("write", exc)
         finally:

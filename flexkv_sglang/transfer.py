@@ -2,7 +2,7 @@
 
 Knows no keys, no index and takes no lock of the engine: pins and WRITING slots protect the bytes while
 they move. Invariant: when a call returns, nothing reads or writes the caller's memory any more, and a
-page is reported True only if every byte of it moved and ``inspect`` accepted it.
+page is DONE only if every byte of it moved and ``inspect`` accepted it.
 
 Threads: any. Reads and writes have an engine and a slab each, so a long write does not hold up a read.
 """
@@ -14,11 +14,12 @@ import mmap
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.backends.io import IoBatch, IoEngine
+from flexkv_sglang.backends.io import IoBatch, IoEngine, OnDone
 from flexkv_sglang.backends.probe import IoMode, make_engine
 from flexkv_sglang.backends.slot_file import Extents
 from flexkv_sglang.metrics import Metrics
@@ -28,6 +29,15 @@ Inspect = Callable[[int, list[tuple[int, int]]], bool]
 """(page position, its buffers as (address, bytes)) -> keep it? Called off the I/O path, from any thread."""
 
 _SLAB_BYTES = 32 << 20
+
+
+class Outcome(IntEnum):
+    """What became of one page."""
+
+    FAILED = 0  # an I/O error, or not begun before the deadline: the page may be fine next time
+    SHORT = 1  # the medium holds less than a page there
+    REFUSED = 2  # ``inspect`` said no
+    DONE = 3  # every byte moved and accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +112,14 @@ class _Lane:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One call: what moves where, and what has been accepted so far (bool ``[n]``)."""
+    """One call: what moves where, and what became of each page (``Outcome`` ``[n]``)."""
 
     direction: str
     extents: Extents
     buffers: PageBuffers
     deadline: float
     inspect: Inspect
-    accepted: BoolArray
+    outcomes: npt.NDArray[np.int8]
 
 
 class PageMover:
@@ -124,16 +134,16 @@ class PageMover:
 
     def read(
         self, extents: Extents, buffers: PageBuffers, deadline: float, inspect: Inspect
-    ) -> list[bool]:
+    ) -> list[Outcome]:
         """Media to memory. A bounced page reaches its target only after ``inspect`` accepted it.
 
-        ``deadline`` is ``time.monotonic()`` seconds; pages not begun by then are False.
+        ``deadline`` is ``time.monotonic()`` seconds; pages not begun by then are FAILED.
         """
         return self._move("read", extents, buffers, deadline, inspect)
 
     def write(
         self, extents: Extents, buffers: PageBuffers, deadline: float, inspect: Inspect
-    ) -> list[bool]:
+    ) -> list[Outcome]:
         """Memory to media. ``inspect`` sees the page's source buffers once its bytes have been taken."""
         return self._move("write", extents, buffers, deadline, inspect)
 
@@ -149,13 +159,20 @@ class PageMover:
         buffers: PageBuffers,
         deadline: float,
         inspect: Inspect,
-    ) -> list[bool]:
+    ) -> list[Outcome]:
         assert len(extents.offsets) == len(buffers), (len(extents.offsets), len(buffers))
         assert buffers.payload_bytes == self._payload_bytes, (
             buffers.payload_bytes,
             self._payload_bytes,
         )
-        job = _Job(direction, extents, buffers, deadline, inspect, np.zeros(len(buffers), np.bool_))
+        job = _Job(
+            direction,
+            extents,
+            buffers,
+            deadline,
+            inspect,
+            np.full(len(buffers), Outcome.FAILED, np.int8),
+        )
         plan = plan_move(buffers, extents.modes)
         direct = plan.direct
         self._metrics.count("copied_pages", plan.copied)
@@ -167,7 +184,7 @@ class PageMover:
             rows = np.flatnonzero(~direct & (kinds == kind))
             if len(rows):
                 self._bounced(job, kind, rows)
-        return [bool(flag) for flag in job.accepted]
+        return [Outcome(value) for value in job.outcomes.tolist()]
 
     def _direct(self, job: _Job, kind: str, rows: npt.NDArray[np.intp]) -> None:
         """Between disk and the caller's memory; each page is inspected as it lands."""
@@ -179,16 +196,22 @@ class PageMover:
             buffers.lengths,
         )
         lengths = buffers.lengths.tolist()
-        checked = np.zeros(len(rows), np.bool_)
 
-        def on_done(positions: npt.NDArray[np.intp]) -> None:
-            for position in positions.tolist():
+        def on_done(positions: npt.NDArray[np.intp], moved: npt.NDArray[np.int64]) -> None:
+            for position, count in zip(positions.tolist(), moved.tolist(), strict=True):
                 page = int(rows[position])
                 parts = list(zip(buffers.addresses[page].tolist(), lengths, strict=True))
-                checked[position] = job.inspect(page, parts)
+                job.outcomes[page] = self._outcome(job, page, parts, count, batch.page_bytes)
 
-        moved = self._run(job, kind, batch, on_done)
-        job.accepted[rows] = checked & (moved == batch.page_bytes)
+        self._run(job, kind, batch, on_done)
+
+    @staticmethod
+    def _outcome(
+        job: _Job, page: int, parts: list[tuple[int, int]], moved: int, wanted: int
+    ) -> Outcome:
+        if moved != wanted:
+            return Outcome.FAILED if moved < 0 else Outcome.SHORT
+        return Outcome.DONE if job.inspect(page, parts) else Outcome.REFUSED
 
     def _bounced(self, job: _Job, kind: str, rows: npt.NDArray[np.intp]) -> None:
         """Through the slab, as many pages at a time as it has rows."""
@@ -212,17 +235,18 @@ class PageMover:
                 _copy(job.buffers, page, address, to_slab=True)
         moved = self._run(job, kind, batch, None).tolist()
         for address, page, count in zip(addresses, pages, moved, strict=True):
-            if count == self._row_bytes and job.inspect(page, [(address, self._payload_bytes)]):
-                if job.direction == "read":
-                    _copy(job.buffers, page, address, to_slab=False)
-                job.accepted[page] = True
+            parts = [(address, self._payload_bytes)]
+            outcome = self._outcome(job, page, parts, count, self._row_bytes)
+            if outcome is Outcome.DONE and job.direction == "read":
+                _copy(job.buffers, page, address, to_slab=False)
+            job.outcomes[page] = outcome
 
     def _run(
         self,
         job: _Job,
         kind: str,
         batch: IoBatch,
-        on_done: Callable[[npt.NDArray[np.intp]], None] | None,
+        on_done: OnDone | None,
     ) -> npt.NDArray[np.int64]:
         engine = self._lanes[job.direction].engine(kind)
         move = engine.read if job.direction == "read" else engine.write

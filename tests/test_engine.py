@@ -16,6 +16,7 @@ from engines import keys, open_engine, page_memory, soon, wait_until
 
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.errors import ConfigError, JournalError
+from flexkv_sglang.transfer import Outcome
 from flexkv_sglang.types import PageKey
 
 PAGE = 8192
@@ -178,7 +179,7 @@ def test_clear_during_a_put_leaves_no_page_and_no_slot_behind(tmp_path: Path) ->
     mover: Any = engine._mover
     original, at_move, go_on = mover.write, threading.Event(), threading.Event()
 
-    def slow_write(*args: Any) -> list[bool]:
+    def slow_write(*args: Any) -> list[Outcome]:
         at_move.set()
         assert go_on.wait(10)
         return list(original(*args))
@@ -213,11 +214,11 @@ def test_a_failed_write_is_false_invisible_and_leaks_nothing(
     mover: Any = engine._mover
     original = mover.write
 
-    def broken(*args: Any) -> list[bool]:
+    def broken(*args: Any) -> list[Outcome]:
         done = original(*args)
         if failure is not None:
             raise failure
-        return [flag and i % 2 == 0 for i, flag in enumerate(done)]
+        return [outcome if i % 2 == 0 else Outcome.SHORT for i, outcome in enumerate(done)]
 
     mover.write = broken
     _, buffers = page_memory(10, PAGE, seed=1)
@@ -250,6 +251,22 @@ def test_a_failed_journal_stops_writes_and_keeps_reads(
     assert engine.put(keys(4, 9), buffers, None, soon()) == [False] * 4  # given up until restart
     assert all(served(engine, 10)[0])
     engine.check()
+    engine.close()
+
+
+def test_a_page_whose_file_was_cut_is_not_promised_again_but_one_behind_an_io_error_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(tmp_path, PAGE, SIZE)
+    fill(engine, 4)
+    mover: Any = engine._mover
+    monkeypatch.setattr(mover, "read", lambda extents, *_: [Outcome.FAILED] * len(extents.offsets))
+    assert served(engine, 4)[0] == [False] * 4
+    assert engine.prefix(keys(4)) == 4
+    monkeypatch.undo()
+    os.truncate(next(tmp_path.rglob("*.slots")), PAGE * 2)
+    assert served(engine, 4)[0] == [True, True, False, False]
+    assert engine.prefix(keys(4)) == 2
     engine.close()
 
 

@@ -13,7 +13,7 @@ from engines import page_memory, soon
 from flexkv_sglang.backends.probe import IoMode, probe_directory
 from flexkv_sglang.backends.slot_file import Extents
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.transfer import PageMover, plan_move
+from flexkv_sglang.transfer import Outcome, PageMover, plan_move
 from flexkv_sglang.types import SECTOR, PageBuffers, round_up
 
 DIRECT_512 = IoMode("io_uring", True, 512)
@@ -87,7 +87,7 @@ def test_round_trip_touches_nothing_around_the_pages(
         inspected.append(page)
         return sum(length for _, length in parts) == payload
 
-    assert all(mover.write(extents, source_buffers, soon(), inspect))
+    assert set(mover.write(extents, source_buffers, soon(), inspect)) == {Outcome.DONE}
     assert sorted(inspected) == list(range(count))
     roomy, _ = page_memory(count + 2, payload, 1, shift=shift)
     middle = roomy[1:-1]
@@ -96,7 +96,7 @@ def test_round_trip_touches_nothing_around_the_pages(
     )
     steps = np.arange(buffers, dtype=np.uint64)[None, :] * source_buffers.lengths[0]
     targets = PageBuffers(starts + steps, source_buffers.lengths)
-    assert all(mover.read(extents, targets, soon(), lambda _page, _parts: True))
+    assert set(mover.read(extents, targets, soon(), lambda _page, _parts: True)) == {Outcome.DONE}
     assert np.array_equal(middle, source)
     assert (roomy[0] == 0xA5).all()
     assert (roomy[-1] == 0xA5).all()
@@ -108,7 +108,10 @@ def test_a_rejected_bounced_page_never_reaches_its_target(fd: int, mode: IoMode)
     extents = Extents(np.full(2, fd, np.int32), np.array([0, 4096], np.uint64), (mode, mode))
     target, buffers = page_memory(2, 1000, shift=1)
     mover = PageMover(1000, Metrics())
-    assert mover.read(extents, buffers, soon(), lambda page, _parts: page == 1) == [False, True]
+    assert mover.read(extents, buffers, soon(), lambda page, _parts: page == 1) == [
+        Outcome.REFUSED,
+        Outcome.DONE,
+    ]
     assert (target[0] == 0xA5).all()
     assert (target[1] == 0).all()
     mover.close()
@@ -119,5 +122,21 @@ def test_a_short_transfer_is_a_failed_page(fd: int, mode: IoMode) -> None:
     extents = Extents(np.full(2, fd, np.int32), np.array([0, 65536], np.uint64), (mode, mode))
     _, buffers = page_memory(2, 65536)
     mover = PageMover(65536, Metrics())
-    assert mover.read(extents, buffers, soon(), lambda _page, _parts: True) == [True, False]
+    assert mover.read(extents, buffers, soon(), lambda _page, _parts: True) == [
+        Outcome.DONE,
+        Outcome.SHORT,
+    ]
     mover.close()
+
+
+def test_an_io_error_is_not_mistaken_for_wrong_bytes(mode: IoMode, tmp_path: Path) -> None:
+    write_only = os.open(tmp_path / "write-only", os.O_WRONLY | os.O_CREAT | mode.open_flags)
+    os.posix_fallocate(write_only, 0, 65536)
+    extents = Extents(np.array([write_only], np.int32), np.zeros(1, np.uint64), (mode,))
+    _kept, buffers = page_memory(1, 65536)
+    mover = PageMover(65536, Metrics())
+    asked: list[int] = []
+    outcome = mover.read(extents, buffers, soon(), lambda page, _parts: bool(asked.append(page)))
+    assert (outcome, asked) == ([Outcome.FAILED], [])
+    mover.close()
+    os.close(write_only)

@@ -71,7 +71,8 @@ def test_every_completion_is_reported_once_and_its_bytes_are_there(
     seen: list[int] = []
     guard = threading.Lock()
 
-    def on_done(positions: np.ndarray) -> None:
+    def on_done(positions: np.ndarray, moved: np.ndarray) -> None:
+        assert (moved == PAGE).all()
         with guard:
             seen.extend(positions.tolist())
         for position in positions.tolist():
@@ -86,7 +87,7 @@ def test_an_exception_in_on_done_is_raised_only_when_nothing_is_in_flight(
 ) -> None:
     _, buffers = page_memory(COUNT, PAGE)
 
-    def on_done(_positions: np.ndarray) -> None:
+    def on_done(_positions: np.ndarray, _moved: np.ndarray) -> None:
         raise RuntimeError("planted")
 
     with pytest.raises(RuntimeError, match="planted"):
