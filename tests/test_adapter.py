@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import keys, page_memory
 from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
     HiCacheStorageConfig,
@@ -26,6 +25,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 
+from engines import keys, page_memory
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.host_pages import HostPages

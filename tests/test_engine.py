@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import keys, open_engine, page_memory, soon, wait_until
 
+from engines import keys, open_engine, page_memory, soon, wait_until
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.errors import ConfigError, JournalError
 from flexkv_sglang.transfer import Outcome

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import pathlib
 import subprocess
 import sys
@@ -17,11 +17,14 @@ FOREIGN = "def marker():\n    return 'foreign'\n"
 
 
 def test_no_top_level_triton_kernels_or_backends_of_ours() -> None:
+    find = (
+        "import importlib.util as u, json, sys; s = u.find_spec(sys.argv[1]);"
+        "print(json.dumps([] if s is None else [*(s.submodule_search_locations or []), s.origin or '']))"
+    )
     for name in ("triton_kernels", "backends"):
-        spec = importlib.util.find_spec(name)
-        places = (
-            [] if spec is None else [*(spec.submodule_search_locations or []), spec.origin or ""]
-        )
+        # -P: the working directory is not on the path, as for an installed command.
+        command = [sys.executable, "-P", "-c", find, name]
+        places = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         ours = [p for p in places if p and pathlib.Path(p).resolve().is_relative_to(ROOT)]
         # A virtual environment inside the checkout is not "ours".
         assert not [p for p in ours if ".venv" not in pathlib.Path(p).parts], places

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pool_matrix
 import pytest
 import torch
+
+import pool_matrix
 from flexkv_bed.controller import (
     Geometry,
     Rig,
@@ -25,7 +26,6 @@ from flexkv_bed.controller import (
     write_pages,
 )
 from flexkv_bed.tiny_model import write_config
-
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.transfer import plan_move
 

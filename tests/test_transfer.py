@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import page_memory, soon
 
+from engines import page_memory, soon
 from flexkv_sglang.backends.probe import IoMode, probe_directory
 from flexkv_sglang.backends.slot_file import Extents
 from flexkv_sglang.metrics import Metrics

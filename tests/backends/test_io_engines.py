@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import page_memory, soon
 
+from engines import page_memory, soon
 from flexkv_sglang.backends.io import NOT_TRIED, IoBatch, IoEngine
 from flexkv_sglang.backends.posix_io import PosixIo
 from flexkv_sglang.backends.ring import Ring, depth_for

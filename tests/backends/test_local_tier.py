@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from engines import keys, open_engine, page_memory, soon
 
+from engines import keys, open_engine, page_memory, soon
 from flexkv_sglang.backends import local_tier, probe
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory

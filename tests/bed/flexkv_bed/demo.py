@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+
 from flexkv_bed import REPLACED_ON_CPU
 from flexkv_bed.server import (
     IO_BACKEND,
