@@ -45,6 +45,8 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 120.0
 _POLL_S = 0.25
+_DIE_WITH_OWNER = ("setpriv", "--pdeathsig", "KILL")
+"""However the owner ends, SIGKILL included, its servers go with it (SGLang's children follow their parent)."""
 _SGLANG_CPU = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -85,6 +87,7 @@ class Settings:
         entry = [sys.executable, "-P", "-m", "sglang.launch_server"]
         if self.through_serve:
             entry = [str(Path(sys.executable).with_name("sglang")), "serve"]
+        entry = [*_DIE_WITH_OWNER, *entry]
         flags = {
             "model-path": self.model,
             "device": "cpu",
@@ -101,7 +104,12 @@ class Settings:
             "hicache-storage-backend": self.backend,
             "hicache-storage-backend-extra-config": json.dumps(self.extra_config()),
         }
-        switches = ["--enable-hierarchical-cache", "--enable-cache-report", *self.arguments]
+        switches = [
+            "--enable-hierarchical-cache",
+            "--enable-cache-report",
+            "--sleep-on-idle",
+            *self.arguments,
+        ]
         return [*entry, *(part for k, v in flags.items() for part in (f"--{k}", str(v))), *switches]
 
 

@@ -1,0 +1,116 @@
+"""Two stock SGLang servers on one directory. Every test has a prompt of its own and leaves the pair as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asking import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold, prompt
+from flexkv_bed.server import (
+    DYNAMIC_FLEXKV,
+    Replica,
+    ServerFailedError,
+    Settings,
+    flexkv_extra,
+)
+
+pytestmark = [pytest.mark.sglang, pytest.mark.e2e]
+
+ENGINE_SCRIPT = Path(__file__).with_name("offline_engine.py")
+
+
+def test_replicas_share_in_both_directions(pair: tuple[Replica, Replica]) -> None:
+    a, b = pair
+    first, second = cold(a, 1), cold(b, 2)
+    assert_from_storage(b, 1, first)
+    assert_from_storage(a, 2, second)
+
+
+def test_detach_and_attach_at_run_time(pair: tuple[Replica, Replica]) -> None:
+    _, b = pair
+    first = cold(b, 3)
+    b.detach()
+    b.flush_cache()
+    assert_recomputed(b, 3, first)
+    b.attach("flexkv", b.settings.extra_config())
+    b.flush_cache()
+    assert_from_storage(b, 3, first)
+
+
+def test_wrong_settings_over_http_are_refused_and_the_server_goes_on(
+    pair: tuple[Replica, Replica],
+) -> None:
+    a, _ = pair
+    a.detach()
+    try:
+        with pytest.raises(ServerFailedError, match=r"(?s)HTTP 400.*sise.*Did you mean 'size'"):
+            a.attach("flexkv", {"path": str(a.settings.storage), "sise": 1})
+        assert a.generate(prompt(4)).storage == 0
+    finally:
+        a.attach("flexkv", a.settings.extra_config())
+    cold(a, 5)
+
+
+def test_clear_over_http_forgets_own_pages_and_leaves_the_neighbours(
+    pair: tuple[Replica, Replica],
+) -> None:
+    a, b = pair
+    mine, theirs = cold(a, 6), cold(b, 7)
+    a.clear_storage()
+    a.flush_cache()
+    assert_recomputed(a, 6, mine)
+    assert_from_storage(a, 7, theirs)
+
+
+def test_the_dynamic_backend_is_the_same_store(
+    pair: tuple[Replica, Replica], tmp_path: Path
+) -> None:
+    a, _ = pair
+    first = cold(a, 8)
+    settings = Settings(
+        model=a.settings.model,
+        storage=a.settings.storage,
+        log=tmp_path / "dynamic.log",
+        backend="dynamic",
+        extra={**flexkv_extra(a.settings.storage), **DYNAMIC_FLEXKV},
+    )
+    with Replica(settings) as replica:
+        replica.wait_ready()
+        assert_from_storage(replica, 8, first)
+
+
+def test_the_offline_engine_reads_what_a_server_wrote(
+    pair: tuple[Replica, Replica], tmp_path: Path
+) -> None:
+    a, _ = pair
+    first = cold(a, 9)
+    job = {
+        "model": str(a.settings.model),
+        "extra": a.settings.extra_config(),
+        "page_size": PAGE,
+        "prompt": prompt(9),
+    }
+    environment = {
+        **os.environ,
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    run = subprocess.run(
+        [sys.executable, "-P", str(ENGINE_SCRIPT), json.dumps(job)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    answer = json.loads(run.stdout.splitlines()[-1])
+    assert answer["cached"]["storage"] == REUSABLE
+    assert tuple(answer["output_ids"]) == first.output_ids
