@@ -1,0 +1,143 @@
+"""TierIndex against an oracle under any sequence of calls; reserve, commit and abort are rules of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from flexkv_sglang.index import TierIndex
+from flexkv_sglang.types import PageKey, SlotId
+from index_oracle import Oracle, Page
+
+BRANCHES = 2
+paths = st.lists(st.integers(0, BRANCHES - 1), min_size=1, max_size=6)
+
+
+def chain(path: list[int]) -> list[PageKey]:
+    """Page keys of a prompt: each stands for everything before it, as SGLang's do."""
+    return [
+        PageKey(hashlib.sha256(bytes(path[: length + 1])).digest()) for length in range(len(path))
+    ]
+
+
+class IndexMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: list[tuple[list[SlotId], list[Page]]] = []
+        self.writing: list[tuple[list[SlotId], list[Page]]] = []
+
+    @initialize(capacity=st.integers(0, 9))
+    def start(self, capacity: int) -> None:
+        self.index = TierIndex(capacity)
+        self.oracle = Oracle(capacity)
+
+    @rule(path=paths, start=st.integers(0, 5), skip=st.frozensets(st.integers(0, 5), max_size=2))
+    def reserve(self, path: list[int], start: int, skip: frozenset[int]) -> None:
+        whole = chain(path)
+        start = min(start, len(whole) - 1)
+        keys, parent = whole[start:], whole[start - 1] if start else None
+        busy = self.oracle.busy_slots()
+        got = self.index.reserve(keys, parent, skip)
+        slots_of_victims = {slot for _, slot in got.victims}
+        granted, victims, refused = self.oracle.reserve(keys, parent, skip)
+        assert [position for position, _ in got.granted] == granted
+        assert [key for key, _ in got.victims] == victims
+        assert got.refused == refused
+        slots = [slot for _, slot in got.granted]
+        assert len(set(slots)) == len(slots)
+        assert set(slots) & busy <= slots_of_victims, "a slot in use was given away"
+        pages = [self.oracle.pages[keys[position]] for position in granted]
+        for page, slot in zip(pages, slots, strict=True):
+            page.slot = slot
+        if slots:
+            self.writing.append((slots, pages))
+
+    @precondition(lambda self: self.writing)
+    @rule(data=st.data())
+    def commit(self, data: Any) -> None:
+        slots, pages = self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1)))
+        alive = [page not in self.oracle.ghosts for page in pages]
+        assert self.index.still_writing(slots) == alive
+        good = [slot for slot, flag in zip(slots, alive, strict=True) if flag]
+        self.index.commit(good)
+        self.index.abort([slot for slot in slots if slot not in good])
+        self.oracle.commit([page for page, flag in zip(pages, alive, strict=True) if flag])
+        self.oracle.abort([page for page, flag in zip(pages, alive, strict=True) if not flag])
+
+    @precondition(lambda self: self.writing)
+    @rule(data=st.data())
+    def abort(self, data: Any) -> None:
+        slots, pages = self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1)))
+        self.index.abort(slots)
+        self.oracle.abort(pages)
+
+    @rule(path=paths)
+    def pin(self, path: list[int]) -> None:
+        slots = self.index.pin(chain(path))
+        pages = self.oracle.pin(chain(path))
+        assert slots == [page.slot for page in pages]
+        if slots:
+            self.pinned.append((slots, pages))
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def unpin(self, data: Any) -> None:
+        slots, pages = self.pinned.pop(data.draw(st.integers(0, len(self.pinned) - 1)))
+        self.index.unpin(slots)
+        self.oracle.unpin(pages)
+
+    @precondition(lambda self: any(page.ready for page in self.oracle.pages.values()))
+    @rule(data=st.data())
+    def discard(self, data: Any) -> None:
+        ready = [page for page in self.oracle.pages.values() if page.ready]
+        page = ready[data.draw(st.integers(0, len(ready) - 1))]
+        assert self.index.discard(page.key, SlotId(page.slot))
+        self.oracle.discard(page)
+        assert not self.index.discard(page.key, SlotId(page.slot))
+
+    @rule()
+    def clear(self) -> None:
+        self.index.clear()
+        self.oracle.clear()
+
+    @rule()
+    def restart(self) -> None:
+        """Snapshot and load: READY pages, their order and their links come back; nothing else does."""
+        keys, slots, parents = self.index.freeze().by_age()
+        self.index = TierIndex(self.oracle.capacity)
+        assert self.index.load(keys, slots.tolist(), parents.tolist()) == []
+        oracle = Oracle(self.oracle.capacity)
+        kept = sorted(
+            (page for page in self.oracle.pages.values() if page.ready), key=lambda page: page.used
+        )
+        for page in kept:
+            if page.parent is not None and (
+                self.oracle.pages.get(page.parent.key) is not page.parent or not page.parent.ready
+            ):
+                page.parent = None
+            page.pins = 0
+            oracle.pages[page.key] = page
+            oracle.use(page)
+        self.oracle = oracle
+        self.pinned, self.writing = [], []
+
+    @rule(path=paths)
+    def look_up(self, path: list[int]) -> None:
+        keys = chain(path)
+        assert self.index.prefix(keys) == self.oracle.prefix(keys)
+        for key in keys:
+            page = self.oracle.pages.get(key)
+            assert self.index.holds(key) == (page is not None)
+            expected = page.slot if page is not None and page.ready else None
+            assert self.index.find(key) == expected
+
+    @invariant()
+    def sound(self) -> None:
+        self.index.check()
+        assert len(self.index) == sum(page.ready for page in self.oracle.pages.values())
+
+
+TestIndexModel = IndexMachine.TestCase
