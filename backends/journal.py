@@ -215,12 +215,16 @@ def write_snapshot(directory: Path, header: Header, live: Records) -> None:
 def _publish(path: Path, data: bytes, *, sync: bool = False) -> None:
     """Write a whole file and rename it into place: nobody ever sees a part of it."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with open(temporary, "wb", opener=_private) as file:
         file.write(data)
         if sync:
             file.flush()
             os.fdatasync(file.fileno())
     temporary.rename(path)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)  # KV cache is as confidential as the prompts
 
 
 def _unlink(path: Path) -> None:

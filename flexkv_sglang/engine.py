@@ -17,12 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from flexkv_sglang.backends.checksum import (
-    ACCEPTED_KINDS,
-    WRITTEN_KIND,
-    ChecksumKind,
-    page_checksum,
-)
+from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
 from flexkv_sglang.backends.local_tier import Recovered
 from flexkv_sglang.backends.neighbours import NeighbourPage, NeighbourStore
 from flexkv_sglang.backends.slot_file import Extents, SlotFileTier
@@ -102,8 +97,8 @@ class GetPlan:
 class CacheEngine:
     """Look up, get, put and clear pages of one namespace. Thread-safe; see the module docstring.
 
-    ``verify``: "full" (every byte of every read), "sampled" or "off"; pages written with less than is
-    asked for are refused. Owns everything it is given and closes it.
+    ``verify``: "full" (every byte of every read), "sampled" or "off". Tier and neighbours know no page that
+    was written with less than is asked for. Owns everything it is given and closes it.
     """
 
     def __init__(
@@ -120,7 +115,6 @@ class CacheEngine:
         self._mover = mover
         self._metrics = metrics
         self._written_kind = WRITTEN_KIND[verify]
-        self._accepted_kinds = ACCEPTED_KINDS[verify]
         self._lock = threading.Lock()
         self._publish = threading.Lock()
         self._index = TierIndex(tier.slot_count)  # guarded by _lock
@@ -200,8 +194,6 @@ class CacheEngine:
     ) -> None:
         def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
             source = sources[rows[position]]
-            if source.kind not in self._accepted_kinds:
-                return False
             if source.kind is ChecksumKind.NONE or self._written_kind is ChecksumKind.NONE:
                 return True
             return page_checksum(source.kind, source.key, parts) == source.checksum

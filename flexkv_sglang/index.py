@@ -353,12 +353,8 @@ class TierIndex:
         while self._leaves:
             entry = heapq.heappop(self._leaves)
             slot = entry & _SLOT_MASK
-            if (
-                self._state[slot] != READY
-                or self._children[slot]
-                or self._tick[slot] != entry >> _SLOT_BITS
-            ):
-                continue
+            if self._state[slot] != READY or self._tick[slot] != entry >> _SLOT_BITS:
+                continue  # touched since; a page that got a child was touched too
             if self._pins[slot]:
                 pinned.append(entry)
                 continue

@@ -120,6 +120,28 @@ def test_two_slots_that_changed_places_are_refused(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_a_page_found_under_another_pages_name_is_refused(tmp_path: Path) -> None:
+    """Payload and checksum of the slot agree; only the key in the checksum says that it is not this page."""
+    engine = open_engine(tmp_path, PAGE, SIZE)
+    fill(engine, 2)
+    slot_of, (first, second) = engine._index._slot_of, keys(2)
+    slot_of[first], slot_of[second] = slot_of[second], slot_of[first]
+    assert served(engine, 2)[0] == [False, False]
+    engine.close()
+
+
+def test_one_damaged_page_ends_the_run_and_those_behind_it_stay(tmp_path: Path) -> None:
+    engine = open_engine(tmp_path, PAGE, SIZE)
+    fill(engine, 5)
+    with next(tmp_path.rglob("*.slots")).open("r+b") as file:
+        file.seek(2 * PAGE + 77)
+        file.write(b"\0\0\0\0")
+    assert served(engine, 5)[0] == [True, True, False, False, False]
+    assert engine.prefix(keys(5)) == 2
+    assert engine.prefix(keys(5)[3:]) == 2
+    engine.close()
+
+
 def test_pages_written_with_less_verification_do_not_exist_for_a_stricter_process(
     tmp_path: Path,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -36,6 +37,9 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(path=paths, start=st.integers(0, 5), skip=st.frozensets(st.integers(0, 5), max_size=2))
     def reserve(self, path: list[int], start: int, skip: frozenset[int]) -> None:
+        self._reserve(path, start, skip)
+
+    def _reserve(self, path: list[int], start: int, skip: frozenset[int]) -> None:
         whole = chain(path)
         start = min(start, len(whole) - 1)
         keys, parent = whole[start:], whole[start - 1] if start else None
@@ -55,10 +59,20 @@ class IndexMachine(RuleBasedStateMachine):
         if slots:
             self.writing.append((slots, pages))
 
+    @rule(path=paths)
+    def store(self, path: list[int]) -> None:
+        """A whole put at once: else few chains would ever be complete, and few pages evicted."""
+        before = len(self.writing)
+        self._reserve(path, 0, frozenset())
+        if len(self.writing) > before:
+            self._commit(*self.writing.pop())
+
     @precondition(lambda self: self.writing)
     @rule(data=st.data())
     def commit(self, data: Any) -> None:
-        slots, pages = self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1)))
+        self._commit(*self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1))))
+
+    def _commit(self, slots: list[SlotId], pages: list[Page]) -> None:
         alive = [page not in self.oracle.ghosts for page in pages]
         assert self.index.still_writing(slots) == alive
         good = [slot for slot, flag in zip(slots, alive, strict=True) if flag]
@@ -140,4 +154,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert len(self.index) == sum(page.ready for page in self.oracle.pages.values())
 
 
+IndexMachine.TestCase.settings = settings(
+    max_examples=5 * settings.default.max_examples, stateful_step_count=60
+)
 TestIndexModel = IndexMachine.TestCase
