@@ -33,6 +33,13 @@ class Mutant:
 
 
 INDEX = "flexkv_sglang/index.py"
+TOMBSTONE = """\
+        with self._publish:  # before the slots are rewritten
+            self._tier.publish_del(reserved.victims)
+"""
+MOVE = """\
+        done = self._write([keys[row] for row in rows], slots, sources.take(rows), deadline)
+"""
 MUTANTS = (
     Mutant(
         "evict a pinned page",
@@ -41,7 +48,20 @@ MUTANTS = (
         "if False:\n                pinned",
         MODEL,
     ),
-    Mutant("evict a page with a child", INDEX, "or self._children[slot]\n", "or False\n", MODEL),
+    Mutant(
+        "evict a page with a child",
+        INDEX,
+        "if self._children[slot] == 0:\n            self._push_leaf(slot)",
+        "if True:\n            self._push_leaf(slot)",
+        MODEL,
+    ),
+    Mutant(
+        "evict a page with a child after a restart",
+        INDEX,
+        "if self._state[s] == READY and self._children[s] == 0",
+        "if self._state[s] == READY",
+        MODEL,
+    ),
     Mutant(
         "evict pages of the own batch",
         INDEX,
@@ -52,8 +72,15 @@ MUTANTS = (
     Mutant(
         "most recently used goes first",
         INDEX,
-        "for slot in reversed(slots):",
-        "for slot in slots:",
+        "self._tick[slot] = self._now\n        if",
+        "self._tick[slot] = (1 << 30) - self._now\n        if",
+        MODEL,
+    ),
+    Mutant(
+        "use does not protect",
+        INDEX,
+        "        self._touch_chain(slots)\n        return slots",
+        "        return slots",
         MODEL,
     ),
     Mutant(
@@ -101,8 +128,8 @@ MUTANTS = (
     Mutant(
         "links survive a replaced parent",
         INDEX,
-        "        self._generation[slot] = (self._generation[slot] + 1) & 0xFFFFFFFF\n        self._children[slot] = 0\n\n",
-        "        self._children[slot] = 0\n\n",
+        "+ 1) & 0xFFFFFFFF\n        self._children[slot] = 0\n\n",
+        "+ 0) & 0xFFFFFFFF\n        self._children[slot] = 0\n\n",
         MODEL,
     ),
     Mutant(
@@ -122,8 +149,8 @@ MUTANTS = (
     Mutant(
         "tombstone after the rewrite",
         "flexkv_sglang/engine.py",
-        "        with self._publish:  # before the slots are rewritten\n            self._tier.publish_del(reserved.victims)\n        done = self._write([keys[row] for row in rows], slots, sources.take(rows), deadline)\n",
-        "        done = self._write([keys[row] for row in rows], slots, sources.take(rows), deadline)\n        self._tier.publish_del(reserved.victims)\n",
+        TOMBSTONE + MOVE,
+        MOVE + TOMBSTONE,
         NEIGHBOURS,
     ),
     Mutant(
@@ -328,6 +355,7 @@ def passes(tree: Path, tests: list[str]) -> bool:
         env={
             "PYTHONPATH": str(tree.parent / "site"),
             "PATH": "/usr/bin:/bin",
+            "HYPOTHESIS_PROFILE": "mutants",
             "PYTHONDONTWRITEBYTECODE": "1",
         },
         capture_output=True,

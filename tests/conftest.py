@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -37,4 +37,14 @@ settings.register_profile(
 settings.register_profile(
     "nightly", max_examples=5000, deadline=None, suppress_health_check=_slow_is_fine
 )
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+settings.register_profile(  # scripts/mutants: a failure is all that is wanted, not the smallest one
+    "mutants",
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=_slow_is_fine,
+    phases=[Phase.generate],
+    database=None,
+)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+)

@@ -30,11 +30,12 @@ class IndexMachine(RuleBasedStateMachine):
         self.pinned: list[tuple[list[SlotId], list[Page]]] = []
         self.writing: list[tuple[list[SlotId], list[Page]]] = []
 
-    @initialize(capacity=st.integers(0, 9))
+    @initialize(capacity=st.integers(0, 12))
     def start(self, capacity: int) -> None:
         self.index = TierIndex(capacity)
         self.oracle = Oracle(capacity)
 
+    @precondition(lambda self: len(self.writing) < 2)
     @rule(path=paths, start=st.integers(0, 5), skip=st.frozensets(st.integers(0, 5), max_size=2))
     def reserve(self, path: list[int], start: int, skip: frozenset[int]) -> None:
         self._reserve(path, start, skip)
@@ -88,6 +89,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.abort(slots)
         self.oracle.abort(pages)
 
+    @precondition(lambda self: len(self.pinned) < 2)
     @rule(path=paths)
     def pin(self, path: list[int]) -> None:
         slots = self.index.pin(chain(path))
@@ -155,6 +157,6 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 IndexMachine.TestCase.settings = settings(
-    max_examples=5 * settings.default.max_examples, stateful_step_count=60
+    max_examples=10 * settings.default.max_examples, stateful_step_count=50
 )
 TestIndexModel = IndexMachine.TestCase
