@@ -153,11 +153,22 @@ def test_pages_written_with_less_verification_do_not_exist_for_a_stricter_proces
     )  # a claim it could never redeem would be asked for again and again
     assert served(strict, 4)[0] == [False] * 4
     assert all(served(relaxed, 4)[0])
-    relaxed.close()
     strict.close()
-    restarted = open_engine(tmp_path, PAGE, SIZE, verify="sampled")
-    assert restarted.prefix(keys(4)) == 0
-    restarted.close()
+    relaxed.close()
+
+
+def test_a_stricter_process_adopts_the_slots_and_not_the_less_verified_pages(
+    tmp_path: Path,
+) -> None:
+    relaxed = open_engine(tmp_path, PAGE, SIZE, verify="off")
+    fill(relaxed, 4)
+    relaxed.close()
+    strict = open_engine(tmp_path, PAGE, SIZE, verify="sampled")
+    assert strict.page_count() == 0
+    assert strict.prefix(keys(4)) == 0
+    fill(strict, 4)
+    strict.close()
+    assert len(list(tmp_path.rglob("*.slots"))) == 1
 
 
 def test_a_full_tier_evicts_leaves_and_stays_within_its_files(tmp_path: Path) -> None:
