@@ -22,6 +22,7 @@ from flexkv_sglang.backends.local_tier import Recovered
 from flexkv_sglang.backends.neighbours import NeighbourPage, NeighbourStore
 from flexkv_sglang.backends.slot_file import Extents, SlotFileTier
 from flexkv_sglang.errors import JournalError, TierError
+from flexkv_sglang.eviction import ReuseDensity
 from flexkv_sglang.index import TierIndex
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.prefix import cut_after_first_failure
@@ -117,7 +118,7 @@ class CacheEngine:
         self._written_kind = WRITTEN_KIND[verify]
         self._lock = threading.Lock()
         self._publish = threading.Lock()
-        self._index = TierIndex(tier.slot_count)  # guarded by _lock
+        self._index = TierIndex(tier.slot_count, ReuseDensity(tier.slot_count))  # guarded by _lock
         dropped = self._index.load(recovered.keys, recovered.slots, recovered.parents)
         metrics.count("recovered_pages", len(recovered.keys) - len(dropped))
         self._neighbours.scan()

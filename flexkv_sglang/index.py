@@ -19,18 +19,17 @@ is its row: one million Python objects made a full garbage collection pause 0.3 
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from flexkv_sglang.eviction import EvictionPolicy, Recency
 from flexkv_sglang.frozen import FrozenPages
 from flexkv_sglang.types import DOOMED, FREE, I64, NO_SLOT, READY, WRITING, PageKey, SlotId
 
-_SLOT_BITS = 32
-_SLOT_MASK = (1 << _SLOT_BITS) - 1
+_MAX_SLOTS = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +45,10 @@ class Reserved:
 
 
 class TierIndex:
-    """Index over ``slot_count`` slots. See the module docstring for states and rules."""
+    """Index over ``slot_count`` slots; ``policy`` (made for as many, default LRU) picks among the leaves."""
 
-    def __init__(self, slot_count: int) -> None:
-        assert 0 <= slot_count <= _SLOT_MASK, slot_count
+    def __init__(self, slot_count: int, policy: EvictionPolicy | None = None) -> None:
+        assert 0 <= slot_count <= _MAX_SLOTS, slot_count
         self.slot_count = slot_count
         self._slot_of: dict[PageKey, int] = {}
         self._key_of: list[PageKey | None] = [None] * slot_count
@@ -59,15 +58,11 @@ class TierIndex:
         self._parent_generation = array("I", bytes(4 * slot_count))
         self._generation = array("I", bytes(4 * slot_count))
         self._children = array("I", bytes(4 * slot_count))
-        self._tick = array("Q", bytes(8 * slot_count))
-        self._now = 0
+        self._policy = policy if policy is not None else Recency(slot_count)
         self._returned: list[int] = []  # freed slots, taken before never-used ones
         self._unused = (
             0  # slots from here on were never used; taken in order, so runs are contiguous
         )
-        self._leaves: list[
-            int
-        ] = []  # heap of tick << 32 | slot; stale entries are dropped when popped
         self._ready_count = 0
 
     def __len__(self) -> int:
@@ -200,7 +195,7 @@ class TierIndex:
             else:
                 self._free(slot)
         self._slot_of.clear()
-        self._leaves.clear()
+        self._policy.clear()
         self._ready_count = 0
 
     def load(
@@ -221,14 +216,12 @@ class TierIndex:
         kept = np.delete(np.asarray(slots, np.int64), dropped)
         assert len(np.unique(kept)) == len(kept), "two pages in one slot"
         np.frombuffer(self._state, np.uint8)[kept] = READY
-        self._now = len(kept)
-        np.frombuffer(self._tick, np.uint64)[kept] = np.arange(1, len(kept) + 1, dtype=np.uint64)
         self._load_links(kept, np.delete(np.asarray(parents, np.int64), dropped))
         self._ready_count = len(kept)
         free = np.flatnonzero(np.frombuffer(self._state, np.uint8) == FREE)
         self._returned = free[::-1].tolist()
         self._unused = self.slot_count
-        self._rebuild_leaves()
+        self._policy.load(kept, kept[np.frombuffer(self._children, np.uint32)[kept] == 0].tolist())
         return dropped
 
     def _load_links(self, slots: I64, parents: I64) -> None:
@@ -245,7 +238,7 @@ class TierIndex:
             list(self._slot_of),
             np.fromiter(self._slot_of.values(), np.int64, len(self._slot_of)),
             np.array(self._state, np.uint8),
-            np.array(self._tick, np.uint64),
+            np.array(self._policy.last_use, np.uint64),
             np.array(self._parent, np.int64),
             np.array(self._parent_generation, np.uint32),
             np.array(self._generation, np.uint32),
@@ -271,7 +264,7 @@ class TierIndex:
         assert set(free) == {s for s in range(self.slot_count) if self._state[s] == FREE}, (
             "free slots leak"
         )
-        heap = set(self._leaves)
+        offers = self._policy.offers()
         for slot in range(self.slot_count):
             assert children[slot] == self._children[slot], (
                 f"slot {slot} counts {self._children[slot]} children"
@@ -280,9 +273,7 @@ class TierIndex:
                 assert self._pins[slot] == 0, f"slot {slot} is free but pinned"
                 assert self._key_of[slot] is None, f"slot {slot} is free but has a key"
             if self._state[slot] == READY and self._children[slot] == 0:
-                assert self._tick[slot] << _SLOT_BITS | slot in heap, (
-                    f"leaf {slot} cannot be found for eviction"
-                )
+                assert slot in offers, f"leaf {slot} cannot be found for eviction"
 
     def parent_slot(self, slot: int) -> int:
         """Slot of the cached parent page, or -1."""
@@ -312,23 +303,9 @@ class TierIndex:
                 self._stamp(slot)
 
     def _stamp(self, slot: int) -> None:
-        self._now += 1
-        self._tick[slot] = self._now
-        if self._children[slot] == 0:
-            self._push_leaf(slot)
-
-    def _push_leaf(self, slot: int) -> None:
-        if len(self._leaves) > 2 * self._ready_count + 1024:
-            self._rebuild_leaves()
-        heapq.heappush(self._leaves, self._tick[slot] << _SLOT_BITS | slot)
-
-    def _rebuild_leaves(self) -> None:
-        self._leaves = [
-            self._tick[s] << _SLOT_BITS | s
-            for s in self._slot_of.values()
-            if self._state[s] == READY and self._children[s] == 0
-        ]
-        heapq.heapify(self._leaves)
+        key = self._key_of[slot]
+        assert key is not None
+        self._policy.used(slot, key, self._children[slot] == 0)
 
     def _take(self, victims: list[tuple[PageKey, SlotId]]) -> SlotId | None:
         if self._returned:
@@ -336,40 +313,20 @@ class TierIndex:
         if self._unused < self.slot_count:
             self._unused += 1
             return SlotId(self._unused - 1)
-        victim = self._pop_victim()
+        victim = self._policy.victim(lambda slot: self._pins[slot] == 0)
         if victim is None:
             return None
         key = self._key_of[victim]
         assert key is not None
         self._forget(victim)
         self._state[victim] = FREE
-        victims.append((key, victim))
-        return victim
-
-    def _pop_victim(self) -> SlotId | None:
-        """The least recently used leaf that nobody holds, or None. Pinned leaves stay in the heap."""
-        pinned: list[int] = []
-        found: SlotId | None = None
-        while self._leaves:
-            entry = heapq.heappop(self._leaves)
-            slot = entry & _SLOT_MASK
-            if self._state[slot] != READY or self._tick[slot] != entry >> _SLOT_BITS:
-                continue  # touched since; a page that got a child was touched too
-            if self._pins[slot]:
-                pinned.append(entry)
-                continue
-            found = SlotId(slot)
-            break
-        for entry in pinned:
-            heapq.heappush(self._leaves, entry)
-        return found
+        victims.append((key, SlotId(victim)))
+        return SlotId(victim)
 
     def _begin_write(self, key: PageKey, slot: SlotId) -> SlotId:
         self._slot_of[key] = slot
         self._key_of[slot] = key
         self._state[slot] = WRITING
-        self._now += 1
-        self._tick[slot] = self._now
         return slot
 
     def _forget(self, slot: int) -> None:
@@ -380,12 +337,13 @@ class TierIndex:
         self._key_of[slot] = None
         if self._state[slot] == READY:
             self._ready_count -= 1
+            self._policy.forget(slot, key)
         parent = self.parent_slot(slot)
         self._parent[slot] = NO_SLOT
         if parent != NO_SLOT:
             self._children[parent] -= 1
             if self._children[parent] == 0 and self._state[parent] == READY:
-                self._push_leaf(parent)
+                self._policy.offer(parent)
         # Children that are left (after a discard) become roots: their link names an old generation.
         self._generation[slot] = (self._generation[slot] + 1) & 0xFFFFFFFF
         self._children[slot] = 0

@@ -25,6 +25,7 @@ NO_SLOT = -1
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
+F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 BoolArray = npt.NDArray[np.bool_]
 
 SECTOR = 4096

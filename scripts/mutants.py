@@ -33,6 +33,8 @@ class Mutant:
 
 
 INDEX = "flexkv_sglang/index.py"
+EVICTION = "flexkv_sglang/eviction.py"
+EVICTION = "flexkv_sglang/eviction.py"
 TOMBSTONE = """\
         with self._publish:  # before the slots are rewritten
             self._tier.publish_del(reserved.victims)
@@ -44,22 +46,22 @@ MUTANTS = (
     Mutant(
         "evict a pinned page",
         INDEX,
-        "if self._pins[slot]:\n                pinned",
-        "if False:\n                pinned",
+        "lambda slot: self._pins[slot] == 0",
+        "lambda slot: True",
         MODEL,
     ),
     Mutant(
         "evict a page with a child",
         INDEX,
-        "if self._children[slot] == 0:\n            self._push_leaf(slot)",
-        "if True:\n            self._push_leaf(slot)",
+        "key, self._children[slot] == 0)",
+        "key, True)",
         MODEL,
     ),
     Mutant(
         "evict a page with a child after a restart",
         INDEX,
-        "if self._state[s] == READY and self._children[s] == 0",
-        "if self._state[s] == READY",
+        "kept[np.frombuffer(self._children, np.uint32)[kept] == 0].tolist()",
+        "kept.tolist()",
         MODEL,
     ),
     Mutant(
@@ -71,10 +73,31 @@ MUTANTS = (
     ),
     Mutant(
         "most recently used goes first",
-        INDEX,
-        "self._tick[slot] = self._now\n        if",
-        "self._tick[slot] = (1 << 30) - self._now\n        if",
+        EVICTION,
+        "self.last_use[slot] = self._now\n        if",
+        "self.last_use[slot] = (1 << 30) - self._now\n        if",
         MODEL,
+    ),
+    Mutant(
+        "ghosts are forgotten",
+        EVICTION,
+        "last, group = self._recall(key)",
+        "last, group = 0, 0",
+        "tests/test_eviction.py",
+    ),
+    Mutant(
+        "nothing is learned",
+        EVICTION,
+        "        if self._now >= self._due:\n            self._learn()",
+        "        pass",
+        "tests/test_eviction.py",
+    ),
+    Mutant(
+        "the most valuable leaf goes",
+        EVICTION,
+        "return min(\n            heads",
+        "return max(\n            heads",
+        "tests/test_eviction.py",
     ),
     Mutant(
         "use does not protect",
@@ -321,7 +344,7 @@ def main(words: list[str]) -> int:
 def copy_tree(folder: Path) -> Path:
     """The tree, and a folder for PYTHONPATH with nothing but the package in it."""
     tree = folder / "tree"
-    names = ("flexkv_sglang", "backends", "triton_kernels", "tests", "setup.cfg")
+    names = ("flexkv_sglang", "backends", "triton_kernels", "benchmarks", "tests", "setup.cfg")
     tree.mkdir()
     for name in names:
         source = ROOT / name

@@ -26,6 +26,7 @@ if importlib.util.find_spec("flexkv_sglang") is None:
     _spec.loader.exec_module(_module)
 
 sys.path.insert(0, str(ROOT / "tests" / "support"))  # helpers, imported by plain name
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 _slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(

@@ -1,0 +1,127 @@
+"""Eviction policies: the leaf rule holds under both, and the default is not worse than LRU on other traces."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from belady import optimum
+from flexkv_sglang.eviction import EvictionPolicy, Recency, ReuseDensity
+from flexkv_sglang.index import TierIndex
+from flexkv_sglang.types import PageKey
+from replay import hit_ratio
+
+Trace = list[list[int]]
+
+
+def sessions(seed: int, returning: float) -> Trace:
+    """Conversations that grow turn by turn; some never come back; a system prompt before all of them."""
+    rng, trace, fresh = random.Random(seed), [], 100
+    open_ones: list[list[int]] = []
+    for _ in range(3000):
+        if open_ones and rng.random() < returning:
+            talk = open_ones.pop(rng.randrange(max(0, len(open_ones) - 40), len(open_ones)))
+        else:
+            talk = [0, 1]
+        grown = talk + list(range(fresh, fresh + rng.randint(2, 12)))
+        fresh += 20
+        trace.append(grown)
+        if rng.random() < 0.6:
+            open_ones.append(grown)
+    return trace
+
+
+def documents(seed: int) -> Trace:
+    """Questions about documents of Zipf-like popularity: no growth, only repeats."""
+    rng = random.Random(seed)
+    numbers = [min(int(rng.paretovariate(0.7)), 4000) for _ in range(4000)]
+    return [[100 * n + page for page in range(4 + n % 9)] for n in numbers]
+
+
+def shifting(seed: int) -> Trace:
+    """What was popular is never asked for again from the middle on."""
+    later = [[one + 10_000_000 for one in request] for request in documents(seed + 1)]
+    return documents(seed) + later
+
+
+def scan_beside_sessions(seed: int) -> Trace:
+    """Long one-off prompts between the turns of sessions."""
+    trace: Trace = []
+    for number, request in enumerate(sessions(seed, 0.7)):
+        trace += [request, list(range(10**8 + 100 * number, 10**8 + 100 * number + 20))]
+    return trace
+
+
+@pytest.mark.parametrize("capacity", [150, 1000, 5000])
+@pytest.mark.parametrize(
+    "trace",
+    [
+        pytest.param(sessions(1, 0.3), id="mostly-new"),
+        pytest.param(sessions(2, 0.8), id="mostly-returning"),
+        pytest.param(documents(3), id="documents"),
+        pytest.param(shifting(4), id="shifting"),
+        pytest.param(scan_beside_sessions(5), id="scan"),
+    ],
+)
+def test_the_default_is_never_worse_than_lru_by_more_than_half_a_point(
+    trace: Trace, capacity: int
+) -> None:
+    default = hit_ratio(trace, capacity, ReuseDensity(capacity))
+    lru = hit_ratio(trace, capacity, Recency(capacity))
+    assert lru - 0.005 <= default <= optimum(trace, capacity) + 1e-9
+    assert lru <= optimum(trace, capacity) + 1e-9
+
+
+def test_one_off_prompts_do_not_push_sessions_out() -> None:
+    trace, capacity = scan_beside_sessions(6), 300
+    lru, best = hit_ratio(trace, capacity, Recency(capacity)), optimum(trace, capacity)
+    # Measured .28 of the way from LRU to the optimum for two seeds.
+    assert hit_ratio(trace, capacity, ReuseDensity(capacity)) > lru + 0.2 * (best - lru)
+
+
+def test_optimum_knows_the_future() -> None:
+    # Two slots, three one-page prompts in turn: LRU never hits; keeping two and refusing the third is best.
+    trace = [[1], [2], [3]] * 10
+    assert hit_ratio(trace, 2, Recency(2)) == 0
+    assert optimum(trace, 2) == (30 - 3 - 9) / 30
+
+
+@pytest.mark.parametrize("make", [Recency, ReuseDensity])
+def test_the_index_keeps_its_rules_under_any_policy(make: Callable[[int], EvictionPolicy]) -> None:
+    rng, index = random.Random(7), TierIndex(32, make(32))
+    chains = [[PageKey(bytes([chain, page]) * 16) for page in range(6)] for chain in range(20)]
+    for step in range(6000):
+        keys = chains[rng.randrange(20)][: rng.randint(1, 6)]
+        pinned = index.pin(keys)
+        run = len(pinned)
+        other = chains[rng.randrange(20)]
+        wanted = index.reserve(other, None)
+        assert not set(pinned) & {slot for _, slot in wanted.victims}, "a pinned page was evicted"
+        written = [slot for _, slot in wanted.granted]
+        if rng.random() < 0.1:
+            index.clear()
+            index.abort(written)
+        elif rng.random() < 0.1:
+            index.abort(written)
+        else:
+            index.commit(written)
+        index.unpin(pinned)
+        slot = index.find(keys[-1])
+        if slot is not None and rng.random() < 0.1:
+            index.discard(keys[-1], slot)
+        assert run <= len(keys)
+        if step % 10 == 0:
+            index.check()
+
+
+def test_ghosts_of_a_page_that_comes_back_raise_its_class() -> None:
+    policy = ReuseDensity(4)
+    key = PageKey(b"k" * 32)
+    policy.used(0, key, leaf=True)
+    policy.forget(0, key)
+    policy.used(1, key, leaf=True)
+    assert policy._class[1] == 1
+    policy.used(2, PageKey(b"x" * 32), leaf=True)
+    assert policy._class[2] == 0
