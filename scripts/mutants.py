@@ -34,7 +34,6 @@ class Mutant:
 
 INDEX = "flexkv_sglang/index.py"
 EVICTION = "flexkv_sglang/eviction.py"
-EVICTION = "flexkv_sglang/eviction.py"
 TOMBSTONE = """\
         with self._publish:  # before the slots are rewritten
             self._tier.publish_del(reserved.victims)
