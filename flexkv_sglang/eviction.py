@@ -53,6 +53,9 @@ class EvictionPolicy(Protocol):
     def victim(self, may_go: Callable[[int], bool]) -> int | None:
         """The leaf to evict, or None. Those that ``may_go`` refuses (pinned) are kept for later."""
 
+    def retain(self, keep: Callable[[int], bool]) -> None:
+        """Offer those that ``keep`` refuses no longer, until they are offered again."""
+
     def load(self, slots: I64, leaves: Iterable[int]) -> None:
         """Start from recovered pages, oldest first."""
 
@@ -125,6 +128,12 @@ class Recency:
     def _least(self, heads: Sequence[int]) -> int:
         """The entry to evict among the oldest of each class."""
         return heads[0]
+
+    def retain(self, keep: Callable[[int], bool]) -> None:
+        """See ``EvictionPolicy``."""
+        for heap in self._heaps:
+            heap[:] = [entry for entry in heap if keep(entry & _SLOT_MASK)]
+            heapq.heapify(heap)
 
     def load(self, slots: I64, leaves: Iterable[int]) -> None:
         """See ``EvictionPolicy``."""

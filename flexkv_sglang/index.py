@@ -8,6 +8,8 @@ States of a slot::
                          +---- clear ---> DOOMED  (still written to, found by nobody)
                                             READY and pinned --discard/clear--> DOOMED
     DOOMED --abort, or the last unpin--> free
+    READY --suspend--> SUSPENDED --resume--> READY   (its directory does not answer: found by nobody)
+    free or READY --retire--> RETIRED                (given back to the disk for good)
 
 The one invariant: **a key found here names a slot whose bytes are complete, or is WRITING and then
 found by nobody but ``reserve``**. Victims are leaves only: READY, unpinned, and with no cached child,
@@ -25,11 +27,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexkv_sglang.chains import ChainLinks
 from flexkv_sglang.eviction import EvictionPolicy, Recency
+from flexkv_sglang.free_slots import FreeSlots
 from flexkv_sglang.frozen import FrozenPages
-from flexkv_sglang.types import DOOMED, FREE, I64, NO_SLOT, READY, WRITING, PageKey, SlotId
+from flexkv_sglang.types import (
+    DOOMED,
+    FREE,
+    NO_SLOT,
+    READY,
+    RETIRED,
+    SUSPENDED,
+    WRITING,
+    PageKey,
+    SlotId,
+)
 
 _MAX_SLOTS = (1 << 32) - 1
+_FOUND = (WRITING, READY, SUSPENDED)  # states of slots whose key is in the map
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +60,26 @@ class Reserved:
 
 
 class TierIndex:
-    """Index over ``slot_count`` slots; ``policy`` (made for as many, default LRU) picks among the leaves."""
+    """Index over ``slot_count`` slots; ``policy`` (made for as many, default LRU) picks among the leaves.
 
-    def __init__(self, slot_count: int, policy: EvictionPolicy | None = None) -> None:
+    ``regions``: how many of the slots lie in each slot file, in order (default: all in one).
+    """
+
+    def __init__(
+        self,
+        slot_count: int,
+        policy: EvictionPolicy | None = None,
+        regions: Sequence[int] | None = None,
+    ) -> None:
         assert 0 <= slot_count <= _MAX_SLOTS, slot_count
         self.slot_count = slot_count
         self._slot_of: dict[PageKey, int] = {}
         self._key_of: list[PageKey | None] = [None] * slot_count
         self._state = bytearray(slot_count)
         self._pins = array("I", bytes(4 * slot_count))
-        self._parent = array("q", b"\xff" * (8 * slot_count))
-        self._parent_generation = array("I", bytes(4 * slot_count))
-        self._generation = array("I", bytes(4 * slot_count))
-        self._children = array("I", bytes(4 * slot_count))
+        self._links = ChainLinks(slot_count)
         self._policy = policy if policy is not None else Recency(slot_count)
-        self._returned: list[int] = []  # freed slots, taken before never-used ones
-        self._unused = (
-            0  # slots from here on were never used; taken in order, so runs are contiguous
-        )
+        self._free_slots = FreeSlots(regions if regions is not None else [slot_count])
         self._ready_count = 0
 
     def __len__(self) -> int:
@@ -130,6 +147,7 @@ class TierIndex:
         has them). Present keys are touched and never victims of this call. Never waits, never raises:
         when nothing can be evicted the rest of the batch is refused, a leading part is granted.
         """
+        self._replace_suspended(keys)
         held = [
             SlotId(slot)
             for key in (keys if parent is None else (parent, *keys))
@@ -137,21 +155,23 @@ class TierIndex:
         ]
         for slot in held:  # a batch never evicts its own pages
             self._pins[slot] += 1
-        granted: list[tuple[int, SlotId]] = []
-        victims: list[tuple[PageKey, SlotId]] = []
+        absent = {
+            key: position
+            for position, key in reversed(list(enumerate(keys)))
+            if key not in self._slot_of and position not in skip
+        }
+        slots, victims = self._take(len(absent))
+        granted = list(zip(sorted(absent.values()), slots, strict=False))
+        for position, slot in granted:
+            self._begin_write(keys[position], slot)
         refused: list[int] = []
         previous = self._slot_of.get(parent, NO_SLOT) if parent is not None else NO_SLOT
         for position, key in enumerate(keys):
             current = self._slot_of.get(key, NO_SLOT)
             if current == NO_SLOT and position not in skip:
-                taken = None if refused else self._take(victims)
-                if taken is None:
-                    refused.append(position)
-                else:
-                    current = self._begin_write(key, taken)
-                    granted.append((position, taken))
-            if current != NO_SLOT and previous != NO_SLOT:
-                self._link(current, previous)
+                refused.append(position)
+            elif current != NO_SLOT and previous != NO_SLOT:
+                self._links.link(current, previous)
             previous = current
         for slot in held:
             self._pins[slot] -= 1
@@ -159,8 +179,9 @@ class TierIndex:
         return Reserved(granted, victims, refused)
 
     def still_writing(self, slots: Iterable[SlotId]) -> list[bool]:
-        """Per slot: False if ``clear`` doomed it since ``reserve``. Such a slot must be aborted."""
-        return [self._state[slot] == WRITING for slot in slots]
+        """Per slot: False if ``clear`` or ``suspend`` hit it since ``reserve``. It must be aborted then."""
+        is_open = self._free_slots.is_open
+        return [self._state[slot] == WRITING and is_open(slot) for slot in slots]
 
     def commit(self, slots: Iterable[SlotId]) -> None:
         """WRITING -> READY. The commit records of these slots are on the journal already."""
@@ -187,9 +208,7 @@ class TierIndex:
         """
         for slot in self._slot_of.values():
             self._key_of[slot] = None
-            self._parent[slot] = NO_SLOT
-            self._children[slot] = 0
-            self._generation[slot] = (self._generation[slot] + 1) & 0xFFFFFFFF
+            self._links.reset(slot)
             if self._state[slot] == WRITING or self._pins[slot]:
                 self._state[slot] = DOOMED
             else:
@@ -197,6 +216,58 @@ class TierIndex:
         self._slot_of.clear()
         self._policy.clear()
         self._ready_count = 0
+
+    def suspend(self, region: int) -> int:
+        """The directory of a region does not answer: its pages are found by nobody, its slots not used.
+
+        Returns how many pages. A page that is put again meanwhile goes elsewhere and is forgotten here.
+        """
+        low, high = self._free_slots.span(region)
+        self._free_slots.close(region)
+        state = np.frombuffer(self._state, np.uint8)[low:high]
+        ready = state == READY
+        state[ready] = SUSPENDED
+        count = int(ready.sum())
+        self._ready_count -= count
+        self._policy.retain(lambda slot: self._state[slot] == READY)
+        return count
+
+    def resume(self, region: int) -> int:
+        """Undo ``suspend``. Returns how many pages are back."""
+        low, high = self._free_slots.span(region)
+        self._free_slots.reopen(region)
+        state = np.frombuffer(self._state, np.uint8)[low:high]
+        back = np.flatnonzero(state == SUSPENDED)
+        state[back] = READY
+        self._ready_count += len(back)
+        for slot in (back + low).tolist():
+            if self._links.children[slot] == 0:
+                self._policy.offer(slot)
+        return len(back)
+
+    def retire(self, region: int, count: int) -> tuple[list[tuple[PageKey, SlotId]], int]:
+        """Take slots at the end of a region out of use for good, at most ``count``.
+
+        Stops at the first one that is pinned or being written. Returns the (key, slot) of pages that are
+        gone and how many slots the region has left.
+        """
+        low, high = self._free_slots.span(region)
+        gone: list[tuple[PageKey, SlotId]] = []
+        slot = high
+        while slot > low and self._state[slot - 1] == RETIRED:
+            slot -= 1
+        for _ in range(min(count, slot - low)):
+            key = self._key_of[slot - 1]
+            if self._state[slot - 1] == FREE:
+                self._free_slots.remove(slot - 1)
+            elif self._state[slot - 1] == READY and not self._pins[slot - 1] and key is not None:
+                self._forget(slot - 1)
+                gone.append((key, SlotId(slot - 1)))
+            else:
+                break
+            slot -= 1
+            self._state[slot] = RETIRED
+        return gone, slot - low
 
     def load(
         self, keys: Sequence[PageKey], slots: Sequence[int], parents: Sequence[int]
@@ -216,21 +287,13 @@ class TierIndex:
         kept = np.delete(np.asarray(slots, np.int64), dropped)
         assert len(np.unique(kept)) == len(kept), "two pages in one slot"
         np.frombuffer(self._state, np.uint8)[kept] = READY
-        self._load_links(kept, np.delete(np.asarray(parents, np.int64), dropped))
-        self._ready_count = len(kept)
-        free = np.flatnonzero(np.frombuffer(self._state, np.uint8) == FREE)
-        self._returned = free[::-1].tolist()
-        self._unused = self.slot_count
-        self._policy.load(kept, kept[np.frombuffer(self._children, np.uint32)[kept] == 0].tolist())
-        return dropped
-
-    def _load_links(self, slots: I64, parents: I64) -> None:
         state = np.frombuffer(self._state, np.uint8)
-        linked = (parents >= 0) & (parents < self.slot_count) & (parents != slots)
-        linked[linked] = state[parents[linked]] == READY
-        np.frombuffer(self._parent, np.int64)[slots[linked]] = parents[linked]
-        counts = np.bincount(parents[linked], minlength=self.slot_count)
-        np.frombuffer(self._children, np.uint32)[:] = counts[: self.slot_count]
+        self._links.load(kept, np.delete(np.asarray(parents, np.int64), dropped), state)
+        self._ready_count = len(kept)
+        self._free_slots.load(state == FREE)
+        children = np.frombuffer(self._links.children, np.uint32)
+        self._policy.load(kept, kept[children[kept] == 0].tolist())
+        return dropped
 
     def freeze(self) -> FrozenPages:
         """A copy of what a snapshot needs. Copies only: a million pages are not sorted under a lock."""
@@ -239,9 +302,7 @@ class TierIndex:
             np.fromiter(self._slot_of.values(), np.int64, len(self._slot_of)),
             np.array(self._state, np.uint8),
             np.array(self._policy.last_use, np.uint64),
-            np.array(self._parent, np.int64),
-            np.array(self._parent_generation, np.uint32),
-            np.array(self._generation, np.uint32),
+            *self._links.copy(),
         )
 
     def check(self) -> None:
@@ -249,52 +310,31 @@ class TierIndex:
         children = [0] * self.slot_count
         for key, slot in self._slot_of.items():
             assert self._key_of[slot] == key, f"slot {slot} and its key disagree"
-            assert self._state[slot] in (WRITING, READY), (
-                f"found key in slot {slot}, state {self._state[slot]}"
-            )
+            assert self._state[slot] in _FOUND, f"key in slot {slot}, state {self._state[slot]}"
             parent = self.parent_slot(slot)
             if parent != NO_SLOT:
-                assert self._state[parent] in (WRITING, READY), (
-                    f"slot {slot} has a dead parent {parent}"
-                )
+                assert self._state[parent] in _FOUND, f"slot {slot} has a dead parent {parent}"
                 children[parent] += 1
         assert self._ready_count == sum(state == READY for state in self._state)
-        free = [*self._returned, *range(self._unused, self.slot_count)]
-        assert len(free) == len(set(free)), "a slot is free twice"
-        assert set(free) == {s for s in range(self.slot_count) if self._state[s] == FREE}, (
-            "free slots leak"
-        )
         offers = self._policy.offers()
         for slot in range(self.slot_count):
-            assert children[slot] == self._children[slot], (
-                f"slot {slot} counts {self._children[slot]} children"
-            )
+            counted = self._links.children[slot]
+            assert children[slot] == counted, f"slot {slot} counts {counted} children"
+            free = self._free_slots.is_free(slot)
+            assert free == (self._state[slot] == FREE), f"slot {slot} leaks or is free in use"
             if self._state[slot] == FREE:
                 assert self._pins[slot] == 0, f"slot {slot} is free but pinned"
                 assert self._key_of[slot] is None, f"slot {slot} is free but has a key"
-            if self._state[slot] == READY and self._children[slot] == 0:
+            if self._state[slot] == READY and children[slot] == 0:
                 assert slot in offers, f"leaf {slot} cannot be found for eviction"
 
     def parent_slot(self, slot: int) -> int:
         """Slot of the cached parent page, or -1."""
-        parent = self._parent[slot]
-        if parent == NO_SLOT or self._generation[parent] != self._parent_generation[slot]:
-            return NO_SLOT
-        return parent
-
-    def _link(self, slot: int, parent: int) -> None:
-        current = self.parent_slot(slot)
-        if current != NO_SLOT or parent == slot:
-            # A key chains over its whole prefix, so its parent cannot change. Two claims mean the
-            # caller's chain is not one (opaque v0 keys): keep the first, links are only an order.
-            return
-        self._parent[slot] = parent
-        self._parent_generation[slot] = self._generation[parent]
-        self._children[parent] += 1
+        return self._links.parent_of(slot)
 
     def _link_run(self, slots: Sequence[int]) -> None:
         for position in range(1, len(slots)):
-            self._link(slots[position], slots[position - 1])
+            self._links.link(slots[position], slots[position - 1])
 
     def _touch_chain(self, slots: Sequence[int]) -> None:
         """Touch from tail to head, so that within one request the tail is older and goes first."""
@@ -305,29 +345,37 @@ class TierIndex:
     def _stamp(self, slot: int) -> None:
         key = self._key_of[slot]
         assert key is not None
-        self._policy.used(slot, key, self._children[slot] == 0)
+        self._policy.used(slot, key, self._links.children[slot] == 0)
 
-    def _take(self, victims: list[tuple[PageKey, SlotId]]) -> SlotId | None:
-        if self._returned:
-            return SlotId(self._returned.pop())
-        if self._unused < self.slot_count:
-            self._unused += 1
-            return SlotId(self._unused - 1)
-        victim = self._policy.victim(lambda slot: self._pins[slot] == 0)
-        if victim is None:
-            return None
-        key = self._key_of[victim]
-        assert key is not None
-        self._forget(victim)
-        self._state[victim] = FREE
-        victims.append((key, SlotId(victim)))
-        return SlotId(victim)
+    def _take(self, count: int) -> tuple[list[SlotId], list[tuple[PageKey, SlotId]]]:
+        """Slots, ascending: what is free, then what is evicted for it; and (key, slot) of the evicted."""
+        slots = [SlotId(slot) for slot in self._free_slots.take(count)]
+        victims: list[tuple[PageKey, SlotId]] = []
+        while len(slots) < count:
+            victim = self._policy.victim(lambda slot: self._pins[slot] == 0)
+            if victim is None:
+                break
+            key = self._key_of[victim]
+            assert key is not None
+            self._forget(victim)
+            self._state[victim] = FREE
+            victims.append((key, SlotId(victim)))
+            slots.append(SlotId(victim))
+        # Pages of a chain were evicted tail first; in order again, they lie side by side.
+        return sorted(slots), victims
 
-    def _begin_write(self, key: PageKey, slot: SlotId) -> SlotId:
+    def _replace_suspended(self, keys: Sequence[PageKey]) -> None:
+        """Forget those of ``keys`` that cannot be read now, so that they can be written elsewhere."""
+        for key in keys:
+            slot = self._slot_of.get(key)
+            if slot is not None and self._state[slot] == SUSPENDED and not self._pins[slot]:
+                self._forget(slot)
+                self._free(slot)
+
+    def _begin_write(self, key: PageKey, slot: SlotId) -> None:
         self._slot_of[key] = slot
         self._key_of[slot] = key
         self._state[slot] = WRITING
-        return slot
 
     def _forget(self, slot: int) -> None:
         """Take a page out of the map and out of the tree; its slot is not free yet."""
@@ -335,19 +383,13 @@ class TierIndex:
         assert key is not None
         del self._slot_of[key]
         self._key_of[slot] = None
-        if self._state[slot] == READY:
-            self._ready_count -= 1
+        if self._state[slot] in (READY, SUSPENDED):
+            self._ready_count -= self._state[slot] == READY
             self._policy.forget(slot, key)
-        parent = self.parent_slot(slot)
-        self._parent[slot] = NO_SLOT
-        if parent != NO_SLOT:
-            self._children[parent] -= 1
-            if self._children[parent] == 0 and self._state[parent] == READY:
-                self._policy.offer(parent)
-        # Children that are left (after a discard) become roots: their link names an old generation.
-        self._generation[slot] = (self._generation[slot] + 1) & 0xFFFFFFFF
-        self._children[slot] = 0
+        parent = self._links.cut(slot)
+        if parent != NO_SLOT and self._state[parent] == READY:
+            self._policy.offer(parent)
 
     def _free(self, slot: int) -> None:
         self._state[slot] = FREE
-        self._returned.append(slot)
+        self._free_slots.give(slot)

@@ -17,12 +17,13 @@ PageKey = NewType("PageKey", bytes)
 
 SlotId = NewType("SlotId", int)
 
-FREE, WRITING, READY, DOOMED = range(4)
+FREE, WRITING, READY, DOOMED, SUSPENDED, RETIRED = range(6)
 """States of a slot; ``index.TierIndex`` says what they mean and how they change."""
 
 NO_SLOT = -1
 """In place of a slot number: none."""
 
+U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]

@@ -30,10 +30,10 @@ class IndexMachine(RuleBasedStateMachine):
         self.pinned: list[tuple[list[SlotId], list[Page]]] = []
         self.writing: list[tuple[list[SlotId], list[Page]]] = []
 
-    @initialize(capacity=st.integers(0, 12))
-    def start(self, capacity: int) -> None:
-        self.index = TierIndex(capacity)
-        self.oracle = Oracle(capacity)
+    @initialize(counts=st.lists(st.integers(0, 6), min_size=1, max_size=2).map(tuple))
+    def start(self, counts: tuple[int, ...]) -> None:
+        self.index = TierIndex(sum(counts), regions=counts)
+        self.oracle = Oracle(counts)
 
     @precondition(lambda self: len(self.writing) < 2)
     @rule(path=paths, start=st.integers(0, 5), skip=st.frozensets(st.integers(0, 5), max_size=2))
@@ -74,7 +74,11 @@ class IndexMachine(RuleBasedStateMachine):
         self._commit(*self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1))))
 
     def _commit(self, slots: list[SlotId], pages: list[Page]) -> None:
-        alive = [page not in self.oracle.ghosts for page in pages]
+        closed = self.oracle.closed
+        alive = [
+            page not in self.oracle.ghosts and self.oracle.region_of(page.slot) not in closed
+            for page in pages
+        ]
         assert self.index.still_writing(slots) == alive
         good = [slot for slot, flag in zip(slots, alive, strict=True) if flag]
         self.index.commit(good)
@@ -119,13 +123,40 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.clear()
         self.oracle.clear()
 
+    @rule(region=st.integers(0, 1))
+    def suspend_or_resume(self, region: int) -> None:
+        """A directory stops answering, and answers again."""
+        if region < len(self.oracle.counts):
+            if region in self.oracle.closed:
+                assert self.index.resume(region) == self.oracle.resume(region)
+            else:
+                assert self.index.suspend(region) == self.oracle.suspend(region)
+
+    @precondition(lambda self: not self.oracle.closed and max(self.oracle.counts) > 2)
+    @rule(data=st.data())
+    def retire(self, data: Any) -> None:
+        """Give slots at the end of a region back; its pages there are gone."""
+        region = data.draw(st.integers(0, len(self.oracle.counts) - 1))
+        low = sum(self.oracle.counts[:region])
+        before = self.oracle.counts[region]
+        gone, left = self.index.retire(region, 1)
+        lost = [page for page in self.oracle.pages.values() if page.slot >= low + left]
+        lost = [page for page in lost if self.oracle.region_of(page.slot) == region]
+        assert {key for key, _ in gone} == {page.key for page in lost}
+        assert all(page.ready and not page.pins for page in lost)
+        for page in lost:
+            self.oracle.discard(page)
+        slots = range(low + left, low + before)
+        known = {page.slot for page in self.oracle.ghosts}
+        self.oracle.ghosts += [Page(PageKey(b""), slot) for slot in slots if slot not in known]
+
     @rule()
     def restart(self) -> None:
         """Snapshot and load: READY pages, their order and their links come back; nothing else does."""
         keys, slots, parents = self.index.freeze().by_age()
-        self.index = TierIndex(self.oracle.capacity)
+        self.index = TierIndex(sum(self.oracle.counts), regions=self.oracle.counts)
         assert self.index.load(keys, slots.tolist(), parents.tolist()) == []
-        oracle = Oracle(self.oracle.capacity)
+        oracle = Oracle(self.oracle.counts)
         kept = sorted(
             (page for page in self.oracle.pages.values() if page.ready), key=lambda page: page.used
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from flexkv_sglang.types import PageKey
 
@@ -15,6 +15,7 @@ class Page:
     key: PageKey
     slot: int
     ready: bool = False
+    suspended: bool = False
     parent: Page | None = None
     pins: int = 0
     used: int = 0
@@ -24,14 +25,35 @@ class Page:
 class Oracle:
     """Cached pages by key, and the forgotten ones whose slots are not free yet."""
 
-    capacity: int
+    counts: tuple[int, ...]
     pages: dict[PageKey, Page] = field(default_factory=dict)
     ghosts: list[Page] = field(default_factory=list)
     clock: int = 0
+    closed: set[int] = field(default_factory=set)
+
+    def region_of(self, slot: int) -> int:
+        return sum(slot >= end for end in accumulate(self.counts))
 
     @property
     def free(self) -> int:
-        return self.capacity - len(self.pages) - len(self.ghosts)
+        """Slots that may be given away; a page that has none yet (-1) is about to get one of them."""
+        room = sum(n for region, n in enumerate(self.counts) if region not in self.closed)
+        busy = [page.slot for page in [*self.pages.values(), *self.ghosts]]
+        return room - sum(slot < 0 or self.region_of(slot) not in self.closed for slot in busy)
+
+    def suspend(self, region: int) -> int:
+        self.closed.add(region)
+        hit = [p for p in self.pages.values() if p.ready and self.region_of(p.slot) == region]
+        for page in hit:
+            page.ready, page.suspended = False, True
+        return len(hit)
+
+    def resume(self, region: int) -> int:
+        self.closed.discard(region)
+        hit = [p for p in self.pages.values() if p.suspended and self.region_of(p.slot) == region]
+        for page in hit:
+            page.ready, page.suspended = True, False
+        return len(hit)
 
     def busy_slots(self) -> set[int]:
         return {page.slot for page in [*self.pages.values(), *self.ghosts]}
@@ -86,6 +108,10 @@ class Oracle:
         self, keys: list[PageKey], parent: PageKey | None, skip: frozenset[int]
     ) -> tuple[list[int], list[PageKey], list[int]]:
         """(granted positions, victims' keys, refused positions); granted pages get slot -1 for now."""
+        for key in keys:
+            page = self.pages.get(key)
+            if page is not None and page.suspended and not page.pins:
+                del self.pages[key]
         chain = ([] if parent is None else [parent]) + keys
         spared = [self.pages[key] for key in chain if key in self.pages]
         granted, victims, refused = [], [], []
@@ -126,5 +152,5 @@ class Oracle:
             self.ghosts.append(page)
 
     def clear(self) -> None:
-        self.ghosts += [p for p in self.pages.values() if p.pins or not p.ready]
+        self.ghosts += [p for p in self.pages.values() if p.pins or not (p.ready or p.suspended)]
         self.pages.clear()
