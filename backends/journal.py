@@ -164,26 +164,43 @@ class JournalWriter:
             boot_id=boot_id(),
             files=files or old.files,
         )
-        write_snapshot(self.directory, header, live)
-        _publish(
-            journal_path(self.directory, old.owner, header.generation), header.pack(JOURNAL_MAGIC)
-        )
+        new_path = journal_path(self.directory, old.owner, header.generation)
+        old_path = self.path
+        try:
+            write_snapshot(self.directory, header, live)
+            _publish(new_path, header.pack(JOURNAL_MAGIC))
+            new_fd = os.open(new_path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError:
+            self._drop_generation(header.generation)
+            raise
         seal = new_records(Op.SEAL, 1)
         seal["slot"] = header.generation
-        self.append(seal)
-        old_path = self.path
-        new_fd = os.open(
-            journal_path(self.directory, old.owner, header.generation),
-            os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC,
-        )
+        try:
+            self.append(seal)
+        except JournalError:
+            os.close(new_fd)
+            self._drop_generation(header.generation)
+            raise
         os.close(self._fd)
         self._fd, self.header, self._size, self._seq = new_fd, header, HEADER_BYTES, header.base_seq
         _unlink(old_path)
         _unlink(snapshot_path(self.directory, old.owner, old.generation))
 
+    def _drop_generation(self, generation: int) -> None:
+        """Undo half a rotation: recovery takes the newest generation, and ours goes on in the old one."""
+        for path in (journal_path, snapshot_path):  # the journal first: it makes a generation
+            place = path(self.directory, self.header.owner, generation)
+            place.unlink(missing_ok=True)
+            place.with_name(place.name + ".tmp").unlink(missing_ok=True)
+
     def sync(self) -> None:
         """Flush to the medium."""
         os.fdatasync(self._fd)
+
+    def repair(self) -> None:
+        """After a failed append: cut the journal back to its last whole record. Raises ``OSError``."""
+        os.ftruncate(self._fd, self._size)
+        self._broken = False
 
     def close(self, *, clean: bool) -> None:
         """Idempotent. ``clean``: the slot file was flushed, so append CLOSE and flush the journal."""

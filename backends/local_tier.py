@@ -10,17 +10,24 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from flexkv_sglang.backends.breaker import Breaker
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.journal import generations
 from flexkv_sglang.backends.ownership import OwnerLock, owners
 from flexkv_sglang.backends.probe import IoMode, probe_directory
 from flexkv_sglang.backends.records import NO_PARENT, RECORD, Records, SlotClass
-from flexkv_sglang.backends.slot_file import OwnedStore, SlotFileTier, free_bytes, is_no_space
+from flexkv_sglang.backends.slot_file import (
+    OwnedStore,
+    SlotFileTier,
+    floor_bytes,
+    free_bytes,
+    is_no_space,
+)
 from flexkv_sglang.errors import ConfigError, JournalError, TierUnavailableError
 from flexkv_sglang.types import SECTOR, PageKey, round_up
 
@@ -43,10 +50,17 @@ class Recovered:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One configured directory: its namespace folder and how I/O works there."""
+    """One configured directory: its namespace folder, how I/O works there, and its health.
+
+    ``min_free``: bytes left to others on the disk (default: see ``floor_bytes``). ``durable``: flush at
+    every commit.
+    """
 
     directory: Path
     mode: IoMode
+    breaker: Breaker = field(default_factory=Breaker)
+    min_free: int | None = None
+    durable: bool = False
 
 
 def prepare_directory(path: str, io_engine: str) -> IoMode:
@@ -79,7 +93,12 @@ def prepare_directory(path: str, io_engine: str) -> IoMode:
 
 
 def open_places(
-    paths: Mapping[str, IoMode], namespace: str, fields: Mapping[str, object]
+    paths: Mapping[str, IoMode],
+    namespace: str,
+    fields: Mapping[str, object],
+    *,
+    min_free: int | None = None,
+    durable: bool = False,
 ) -> list[Place]:
     """The namespace folder in each directory, with NAMESPACE.json telling people what it is for."""
     places = []
@@ -93,7 +112,7 @@ def open_places(
                 json.dumps({"namespace": namespace, **fields}, indent=2, sort_keys=True) + "\n"
             )
             temporary.rename(describe)
-        places.append(Place(directory, mode))
+        places.append(Place(directory, mode, Breaker(), min_free, durable))
     return places
 
 
@@ -110,98 +129,111 @@ def open_tier(
 
     ``share_bytes``: bytes this process may take over all directories; 0: it only reads its neighbours;
     None: what was left here by an earlier run, else a quarter of the free space. Raises
-    ``ConfigError`` when a share is too small for one page or larger than the free space.
+    ``ConfigError`` when a share is too small for one page or larger than the free space; of several
+    directories those that cannot be used are left out, as long as one can.
     """
     if share_bytes == 0:
         return SlotFileTier([]), Recovered([], [], [])
     slot_bytes = round_up(payload_bytes, SECTOR)
+    if share_bytes is not None and share_bytes // len(places) < slot_bytes:
+        raise ConfigError(
+            f"{key_name}: this process's share in each of {len(places)} directories is "
+            f"{share_bytes // len(places)} bytes, less than one page ({slot_bytes} bytes). "
+            f"Valid: at least {slot_bytes * len(places)} bytes per rank process"
+        )
+    asked = _Asked(
+        namespace,
+        SlotClass(slot_bytes, payload_bytes, 0),
+        None if share_bytes is None else share_bytes // len(places),
+        accepted,
+        key_name,
+    )
     stores: list[OwnedStore] = []
     live: list[Records] = []
+    problems: list[ConfigError] = []
     try:
         for place in places:
-            share = None if share_bytes is None else share_bytes // len(places)
-            for store, records in _open_directory(
-                place,
-                namespace,
-                SlotClass(slot_bytes, payload_bytes, 0),
-                share,
-                len(places),
-                accepted,
-                key_name,
-            ):
+            try:
+                opened = _open_directory(place, asked)
+            except ConfigError as exc:
+                problems.append(exc)
+                continue
+            for store, records in opened:
+                store.breaker, store.durable = place.breaker, place.durable
                 stores.append(store)
                 live.append(records)
     except BaseException:
         for store in stores:
             store.close()
         raise
+    if problems and not stores:
+        raise problems[0]
+    for problem in problems:
+        logger.error("flexkv: a directory is left out: %s", problem)
     tier = SlotFileTier(stores)
     return tier, _recovered(tier, live)
 
 
-def _open_directory(
-    place: Place,
-    namespace: str,
-    wanted: SlotClass,
-    share: int | None,
-    place_count: int,
-    accepted: frozenset[ChecksumKind],
-    key_name: str,
-) -> list[tuple[OwnedStore, Records]]:
-    slots_max = _U32_SLOTS if share is None else min(share // wanted.slot_bytes, _U32_SLOTS)
-    if slots_max < 1:
-        raise ConfigError(
-            f"{key_name}: this process's share in {place.directory} is {share} bytes, less than one page "
-            f"({wanted.slot_bytes} bytes). Valid: at least {wanted.slot_bytes * place_count} bytes per rank process"
-        )
-    opened = _adopt_all(
-        place, namespace, wanted.payload_bytes, slots_max, accepted, single=share is None
-    )
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What every directory is opened for. ``share``: bytes per directory, or None."""
+
+    namespace: str
+    slot_class: SlotClass
+    share: int | None
+    accepted: frozenset[ChecksumKind]
+    key_name: str
+
+
+def _open_directory(place: Place, asked: _Asked) -> list[tuple[OwnedStore, Records]]:
+    slot_bytes, share = asked.slot_class.slot_bytes, asked.share
+    slots_max = _U32_SLOTS if share is None else min(share // slot_bytes, _U32_SLOTS)
+    opened = _adopt_all(place, asked, slots_max)
     have = sum(store.slots.slot_class.slot_count for store, _ in opened)
     if share is None:
-        auto = min(free_bytes(place.directory) // 4, AUTO_SIZE_MAX) // wanted.slot_bytes
+        free = free_bytes(place.directory)
+        spare = free - floor_bytes(place.directory, place.min_free)
+        auto = min(free // 4, spare, AUTO_SIZE_MAX) // slot_bytes
         slots_max = have or max(1, auto)
     missing = slots_max - have
-    if missing > 0:
-        slot_class = SlotClass(wanted.slot_bytes, wanted.payload_bytes, missing)
-        opened.append((_create(place, namespace, slot_class, key_name), np.zeros(0, RECORD)))
+    try:
+        if missing > 0:
+            opened.append((_create(place, asked, missing), np.zeros(0, RECORD)))
+    except BaseException:
+        for store, _ in opened:
+            store.close()
+        raise
     return opened
 
 
-def _create(place: Place, namespace: str, slot_class: SlotClass, key_name: str) -> OwnedStore:
-    needed = slot_class.slot_bytes * slot_class.slot_count
+def _create(place: Place, asked: _Asked, slot_count: int) -> OwnedStore:
+    slot_class = replace(asked.slot_class, slot_count=slot_count)
+    needed = slot_class.slot_bytes * slot_count
     free = free_bytes(place.directory)
-    if needed > free:
+    floor = floor_bytes(place.directory, place.min_free)
+    if needed > free - floor:
         raise ConfigError(
-            f"{key_name}: {needed} more bytes are needed in {place.directory}, but only {free} are free. "
-            f"Valid: a size that fits, or free space on that disk"
+            f"{asked.key_name}: {needed} more bytes are needed in {place.directory}, but only {free} are "
+            f"free, of which min_free={floor} are left to others. Valid: a size that fits, or free space"
         )
     try:
-        return OwnedStore.create(place.directory, namespace, slot_class, place.mode)
+        return OwnedStore.create(place.directory, asked.namespace, slot_class, place.mode)
     except OSError as exc:
         if is_no_space(exc):
             raise ConfigError(
-                f"{key_name}: {needed} bytes do not fit into {place.directory}: {exc.strerror}"
+                f"{asked.key_name}: {needed} bytes do not fit into {place.directory}: {exc.strerror}"
             ) from exc
         raise ConfigError(
             f"path: cannot create files in {place.directory}: {exc.strerror or exc}"
         ) from exc
 
 
-def _adopt_all(
-    place: Place,
-    namespace: str,
-    payload_bytes: int,
-    slots_max: int,
-    accepted: frozenset[ChecksumKind],
-    *,
-    single: bool,
-) -> list[tuple[OwnedStore, Records]]:
+def _adopt_all(place: Place, asked: _Asked, slots_max: int) -> list[tuple[OwnedStore, Records]]:
     """Dead owners of this namespace, the largest first, until ``slots_max`` slots are ours."""
     adopted: list[tuple[OwnedStore, Records]] = []
     left = slots_max
     for owner in _by_size(place.directory):
-        if left < 1 or (single and adopted):
+        if left < 1 or (asked.share is None and adopted):
             break
         lock = OwnerLock.try_take(place.directory, owner)
         if lock is None:
@@ -213,11 +245,11 @@ def _adopt_all(
         try:
             store, records = OwnedStore.adopt(
                 lock,
-                namespace,
-                payload_bytes,
+                asked.namespace,
+                asked.slot_class.payload_bytes,
                 place.mode,
                 slots_max=left,
-                accepted=accepted,
+                accepted=asked.accepted,
             )
         except (JournalError, TierUnavailableError, OSError) as exc:
             logger.warning("flexkv: owner %s in %s is left alone: %s", owner, place.directory, exc)

@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +26,7 @@ LADDER = ("io_uring", "threads", "buffered")
 """io_uring with O_DIRECT; threads with O_DIRECT; threads through the page cache."""
 
 _PROBE_TIMEOUT_S = 10.0
+_MOUNTS = Path("/proc/self/mountinfo")  # format: proc_pid_mountinfo(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,10 @@ def probe_directory(directory: str, wanted: str = "auto") -> IoMode:
     be made in the directory at all.
     """
     reasons: list[str] = []
-    for engine in LADDER if wanted == "auto" else (wanted,):
+    ladder = LADDER if wanted == "auto" else (wanted,)
+    if wanted == "auto" and in_memory(directory):
+        ladder, reasons = ("buffered",), ["the file system is memory"]
+    for engine in ladder:
         direct = engine != "buffered"
         try:
             align = _try(directory, engine, direct)
@@ -64,6 +69,21 @@ def probe_directory(directory: str, wanted: str = "auto") -> IoMode:
             continue
         return IoMode(engine, direct, align, "; ".join(reasons))
     raise TierUnavailableError(f"no I/O works in {directory}: {'; '.join(reasons)}")
+
+
+def in_memory(directory: str) -> bool:
+    """True on tmpfs: plain copies by several threads beat a ring there, and O_DIRECT means nothing."""
+    device = os.stat(directory).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = _MOUNTS.read_text().splitlines()
+    except OSError:
+        return False
+    mounts = (line.split(" - ", 1) for line in lines)
+    return any(
+        left.split()[2] == wanted and right.split()[0] in ("tmpfs", "ramfs")
+        for left, right in mounts
+    )
 
 
 def make_engine(kind: str) -> IoEngine:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flexkv_sglang.backends.breaker import Breaker
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.journal import (
     JournalWriter,
@@ -41,6 +42,8 @@ from flexkv_sglang.errors import JournalError, TierUnavailableError
 from flexkv_sglang.types import I64, U64, PageKey, SlotId
 
 logger = logging.getLogger(__name__)
+
+_FLOOR_MAX = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ class OwnedStore:
         count = slots.slot_class.slot_count
         self.sums = array("Q", bytes(8 * count))
         self.kinds = bytearray(count)
-        self.failed = False  # a failed journal: nothing more is written here
+        self.breaker = Breaker()  # shared by all stores of a directory; open: nothing moves here
+        self.durable = False  # flush data before its records, and records before their slots change
 
     @classmethod
     def create(
@@ -169,6 +173,45 @@ class OwnedStore:
             store.kinds[slot] = flags & 0xFF
         return store, live
 
+    @property
+    def failed(self) -> bool:
+        """True while its directory is not to be used."""
+        return self.breaker.is_open
+
+    def append(self, records: Records) -> bool:
+        """Append to the journal. A journal that does not take them opens the directory's breaker."""
+        try:
+            if self.durable and records["op"][0] == Op.PUT:
+                self.slots.sync()
+            self.journal.append(records)
+            if self.durable:
+                self.journal.sync()
+        except (JournalError, OSError) as exc:
+            # Without its journal a store must not be rewritten: neighbours would trust old records.
+            if self.breaker.trip(f"journal: {exc}"):
+                logger.error("flexkv: %s takes no more pages: %s", self.slots.path, exc)
+            return False
+        return True
+
+    def revive(self, live: Records) -> None:
+        """The directory answers again: a new generation with ``live``. Raises ``OSError``, ``JournalError``.
+
+        CLEAR goes before it: whoever tails this owner missed what could not be recorded meanwhile.
+        """
+        self.journal.repair()
+        self.journal.append(new_records(Op.CLEAR, 1))
+        self.journal.rotate(live)
+
+    def shrink(self, slot_count: int, live: Records) -> None:
+        """Give the slots from ``slot_count`` on back to the disk; ``live`` is what the others hold.
+
+        Raises ``OSError``, ``JournalError``.
+        """
+        smaller = replace(self.slots.slot_class, slot_count=slot_count)
+        self.journal.rotate(live, (smaller,))
+        self.slots.slot_class = smaller
+        os.truncate(self.slots.path, smaller.slot_bytes * slot_count)
+
     def close(self) -> None:
         """Flush, append the clean mark, release the lock. Idempotent."""
         clean = not self.failed and self.slots.fd >= 0
@@ -213,6 +256,10 @@ class SlotFileTier:
         self._bases = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.slot_count = int(self._bases[-1])
 
+    def regions(self) -> list[int]:
+        """Slots per store, as they were at the start."""
+        return [self.base(i + 1) - self.base(i) for i in range(len(self.stores))]
+
     def base(self, store_index: int) -> int:
         """First slot number of a store."""
         return int(self._bases[store_index])
@@ -243,6 +290,11 @@ class SlotFileTier:
             for s, i in zip(store.tolist(), local.tolist(), strict=True)
         ]
 
+    def breakers(self, slots: Sequence[int]) -> list[Breaker]:
+        """Health of the directory of each slot."""
+        store, _ = self.locate(slots)
+        return [self.stores[s].breaker for s in store.tolist()]
+
     def writable(self, slots: Sequence[int]) -> list[bool]:
         """Per slot: False if its store's journal has failed."""
         store, _ = self.locate(slots)
@@ -272,7 +324,7 @@ class SlotFileTier:
                 parent_store[rows] == index
             )
             records["parent"] = np.where(linked, parent_local[rows], NO_PARENT)
-            if self._append(store, records):
+            if store.append(records):
                 for row in rows:
                     done[row] = True
                     store.sums[int(local[row])] = entries[row][2]
@@ -288,13 +340,13 @@ class SlotFileTier:
                 records = new_records(Op.DEL, len(rows))
                 records["slot"] = local[rows]
                 records["key"] = keys_field([victims[row][0] for row in rows])
-                self._append(store, records)
+                store.append(records)
 
     def publish_clear(self) -> None:
         """Append CLEAR to every journal."""
         for store in self.stores:
             if not store.failed:
-                self._append(store, new_records(Op.CLEAR, 1))
+                store.append(new_records(Op.CLEAR, 1))
 
     def snapshot_records(
         self, keys: Sequence[PageKey], slots: I64, parents: I64, store_index: int
@@ -325,22 +377,19 @@ class SlotFileTier:
         if first is not None:
             raise TierUnavailableError(f"closing the tier: {first}") from first
 
-    @staticmethod
-    def _append(store: OwnedStore, records: Records) -> bool:
-        try:
-            store.journal.append(records)
-        except JournalError as exc:
-            # Without its journal a store must not be rewritten: neighbours would trust old records.
-            store.failed = True
-            logger.error("flexkv: %s takes no more pages: %s", store.slots.path, exc)
-            return False
-        return True
-
 
 def free_bytes(directory: Path) -> int:
     """What an unprivileged user can still allocate on the file system of ``directory``."""
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
+
+
+def floor_bytes(directory: Path, wanted: int | None) -> int:
+    """Free space that is left to others: ``wanted``, or 2 % of the file system and at most 1 GiB."""
+    if wanted is not None:
+        return wanted
+    stat = os.statvfs(directory)
+    return min(_FLOOR_MAX, stat.f_blocks * stat.f_frsize // 50)
 
 
 def is_no_space(exc: OSError) -> bool:

@@ -18,17 +18,14 @@ from typing import Any, TypeVar
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
-from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
-from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
-from flexkv_sglang.backends.neighbours import NeighbourStore
+from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
 from flexkv_sglang.compat import data_parallel_size, model_identity
 from flexkv_sglang.config import FlexKVConfig
-from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import HostPages, UnsupportedPoolError, tensor_buffers
 from flexkv_sglang.keys import Identity, page_key, page_keys
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.transfer import PageMover
 from flexkv_sglang.types import PageBuffers, PageKey
 
 logger = logging.getLogger(__name__)
@@ -77,14 +74,12 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self._storage_config = storage_config
         self._config = FlexKVConfig.parse(storage_config.extra_config)
         self.metrics = Metrics()
-        self._engine: CacheEngine | None = None
+        self._engine: Hierarchy | None = None
         self._pages: HostPages | None = None
         self._identity: Identity | None = None
         self._logged_at: dict[str, float] = {}
         logger.info("flexkv: %s", self._config.describe())
-        self._modes = {
-            path: prepare_directory(path, self._config.io_engine) for path in self._config.path
-        }
+        self._prepared = prepare_tiers(self._config)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Learn the page geometry, open the namespace, recover what is there.
@@ -116,68 +111,30 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
             self._report("close", exc)
 
-    def _open(self, identity: Identity) -> CacheEngine:
-        namespace = identity.namespace
-        share = self._share_bytes()
-        places = open_places(self._modes, namespace, identity.fields())
-        accepted = ACCEPTED_KINDS[self._config.verify]
-        tier, recovered = open_tier(
-            places, namespace, identity.payload_bytes, share, accepted=accepted
-        )
-        neighbours = NeighbourStore(
-            [(place.directory, place.mode) for place in places],
-            namespace,
+    def _open(self, identity: Identity) -> Hierarchy:
+        return open_hierarchy(
+            self._config,
+            self._prepared,
+            identity.namespace,
+            identity.fields(),
             identity.payload_bytes,
-            [store.lock.owner for store in tier.stores],
-            accepted,
-        )
-        engine = CacheEngine(
-            tier,
-            recovered,
-            neighbours,
-            PageMover(identity.payload_bytes, self.metrics),
+            self._writer_count(),
             self.metrics,
-            self._config.verify,
         )
-        mode = places[0].mode
-        logger.info(
-            "flexkv: tier ready: namespace=%s io_engine=%s o_direct=%s pages=%d slots=%d page_bytes=%d buffers=%d "
-            "neighbour_pages=%d share_bytes=%s verify=%s",
-            namespace,
-            mode.engine,
-            str(mode.o_direct).lower(),
-            engine.page_count(),
-            tier.slot_count,
-            identity.payload_bytes,
-            len(identity.buffer_bytes),
-            engine.neighbour_page_count(),
-            "auto" if share is None else share,
-            self._config.verify,
-        )
-        return engine
 
-    def _share_bytes(self) -> int | None:
-        """What this rank process may take of the server's ``size``: 0 if it never writes, None for auto."""
+    def _writer_count(self) -> int:
+        """Rank processes of this server that share the configured sizes; 0 if this one never writes."""
         config = self._storage_config
         if not getattr(config, "is_storage_writer", not config.is_mla_model or config.tp_rank == 0):
             return 0
-        if self._config.size is None:
-            return None
         tensor_ranks = getattr(config, "dcp_size", 1) if config.is_mla_model else config.tp_size
-        writers = (
+        writers: int = (
             tensor_ranks
             * getattr(config, "pp_size", 1)
             * getattr(config, "attn_cp_size", 1)
             * data_parallel_size()
         )
-        share = self._config.size // writers
-        logger.info(
-            "flexkv: size=%d is divided among %d rank processes that write: %d bytes each",
-            self._config.size,
-            writers,
-            share,
-        )
-        return share
+        return writers
 
     def _identity_of(self, pool: Any, pages: HostPages) -> Identity:
         config = self._storage_config

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,19 +51,34 @@ _SIZE_HELP = 'bytes as a number, or a string such as "200GB", "1.5TB" or "512MiB
 
 
 @dataclass(frozen=True, slots=True)
-class FlexKVConfig:
-    """Effective settings of one storage instance. Field docs are the README's configuration table.
-
-    ``path``: directories, striped evenly. ``size``: bytes one server may take over all of them and all
-    its rank processes, or None (what an earlier run left, else a quarter of the free space, at most
-    64 GB per rank process and directory). ``verify``: full | sampled | off. ``io_engine``: auto |
-    io_uring | threads | buffered. ``model_id``: names the weights instead of fingerprinting them.
-    """
+class TierConfig:
+    """One tier. ``path``: directories, striped evenly. ``size``: bytes one server may take over all of them
+    and all its rank processes, or None (what an earlier run left, else a quarter of the free space, at
+    most 64 GB per rank process and directory)."""
 
     path: tuple[str, ...] = ("~/.cache/flexkv-sglang",)
     size: int | None = None
+
+    def describe(self) -> str:
+        """For the log."""
+        return f"path={','.join(self.path)} size={'auto' if self.size is None else self.size}"
+
+
+@dataclass(frozen=True, slots=True)
+class FlexKVConfig:
+    """Effective settings of one storage instance. Field docs are the README's configuration table.
+
+    ``tiers``: the fastest first. ``verify``: full | sampled | off. ``durability``: none | journal.
+    ``io_engine``: auto | io_uring | threads | buffered. ``min_free``: bytes left to others on each disk,
+    or None (2 % of the file system, at most 1 GiB). ``model_id``: names the weights instead of
+    fingerprinting them.
+    """
+
+    tiers: tuple[TierConfig, ...] = (TierConfig(),)
     verify: str = "full"
+    durability: str = "none"
     io_engine: str = "auto"
+    min_free: int | None = None
     model_id: str | None = None
 
     @classmethod
@@ -72,22 +87,37 @@ class FlexKVConfig:
         given = {
             key: value for key, value in (extra_config or {}).items() if key not in SGLANG_KEYS
         }
-        unknown = sorted(set(given) - set(_PARSERS))
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], [*_PARSERS, *SGLANG_KEYS], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+        _reject_unknown(given, [*_TIER_PARSERS, *_PARSERS], "", SGLANG_KEYS)
+        tier = {key: given.pop(key) for key in tuple(given) if key in _TIER_PARSERS}
+        if tier and "tiers" in given:
             raise ConfigError(
-                f"{unknown[0]}: unknown key, value {given[unknown[0]]!r}.{hint} Valid keys: "
-                f"{', '.join(_PARSERS)}"
+                f"tiers: {given['tiers']!r} is given beside {', '.join(tier)}={next(iter(tier.values()))!r}. "
+                "Valid: either path and size (one tier), or tiers"
             )
-        return cls(**{key: _PARSERS[key](key, value) for key, value in given.items()})
+        parsed = {key: _PARSERS[key](key, value) for key, value in given.items()}
+        if tier:
+            parsed["tiers"] = (_tier("", tier),)
+        return cls(**parsed)
 
     def describe(self) -> str:
         """One line for the log."""
-        size = "auto" if self.size is None else str(self.size)
+        tiers = "; ".join(tier.describe() for tier in self.tiers)
         return (
-            f"path={','.join(self.path)} size={size} verify={self.verify} io_engine={self.io_engine} "
-            f"model_id={self.model_id or 'fingerprint'}"
+            f"tiers=[{tiers}] verify={self.verify} durability={self.durability} "
+            f"io_engine={self.io_engine} model_id={self.model_id or 'fingerprint'}"
+        )
+
+
+def _reject_unknown(
+    given: Mapping[str, Any], valid: list[str], where: str, also: Iterable[str] = ()
+) -> None:
+    unknown = sorted(set(given) - set(valid))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [*valid, *also], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"{where}{unknown[0]}: unknown key, value {given[unknown[0]]!r}.{hint} Valid keys: "
+            f"{', '.join(valid)}"
         )
 
 
@@ -106,6 +136,10 @@ def parse_size(key: str, value: object) -> int:
     if not 1 <= amount < 2**63:
         raise ConfigError(f"{key}: {value!r} is out of range. Valid: {_SIZE_HELP}, at least 1 byte")
     return int(value) if isinstance(value, int) else int(amount)
+
+
+def _size_or_zero(key: str, value: object) -> int:
+    return 0 if value == 0 and not isinstance(value, bool) else parse_size(key, value)
 
 
 def _paths(key: str, value: object) -> tuple[str, ...]:
@@ -136,10 +170,41 @@ def _text(key: str, value: object) -> str:
     return value
 
 
+def _tier(where: str, given: Mapping[str, Any]) -> TierConfig:
+    return TierConfig(
+        **{key: _TIER_PARSERS[key](where + key, value) for key, value in given.items()}
+    )
+
+
+def _tiers(key: str, value: object) -> tuple[TierConfig, ...]:
+    help_text = (
+        'a list of tiers, fastest first, such as [{"path": "/dev/shm/flexkv", "size": "32GiB"}]'
+    )
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f"{key}: {value!r}. Valid: {help_text}")
+    tiers = []
+    for number, item in enumerate(value):
+        where = f"{key}[{number}]."
+        if not isinstance(item, Mapping):
+            raise ConfigError(f"{key}[{number}]: {item!r}. Valid: {help_text}")
+        given = dict(item)
+        _choice("slots")(where + "type", given.pop("type", "slots"))
+        _reject_unknown(given, ["type", *_TIER_PARSERS], where)
+        if "path" not in given:
+            raise ConfigError(f"{where}path: missing in {item!r}. Valid: {help_text}")
+        tiers.append(_tier(where, given))
+    paths = [path for tier in tiers for path in tier.path]
+    if len(set(paths)) != len(paths):
+        raise ConfigError(f"{key}: {value!r} names a directory twice. Valid: different directories")
+    return tuple(tiers)
+
+
+_TIER_PARSERS: dict[str, Callable[[str, object], Any]] = {"path": _paths, "size": parse_size}
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
-    "path": _paths,
-    "size": parse_size,
+    "tiers": _tiers,
     "verify": _choice("full", "sampled", "off"),
+    "durability": _choice("none", "journal"),
+    "min_free": _size_or_zero,
     "io_engine": _choice("auto", "io_uring", "threads", "buffered"),
     "model_id": _text,
 }

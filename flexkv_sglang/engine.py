@@ -1,105 +1,44 @@
-"""CacheEngine: plan, move, commit. The only place that knows index, tier, neighbours and mover together.
+"""CacheEngine: plan, move, commit for one tier. The only place that knows index, slot files, neighbours and mover.
 
-``_lock`` guards the index and is held for dict work only: never for I/O, never while logging.
-``_publish`` puts journal appends and the index changes they announce into one order; it is taken before
-``_lock``, never after it, and no read takes it. Bytes move under neither: pins, WRITING slots and the
-second look at a neighbour's journal protect them.
-
-Failures of the world end here: they are counted and become misses.
+Bytes move under no lock: pins, WRITING slots and the second look at a neighbour's journal protect them.
+The two locks are explained in ``local_pages``. Failures of the world end here: they are counted, reported
+to the directory's breaker, and become misses.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import TracebackType
 
+from flexkv_sglang.backends.breaker import Breaker
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
 from flexkv_sglang.backends.local_tier import Recovered
 from flexkv_sglang.backends.neighbours import NeighbourPage, NeighbourStore
 from flexkv_sglang.backends.slot_file import Extents, SlotFileTier
-from flexkv_sglang.errors import JournalError, TierError
-from flexkv_sglang.eviction import ReuseDensity
-from flexkv_sglang.index import TierIndex
+from flexkv_sglang.errors import TierError, TierUnavailableError
+from flexkv_sglang.local_pages import LocalPages
 from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.plan import GetPlan, Source
 from flexkv_sglang.prefix import cut_after_first_failure
 from flexkv_sglang.transfer import Outcome, PageMover
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
+from flexkv_sglang.upkeep import Upkeep
+from flexkv_sglang.watch import CallWatch
 
 logger = logging.getLogger(__name__)
 
-_SCAN_INTERVAL_S = 0.25
-_JOIN_TIMEOUT_S = 2.0
 _LOCK_SPAN = 512  # keys looked up under one hold of the lock
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where one page of a get comes from: an own slot, or a neighbour's claim."""
-
-    key: PageKey
-    slot: SlotId | None
-    neighbour: NeighbourPage | None
-    kind: ChecksumKind
-    checksum: int
-
-
-class GetPlan:
-    """The leading run of a request that can be read, pinned until the block is left."""
-
-    def __init__(self, engine: CacheEngine, keys: Sequence[PageKey]) -> None:
-        self._engine = engine
-        self.sources: list[_Source] = []
-        try:
-            self._collect(keys)
-        except BaseException:
-            self._release()
-            raise
-
-    def __enter__(self) -> GetPlan:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        engine = self._engine
-        with engine._lock:
-            engine._index.unpin([s.slot for s in self.sources if s.slot is not None])
-        engine._neighbours.release([s.neighbour for s in self.sources if s.neighbour is not None])
-
-    def _collect(self, keys: Sequence[PageKey]) -> None:
-        """Alternate between own pages and neighbours' pages until neither goes on."""
-        engine = self._engine
-        while len(self.sources) < len(keys):
-            start = len(self.sources)
-            with engine._lock:
-                slots = engine._index.pin(keys[start : start + _LOCK_SPAN])
-            checks = engine._tier.checksums(slots)
-            self.sources += [
-                _Source(keys[start + i], slot, None, *checks[i]) for i, slot in enumerate(slots)
-            ]
-            after = len(self.sources)
-            if after < len(keys):
-                claims = engine._neighbours.find(keys[after:])
-                self.sources += [_Source(c.key, None, c, c.kind, c.checksum) for c in claims]
-            if len(self.sources) == start:
-                return
+_PUBLISH_S = 2.0  # for what has no deadline of its own
 
 
 class CacheEngine:
-    """Look up, get, put and clear pages of one namespace. Thread-safe; see the module docstring.
+    """Look up, get, put and clear pages of one namespace in one tier. Thread-safe.
 
     ``verify``: "full" (every byte of every read), "sampled" or "off". Tier and neighbours know no page that
-    was written with less than is asked for. Owns everything it is given and closes it.
+    was written with less than is asked for. ``min_free``: bytes left to other users of each disk. Owns
+    everything it is given and closes it.
     """
 
     def __init__(
@@ -110,59 +49,69 @@ class CacheEngine:
         mover: PageMover,
         metrics: Metrics,
         verify: str,
+        *,
+        min_free: int | None = None,
     ) -> None:
         self._tier = tier
         self._neighbours = neighbours
         self._mover = mover
         self._metrics = metrics
         self._written_kind = WRITTEN_KIND[verify]
-        self._lock = threading.Lock()
-        self._publish = threading.Lock()
-        self._index = TierIndex(tier.slot_count, ReuseDensity(tier.slot_count))  # guarded by _lock
-        dropped = self._index.load(recovered.keys, recovered.slots, recovered.parents)
-        metrics.count("recovered_pages", len(recovered.keys) - len(dropped))
+        self._pages = LocalPages(tier, recovered)
+        self._watch = CallWatch()
+        metrics.count("recovered_pages", self._pages.recovered_count)
+        self._upkeep = Upkeep(self._pages, neighbours, mover, self._watch, metrics, min_free)
         self._neighbours.scan()
-        self._stop = threading.Event()
-        self._tail = threading.Thread(
-            target=self._follow_neighbours, name="flexkv-tail", daemon=True
-        )
-        self._tail.start()
+        self._upkeep.start()
 
     def prefix(self, keys: Sequence[PageKey]) -> int:
-        """Length of the leading run of pages that are here or at a neighbour. Memory only."""
+        """Length of the leading run of pages that are here or at a neighbour. Memory only.
+
+        What is here stays until it is read, for a short time: see ``promises``.
+        """
         count = 0
         while count < len(keys):
             start = count
-            with self._lock:
-                count += self._index.prefix(keys[count : count + _LOCK_SPAN])
+            count += self._pages.prefix(keys[count : count + _LOCK_SPAN], promise=True)
             if count < len(keys):
                 count += self._neighbours.prefix(keys[count:])
             if count == start:
                 break
         return count
 
+    def find(self, key: PageKey) -> bool:
+        """Can this page be read here or at a neighbour?"""
+        with self._pages.lock:
+            if self._pages.index.find(key) is not None:
+                return True
+        return self._neighbours.prefix([key]) == 1
+
     def page_count(self) -> int:
         """Own READY pages."""
-        with self._lock:
-            return len(self._index)
+        with self._pages.lock:
+            return len(self._pages.index)
 
     def neighbour_page_count(self) -> int:
         """Pages that neighbours claim."""
         return len(self._neighbours)
+
+    @property
+    def slot_count(self) -> int:
+        """Slots of this process, those of directories that are bypassed included."""
+        return self._tier.slot_count
 
     def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
         """Read pages into ``targets``. One bool per key; False from the first page that was not there,
         not right, or not in time (``time.monotonic()`` seconds)."""
         assert len(keys) == len(targets), (len(keys), len(targets))
         started = time.monotonic()
-        with GetPlan(self, keys) as plan:
+        with GetPlan(self._pages, self._neighbours, keys) as plan:
             results = self._read(plan, targets.take(slice(len(plan.sources))), deadline)
         results = cut_after_first_failure(results)
         pages = sum(results)
         self._metrics.transferred(
             "read", pages, pages * targets.payload_bytes, time.monotonic() - started
         )
-        self._metrics.count("read_miss_absent", len(keys) - len(plan.sources))
         return results + [False] * (len(keys) - len(results))
 
     def _read(self, plan: GetPlan, targets: PageBuffers, deadline: float) -> list[bool]:
@@ -185,7 +134,7 @@ class CacheEngine:
 
     def _read_rows(
         self,
-        sources: list[_Source],
+        sources: list[Source],
         rows: list[int],
         extents: Extents,
         targets: PageBuffers,
@@ -199,22 +148,45 @@ class CacheEngine:
                 return True
             return page_checksum(source.kind, source.key, parts) == source.checksum
 
+        own = [slot for i in rows if (slot := sources[i].slot) is not None]
+        breakers = self._tier.breakers(own)
+        outcomes = [Outcome.FAILED] * len(rows)
         try:
-            outcomes = self._mover.read(extents, targets.take(rows), deadline, inspect)
+            with self._watch.call(deadline, frozenset(breakers)):
+                outcomes = self._mover.read(extents, targets.take(rows), deadline, inspect)
         except (OSError, TierError) as exc:
             self._trouble("read", exc)
-            return
         for row, outcome in zip(rows, outcomes, strict=True):
             results[row] = outcome is Outcome.DONE
-            if outcome in (
-                Outcome.REFUSED,
-                Outcome.SHORT,
-            ):  # it will not get better by asking again
+            if outcome in (Outcome.REFUSED, Outcome.SHORT):  # asking again does not help
                 bad.append(row)
         self._metrics.count("read_failed_pages", outcomes.count(Outcome.FAILED))
+        self._metrics.count("read_late_pages", outcomes.count(Outcome.LATE))
+        if own:
+            healthy = self._report_health(breakers, outcomes, "read")
+            bad += [  # one bad spot on a disk that works: this page will not get better either
+                row
+                for row, outcome, breaker in zip(rows, outcomes, breakers, strict=True)
+                if outcome is Outcome.FAILED and breaker in healthy
+            ]
+
+    def _report_health(
+        self, breakers: Sequence[Breaker], outcomes: Sequence[Outcome], what: str
+    ) -> set[Breaker]:
+        """Tell each directory's breaker how its pages fared. Returns those where some page moved."""
+        moved = Counter(
+            b
+            for b, o in zip(breakers, outcomes, strict=True)
+            if o in (Outcome.DONE, Outcome.REFUSED)
+        )
+        failed = Counter(b for b, o in zip(breakers, outcomes, strict=True) if o is Outcome.FAILED)
+        opened = [b.record(moved[b], failed[b], f"{what} errors") for b in set(breakers)]
+        if any(opened):
+            self._upkeep.bypass_failed()
+        return set(moved)
 
     def _recheck_neighbours(
-        self, sources: list[_Source], foreign: list[int], results: list[bool], bad: list[int]
+        self, sources: list[Source], foreign: list[int], results: list[bool], bad: list[int]
     ) -> None:
         """The owner may have rewritten a slot while we read it: its journal says so by now."""
         claims = [_claim(sources[i]) for i in foreign]
@@ -226,7 +198,7 @@ class CacheEngine:
                     bad.remove(row)  # torn, not corrupt
         self._metrics.count("neighbour_read_pages", sum(results[i] for i in foreign))
 
-    def _drop_corrupt(self, sources: list[_Source]) -> None:
+    def _drop_corrupt(self, sources: list[Source]) -> None:
         """Refuse these pages from now on, here and for the neighbours."""
         if not sources:
             return
@@ -240,11 +212,12 @@ class CacheEngine:
         self._neighbours.forget(
             [source.neighbour for source in sources if source.neighbour is not None]
         )
-        with self._publish:
-            self._tier.publish_del(own)
-            with self._lock:
-                for key, slot in own:
-                    self._index.discard(key, slot)
+        with self._pages.lock:
+            gone = [(key, slot) for key, slot in own if self._pages.index.discard(key, slot)]
+        try:
+            self._pages.publish_del(gone, time.monotonic() + _PUBLISH_S)
+        except TierUnavailableError as exc:
+            self._trouble("tombstone", exc)
 
     def put(
         self, keys: Sequence[PageKey], sources: PageBuffers, parent: PageKey | None, deadline: float
@@ -257,8 +230,7 @@ class CacheEngine:
         assert len(keys) == len(sources), (len(keys), len(sources))
         started = time.monotonic()
         held = frozenset(i for i, flag in enumerate(self._neighbours.holds(keys)) if flag)
-        with self._lock:
-            reserved = self._index.reserve(keys, parent, held)
+        reserved = self._pages.reserve(keys, parent, held)
         results = [True] * len(keys)
         for position in reserved.refused:
             results[position] = False
@@ -271,9 +243,8 @@ class CacheEngine:
             return results
         rows = [position for position, _ in reserved.granted]
         slots = [slot for _, slot in reserved.granted]
-        with self._publish:  # before the slots are rewritten
-            self._tier.publish_del(reserved.victims)
-        done = self._write([keys[row] for row in rows], slots, sources.take(rows), deadline)
+        written = [keys[row] for row in rows]
+        done = self._write(written, slots, reserved.victims, sources.take(rows), deadline)
         for row, flag in zip(rows, done, strict=True):
             results[row] = flag
         pages = sum(done)
@@ -281,27 +252,42 @@ class CacheEngine:
             "write", pages, pages * sources.payload_bytes, time.monotonic() - started
         )
         self._metrics.count("write_failed_pages", len(done) - pages)
-        self._rotate_if_due()
+        self._upkeep.rotate_if_due()
         return results
 
     def _write(
-        self, keys: list[PageKey], slots: list[SlotId], sources: PageBuffers, deadline: float
+        self,
+        keys: list[PageKey],
+        slots: list[SlotId],
+        victims: list[tuple[PageKey, SlotId]],
+        sources: PageBuffers,
+        deadline: float,
     ) -> list[bool]:
-        """Move, record, commit. Slots that did not make it are free again when this returns."""
+        """Tombstones, bytes, records, index. Slots that did not make it are free again when this returns."""
         sums = [0] * len(keys)
         kind = self._written_kind
 
         def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
-            sums[position] = page_checksum(kind, keys[position], parts)
+            row = rows[position]
+            sums[row] = page_checksum(kind, keys[row], parts)
             return True
 
         done = [False] * len(keys)
         try:
-            usable = self._tier.writable(slots)
-            if all(usable):
-                extents = self._tier.extents(slots)
-                outcomes = self._mover.write(extents, sources, deadline, inspect)
-                done = [outcome is Outcome.DONE for outcome in outcomes]
+            self._pages.publish_del(victims, deadline)  # before the slots are rewritten
+            rows = [i for i, flag in enumerate(self._tier.writable(slots)) if flag]
+            targets = [slots[row] for row in rows]
+            breakers = self._tier.breakers(targets)
+            if rows:
+                extents = self._tier.extents(targets)
+                outcomes = [Outcome.FAILED] * len(rows)
+                try:
+                    with self._watch.call(deadline, frozenset(breakers)):
+                        outcomes = self._mover.write(extents, sources.take(rows), deadline, inspect)
+                finally:
+                    self._report_health(breakers, outcomes, "write")
+                for row, outcome in zip(rows, outcomes, strict=True):
+                    done[row] = outcome is Outcome.DONE
         except (OSError, TierError) as exc:
             self._trouble("write", exc)
         finally:
@@ -311,52 +297,43 @@ class CacheEngine:
     def _commit(
         self, keys: list[PageKey], slots: list[SlotId], sums: list[int], moved: list[bool]
     ) -> list[bool]:
-        """Journal records, then the index; both under ``_publish`` so that CLEAR cannot come in between."""
-        with self._publish:
-            with self._lock:
-                alive = self._index.still_writing(slots)
-                parents = [self._index.parent_slot(slot) for slot in slots]
-            good = [i for i in range(len(slots)) if moved[i] and alive[i]]
-            entries = [(keys[i], slots[i], sums[i], parents[i]) for i in good]
-            recorded = self._tier.publish_put(entries, self._written_kind) if entries else []
-            done = [False] * len(slots)
-            for i, flag in zip(good, recorded, strict=True):
-                done[i] = flag
-            with self._lock:
-                self._index.commit([slot for slot, flag in zip(slots, done, strict=True) if flag])
-                self._index.abort(
-                    [slot for slot, flag in zip(slots, done, strict=True) if not flag]
-                )
-        return done
-
-    def _rotate_if_due(self) -> None:
-        """Start a new journal generation where most of the old one is history."""
-        for index, store in enumerate(self._tier.stores):
-            if store.failed or not store.journal.should_rotate(store.slots.slot_class.slot_count):
-                continue
-            with self._publish:
-                with self._lock:
-                    frozen = self._index.freeze()
-                try:
-                    live = self._tier.snapshot_records(*frozen.by_age(), index)
-                    store.journal.rotate(live)
-                    self._metrics.count("journal_rotations")
-                except (OSError, JournalError) as exc:
-                    store.failed = True
-                    self._trouble("journal rotation", exc)
+        """Journal records, then the index; under ``publish`` so that CLEAR cannot come in between."""
+        pages = self._pages
+        recorded = [False] * len(slots)
+        try:
+            if any(moved):
+                with pages.publishing(time.monotonic() + _PUBLISH_S):
+                    with pages.lock:
+                        alive = pages.index.still_writing(slots)
+                        parents = [pages.index.parent_slot(slot) for slot in slots]
+                    good = [i for i in range(len(slots)) if moved[i] and alive[i]]
+                    entries = [(keys[i], slots[i], sums[i], parents[i]) for i in good]
+                    flags = self._tier.publish_put(entries, self._written_kind) if entries else []
+                    for i, flag in zip(good, flags, strict=True):
+                        recorded[i] = flag
+                    return pages.commit(slots, recorded)
+        except TierUnavailableError as exc:
+            self._trouble("commit", exc)
+        return pages.commit(slots, recorded)
 
     def clear(self) -> None:
         """Forget every page of this process in this namespace, on disk and for the neighbours."""
-        with self._publish:
-            self._tier.publish_clear()
-            with self._lock:
-                self._index.clear()
+        try:
+            with self._pages.publishing(time.monotonic() + _PUBLISH_S):
+                self._tier.publish_clear()
+                self._pages.clear()
+        except TierUnavailableError as exc:
+            # Its journals are brought in line with the empty index when they answer again.
+            for store in self._tier.stores:
+                store.breaker.trip("a journal does not answer")
+            self._pages.clear()
+            self._trouble("clear", exc)
+        self._upkeep.bypass_failed()
         self._metrics.count("clears")
 
     def close(self) -> None:
         """Wait for running transfers, flush, mark the journals clean, release the owner locks. Idempotent."""
-        self._stop.set()
-        self._tail.join(timeout=_JOIN_TIMEOUT_S)
+        self._upkeep.stop()
         if not self._mover.close():
             # A disk hangs. Whoever adopted these files now could be overwritten by what is in flight,
             # so the locks stay ours until this process ends.
@@ -370,23 +347,19 @@ class CacheEngine:
 
     def check(self) -> None:
         """Assert the index's invariants (tests, ``flexkv check``)."""
-        with self._lock:
-            self._index.check()
-
-    def _follow_neighbours(self) -> None:
-        while not self._stop.wait(_SCAN_INTERVAL_S):
-            self._neighbours.scan()
+        with self._pages.lock:
+            self._pages.index.check()
 
     def _trouble(self, what: str, exc: Exception) -> None:
         self._metrics.count(f"{what.replace(' ', '_')}_errors")
         logger.warning("flexkv: %s failed: %s: %s", what, type(exc).__name__, exc)
 
 
-def _slot(source: _Source) -> SlotId:
+def _slot(source: Source) -> SlotId:
     assert source.slot is not None
     return source.slot
 
 
-def _claim(source: _Source) -> NeighbourPage:
+def _claim(source: Source) -> NeighbourPage:
     assert source.neighbour is not None
     return source.neighbour

@@ -15,8 +15,8 @@ The one invariant: **a key found here names a slot whose bytes are complete, or 
 found by nobody but ``reserve``**. Victims are leaves only: READY, unpinned, and with no cached child,
 because a page whose parent is gone can never be hit again (page keys chain over the whole prefix).
 
-Not thread-safe: ``CacheEngine`` holds its lock around every call. Columns are arrays and a slot's number
-is its row: one million Python objects made a full garbage collection pause 0.3 s.
+Not thread-safe: the engine holds its lock around every call. Columns are arrays and a slot's number is
+its row: one million Python objects made a full garbage collection pause 0.3 s.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -95,24 +96,35 @@ class TierIndex:
         """True if the page is READY or being written: writing it again would be waste."""
         return key in self._slot_of
 
-    def prefix(self, keys: Sequence[PageKey]) -> int:
-        """Length of the leading run of READY keys. Does not touch recency: asking is not using."""
+    def run(self, keys: Sequence[PageKey]) -> list[SlotId]:
+        """Slots of the leading run of READY keys. Does not touch recency: asking is not using."""
         slot_of, state = self._slot_of, self._state
-        for count, key in enumerate(keys):
+        slots: list[SlotId] = []
+        for key in keys:
             slot = slot_of.get(key)
             if slot is None or state[slot] != READY:
-                return count
-        return len(keys)
+                break
+            slots.append(SlotId(slot))
+        return slots
+
+    def prefix(self, keys: Sequence[PageKey]) -> int:
+        """Length of ``run``."""
+        return len(self.run(keys))
+
+    def hold(self, slots: Iterable[SlotId]) -> None:
+        """Pin slots without using them. Each must be given to ``unpin`` exactly once."""
+        for slot in slots:
+            self._pins[slot] += 1
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
         """Pin the READY pages among ``keys`` up to the first absent one; touch them, refresh links.
 
         Returns the slots of that leading run. Each must be given to ``unpin`` exactly once.
         """
-        slots = [SlotId(self._slot_of[key]) for key in keys[: self.prefix(keys)]]
-        for slot in slots:
-            self._pins[slot] += 1
-        self._link_run(slots)
+        slots = self.run(keys)
+        self.hold(slots)
+        for before, slot in pairwise(slots):
+            self._links.link(slot, before)
         self._touch_chain(slots)
         return slots
 
@@ -331,10 +343,6 @@ class TierIndex:
     def parent_slot(self, slot: int) -> int:
         """Slot of the cached parent page, or -1."""
         return self._links.parent_of(slot)
-
-    def _link_run(self, slots: Sequence[int]) -> None:
-        for position in range(1, len(slots)):
-            self._links.link(slots[position], slots[position - 1])
 
     def _touch_chain(self, slots: Sequence[int]) -> None:
         """Touch from tail to head, so that within one request the tail is older and goes first."""

@@ -19,7 +19,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.backends.io import IoBatch, IoEngine, OnDone
+from flexkv_sglang.backends.io import NOT_TRIED, IoBatch, IoEngine, OnDone
 from flexkv_sglang.backends.probe import IoMode, make_engine
 from flexkv_sglang.backends.slot_file import Extents
 from flexkv_sglang.metrics import Metrics
@@ -34,10 +34,11 @@ _SLAB_BYTES = 32 << 20
 class Outcome(IntEnum):
     """What became of one page."""
 
-    FAILED = 0  # an I/O error, or not begun before the deadline: the page may be fine next time
+    FAILED = 0  # an I/O error: the page may be fine next time
     SHORT = 1  # the medium holds less than a page there
     REFUSED = 2  # ``inspect`` said no
     DONE = 3  # every byte moved and accepted
+    LATE = 4  # not begun before the deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class _Slab:
     """Page-aligned memory for bounced pages, made at first use. Shared mapping: safe across a fork."""
 
     def __init__(self, row_bytes: int) -> None:
+        self.lock = threading.Lock()  # held while the bounced pages of one call use it
         self.rows = max(1, _SLAB_BYTES // row_bytes)
         self._memory = mmap.mmap(-1, self.rows * row_bytes)
         base = np.frombuffer(self._memory, np.uint8).ctypes.data
@@ -81,14 +83,14 @@ class _Slab:
 
 
 class _Lane:
-    """One direction: its engines (one per kind), and one slab guarded by a lock."""
+    """One direction: its engines (one per kind), and one slab."""
 
     def __init__(self, row_bytes: int) -> None:
         self._row_bytes = row_bytes
         self._guard = threading.Lock()  # guards making engines and the slab
         self._engines: dict[str, IoEngine] = {}
+        self._abandoned: list[IoEngine] = []  # hold transfers that do not end
         self._slab: _Slab | None = None
-        self.slab_lock = threading.Lock()  # held while bounced pages of one call use the slab
 
     def engine(self, kind: str) -> IoEngine:
         with self._guard:
@@ -102,11 +104,17 @@ class _Lane:
                 self._slab = _Slab(self._row_bytes)
             return self._slab
 
+    def abandon(self) -> None:
+        """Leave engines and slab to calls that hang in them; the next call gets new ones."""
+        with self._guard:
+            self._abandoned += self._engines.values()
+            self._engines = {}
+            self._slab = None
+
     def close(self) -> bool:
         with self._guard:
-            ended = [
-                engine.close() for engine in self._engines.values()
-            ]  # each, also after a False
+            engines = [*self._engines.values(), *self._abandoned]
+        ended = [engine.close() for engine in engines]  # each, also after a False
         return all(ended)
 
 
@@ -137,7 +145,7 @@ class PageMover:
     ) -> list[Outcome]:
         """Media to memory. A bounced page reaches its target only after ``inspect`` accepted it.
 
-        ``deadline`` is ``time.monotonic()`` seconds; pages not begun by then are FAILED.
+        ``deadline`` is ``time.monotonic()`` seconds; pages not begun by then are LATE.
         """
         return self._move("read", extents, buffers, deadline, inspect)
 
@@ -146,6 +154,11 @@ class PageMover:
     ) -> list[Outcome]:
         """Memory to media. ``inspect`` sees the page's source buffers once its bytes have been taken."""
         return self._move("write", extents, buffers, deadline, inspect)
+
+    def abandon(self) -> None:
+        """A disk hangs: what is in flight keeps its engines until it ends; other calls get new ones."""
+        for lane in self._lanes.values():
+            lane.abandon()
 
     def close(self) -> bool:
         """Wait a bounded time for running transfers and release the engines. False: some still run."""
@@ -171,7 +184,7 @@ class PageMover:
             buffers,
             deadline,
             inspect,
-            np.full(len(buffers), Outcome.FAILED, np.int8),
+            np.full(len(buffers), Outcome.LATE, np.int8),
         )
         plan = plan_move(buffers, extents.modes)
         direct = plan.direct
@@ -210,14 +223,16 @@ class PageMover:
         job: _Job, page: int, parts: list[tuple[int, int]], moved: int, wanted: int
     ) -> Outcome:
         if moved != wanted:
+            if moved == NOT_TRIED:
+                return Outcome.LATE
             return Outcome.FAILED if moved < 0 else Outcome.SHORT
         return Outcome.DONE if job.inspect(page, parts) else Outcome.REFUSED
 
     def _bounced(self, job: _Job, kind: str, rows: npt.NDArray[np.intp]) -> None:
         """Through the slab, as many pages at a time as it has rows."""
         lane = self._lanes[job.direction]
-        with lane.slab_lock:
-            slab = lane.slab()
+        slab = lane.slab()
+        with slab.lock:
             for start in range(0, len(rows), slab.rows):
                 self._bounce_group(job, kind, slab, rows[start : start + slab.rows])
 

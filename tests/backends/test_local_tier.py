@@ -127,7 +127,9 @@ def test_without_a_size_an_earlier_run_decides_then_the_free_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_tier, "free_bytes", lambda _directory: 40 * PAGE)
-    place = open_places({str(tmp_path): prepare_directory(str(tmp_path), "auto")}, "ns", {})
+    place = open_places(
+        {str(tmp_path): prepare_directory(str(tmp_path), "auto")}, "ns", {}, min_free=0
+    )
     for _ in range(2):
         tier, _ = open_tier(place, "ns", PAGE, None, accepted=FULL)
         assert tier.slot_count == 10

@@ -1,0 +1,77 @@
+"""Breaker: one directory's health. Opens on repeated failures, closes by itself after a probe.
+
+While it is open nothing is read from or written to the directory: a dead disk costs each call nothing,
+instead of a timeout. A call counts as failed if pages of the directory failed and none succeeded: single
+bad sectors are no reason to give up a disk. The pattern is Nygard's circuit breaker ("Release It!", 2007).
+
+Threads: any.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+_FAILURES = 3
+_PAUSE_S, _PAUSE_MAX_S = 1.0, 30.0
+
+
+class Breaker:
+    """Closed: in use. Open: bypassed. ``begin_probe`` says when to try again, with doubling pauses."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._pause = _PAUSE_S
+        self._retry_at = 0.0
+        self._probing = False
+        self._open = False
+        self.reason = ""
+
+    @property
+    def is_open(self) -> bool:
+        """True while the directory must not be used."""
+        return self._open
+
+    def record(self, succeeded: int, failed: int, reason: str = "") -> bool:
+        """Outcome of one call: pages that moved, pages that met an error. True if it has just opened."""
+        with self._lock:
+            if succeeded:
+                self._failures = 0
+            elif failed:
+                self._failures += 1
+                if self._failures >= _FAILURES:
+                    return self._trip(reason)
+        return False
+
+    def trip(self, reason: str) -> bool:
+        """Open at once. True if it was closed."""
+        with self._lock:
+            return self._trip(reason)
+
+    def begin_probe(self) -> bool:
+        """True if it is open, its pause is over and nobody else probes: the caller must now end the probe."""
+        with self._lock:
+            if not self._open or self._probing or self._clock() < self._retry_at:
+                return False
+            self._probing = True
+            return True
+
+    def end_probe(self, *, healthy: bool) -> None:
+        """Close, or wait twice as long for the next probe."""
+        with self._lock:
+            self._probing = False
+            if healthy:
+                self._open, self._failures, self._pause, self.reason = False, 0, _PAUSE_S, ""
+            else:
+                self._pause = min(2 * self._pause, _PAUSE_MAX_S)
+                self._retry_at = self._clock() + self._pause
+
+    def _trip(self, reason: str) -> bool:
+        if self._open:
+            return False
+        self._open, self.reason = True, reason
+        self._retry_at = self._clock() + self._pause
+        return True

@@ -1,0 +1,148 @@
+"""Hierarchy: several tiers as one, the fastest first; each is a ``CacheEngine`` of its own.
+
+Written through: a put goes to every tier, so evicting from a fast one loses nothing. Read from the
+fastest that has the page; a page that is bad there is read from the next. Promotion: a page that is read
+from a lower tier for the second time is put into the tier above, from the host pages it has just been
+read into, before the call returns (later they are not ours any more).
+
+With one tier (the common case) every call goes straight to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+from flexkv_sglang.engine import CacheEngine
+from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.types import PageBuffers, PageKey
+
+
+class Hierarchy:
+    """``tiers`` (at least one) as one store; owns and closes them. Thread-safe as they are."""
+
+    def __init__(self, tiers: Sequence[CacheEngine], metrics: Metrics) -> None:
+        assert tiers
+        self.tiers = tuple(tiers)
+        self._metrics = metrics
+        self._seen = [_SeenOnce(max(1024, tier.slot_count)) for tier in self.tiers[:-1]]
+
+    def prefix(self, keys: Sequence[PageKey]) -> int:
+        """Length of the leading run of pages that some tier has. Memory only."""
+        count = 0
+        while count < len(keys):
+            start = count
+            for tier in reversed(self.tiers):  # the lowest is the largest
+                if count < len(keys):
+                    count += tier.prefix(keys[count:])
+            if count == start:
+                break
+        return count
+
+    def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
+        """As ``CacheEngine.get``, from whichever tiers have the pages."""
+        done = 0
+        while done < len(keys):
+            start = done
+            for level, tier in enumerate(self.tiers):
+                if done == len(keys):
+                    break
+                stop = done + self._until_faster(level, keys[done:])
+                part = targets.take(slice(done, stop))
+                got = sum(tier.get(keys[done:stop], part, deadline))
+                self._metrics.count(f"tier{level}_hit_pages", got)
+                if level:
+                    self._promote(level - 1, keys, done, got, targets, deadline)
+                done += got
+            if done == start:
+                break
+        self._metrics.count("read_miss_pages", len(keys) - done)
+        return [True] * done + [False] * (len(keys) - done)
+
+    def put(
+        self, keys: Sequence[PageKey], sources: PageBuffers, parent: PageKey | None, deadline: float
+    ) -> list[bool]:
+        """As ``CacheEngine.put``, into every tier. True where one of them has the page now."""
+        results = [False] * len(keys)
+        for tier in reversed(self.tiers):  # the lowest first: it is the one that lasts
+            flags = tier.put(keys, sources, parent, deadline)
+            results = [a or b for a, b in zip(results, flags, strict=True)]
+        return results
+
+    def clear(self) -> None:
+        """Forget every page of this process in every tier."""
+        for tier in self.tiers:
+            tier.clear()
+
+    def close(self) -> None:
+        """Close every tier, also when one fails. Idempotent."""
+        for tier in self.tiers:
+            tier.close()
+
+    def page_count(self) -> int:
+        """Own READY pages of the lowest tier."""
+        return self.tiers[-1].page_count()
+
+    def neighbour_page_count(self) -> int:
+        """Pages that neighbours claim in the lowest tier."""
+        return self.tiers[-1].neighbour_page_count()
+
+    def check(self) -> None:
+        """Assert every index's invariants."""
+        for tier in self.tiers:
+            tier.check()
+
+    def _until_faster(self, level: int, keys: Sequence[PageKey]) -> int:
+        """How many pages to ask this tier for: up to the next one that a faster tier has."""
+        if not level:
+            return len(keys)
+        for position in range(1, len(keys)):
+            if any(tier.find(keys[position]) for tier in self.tiers[:level]):
+                return position
+        return len(keys)
+
+    def _promote(
+        self,
+        level: int,
+        keys: Sequence[PageKey],
+        start: int,
+        count: int,
+        targets: PageBuffers,
+        deadline: float,
+    ) -> None:
+        """Pages ``start`` to ``start + count``, just read from below, go to ``level`` on their second hit."""
+        again = self._seen[level].again(keys[start : start + count])
+        rows = [start + offset for offset in again]
+        breaks = [i + 1 for i, (a, b) in enumerate(pairwise(rows)) if b != a + 1]
+        for low, high in pairwise([0, *breaks, len(rows)]):
+            run = rows[low:high]
+            if run and time.monotonic() < deadline:
+                parent = keys[run[0] - 1] if run[0] else None
+                part = targets.take(slice(run[0], run[-1] + 1))
+                stored = self.tiers[level].put(keys[run[0] : run[-1] + 1], part, parent, deadline)
+                self._metrics.count("promoted_pages", sum(stored))
+
+
+class _SeenOnce:
+    """Keys read from below lately: the last ``room`` to ``2 * room`` of them. Races cost a promotion."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._now: set[PageKey] = set()
+        self._before: set[PageKey] = set()
+
+    def again(self, keys: Sequence[PageKey]) -> list[int]:
+        """Positions of keys seen before; they are forgotten, the others remembered."""
+        now, before = self._now, self._before
+        found = []
+        for position, key in enumerate(keys):
+            if key in now or key in before:
+                now.discard(key)
+                before.discard(key)
+                found.append(position)
+            else:
+                now.add(key)
+        if len(now) > self._room:
+            self._now, self._before = set(), now
+        return found
