@@ -1,8 +1,9 @@
 """Breaker: one directory's health. Opens on repeated failures, closes by itself after a probe.
 
 While it is open nothing is read from or written to the directory: a dead disk costs each call nothing,
-instead of a timeout. A call counts as failed if pages of the directory failed and none succeeded: single
-bad sectors are no reason to give up a disk. The pattern is Nygard's circuit breaker ("Release It!", 2007).
+instead of a timeout. A journal that takes no more records (a full disk) stops writes only. A call counts
+as failed if pages of the directory failed and none succeeded: single bad sectors are no reason to give up
+a disk. The pattern is Nygard's circuit breaker ("Release It!", 2007).
 
 Threads: any.
 """
@@ -18,7 +19,7 @@ _PAUSE_S, _PAUSE_MAX_S = 1.0, 30.0
 
 
 class Breaker:
-    """Closed: in use. Open: bypassed. ``begin_probe`` says when to try again, with doubling pauses."""
+    """Closed: in use. Open: bypassed, or only read. ``begin_probe`` says when to try again, with doubling pauses."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -28,12 +29,18 @@ class Breaker:
         self._retry_at = 0.0
         self._probing = False
         self._open = False
+        self._readable = True
         self.reason = ""
 
     @property
     def is_open(self) -> bool:
-        """True while the directory must not be used."""
+        """True while the directory must not be written to."""
         return self._open
+
+    @property
+    def is_readable(self) -> bool:
+        """True while its pages may be read."""
+        return self._readable
 
     def record(self, succeeded: int, failed: int, reason: str = "") -> bool:
         """Outcome of one call: pages that moved, pages that met an error. True if it has just opened."""
@@ -46,10 +53,10 @@ class Breaker:
                     return self._trip(reason)
         return False
 
-    def trip(self, reason: str) -> bool:
-        """Open at once. True if it was closed."""
+    def trip(self, reason: str, *, readable: bool = False) -> bool:
+        """Open at once. True if that changes anything."""
         with self._lock:
-            return self._trip(reason)
+            return self._trip(reason, readable=readable)
 
     def begin_probe(self) -> bool:
         """True if it is open, its pause is over and nobody else probes: the caller must now end the probe."""
@@ -64,14 +71,15 @@ class Breaker:
         with self._lock:
             self._probing = False
             if healthy:
-                self._open, self._failures, self._pause, self.reason = False, 0, _PAUSE_S, ""
+                self._open, self._readable, self.reason = False, True, ""
+                self._failures, self._pause = 0, _PAUSE_S
             else:
                 self._pause = min(2 * self._pause, _PAUSE_MAX_S)
                 self._retry_at = self._clock() + self._pause
 
-    def _trip(self, reason: str) -> bool:
-        if self._open:
+    def _trip(self, reason: str, *, readable: bool = False) -> bool:
+        if self._open and (readable or not self._readable):
             return False
-        self._open, self.reason = True, reason
+        self._open, self._readable, self.reason = True, readable, reason
         self._retry_at = self._clock() + self._pause
         return True

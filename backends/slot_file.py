@@ -105,7 +105,9 @@ class OwnedStore:
         count = slots.slot_class.slot_count
         self.sums = array("Q", bytes(8 * count))
         self.kinds = bytearray(count)
-        self.breaker = Breaker()  # shared by all stores of a directory; open: nothing moves here
+        self.breaker = (
+            Breaker()
+        )  # shared by all stores of a directory; open: nothing is written here
         self.durable = False  # flush data before its records, and records before their slots change
 
     @classmethod
@@ -175,7 +177,7 @@ class OwnedStore:
 
     @property
     def failed(self) -> bool:
-        """True while its directory is not to be used."""
+        """True while nothing may be written to its directory."""
         return self.breaker.is_open
 
     def append(self, records: Records) -> bool:
@@ -188,7 +190,7 @@ class OwnedStore:
                 self.journal.sync()
         except (JournalError, OSError) as exc:
             # Without its journal a store must not be rewritten: neighbours would trust old records.
-            if self.breaker.trip(f"journal: {exc}"):
+            if self.breaker.trip(f"journal: {exc}", readable=True):
                 logger.error("flexkv: %s takes no more pages: %s", self.slots.path, exc)
             return False
         return True

@@ -229,19 +229,22 @@ class TierIndex:
         self._policy.clear()
         self._ready_count = 0
 
-    def suspend(self, region: int) -> int:
-        """The directory of a region does not answer: its pages are found by nobody, its slots not used.
+    def suspend(self, region: int, *, readable: bool = False) -> int:
+        """The directory of a region fails: its slots are not used, its pages found by nobody.
 
-        Returns how many pages. A page that is put again meanwhile goes elsewhere and is forgotten here.
+        Returns how many pages. One that is put again meanwhile goes elsewhere and is forgotten here.
+        ``readable``: it only takes no writes; its pages stay, and none is evicted.
         """
         low, high = self._free_slots.span(region)
         self._free_slots.close(region)
+        self._policy.retain(lambda slot: not low <= slot < high)
+        if readable:
+            return 0
         state = np.frombuffer(self._state, np.uint8)[low:high]
         ready = state == READY
         state[ready] = SUSPENDED
         count = int(ready.sum())
         self._ready_count -= count
-        self._policy.retain(lambda slot: self._state[slot] == READY)
         return count
 
     def resume(self, region: int) -> int:
@@ -249,13 +252,14 @@ class TierIndex:
         low, high = self._free_slots.span(region)
         self._free_slots.reopen(region)
         state = np.frombuffer(self._state, np.uint8)[low:high]
-        back = np.flatnonzero(state == SUSPENDED)
+        back = state == SUSPENDED
         state[back] = READY
-        self._ready_count += len(back)
-        for slot in (back + low).tolist():
+        count = int(back.sum())
+        self._ready_count += count
+        for slot in (np.flatnonzero(state == READY) + low).tolist():
             if self._links.children[slot] == 0:
                 self._policy.offer(slot)
-        return len(back)
+        return count
 
     def retire(self, region: int, count: int) -> tuple[list[tuple[PageKey, SlotId]], int]:
         """Take slots at the end of a region out of use for good, at most ``count``.
@@ -337,7 +341,8 @@ class TierIndex:
             if self._state[slot] == FREE:
                 assert self._pins[slot] == 0, f"slot {slot} is free but pinned"
                 assert self._key_of[slot] is None, f"slot {slot} is free but has a key"
-            if self._state[slot] == READY and children[slot] == 0:
+            leaf = self._state[slot] == READY and children[slot] == 0
+            if leaf and self._free_slots.is_open(slot):
                 assert slot in offers, f"leaf {slot} cannot be found for eviction"
 
     def parent_slot(self, slot: int) -> int:
@@ -360,7 +365,7 @@ class TierIndex:
         slots = [SlotId(slot) for slot in self._free_slots.take(count)]
         victims: list[tuple[PageKey, SlotId]] = []
         while len(slots) < count:
-            victim = self._policy.victim(lambda slot: self._pins[slot] == 0)
+            victim = self._policy.victim(self._may_go)
             if victim is None:
                 break
             key = self._key_of[victim]
@@ -371,6 +376,9 @@ class TierIndex:
             slots.append(SlotId(victim))
         # Pages of a chain were evicted tail first; in order again, they lie side by side.
         return sorted(slots), victims
+
+    def _may_go(self, slot: int) -> bool:
+        return self._pins[slot] == 0 and self._free_slots.is_open(slot)
 
     def _replace_suspended(self, keys: Sequence[PageKey]) -> None:
         """Forget those of ``keys`` that cannot be read now, so that they can be written elsewhere."""

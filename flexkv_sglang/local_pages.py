@@ -110,10 +110,10 @@ class LocalPages:
             self._end(self._promises.break_all())
             self.index.clear()
 
-    def suspend(self, region: int) -> int:
+    def suspend(self, region: int, *, readable: bool = False) -> int:
         """See ``TierIndex.suspend``."""
         with self.lock:
-            return self.index.suspend(region)
+            return self.index.suspend(region, readable=readable)
 
     def break_promises(self) -> None:
         """End all promises."""

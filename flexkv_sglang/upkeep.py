@@ -49,7 +49,7 @@ class Upkeep:
         self._metrics = metrics
         self._min_free = min_free
         self._floor_at = time.monotonic() + _FLOOR_ROUND_S
-        self._suspended: set[int] = set()  # regions; guarded by _state_lock
+        self._suspended: dict[int, bool] = {}  # region: still read? Guarded by _state_lock
         self._state_lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flexkv-upkeep", daemon=True)
@@ -88,22 +88,25 @@ class Upkeep:
             self.keep_floor()
 
     def bypass_failed(self) -> None:
-        """Suspend the pages of directories whose breaker has opened. Any thread, after a failed call."""
+        """Suspend what lies in directories whose breaker has opened. Any thread, after a failed call."""
         for region, store in enumerate(self._pages.tier.stores):
-            if not store.breaker.is_open or region in self._suspended:
-                continue
-            with self._state_lock:
-                if region in self._suspended:
-                    continue
-                self._suspended.add(region)
-                count = self._pages.suspend(region)
-            self._metrics.count("breaker_opened")
-            logger.error(
-                "flexkv: %s is bypassed, %d pages miss: %s",
-                store.lock.directory,
-                count,
-                store.breaker.reason,
-            )
+            if store.breaker.is_open and self._suspended.get(region) != store.breaker.is_readable:
+                self._bypass(region, store)
+
+    def _bypass(self, region: int, store: OwnedStore) -> None:
+        with self._state_lock:
+            readable = store.breaker.is_readable
+            if not store.breaker.is_open or self._suspended.get(region, None) is readable:
+                return
+            self._suspended[region] = readable
+            count = self._pages.suspend(region, readable=readable)
+        self._metrics.count("breaker_opened")
+        logger.error(
+            "flexkv: %s %s: %s",
+            store.lock.directory,
+            "takes no more pages" if readable else f"is bypassed, {count} pages miss",
+            store.breaker.reason,
+        )
 
     def _breakers(self) -> set[Breaker]:
         return {store.breaker for store in self._pages.tier.stores}
@@ -138,10 +141,11 @@ class Upkeep:
                     store.revive(pages.tier.snapshot_records(*frozen.by_age(), region))
             except (OSError, JournalError):
                 for region in regions:
-                    pages.suspend(region)
-                self._suspended.update(regions)
+                    readable = self._suspended.setdefault(region, False)
+                    pages.suspend(region, readable=readable)
                 raise
-            self._suspended.difference_update(regions)
+            for region in regions:
+                self._suspended.pop(region, None)
 
     def keep_floor(self) -> None:
         """Give slots back while the disk has less free space than is left to others."""
@@ -192,5 +196,5 @@ class Upkeep:
                 self._metrics.count("journal_rotations")
             except (OSError, TierError, JournalError) as exc:
                 self._metrics.count("journal_rotation_errors")
-                if store.breaker.trip(f"journal rotation: {exc}"):
+                if store.breaker.trip(f"journal rotation: {exc}", readable=True):
                     logger.warning("flexkv: journal rotation failed: %s", exc)

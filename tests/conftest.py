@@ -8,8 +8,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -49,3 +53,11 @@ settings.register_profile(  # scripts/mutants: a failure is all that is wanted, 
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
 )
+
+
+@pytest.fixture
+def shm_path() -> Iterator[pathlib.Path]:
+    """An empty directory in memory (tmpfs)."""
+    place = pathlib.Path(tempfile.mkdtemp(prefix="flexkv-test-", dir="/dev/shm"))
+    yield place
+    shutil.rmtree(place)

@@ -134,7 +134,7 @@ def test_prefix_keys_make_one_chain_of_two_batches(storage: FlexKVStorage) -> No
     storage.batch_set_v1(every[:2], tokens(0, 1))
     storage.batch_set_v1(every[2:], tokens(2, 3), HiCacheStorageExtraInfo(prefix_keys=every[:2]))
     engine: Any = storage._engine
-    index = engine._index
+    index = engine.tiers[0]._pages.index
     found = [index.find(bytes.fromhex(name)) for name in every]
     assert [index.parent_slot(slot) for slot in found] == [-1, *found[:3]]
 
@@ -272,20 +272,20 @@ def test_size_is_shared_by_the_ranks_that_write(tmp_path: Path) -> None:
     storage = FlexKVStorage(mha)
     storage.register_mem_pool_host(Pool())
     assert storage._engine is not None
-    assert storage._engine._tier.slot_count == 8
+    assert storage._engine.tiers[0].slot_count == 8
     storage.close()
     reading = config(tmp_path, size=64 * 2 * HALF)
     reading.tp_rank, reading.tp_size, reading.is_mla_model = 1, 2, True
     reader = FlexKVStorage(reading)
     reader.register_mem_pool_host(Pool())
     assert reader._engine is not None
-    assert reader._engine._tier.slot_count == 0
+    assert reader._engine.tiers[0].slot_count == 0
     writing = config(tmp_path, size=64 * 2 * HALF)
     writing.tp_size, writing.is_mla_model = 2, True
     writer = FlexKVStorage(writing)
     writer.register_mem_pool_host(Pool(seed=1))
     assert writer.batch_set_v1(names(3), tokens(0, 1, 2)) == [True] * 3
-    reader._engine._neighbours.scan()
+    reader._engine.tiers[0]._neighbours.scan()
     assert (
         reader.batch_get_v1(names(3), tokens(0, 1, 2)) == [True] * 3
     )  # rank 1 reads what rank 0 wrote

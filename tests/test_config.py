@@ -64,8 +64,8 @@ def test_impossible_sizes(value: object) -> None:
 
 
 def test_one_directory_or_several() -> None:
-    assert FlexKVConfig.parse({"path": "/a"}).path == ("/a",)
-    assert FlexKVConfig.parse({"path": ["/a", "/b"]}).path == ("/a", "/b")
+    assert FlexKVConfig.parse({"path": "/a"}).tiers[0].path == ("/a",)
+    assert FlexKVConfig.parse({"path": ["/a", "/b"]}).tiers[0].path == ("/a", "/b")
 
 
 @pytest.mark.parametrize(

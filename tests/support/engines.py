@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import mmap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
+from flexkv_sglang.config import FlexKVConfig, TierConfig
 from flexkv_sglang.engine import CacheEngine
+from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.transfer import PageMover
 from flexkv_sglang.types import PageBuffers, PageKey
@@ -46,6 +50,15 @@ def open_engine(
     metrics = Metrics()
     mover = PageMover(payload_bytes, metrics)
     return CacheEngine(tier, recovered, neighbours, mover, metrics, verify)
+
+
+def open_hierarchy_on(tiers: Sequence[tuple[Path, int]], payload_bytes: int) -> Hierarchy:
+    """Tiers as the adapter would assemble them: (directory, bytes), the fastest first."""
+    config = FlexKVConfig(
+        tiers=tuple(TierConfig((str(directory),), size) for directory, size in tiers)
+    )
+    prepared = prepare_tiers(config)
+    return open_hierarchy(config, prepared, "ns", {}, payload_bytes, 1, Metrics())
 
 
 def page_memory(
