@@ -22,6 +22,7 @@ from flexkv_sglang.local_pages import LocalPages
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.plan import GetPlan, Source
 from flexkv_sglang.prefix import cut_after_first_failure
+from flexkv_sglang.soundness import check_index
 from flexkv_sglang.transfer import Outcome, PageMover
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 from flexkv_sglang.upkeep import Upkeep
@@ -348,7 +349,7 @@ class CacheEngine:
     def check(self) -> None:
         """Assert the index's invariants (tests, ``flexkv check``)."""
         with self._pages.lock:
-            self._pages.index.check()
+            check_index(self._pages.index)
 
     def _trouble(self, what: str, exc: Exception) -> None:
         self._metrics.count(f"{what.replace(' ', '_')}_errors")

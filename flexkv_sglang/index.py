@@ -45,7 +45,9 @@ from flexkv_sglang.types import (
 )
 
 _MAX_SLOTS = (1 << 32) - 1
-_FOUND = (WRITING, READY, SUSPENDED)  # states of slots whose key is in the map
+
+FOUND = (WRITING, READY, SUSPENDED)
+"""States of slots whose key is in the map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,30 +322,6 @@ class TierIndex:
             np.array(self._policy.last_use, np.uint64),
             *self._links.copy(),
         )
-
-    def check(self) -> None:
-        """Assert every invariant. O(slots): for tests and ``flexkv check``."""
-        children = [0] * self.slot_count
-        for key, slot in self._slot_of.items():
-            assert self._key_of[slot] == key, f"slot {slot} and its key disagree"
-            assert self._state[slot] in _FOUND, f"key in slot {slot}, state {self._state[slot]}"
-            parent = self.parent_slot(slot)
-            if parent != NO_SLOT:
-                assert self._state[parent] in _FOUND, f"slot {slot} has a dead parent {parent}"
-                children[parent] += 1
-        assert self._ready_count == sum(state == READY for state in self._state)
-        offers = self._policy.offers()
-        for slot in range(self.slot_count):
-            counted = self._links.children[slot]
-            assert children[slot] == counted, f"slot {slot} counts {counted} children"
-            free = self._free_slots.is_free(slot)
-            assert free == (self._state[slot] == FREE), f"slot {slot} leaks or is free in use"
-            if self._state[slot] == FREE:
-                assert self._pins[slot] == 0, f"slot {slot} is free but pinned"
-                assert self._key_of[slot] is None, f"slot {slot} is free but has a key"
-            leaf = self._state[slot] == READY and children[slot] == 0
-            if leaf and self._free_slots.is_open(slot):
-                assert slot in offers, f"leaf {slot} cannot be found for eviction"
 
     def parent_slot(self, slot: int) -> int:
         """Slot of the cached parent page, or -1."""

@@ -6,6 +6,7 @@ import pytest
 
 from engines import keys
 from flexkv_sglang.index import TierIndex
+from flexkv_sglang.soundness import check_index
 from flexkv_sglang.types import PageKey, SlotId
 
 
@@ -22,7 +23,7 @@ def store(index: TierIndex, chain: list[PageKey], parent: PageKey | None = None)
     reserved = index.reserve(chain, parent)
     assert not reserved.refused
     index.commit([slot for _, slot in reserved.granted])
-    index.check()
+    check_index(index)
     return [key for key, _ in reserved.victims]
 
 
@@ -73,7 +74,7 @@ def test_pinned_pages_are_never_victims_and_the_rest_of_a_batch_is_refused() -> 
     assert reserved.refused == [1, 2]
     index.abort([slot for _, slot in reserved.granted])
     index.unpin(pinned)
-    index.check()
+    check_index(index)
 
 
 def test_a_batch_never_evicts_its_own_pages() -> None:
@@ -103,7 +104,7 @@ def test_abort_gives_the_slots_back() -> None:
     for _ in range(5):
         reserved = index.reserve(keys(2), None)
         index.abort([slot for _, slot in reserved.granted])
-        index.check()
+        check_index(index)
     assert not index.holds(keys(1)[0])
 
 
@@ -116,7 +117,7 @@ def test_a_discarded_page_is_gone_at_once_but_its_slot_only_after_the_last_reade
     assert index.reserve(keys(1, seed=2), None).refused == [0]
     index.unpin(slots)
     assert len(index.reserve(keys(1, seed=2), None).granted) == 1
-    index.check()
+    check_index(index)
 
 
 def test_discard_of_a_slot_that_holds_something_else_by_now_does_nothing() -> None:
@@ -138,7 +139,7 @@ def test_clear_dooms_what_is_in_use_and_it_comes_back() -> None:
     assert len(index.reserve(keys(3, seed=3), None).refused) == 2
     index.abort(reserved)
     index.unpin(pinned)
-    index.check()
+    check_index(index)
 
 
 def test_unpin_without_pin_is_a_bug_that_is_said() -> None:
@@ -151,7 +152,7 @@ def test_load_keeps_order_links_and_the_first_of_two_pages_with_one_key() -> Non
     chain = keys(3)
     index = TierIndex(8)
     assert index.load([*chain, chain[0]], [5, 1, 7, 2], [-1, 5, 1, -1]) == [3]
-    index.check()
+    check_index(index)
     assert [index.find(key) for key in chain] == [5, 1, 7]
     assert index.parent_slot(7) == 1
     slots = [slot for _, slot in index.reserve(keys(5, seed=2), None).granted]
@@ -163,14 +164,14 @@ def test_load_keeps_order_links_and_the_first_of_two_pages_with_one_key() -> Non
 def test_links_to_nonsense_are_dropped_when_loading() -> None:
     index = TierIndex(4)
     index.load(keys(3), [0, 1, 2], [0, 99, 3])
-    index.check()
+    check_index(index)
     assert [index.parent_slot(slot) for slot in (0, 1, 2)] == [-1, -1, -1]
 
 
 def test_an_index_without_slots_refuses_everything() -> None:
     index = TierIndex(0)
     assert index.reserve(keys(2), None).refused == [0, 1]
-    index.check()
+    check_index(index)
 
 
 def test_leaf_heap_stays_bounded_under_touching() -> None:
@@ -179,4 +180,4 @@ def test_leaf_heap_stays_bounded_under_touching() -> None:
     for _ in range(3000):
         index.unpin(index.pin(chain))
     assert sum(map(len, index._policy._heaps)) <= 2 * 4 + 1024 + 1
-    index.check()
+    check_index(index)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from flexkv_sglang.index import TierIndex
+from flexkv_sglang.soundness import check_index
 from flexkv_sglang.types import PageKey, SlotId
 from index_oracle import Oracle, Page
 
@@ -183,7 +184,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        self.index.check()
+        check_index(self.index)
         assert len(self.index) == sum(page.ready for page in self.oracle.pages.values())
 
 
