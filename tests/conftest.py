@@ -55,6 +55,15 @@ settings.load_profile(
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--e2e-variant",
+        default="plain",
+        choices=["plain", "memory", "threads"],
+        help="servers with one disk, with a memory tier above it, or without io_uring",
+    )
+
+
 @pytest.fixture
 def shm_path() -> Iterator[pathlib.Path]:
     """An empty directory in memory (tmpfs)."""

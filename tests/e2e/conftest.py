@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from flexkv_bed import server
 from flexkv_bed.server import Replica, Settings
 from flexkv_bed.tiny_model import make_tiny_model
 
 ADMIN = ("--admin-api-key", "bed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _variant(request: pytest.FixtureRequest) -> Iterator[None]:
+    server.variant = request.config.getoption("--e2e-variant")
+    yield
+    for left in Path("/dev/shm").glob("flexkv-bed-*"):
+        shutil.rmtree(left)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from flexkv_bed.server import (
     Settings,
     flexkv_extra,
 )
+from flexkv_bed.storage import wait_written
 
 pytestmark = [pytest.mark.sglang, pytest.mark.e2e]
 
@@ -114,3 +115,28 @@ def test_the_offline_engine_reads_what_a_server_wrote(
     answer = json.loads(run.stdout.splitlines()[-1])
     assert answer["cached"]["storage"] == REUSABLE
     assert tuple(answer["output_ids"]) == first.output_ids
+
+
+def test_a_memory_tier_and_the_thread_fallback_can_be_attached(
+    pair: tuple[Replica, Replica], tmp_path: Path, shm_path: Path
+) -> None:
+    """The same two servers, other settings: what one wrote through memory and disk the other reads."""
+    a, b = pair
+    disk, memory = tmp_path / "disk", shm_path / "memory"
+    tiers = [{"path": str(memory), "size": "32MiB"}, {"path": str(disk), "size": "64MiB"}]
+    extra = {"prefetch_threshold": PAGE, "tiers": tiers, "io_engine": "threads"}
+    for replica in pair:
+        replica.detach()
+        replica.attach("flexkv", extra)
+    try:
+        a.flush_cache()
+        first = a.generate(prompt(10))
+        wait_written(disk, {})
+        wait_written(memory, {})
+        b.flush_cache()
+        assert_from_storage(b, 10, first)
+    finally:
+        for replica in pair:
+            replica.detach()
+            replica.attach("flexkv", replica.settings.extra_config())
+    assert [len(list(place.rglob("*.slots"))) for place in (disk, memory)] == [2, 2]

@@ -24,6 +24,8 @@ from typing import Any, Literal
 
 import psutil
 
+from flexkv_bed.storage import memory_of
+
 Layout = Literal["layer_first", "page_first", "page_first_direct", "page_head"]
 Json = dict[str, Any]
 
@@ -113,9 +115,20 @@ class Settings:
         return [*entry, *(part for k, v in flags.items() for part in (f"--{k}", str(v))), *switches]
 
 
+VARIANTS: dict[str, Json] = {"plain": {}, "memory": {}, "threads": {"io_engine": "threads"}}
+"""Ways to run every test: one disk; a memory tier above it; the disk without io_uring."""
+
+variant = "plain"
+"""The one in use; set by ``pytest --e2e-variant``."""
+
+
 def flexkv_extra(storage: Path, page_size: int = 16) -> Json:
     """The usual extra config. The size keeps a test from reserving a quarter of the disk."""
-    return {"prefetch_threshold": page_size, "path": str(storage), "size": "256MiB"}
+    extra = {"prefetch_threshold": page_size, **VARIANTS[variant]}
+    disk = {"path": str(storage), "size": "256MiB"}
+    if variant == "memory":
+        return {**extra, "tiers": [{"path": str(memory_of(storage)), "size": "64MiB"}, disk]}
+    return {**extra, **disk}
 
 
 @dataclass(frozen=True, slots=True)

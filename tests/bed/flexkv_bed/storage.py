@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,17 @@ BLOCK = 512  # the unit of st_blocks, whatever the file system's own is
 State = dict[Path, tuple[int, int]]
 
 
+def memory_of(directory: Path) -> Path:
+    """Where the memory tier above ``directory`` lies, if a server is told to have one."""
+    return Path(
+        "/dev/shm", f"flexkv-bed-{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}"
+    )
+
+
 def files(directory: Path) -> list[Path]:
-    """All regular files below ``directory``; one that vanishes meanwhile is no error."""
-    return sorted(path for path in directory.rglob("*") if path.is_file())
+    """All regular files of a storage, memory tier included; one that vanishes meanwhile is no error."""
+    places = (directory, memory_of(directory))
+    return sorted(path for place in places for path in place.rglob("*") if path.is_file())
 
 
 def state(directory: Path) -> State:
