@@ -222,8 +222,13 @@ class JournalWriter:
 
 
 def write_snapshot(directory: Path, header: Header, live: Records) -> None:
-    """Snapshot of ``header.generation``, flushed and put in place by rename."""
-    body = seal_records(live.copy(), header.epoch, 0)
+    """Snapshot of ``header.generation``, flushed and put in place by rename.
+
+    Its records have no number and no CRC of their own: the header has one over all of them.
+    """
+    live = live.copy()
+    live["crc"] = live["seq"] = 0
+    body = live.tobytes()
     header = replace(header, record_count=len(live), body_crc=zlib.crc32(body))
     path = snapshot_path(directory, header.owner, header.generation)
     _publish(path, header.pack(SNAPSHOT_MAGIC) + body, sync=True)
@@ -316,15 +321,14 @@ def last_words(records: Records, header: Header) -> Records:
     if len(clears):
         records = records[clears[-1] + 1 :]
     counts = np.array([item.slot_count for item in header.files], np.int64)
+    bases = np.concatenate([[0], np.cumsum(counts)])
     about_slots = (records["op"] == Op.PUT) | (records["op"] == Op.DEL)
-    known = about_slots & (records["file"] < len(counts))
-    known[known] = records["slot"][known] < counts[records["file"][known]]
-    records = records[known]
-    place = records["file"].astype(np.int64) << 32 | records["slot"].astype(np.int64)
-    _, from_end = np.unique(
-        place[::-1], return_index=True
-    )  # first in reverse: the last word on each slot
-    last = np.sort(len(place) - 1 - from_end)
+    known = np.flatnonzero(about_slots & (records["file"] < len(counts)))
+    known = known[records["slot"][known] < counts[records["file"][known]]]
+    place = bases[records["file"][known]] + records["slot"][known]
+    position = np.full(int(bases[-1]), -1, np.int64)
+    position[place] = known  # of several, the last stays
+    last = np.sort(position[position >= 0])
     kept: Records = records[last]
     puts: Records = kept[kept["op"] == Op.PUT]
     return puts

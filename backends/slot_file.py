@@ -168,11 +168,8 @@ class OwnedStore:
             raise
         slots.slot_class = wanted
         store = cls(lock, slots, journal)
-        for slot, total, flags in zip(
-            live["slot"].tolist(), live["sum"].tolist(), live["flags"].tolist(), strict=True
-        ):
-            store.sums[slot] = total
-            store.kinds[slot] = flags & 0xFF
+        np.frombuffer(store.sums, np.uint64)[live["slot"]] = live["sum"]
+        np.frombuffer(store.kinds, np.uint8)[live["slot"]] = live["flags"] & 0xFF
         return store, live
 
     @property

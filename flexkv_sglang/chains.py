@@ -19,14 +19,14 @@ class ChainLinks:
     """Parent, number of children and generation per slot."""
 
     def __init__(self, slot_count: int) -> None:
-        self._parent = array("q", b"\xff" * (8 * slot_count))
+        self.parent = array("q", b"\xff" * (8 * slot_count))
         self._parent_generation = array("I", bytes(4 * slot_count))
         self._generation = array("I", bytes(4 * slot_count))
         self.children = array("I", bytes(4 * slot_count))
 
     def parent_of(self, slot: int) -> int:
         """Slot of the cached parent page, or -1."""
-        parent = self._parent[slot]
+        parent = self.parent[slot]
         if parent == NO_SLOT or self._generation[parent] != self._parent_generation[slot]:
             return NO_SLOT
         return parent
@@ -37,7 +37,7 @@ class ChainLinks:
             # A key's parent cannot change. Two claims mean the caller's chain is not one (opaque v0
             # keys): keep the first, links are only an order.
             return
-        self._parent[slot] = parent
+        self.parent[slot] = parent
         self._parent_generation[slot] = self._generation[parent]
         self.children[parent] += 1
 
@@ -55,7 +55,7 @@ class ChainLinks:
 
     def reset(self, slot: int) -> None:
         """As ``cut``, when the parent is forgotten as well."""
-        self._parent[slot] = NO_SLOT
+        self.parent[slot] = NO_SLOT
         self._generation[slot] = (self._generation[slot] + 1) & 0xFFFFFFFF
         self.children[slot] = 0
 
@@ -63,14 +63,14 @@ class ChainLinks:
         """Links of recovered pages: ``parents`` are slots or -1; ``state`` per slot says which are READY."""
         linked = (parents >= 0) & (parents < len(state)) & (parents != slots)
         linked[linked] = state[parents[linked]] == READY
-        np.frombuffer(self._parent, np.int64)[slots[linked]] = parents[linked]
+        np.frombuffer(self.parent, np.int64)[slots[linked]] = parents[linked]
         counts = np.bincount(parents[linked], minlength=len(state))
         np.frombuffer(self.children, np.uint32)[:] = counts[: len(state)]
 
     def copy(self) -> tuple[I64, U32, U32]:
         """(parent, the parent's generation as linked, generation) per slot."""
         return (
-            np.array(self._parent, np.int64),
+            np.array(self.parent, np.int64),
             np.array(self._parent_generation, np.uint32),
             np.array(self._generation, np.uint32),
         )

@@ -295,17 +295,21 @@ class TierIndex:
         Returns the positions that were dropped because an earlier one has the same key.
         """
         assert not self._slot_of, "load() is for an empty index"
-        dropped = [
-            position
-            for position, (key, slot) in enumerate(zip(keys, slots, strict=True))
-            if self._slot_of.setdefault(key, slot) != slot
-        ]
+        dropped: list[int] = []
+        self._slot_of = dict(zip(keys, slots, strict=True))
+        if len(self._slot_of) < len(keys):
+            self._slot_of.clear()
+            dropped = [
+                position
+                for position, (key, slot) in enumerate(zip(keys, slots, strict=True))
+                if self._slot_of.setdefault(key, slot) != slot
+            ]
         for key, slot in self._slot_of.items():
             self._key_of[slot] = key
         kept = np.delete(np.asarray(slots, np.int64), dropped)
-        assert len(np.unique(kept)) == len(kept), "two pages in one slot"
-        np.frombuffer(self._state, np.uint8)[kept] = READY
         state = np.frombuffer(self._state, np.uint8)
+        state[kept] = READY
+        assert np.count_nonzero(state) == len(kept), "two pages in one slot"
         self._links.load(kept, np.delete(np.asarray(parents, np.int64), dropped), state)
         self._ready_count = len(kept)
         self._free_slots.load(state == FREE)
@@ -322,6 +326,11 @@ class TierIndex:
             np.array(self._policy.last_use, np.uint64),
             *self._links.copy(),
         )
+
+    @property
+    def parents(self) -> Sequence[int]:
+        """Parent slots as they were linked; some may hold other pages by now. To read only."""
+        return self._links.parent
 
     def parent_slot(self, slot: int) -> int:
         """Slot of the cached parent page, or -1."""

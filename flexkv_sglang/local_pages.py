@@ -52,7 +52,7 @@ class LocalPages:
             if promise and run:
                 now = time.monotonic()
                 self._end(self._promises.expire(now))
-                self.index.hold(self._promises.make(run, self.index.parent_slot, now))
+                self.index.hold(self._promises.make(run, self.index.parents, now))
         return len(run)
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:

@@ -10,7 +10,7 @@ Not thread-safe: used under the engine's lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from flexkv_sglang.types import SlotId
@@ -32,13 +32,14 @@ class Promises:
     def __len__(self) -> int:
         return len(self._until)
 
-    def make(
-        self, run: Sequence[SlotId], parent_of: Callable[[int], int], now: float
-    ) -> list[SlotId]:
-        """Promise a leading run. Returns the slots that are promised now and were not: pin them."""
+    def make(self, run: Sequence[SlotId], parents: Sequence[int], now: float) -> list[SlotId]:
+        """Promise a leading run. Returns the slots that are promised now and were not: pin them.
+
+        ``parents``: per slot of the tier, the slot of the page before it, or -1.
+        """
         if not run:
             return []
-        tails = [slot for slot, after in pairwise(run) if parent_of(after) != slot]
+        tails = [slot for slot, after in pairwise(run) if parents[after] != slot]
         made: list[SlotId] = []
         for slot in (*tails, run[-1]):
             if len(self._until) >= self._limit:

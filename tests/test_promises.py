@@ -19,12 +19,8 @@ def run(*slots: int) -> list[SlotId]:
     return [SlotId(slot) for slot in slots]
 
 
-def chained(slot: int) -> int:
-    return slot - 1
-
-
-def alone(_slot: int) -> int:
-    return NO_SLOT
+chained = range(-1, 799)
+alone = [NO_SLOT] * 800
 
 
 def test_a_chain_needs_one_promise_and_pages_without_links_one_each() -> None:

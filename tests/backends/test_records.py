@@ -127,3 +127,17 @@ def test_zeros_are_not_records() -> None:
 def test_numbers_wrap_after_32_bits() -> None:
     raw = seal_records(np.ones(4, RECORD), EPOCH, 2**32 - 3)
     assert valid_prefix(raw, EPOCH, 2**32 - 3)["seq"].tolist() == [2**32 - 2, 2**32 - 1, 0, 1]
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 20_000])
+def test_many_records_get_the_same_checksums_as_one_by_one(count: int) -> None:
+    records = np.frombuffer(np.random.default_rng(1).bytes(count * 64), RECORD).copy()
+    raw = seal_records(records, 0x1234_5678_9ABC_DEF0, 41)
+    for row in {0, count // 2, count - 1}:
+        one = raw[row * 64 : row * 64 + 64]
+        assert int.from_bytes(one[:4], "little") == zlib.crc32(one[4:], 0x9ABC_DEF0)
+    assert len(valid_prefix(raw, 0x1234_5678_9ABC_DEF0, 41)) == count
+    for row in {0, count // 2, count - 1}:
+        damaged = bytearray(raw)
+        damaged[row * 64 + 63] ^= 1
+        assert len(valid_prefix(bytes(damaged), 0x1234_5678_9ABC_DEF0, 41)) == row
