@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_sglang.backends.failpoints import Failpoint, reach
 from flexkv_sglang.backends.records import (
     HEADER_BYTES,
     JOURNAL_MAGIC,
@@ -136,6 +137,7 @@ class JournalWriter:
         if self._broken:
             raise JournalError(f"{self.path} was given up after a failed write")
         data = seal_records(records, self.header.epoch, self._seq)
+        reach(Failpoint.APPEND_BEFORE, self._fd, data)
         try:
             written = os.write(self._fd, data)
         except OSError as exc:
@@ -146,6 +148,7 @@ class JournalWriter:
             raise JournalError(f"wrote {written} of {len(data)} bytes to {self.path}")
         self._size += written
         self._seq += len(records)
+        reach(Failpoint.APPEND_DONE)
 
     def should_rotate(self, live_count: int) -> bool:
         """True when most of the journal is history."""
@@ -156,6 +159,7 @@ class JournalWriter:
 
         ``files``: the slot files from now on, if their sizes changed; whoever tails this owner reloads.
         """
+        reach(Failpoint.ROTATE_BEFORE)
         old = self.header
         header = replace(
             old,
@@ -168,11 +172,13 @@ class JournalWriter:
         old_path = self.path
         try:
             write_snapshot(self.directory, header, live)
+            reach(Failpoint.ROTATE_SNAPSHOT)
             _publish(new_path, header.pack(JOURNAL_MAGIC))
             new_fd = os.open(new_path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError:
             self._drop_generation(header.generation)
             raise
+        reach(Failpoint.ROTATE_JOURNAL)
         seal = new_records(Op.SEAL, 1)
         seal["slot"] = header.generation
         try:
@@ -181,10 +187,13 @@ class JournalWriter:
             os.close(new_fd)
             self._drop_generation(header.generation)
             raise
+        reach(Failpoint.ROTATE_SEALED)
         os.close(self._fd)
         self._fd, self.header, self._size, self._seq = new_fd, header, HEADER_BYTES, header.base_seq
         _unlink(old_path)
+        reach(Failpoint.ROTATE_UNLINK)
         _unlink(snapshot_path(self.directory, old.owner, old.generation))
+        reach(Failpoint.ROTATE_DONE)
 
     def _drop_generation(self, generation: int) -> None:
         """Undo half a rotation: recovery takes the newest generation, and ours goes on in the old one."""
@@ -209,6 +218,7 @@ class JournalWriter:
         try:
             if clean and not self._broken:
                 self.append(new_records(Op.CLOSE, 1))
+                reach(Failpoint.CLOSE_RECORDED)
                 self.sync()
         finally:
             os.close(self._fd)
@@ -238,11 +248,14 @@ def _publish(path: Path, data: bytes, *, sync: bool = False) -> None:
     """Write a whole file and rename it into place: nobody ever sees a part of it."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb", opener=_private) as file:
+        reach(Failpoint.PUBLISH_BEFORE, file.fileno(), data)
         file.write(data)
         if sync:
             file.flush()
             os.fdatasync(file.fileno())
+    reach(Failpoint.PUBLISH_WRITTEN)
     temporary.rename(path)
+    reach(Failpoint.PUBLISH_RENAMED)
 
 
 def _private(path: str, flags: int) -> int:

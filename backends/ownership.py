@@ -14,6 +14,8 @@ import secrets
 from pathlib import Path
 from types import TracebackType
 
+from flexkv_sglang.backends.failpoints import Failpoint, reach
+
 _LOCK_NAME = re.compile(r"^([0-9a-f]{12})\.lock$")
 
 
@@ -60,6 +62,8 @@ class OwnerLock:
         for name in os.listdir(self.directory):
             if name.startswith(self.owner + ".") and not name.endswith(".lock"):
                 (self.directory / name).unlink(missing_ok=True)
+                reach(Failpoint.REMOVE_FILE)
+        reach(Failpoint.REMOVE_LOCK)
         (self.directory / f"{self.owner}.lock").unlink(missing_ok=True)
 
     def close(self) -> None:

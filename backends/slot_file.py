@@ -23,6 +23,7 @@ import numpy as np
 
 from flexkv_sglang.backends.breaker import Breaker
 from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.failpoints import Failpoint, reach
 from flexkv_sglang.backends.journal import (
     JournalWriter,
     LiveState,
@@ -116,11 +117,14 @@ class OwnedStore:
     ) -> OwnedStore:
         """A new owner. Leaves nothing behind when it fails."""
         lock = OwnerLock.create(directory)
+        reach(Failpoint.CREATE_LOCKED)
         try:
             slots = SlotFile.create(
                 slots_path(directory, lock.owner, slot_class.slot_bytes), slot_class, mode
             )
+            reach(Failpoint.CREATE_SLOTS)
             journal = JournalWriter.create(directory, namespace, lock.owner, (slot_class,))
+            reach(Failpoint.CREATE_JOURNAL)
         except BaseException:
             lock.remove_files()
             lock.close()
@@ -147,7 +151,9 @@ class OwnedStore:
         ``JournalError``, ``TierUnavailableError`` or ``OSError`` when the files are not usable.
         """
         directory = lock.directory
+        reach(Failpoint.ADOPT_LOCKED)
         state = recover(directory, lock.owner, namespace)
+        reach(Failpoint.ADOPT_RECOVERED)
         if len(state.header.files) != 1 or state.header.files[0].payload_bytes != payload_bytes:
             raise JournalError(f"owner {lock.owner} holds other pages: {state.header.files}")
         found = state.header.files[0]
@@ -161,8 +167,10 @@ class OwnedStore:
                 (live["slot"] < wanted.slot_count) & np.isin(live["flags"] & 0xFF, list(accepted))
             ]
             journal = _start_generation(lock, state, live, wanted)
+            reach(Failpoint.ADOPT_ROTATED)
             if wanted != found:
                 os.truncate(path, wanted.slot_bytes * wanted.slot_count)
+                reach(Failpoint.ADOPT_CUT)
         except BaseException:
             slots.close()
             raise
@@ -217,6 +225,7 @@ class OwnedStore:
         try:
             if clean:
                 self.slots.sync()
+                reach(Failpoint.CLOSE_SYNCED)
             self.journal.close(clean=clean)
         finally:
             self.slots.close()
@@ -231,6 +240,7 @@ def _start_generation(
     for generation in generations(directory, lock.owner):
         if generation != state.header.generation:  # whoever tails these sees them vanish
             journal_path(directory, lock.owner, generation).unlink(missing_ok=True)
+            reach(Failpoint.ADOPT_UNLINK)
             snapshot_path(directory, lock.owner, generation).unlink(missing_ok=True)
     journal = JournalWriter(directory, state.header, position=state.end, seq=state.seq)
     if len(live) < len(
@@ -306,6 +316,7 @@ class SlotFileTier:
 
         The pages' bytes are complete on the medium. Returns per entry whether its record was appended.
         """
+        reach(Failpoint.PUT_MOVED)
         done = [False] * len(entries)
         store_of, local = self.locate([slot for _, slot, _, _ in entries])
         parent_store, parent_local = self.locate([max(parent, 0) for _, _, _, parent in entries])
@@ -328,10 +339,12 @@ class SlotFileTier:
                     done[row] = True
                     store.sums[int(local[row])] = entries[row][2]
                     store.kinds[int(local[row])] = int(kind)
+        reach(Failpoint.PUT_RECORDED)
         return done
 
     def publish_del(self, victims: Sequence[tuple[PageKey, SlotId]]) -> None:
         """Append tombstones. A store whose journal fails takes no more writes."""
+        reach(Failpoint.EVICT_BEFORE)
         store_of, local = self.locate([slot for _, slot in victims])
         for index, store in enumerate(self.stores):
             rows = np.flatnonzero(store_of == index).tolist()
@@ -340,12 +353,15 @@ class SlotFileTier:
                 records["slot"] = local[rows]
                 records["key"] = keys_field([victims[row][0] for row in rows])
                 store.append(records)
+        reach(Failpoint.EVICT_RECORDED)
 
     def publish_clear(self) -> None:
         """Append CLEAR to every journal."""
+        reach(Failpoint.CLEAR_BEFORE)
         for store in self.stores:
             if not store.failed:
                 store.append(new_records(Op.CLEAR, 1))
+        reach(Failpoint.CLEAR_RECORDED)
 
     def snapshot_records(
         self, keys: Sequence[PageKey], slots: I64, parents: I64, store_index: int
