@@ -154,10 +154,14 @@ class JournalWriter:
         """True when most of the journal is history."""
         return self._size > max(_MIN_ROTATE_BYTES, 2 * live_count * RECORD_BYTES + HEADER_BYTES)
 
-    def rotate(self, live: Records, files: tuple[SlotClass, ...] | None = None) -> None:
+    def rotate(
+        self, live: Records, files: tuple[SlotClass, ...] | None = None, *, sealed: bool = True
+    ) -> None:
         """Start the next generation with ``live`` (PUTs, oldest first) as its snapshot.
 
         ``files``: the slot files from now on, if their sizes changed; whoever tails this owner reloads.
+        ``sealed=False``: ``live`` is less than this journal says, so nobody may go on from it: whoever
+        tails it sees it vanish.
         """
         reach(Failpoint.ROTATE_BEFORE)
         old = self.header
@@ -179,21 +183,26 @@ class JournalWriter:
             self._drop_generation(header.generation)
             raise
         reach(Failpoint.ROTATE_JOURNAL)
+        if sealed:
+            self._seal(new_fd, header.generation)
+        reach(Failpoint.ROTATE_SEALED)
+        os.close(self._fd)
+        self._fd, self.header, self._size, self._seq = new_fd, header, HEADER_BYTES, header.base_seq
+        # The journal last: whoever adopts finds generations, and so their snapshots, by their journals.
+        _unlink(snapshot_path(self.directory, old.owner, old.generation))
+        reach(Failpoint.ROTATE_UNLINK)
+        _unlink(old_path)
+        reach(Failpoint.ROTATE_DONE)
+
+    def _seal(self, new_fd: int, generation: int) -> None:
         seal = new_records(Op.SEAL, 1)
-        seal["slot"] = header.generation
+        seal["slot"] = generation
         try:
             self.append(seal)
         except JournalError:
             os.close(new_fd)
-            self._drop_generation(header.generation)
+            self._drop_generation(generation)
             raise
-        reach(Failpoint.ROTATE_SEALED)
-        os.close(self._fd)
-        self._fd, self.header, self._size, self._seq = new_fd, header, HEADER_BYTES, header.base_seq
-        _unlink(old_path)
-        reach(Failpoint.ROTATE_UNLINK)
-        _unlink(snapshot_path(self.directory, old.owner, old.generation))
-        reach(Failpoint.ROTATE_DONE)
 
     def _drop_generation(self, generation: int) -> None:
         """Undo half a rotation: recovery takes the newest generation, and ours goes on in the old one."""

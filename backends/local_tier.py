@@ -233,8 +233,9 @@ def _adopt_all(place: Place, asked: _Asked, slots_max: int) -> list[tuple[OwnedS
     adopted: list[tuple[OwnedStore, Records]] = []
     left = slots_max
     for owner in _by_size(place.directory):
-        if left < 1 or (asked.share is None and adopted):
-            break
+        enough = left < 1 or (asked.share is None and bool(adopted))
+        if enough and generations(place.directory, owner):
+            continue
         lock = OwnerLock.try_take(place.directory, owner)
         if lock is None:
             continue

@@ -168,8 +168,9 @@ class OwnedStore:
             ]
             journal = _start_generation(lock, state, live, wanted)
             reach(Failpoint.ADOPT_ROTATED)
-            if wanted != found:
-                os.truncate(path, wanted.slot_bytes * wanted.slot_count)
+            size = wanted.slot_bytes * wanted.slot_count
+            if os.fstat(slots.fd).st_size > size:  # or an adoption before this one died here
+                os.truncate(path, size)
                 reach(Failpoint.ADOPT_CUT)
         except BaseException:
             slots.close()
@@ -239,15 +240,11 @@ def _start_generation(
     directory = lock.directory
     for generation in generations(directory, lock.owner):
         if generation != state.header.generation:  # whoever tails these sees them vanish
-            journal_path(directory, lock.owner, generation).unlink(missing_ok=True)
-            reach(Failpoint.ADOPT_UNLINK)
             snapshot_path(directory, lock.owner, generation).unlink(missing_ok=True)
+            reach(Failpoint.ADOPT_UNLINK)
+            journal_path(directory, lock.owner, generation).unlink(missing_ok=True)
     journal = JournalWriter(directory, state.header, position=state.end, seq=state.seq)
-    if len(live) < len(
-        state.records
-    ):  # for those who tail it: SEAL alone says that nothing changed
-        journal.append(new_records(Op.CLEAR, 1))
-    journal.rotate(live, (slot_class,))
+    journal.rotate(live, (slot_class,), sealed=len(live) == len(state.records))
     return journal
 
 

@@ -32,6 +32,8 @@ class LocalPages:
         self.index = TierIndex(count, ReuseDensity(count), tier.regions())
         self._promises = Promises(count)
         dropped = self.index.load(recovered.keys, recovered.slots, recovered.parents)
+        # Else their slots would be rewritten while their records still stand.
+        tier.publish_del([(recovered.keys[i], SlotId(recovered.slots[i])) for i in dropped])
         self.recovered_count = len(recovered.keys) - len(dropped)
         self._owed: list[tuple[PageKey, SlotId]] = []  # tombstones not on the journal yet
 
