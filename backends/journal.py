@@ -159,9 +159,9 @@ class JournalWriter:
     ) -> None:
         """Start the next generation with ``live`` (PUTs, oldest first) as its snapshot.
 
-        ``files``: the slot files from now on, if their sizes changed; whoever tails this owner reloads.
-        ``sealed=False``: ``live`` is less than this journal says, so nobody may go on from it: whoever
-        tails it sees it vanish.
+        ``files``: the slot files from now on, if their sizes changed.
+        ``sealed=False``: what this journal says may be more than ``live``, so nobody may go on from it:
+        whoever tails it sees it vanish, and loads the snapshot.
         """
         reach(Failpoint.ROTATE_BEFORE)
         old = self.header

@@ -244,7 +244,9 @@ def _start_generation(
             reach(Failpoint.ADOPT_UNLINK)
             journal_path(directory, lock.owner, generation).unlink(missing_ok=True)
     journal = JournalWriter(directory, state.header, position=state.end, seq=state.seq)
-    journal.rotate(live, (slot_class,), sealed=len(live) == len(state.records))
+    # Never sealed. The dead owner may have died with a victim out of its last snapshot and the tombstone
+    # not yet appended: whoever tails it believes in that page still, and its slot is free to us.
+    journal.rotate(live, (slot_class,), sealed=False)
     return journal
 
 

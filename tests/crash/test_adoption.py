@@ -13,6 +13,7 @@ from flexkv_sglang.backends import failpoints
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.failpoints import Failpoint
 from flexkv_sglang.backends.journal import JournalWriter, recover
+from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.backends.ownership import OwnerLock, owners
 from flexkv_sglang.backends.probe import probe_directory
 from flexkv_sglang.backends.slot_file import OwnedStore
@@ -108,6 +109,27 @@ def test_an_owner_that_died_while_it_was_made_is_removed_also_when_nothing_more_
     (tmp_path / "ns" / f"0123456789ab.{PAGE}.slots").write_bytes(bytes(PAGE))
     stored(tmp_path, 4)
     assert not list(tmp_path.rglob("0123456789ab.*"))
+
+
+def test_who_tails_a_dead_owner_does_not_go_on_from_what_it_believed(tmp_path: Path) -> None:
+    """A kill between a rotation and the tombstone of a victim that the snapshot no longer had."""
+    owner, directory = stored(tmp_path, 2), tmp_path / "ns"
+    mode = probe_directory(str(directory))
+    tail = NeighbourStore([(directory, mode)], "ns", PAGE, [], ACCEPTED_KINDS["full"])
+    tail.scan()
+    claims = tail.find(keys(2))
+    assert tail.still_valid(claims) == [True, True]
+    state = recover(directory, owner, "ns")
+    journal = JournalWriter(directory, state.header, position=state.end, seq=state.seq)
+    journal.rotate(state.records[:1])  # the second page is being evicted
+    os.close(journal._fd)
+    assert tail.still_valid(claims) == [True, True]  # rightly: its slot is not rewritten
+    adopt(directory, owner, SLOTS)
+    assert tail.still_valid(claims) == [False, False]
+    tail.release(claims)
+    tail.scan()
+    assert (tail.prefix(keys(2)), len(tail)) == (1, 1)
+    tail.close()
 
 
 def test_a_page_found_in_two_adopted_stores_is_given_up_in_one_and_the_journal_says_so(
