@@ -204,11 +204,10 @@ class OwnedStore:
     def revive(self, live: Records) -> None:
         """The directory answers again: a new generation with ``live``. Raises ``OSError``, ``JournalError``.
 
-        CLEAR goes before it: whoever tails this owner missed what could not be recorded meanwhile.
+        Not sealed: whoever tails this owner missed what could not be recorded meanwhile, and loads anew.
         """
         self.journal.repair()
-        self.journal.append(new_records(Op.CLEAR, 1))
-        self.journal.rotate(live)
+        self.journal.rotate(live, sealed=False)
 
     def shrink(self, slot_count: int, live: Records) -> None:
         """Give the slots from ``slot_count`` on back to the disk; ``live`` is what the others hold.

@@ -111,6 +111,21 @@ def test_an_owner_that_died_while_it_was_made_is_removed_also_when_nothing_more_
     assert not list(tmp_path.rglob("0123456789ab.*"))
 
 
+@pytest.mark.parametrize("point", [Failpoint.ROTATE_BEFORE, Failpoint.ROTATE_SNAPSHOT])
+def test_dying_while_a_directory_is_brought_back_loses_nothing(
+    tmp_path: Path, point: Failpoint
+) -> None:
+    owner, directory = stored(tmp_path, 12), tmp_path / "ns"
+    engine = open_engine(tmp_path, PAGE, SLOTS * PAGE)
+    live = recover(directory, owner, "ns").records
+    die_at(point)
+    with pytest.raises(_Died):
+        engine._tier.stores[0].revive(live)
+    failpoints.set_hook(None)
+    assert len(recover(directory, owner, "ns").records) == 12
+    engine.close()
+
+
 def test_who_tails_a_dead_owner_does_not_go_on_from_what_it_believed(tmp_path: Path) -> None:
     """A kill between a rotation and the tombstone of a victim that the snapshot no longer had."""
     owner, directory = stored(tmp_path, 2), tmp_path / "ns"
