@@ -88,8 +88,9 @@ class LocalPages:
         """Tombstones, with those that are owed. Raises ``TierUnavailableError``: then they are owed as well."""
         with self.lock:
             self._owed += victims
-        if not self._owed:
-            return
+            # Under the lock: whoever takes our tombstones may not have appended them yet. Wait for it.
+            if not self._owed:
+                return
         with self.publishing(deadline):
             with self.lock:
                 owed, self._owed = self._owed, []
