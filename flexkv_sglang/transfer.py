@@ -85,8 +85,9 @@ class _Slab:
 class _Lane:
     """One direction: its engines (one per kind), and one slab."""
 
-    def __init__(self, row_bytes: int) -> None:
+    def __init__(self, row_bytes: int, make: Callable[[str], IoEngine]) -> None:
         self._row_bytes = row_bytes
+        self._make = make
         self._guard = threading.Lock()  # guards making engines and the slab
         self._engines: dict[str, IoEngine] = {}
         self._abandoned: list[IoEngine] = []  # hold transfers that do not end
@@ -95,7 +96,7 @@ class _Lane:
     def engine(self, kind: str) -> IoEngine:
         with self._guard:
             if kind not in self._engines:
-                self._engines[kind] = make_engine(kind)
+                self._engines[kind] = self._make(kind)
             return self._engines[kind]
 
     def slab(self) -> _Slab:
@@ -131,13 +132,18 @@ class _Job:
 
 
 class PageMover:
-    """Moves pages of one payload size."""
+    """Moves pages of one payload size. ``make``: an I/O engine of a kind (tests put faults around it)."""
 
-    def __init__(self, payload_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        payload_bytes: int,
+        metrics: Metrics,
+        make: Callable[[str], IoEngine] = make_engine,
+    ) -> None:
         self._payload_bytes = payload_bytes
         self._metrics = metrics
         row_bytes = round_up(payload_bytes, SECTOR)
-        self._lanes = {"read": _Lane(row_bytes), "write": _Lane(row_bytes)}
+        self._lanes = {"read": _Lane(row_bytes, make), "write": _Lane(row_bytes, make)}
         self._row_bytes = row_bytes
 
     def read(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
+from flexkv_sglang.backends.io import IoEngine
 from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
+from flexkv_sglang.backends.probe import IoMode, make_engine
 from flexkv_sglang.config import FlexKVConfig, TierConfig
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.hierarchy import Hierarchy
@@ -33,9 +35,11 @@ def open_engine(
     io_engine: str = "auto",
     verify: str = "full",
     namespace: str = "ns",
+    mode: IoMode | None = None,
+    make: Callable[[str], IoEngine] = make_engine,
 ) -> CacheEngine:
-    """An engine as the adapter would assemble it, on one directory."""
-    mode = prepare_directory(str(directory), io_engine)
+    """An engine as the adapter would assemble it, on one directory; with ``mode`` it is not probed."""
+    mode = mode or prepare_directory(str(directory), io_engine)
     places = open_places({str(directory): mode}, namespace, {})
     tier, recovered = open_tier(
         places, namespace, payload_bytes, size, accepted=ACCEPTED_KINDS[verify]
@@ -48,7 +52,7 @@ def open_engine(
         ACCEPTED_KINDS[verify],
     )
     metrics = Metrics()
-    mover = PageMover(payload_bytes, metrics)
+    mover = PageMover(payload_bytes, metrics, make)
     return CacheEngine(tier, recovered, neighbours, mover, metrics, verify)
 
 
