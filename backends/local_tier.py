@@ -17,17 +17,12 @@ import numpy as np
 
 from flexkv_sglang.backends.breaker import Breaker
 from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.disk_space import floor_bytes, free_bytes, is_no_space
 from flexkv_sglang.backends.journal import generations
 from flexkv_sglang.backends.ownership import OwnerLock, owners
 from flexkv_sglang.backends.probe import IoMode, probe_directory
 from flexkv_sglang.backends.records import NO_PARENT, RECORD, Records, SlotClass
-from flexkv_sglang.backends.slot_file import (
-    OwnedStore,
-    SlotFileTier,
-    floor_bytes,
-    free_bytes,
-    is_no_space,
-)
+from flexkv_sglang.backends.slot_file import OwnedStore, SlotFileTier
 from flexkv_sglang.errors import ConfigError, JournalError, TierUnavailableError
 from flexkv_sglang.types import SECTOR, PageKey, round_up
 

@@ -11,7 +11,6 @@ reserved slots. The ``publish_*`` methods append to journals; the engine seriali
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from array import array
@@ -43,8 +42,6 @@ from flexkv_sglang.errors import JournalError, TierUnavailableError
 from flexkv_sglang.types import I64, U64, PageKey, SlotId
 
 logger = logging.getLogger(__name__)
-
-_FLOOR_MAX = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,22 +386,3 @@ class SlotFileTier:
                 first = first or exc
         if first is not None:
             raise TierUnavailableError(f"closing the tier: {first}") from first
-
-
-def free_bytes(directory: Path) -> int:
-    """What an unprivileged user can still allocate on the file system of ``directory``."""
-    stat = os.statvfs(directory)
-    return stat.f_bavail * stat.f_frsize
-
-
-def floor_bytes(directory: Path, wanted: int | None) -> int:
-    """Free space that is left to others: ``wanted``, or 2 % of the file system and at most 1 GiB."""
-    if wanted is not None:
-        return wanted
-    stat = os.statvfs(directory)
-    return min(_FLOOR_MAX, stat.f_blocks * stat.f_frsize // 50)
-
-
-def is_no_space(exc: OSError) -> bool:
-    """True for the errors that mean a full disk or quota."""
-    return exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -12,9 +12,10 @@ import threading
 import time
 
 from flexkv_sglang.backends.breaker import Breaker
+from flexkv_sglang.backends.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.backends.probe import probe_directory
-from flexkv_sglang.backends.slot_file import OwnedStore, floor_bytes, free_bytes
+from flexkv_sglang.backends.slot_file import OwnedStore
 from flexkv_sglang.errors import JournalError, TierError
 from flexkv_sglang.local_pages import LocalPages
 from flexkv_sglang.metrics import Metrics
