@@ -59,6 +59,11 @@ def slots_path(directory: Path, owner: str, slot_bytes: int) -> Path:
     return directory / f"{owner}.{slot_bytes}.slots"
 
 
+def stats_path(directory: Path, owner: str) -> Path:
+    """``<owner>.stats.json``: live counters, for people and tools."""
+    return directory / f"{owner}.stats.json"
+
+
 def boot_id() -> str:
     """Identifies this boot of the kernel: page-cache writes of an earlier boot may be lost."""
     try:

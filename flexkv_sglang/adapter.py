@@ -26,6 +26,7 @@ from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import HostPages, UnsupportedPoolError, tensor_buffers
 from flexkv_sglang.keys import Identity, page_key, page_keys
 from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.prometheus import export
 from flexkv_sglang.types import PageBuffers, PageKey
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self._storage_config = storage_config
         self._config = FlexKVConfig.parse(storage_config.extra_config)
         self.metrics = Metrics()
+        export(self.metrics, storage_config)
         self._engine: Hierarchy | None = None
         self._pages: HostPages | None = None
         self._identity: Identity | None = None
@@ -165,15 +167,15 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """Leading run of pages that are stored here or by a neighbour. Memory only."""
         if self._engine is None:
             return 0
+        started = time.perf_counter()
         count = 0
-        for start in range(
-            0, len(keys), EXISTS_SPAN
-        ):  # most long requests end early: convert as needed
+        for start in range(0, len(keys), EXISTS_SPAN):  # most end early: convert as needed
             span = page_keys(keys[start : start + EXISTS_SPAN])
             found = self._engine.prefix(span)
             count += found
             if found < len(span):
                 break
+        self.metrics.asked(len(keys), count, time.perf_counter() - started)
         return count
 
     @_boundary(lambda self, keys, *a, **k: [False] * len(keys))
@@ -186,7 +188,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         targets = self._pages.buffers(host_indices, len(keys))
         if targets is None:
             return self._mismatch(keys, host_indices)
-        return self._engine.get(page_keys(keys), targets, self._read_deadline(len(keys)))
+        return self._get(keys, targets)
 
     @_boundary(lambda self, keys, *a, **k: [False] * len(keys))
     def batch_set_v1(
@@ -254,7 +256,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         targets = tensor_buffers(list(target_locations), self._identity.payload_bytes)
         if targets is None or len(targets) != len(keys):
             return [None] * len(keys)
-        done = self._engine.get(page_keys(keys), targets, self._read_deadline(len(keys)))
+        done = self._get(keys, targets)
         return [
             tensor if flag else None for tensor, flag in zip(target_locations, done, strict=True)
         ]
@@ -306,11 +308,16 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             backup_bandwidth=[speed for _, speed in writes],
         )
 
+    def _get(self, keys: list[str], targets: PageBuffers) -> list[bool]:
+        assert self._engine is not None
+        with self.metrics.timed("get"):
+            return self._engine.get(page_keys(keys), targets, self._read_deadline(len(keys)))
+
     def _put(self, keys: list[str], sources: PageBuffers, extra_info: Any) -> list[bool]:
         assert self._engine is not None
-        return self._engine.put(
-            page_keys(keys), sources, _parent_of(extra_info), time.monotonic() + WRITE_SECONDS
-        )
+        deadline = time.monotonic() + WRITE_SECONDS
+        with self.metrics.timed("put"):
+            return self._engine.put(page_keys(keys), sources, _parent_of(extra_info), deadline)
 
     def _read_deadline(self, page_count: int) -> float:
         tokens = page_count * (self._pages.tokens_per_page if self._pages is not None else 1)

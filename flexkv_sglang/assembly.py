@@ -105,6 +105,7 @@ def _open_engine(  # noqa: PLR0913 - one call, spelled out
         metrics,
         config.verify,
         min_free=config.min_free,
+        level=number,
     )
     logger.info(
         "flexkv: tier ready: namespace=%s io_engine=%s o_direct=%s pages=%d slots=%d page_bytes=%d "

@@ -19,9 +19,10 @@ from flexkv_sglang.backends.neighbours import NeighbourPage, NeighbourStore
 from flexkv_sglang.backends.slot_file import Extents, SlotFileTier
 from flexkv_sglang.errors import TierError, TierUnavailableError
 from flexkv_sglang.local_pages import LocalPages
-from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.metrics import Metrics, SlotAges
 from flexkv_sglang.plan import GetPlan, Source
 from flexkv_sglang.prefix import cut_after_first_failure
+from flexkv_sglang.reporter import Reporter
 from flexkv_sglang.soundness import check_index
 from flexkv_sglang.transfer import Outcome, PageMover
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
@@ -38,11 +39,11 @@ class CacheEngine:
     """Look up, get, put and clear pages of one namespace in one tier. Thread-safe.
 
     ``verify``: "full" (every byte of every read), "sampled" or "off". Tier and neighbours know no page that
-    was written with less than is asked for. ``min_free``: bytes left to other users of each disk. Owns
-    everything it is given and closes it.
+    was written with less than is asked for. ``min_free``: bytes left to other users of each disk. ``level``:
+    number of the tier, the fastest is 0. Owns everything it is given and closes it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one call, spelled out
         self,
         tier: SlotFileTier,
         recovered: Recovered,
@@ -52,6 +53,7 @@ class CacheEngine:
         verify: str,
         *,
         min_free: int | None = None,
+        level: int = 0,
     ) -> None:
         self._tier = tier
         self._neighbours = neighbours
@@ -61,7 +63,10 @@ class CacheEngine:
         self._pages = LocalPages(tier, recovered)
         self._watch = CallWatch()
         metrics.count("recovered_pages", self._pages.recovered_count)
+        self._ages = SlotAges(tier.slot_count, metrics)
+        self._reporter = Reporter(metrics, tier, neighbours, self.page_count, level)
         self._upkeep = Upkeep(self._pages, neighbours, mover, self._watch, metrics, min_free)
+        self._upkeep.reporter = self._reporter
         self._neighbours.scan()
         self._upkeep.start()
 
@@ -150,6 +155,7 @@ class CacheEngine:
             return page_checksum(source.kind, source.key, parts) == source.checksum
 
         own = [slot for i in rows if (slot := sources[i].slot) is not None]
+        self._ages.touch(own)
         breakers = self._tier.breakers(own)
         outcomes = [Outcome.FAILED] * len(rows)
         try:
@@ -236,7 +242,7 @@ class CacheEngine:
         for position in reserved.refused:
             results[position] = False
         self._metrics.count("write_refused_pages", len(reserved.refused))
-        self._metrics.count("evicted_pages", len(reserved.victims))
+        self._ages.evicted(slot for _, slot in reserved.victims)
         self._metrics.count(
             "write_present_pages", len(keys) - len(reserved.granted) - len(reserved.refused)
         )
@@ -244,6 +250,7 @@ class CacheEngine:
             return results
         rows = [position for position, _ in reserved.granted]
         slots = [slot for _, slot in reserved.granted]
+        self._ages.touch(slots)
         written = [keys[row] for row in rows]
         done = self._write(written, slots, reserved.victims, sources.take(rows), deadline)
         for row, flag in zip(rows, done, strict=True):
@@ -335,6 +342,7 @@ class CacheEngine:
     def close(self) -> None:
         """Wait for running transfers, flush, mark the journals clean, release the owner locks. Idempotent."""
         self._upkeep.stop()
+        self._reporter.close()
         if not self._mover.close():
             # A disk hangs. Whoever adopted these files now could be overwritten by what is in flight,
             # so the locks stay ours until this process ends.

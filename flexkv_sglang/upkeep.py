@@ -19,6 +19,7 @@ from flexkv_sglang.backends.slot_file import OwnedStore
 from flexkv_sglang.errors import JournalError, TierError
 from flexkv_sglang.local_pages import LocalPages
 from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.reporter import Reporter
 from flexkv_sglang.transfer import PageMover
 from flexkv_sglang.watch import CallWatch
 
@@ -52,6 +53,7 @@ class Upkeep:
         self._floor_at = time.monotonic() + _FLOOR_ROUND_S
         self._suspended: dict[int, bool] = {}  # region: still read? Guarded by _state_lock
         self._state_lock = threading.Lock()
+        self.reporter: Reporter | None = None  # set before ``start``
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flexkv-upkeep", daemon=True)
 
@@ -75,6 +77,8 @@ class Upkeep:
     def round(self) -> None:
         """One round of everything."""
         self._neighbours.scan()
+        if self.reporter is not None:
+            self.reporter.tick()
         for breaker in self._watch.overdue():
             if breaker.trip("a transfer hangs"):
                 self._mover.abandon()

@@ -96,6 +96,19 @@ def test_any_batch_length_round_trips_between_two_instances(tmp_path: Path, coun
     reader.close()
 
 
+def test_hits_and_durations_are_counted_per_call(storage: FlexKVStorage) -> None:
+    storage.batch_set_v1(names(4), tokens(0, 1, 2, 3))
+    assert storage.batch_exists(names(6)) == 4
+    storage.batch_get_v1(names(6), tokens(0, 1, 2, 3, 4, 5))
+    counters, histograms = storage.metrics.snapshot(), storage.metrics.histograms()
+    assert (counters["asked_pages"], counters["found_pages"]) == (6, 4)
+    assert (counters["tier0_hit_pages"], counters["read_miss_pages"]) == (4, 2)
+    calls = {name: sum(item.counts) for name, item in histograms.items()}
+    assert (calls["exists_seconds"], calls["get_seconds"], calls["put_seconds"]) == (1, 1, 1)
+    assert storage.metrics.gauges()["running_gets", ""] == 0
+    assert storage.metrics.exporter is None  # SGLang's metrics are off
+
+
 def test_answers_have_one_entry_per_key_whatever_is_asked(storage: FlexKVStorage) -> None:
     assert storage.batch_exists([]) == 0
     assert storage.batch_get_v1([], tokens(0)[:0]) == []

@@ -119,6 +119,8 @@ def test_a_fresh_environment_gets_nothing_but_flexkv_sglang(
         "import flexkv_sglang.plugin\n"
     )
     subprocess.run([str(python), "-c", check.format(absent=True)], check=True, cwd=tmp_path)
+    command = [str(python.with_name("flexkv")), "--help"]  # help needs no numpy
+    assert "check" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
     (site / "triton_kernels").mkdir()
     (site / "triton_kernels" / "__init__.py").write_text(FOREIGN)
     foreign = (

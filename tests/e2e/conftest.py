@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(
     tmp_path_factory: pytest.TempPathFactory, model: Path
 ) -> Iterator[tuple[Replica, Replica]]:
-    """Two replicas that share a directory: one started as a module, one by ``sglang serve``."""
+    """Two replicas that share a directory: one started as a module, one by ``sglang serve`` with metrics."""
     work = tmp_path_factory.mktemp("pair")
     settings = [
         Settings(
@@ -40,7 +40,7 @@ def pair(
             storage=work / "pages",
             log=work / f"{name}.log",
             through_serve=name == "b",
-            arguments=ADMIN,
+            arguments=(*ADMIN, "--enable-metrics") if name == "b" else ADMIN,
         )
         for name in "ab"
     ]

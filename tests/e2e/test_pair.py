@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from asking import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold, prompt
+from engines import wait_until
 from flexkv_bed.server import (
     DYNAMIC_FLEXKV,
     Replica,
@@ -41,6 +42,26 @@ def test_detach_and_attach_at_run_time(pair: tuple[Replica, Replica]) -> None:
     b.attach("flexkv", b.settings.extra_config())
     b.flush_cache()
     assert_from_storage(b, 3, first)
+
+
+def test_our_series_are_in_sglangs_scrape_and_go_on_after_detach_and_attach(
+    pair: tuple[Replica, Replica],
+) -> None:
+    a, b = pair
+    pages = REUSABLE // PAGE
+    counted = "sglang:flexkv_neighbour_read_pages_total"
+    before = b.metric(counted)
+    assert_from_storage(b, 10, cold(a, 10))
+    assert wait_until(lambda: b.metric(counted) == before + pages)
+    assert b.metric("sglang:flexkv_slots_total") > 0
+    b.detach()
+    assert b.metric("sglang:flexkv_slots_total") == 0
+    b.attach("flexkv", b.settings.extra_config())
+    assert_from_storage(b, 11, cold(a, 11))
+    assert wait_until(lambda: b.metric(counted) == before + 2 * pages)
+    assert b.metric("sglang:flexkv_slots_total") > 0
+    assert b.metric("sglang:flexkv_get_seconds_count") > 0
+    assert b.metric("sglang:flexkv_exceptions_total") == 0
 
 
 def test_wrong_settings_over_http_are_refused_and_the_server_goes_on(

@@ -256,6 +256,11 @@ class Replica:
         """Detach the storage backend at run time. Needs ``--admin-api-key`` among the arguments."""
         return self._request("DELETE", "/hicache/storage-backend")
 
+    def metric(self, name: str) -> float:
+        """Sum of one series at /metrics over all its labels. Needs ``--enable-metrics`` among the arguments."""
+        lines = self._request("GET", "/metrics").splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
     def terminate(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """SIGTERM and wait; whatever is left afterwards is an error, and is killed."""
         assert self._process is not None, "this replica is not running"

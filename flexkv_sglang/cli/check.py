@@ -1,0 +1,152 @@
+"""``flexkv check``: examines every owner under a directory; with ``--repair``, repairs those that are dead."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from flexkv_sglang.backends.ownership import OwnerLock
+from flexkv_sglang.cli.examine import Examined, Finding, examine, load
+from flexkv_sglang.cli.output import Progress, counted, emit, human_bytes, human_seconds, table
+from flexkv_sglang.cli.repair import repair as repair_owner
+from flexkv_sglang.cli.survey import Namespace, Owner, namespaces, strangers
+from flexkv_sglang.errors import JournalError
+
+
+def run_check(root: Path, *, repair: bool, as_json: bool) -> int:
+    """Returns the exit code: 1 if a problem remains."""
+    found = namespaces(root)
+    everything: list[Examined] = []
+    loose = [Finding("note", "unknown_file", f"{name} is not ours") for name in strangers(root)]
+    with ExitStack() as locks:
+        held: set[tuple[Path, str]] = set()
+        for namespace in found:
+            loose += _loose(namespace)
+            for owner in namespace.owners:
+                if repair and _take(locks, owner):
+                    held.add((owner.directory, owner.name))
+                everything.append(load(namespace, owner))
+        progress = Progress(sum(item.pages for item in everything))
+        for item in everything:
+            mine = (item.owner.directory, item.owner.name) in held
+            examine(item, progress, held=mine)
+            if mine:
+                _repair(item)
+        progress.close()
+    findings = [*loose, *[finding for item in everything for finding in item.findings]]
+    left = sum(finding.severity == "problem" and not finding.repaired for finding in findings)
+    emit(
+        _text(found, everything, loose, progress.seconds, repair=repair),
+        _fields(root, everything, loose, left),
+        as_json=as_json,
+    )
+    return 1 if left else 0
+
+
+def _take(locks: ExitStack, owner: Owner) -> bool:
+    lock = OwnerLock.try_take(owner.directory, owner.name) if owner.locked else None
+    if lock is not None:
+        locks.enter_context(lock)
+    return lock is not None
+
+
+def _repair(item: Examined) -> None:
+    if not item.findings:
+        return
+    try:
+        repair_owner(item)
+    except (JournalError, OSError) as exc:
+        item.note("problem", "repair_failed", str(exc))
+
+
+def _loose(namespace: Namespace) -> list[Finding]:
+    found = [
+        Finding("note", "unknown_file", f"{namespace.name}/{name} is not ours")
+        for name in namespace.unknown
+    ]
+    if not namespace.fields:
+        text = f"{namespace.name}/NAMESPACE.json is missing or unreadable"
+        found.append(Finding("note", "no_namespace_json", text))
+    return found
+
+
+def _text(
+    found: list[Namespace],
+    everything: list[Examined],
+    loose: list[Finding],
+    seconds: float,
+    *,
+    repair: bool,
+) -> str:
+    lines = []
+    for namespace in found:
+        lines.append(f"{namespace.name}  {namespace.fields.get('model', '')}".rstrip())
+        mine = [item for item in everything if item.namespace is namespace]
+        if mine:
+            lines.append(
+                table(
+                    ("owner", "state", "generation", "pages", "bad", "unproven"),
+                    [_row(item) for item in mine],
+                )
+            )
+        for item in mine:
+            lines += [f"  {item.owner.name}: {_line(f)}" for f in item.findings]
+            if repair and item.owner.alive and item.findings:
+                lines.append(f"  {item.owner.name}: a live process holds it: not repaired")
+    lines += [_line(finding) for finding in loose]
+    findings = [*loose, *[finding for item in everything for finding in item.findings]]
+    problems = [finding for finding in findings if finding.severity == "problem"]
+    repaired = sum(finding.repaired for finding in problems)
+    size = sum(_payload(item) * item.pages for item in everything)
+    pages = sum(item.pages for item in everything)
+    lines.append(
+        f"{counted(len(everything), 'owner')}, {counted(pages, 'page')}, {human_bytes(size)} "
+        f"in {human_seconds(seconds)}: {counted(len(problems), 'problem')}"
+        + (f", {repaired} repaired" if repair else "")
+        + f", {counted(len(findings) - len(problems), 'note')}"
+    )
+    return "\n".join(lines)
+
+
+def _row(item: Examined) -> tuple[object, ...]:
+    generation = "-" if item.state is None else item.state.header.generation
+    return (
+        item.owner.name,
+        "alive" if item.owner.alive else "dead",
+        generation,
+        item.pages,
+        len(set(item.bad)),
+        item.unproven,
+    )
+
+
+def _line(finding: Finding) -> str:
+    return f"{'repaired' if finding.repaired else finding.severity}: {finding.text}"
+
+
+def _payload(item: Examined) -> int:
+    return item.state.header.files[0].payload_bytes if item.state is not None else 0
+
+
+def _fields(
+    root: Path, everything: list[Examined], loose: list[Finding], left: int
+) -> dict[str, object]:
+    owners = [
+        {
+            "namespace": item.namespace.name,
+            "owner": item.owner.name,
+            "alive": item.owner.alive,
+            "pages": item.pages,
+            "bad_pages": len(set(item.bad)),
+            "unproven_pages": item.unproven,
+            "findings": [asdict(finding) for finding in item.findings],
+        }
+        for item in everything
+    ]
+    return {
+        "directory": str(root),
+        "owners": owners,
+        "findings": [asdict(finding) for finding in loose],
+        "problems_left": left,
+    }

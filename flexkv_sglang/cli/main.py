@@ -1,0 +1,94 @@
+"""Arguments and exit codes of ``flexkv``. Commands are imported when they run: ``--help`` needs nothing.
+
+Exit codes: 0 fine, 1 problems found (check: problems that are not repaired; gc: files that could not be
+removed), 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_AGE = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; ``argv`` without the program's name. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    if not arguments.directory.is_dir():
+        print(f"flexkv: {arguments.directory} is not a directory", file=sys.stderr)
+        return 2
+    try:
+        return _run(arguments)
+    except BrokenPipeError:  # the reader of our output went away: its choice
+        sys.stderr.close()
+        return 0
+    except PermissionError as exc:
+        print(f"flexkv: {exc}; the files belong to the servers' user", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "check":
+        from flexkv_sglang.cli.check import run_check
+
+        return run_check(arguments.directory, repair=arguments.repair, as_json=arguments.json)
+    if arguments.command == "stats":
+        from flexkv_sglang.cli.stats import run_stats
+
+        return run_stats(arguments.directory, as_json=arguments.json)
+    from flexkv_sglang.cli.gc import Selection, run_gc
+
+    selection = Selection(arguments.namespace, arguments.older_than)
+    return run_gc(
+        arguments.directory,
+        selection,
+        dry_run=arguments.dry_run,
+        yes=arguments.yes,
+        as_json=arguments.json,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flexkv",
+        description="Look after the directories that FlexKV for SGLang keeps KV cache pages in.",
+        epilog="Exit codes: 0 fine, 1 problems found, 2 usage.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = _command(commands, "check", "verify journals, snapshots and every page's checksum")
+    check.add_argument(
+        "--repair",
+        action="store_true",
+        help="drop bad pages, torn tails and leftovers of owners that are dead",
+    )
+    _command(commands, "stats", "what is stored, by whom, and how well it is used")
+    gc = _command(commands, "gc", "remove files of dead owners")
+    which = gc.add_mutually_exclusive_group()
+    which.add_argument("--namespace", metavar="N", help="dead owners of this namespace (a prefix)")
+    which.add_argument(
+        "--older-than", metavar="AGE", type=_age, help="untouched for so long: 90s, 30m, 12h, 7d"
+    )
+    gc.add_argument("--dry-run", action="store_true", help="say what would be removed")
+    gc.add_argument("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("directory", type=Path, help="a configured 'path', or one namespace in it")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    return parser
+
+
+def _age(text: str) -> float:
+    match = _AGE.match(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an age such as 90s, 30m, 12h or 7d")
+    return float(match[1]) * _SECONDS[match[2]]

@@ -1,0 +1,94 @@
+"""Repairs the files of one dead owner whose lock we hold: never data, only what the journal says of it.
+
+Bad pages get a tombstone; the rest goes on in a new generation, so that who tails this owner follows. What
+cannot be proven right after a power loss (no full checksum, no clean end) is dropped as well.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.journal import (
+    JournalWriter,
+    LiveState,
+    boot_id,
+    keys_field,
+    new_records,
+    slots_path,
+)
+from flexkv_sglang.backends.records import Op, Records
+from flexkv_sglang.cli.examine import Examined, slot_class_of, whole_slots
+from flexkv_sglang.types import PageKey
+
+_REWRITTEN = frozenset(
+    {
+        *("torn_tail", "bad_generation", "records_out_of_range", "short_slot_file", "double_keys"),
+        *("corrupt_pages", "unreadable_pages", "stale_generation", "unproven_pages"),
+    }
+)
+"""Findings that a new generation ends."""
+
+
+def repair(examined: Examined) -> None:
+    """Mark what was repaired. Raises ``JournalError`` or ``OSError`` when the files cannot be written."""
+    for path in examined.owner.temporary:
+        path.unlink(missing_ok=True)
+    state = examined.state
+    rewritten = False
+    if state is not None:
+        _drop_unproven(examined, state)
+        if any(finding.what in _REWRITTEN for finding in examined.findings):
+            rewritten = _rewrite(examined, state)
+    for finding in examined.findings:
+        finding.repaired = finding.what == "temporary" or (rewritten and finding.what in _REWRITTEN)
+
+
+def _drop_unproven(examined: Examined, state: LiveState) -> None:
+    """Page-cache writes of an earlier boot are safe only after a clean end, or with a full checksum."""
+    survived = state.clean or (bool(boot_id()) and state.header.boot_id == boot_id())
+    kinds = state.records["flags"] & 0xFF
+    rows = [] if survived else np.flatnonzero(kinds != ChecksumKind.XXH3_64).tolist()
+    if rows:
+        examined.bad += rows
+        text = f"{len(rows)} pages without a full checksum did not see a clean end of the machine"
+        examined.note("problem", "unproven_pages", text)
+
+
+def _rewrite(examined: Examined, state: LiveState) -> bool:
+    """The next generation, without the bad pages. False if there is no slot file to speak of."""
+    owner, slot_class = examined.owner, slot_class_of(state)
+    path = slots_path(owner.directory, owner.name, slot_class.slot_bytes)
+    if len(state.header.files) != 1 or not path.exists() or not whole_slots(path, slot_class):
+        return False
+    wanted = replace(slot_class, slot_count=whole_slots(path, slot_class))
+    drop = np.zeros(len(state.records), np.bool_)
+    drop[examined.bad] = True
+    _, others = owner.generation_files(state.header.generation)
+    for stale in others:
+        stale.unlink(missing_ok=True)
+    journal = JournalWriter(owner.directory, state.header, position=state.end, seq=state.seq)
+    try:
+        if drop.any():
+            journal.append(_tombstones(state.records[drop]))
+        journal.rotate(state.records[~drop], (wanted,))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fdatasync(fd)  # CLOSE says that data and journal are on the medium
+        finally:
+            os.close(fd)
+    except BaseException:
+        journal.close(clean=False)
+        raise
+    journal.close(clean=True)
+    return True
+
+
+def _tombstones(records: Records) -> Records:
+    dels = new_records(Op.DEL, len(records))
+    dels["slot"] = records["slot"]
+    dels["key"] = keys_field([PageKey(key) for key in records["key"].tolist()])
+    return dels

@@ -1,0 +1,166 @@
+"""``flexkv stats``: what is stored under a directory, by whom, and how well it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexkv_sglang.backends.journal import journal_path, recover, stats_path
+from flexkv_sglang.backends.slot_file import free_bytes
+from flexkv_sglang.cli.output import emit, human_bytes, human_seconds, table
+from flexkv_sglang.cli.survey import Namespace, Owner, namespaces
+from flexkv_sglang.errors import JournalError
+
+
+@dataclass(slots=True)
+class OwnerStats:
+    """One owner: what its journal says, and the last ``<owner>.stats.json`` of its process ({} if none)."""
+
+    owner: Owner
+    pages: int = 0
+    slots: int = 0
+    payload_bytes: int = 0
+    journal_bytes: int = 0
+    trouble: str = ""
+    live: dict[str, Any] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, object]:
+        """For ``--json``."""
+        return {
+            "owner": self.owner.name,
+            "alive": self.owner.alive,
+            "pages": self.pages,
+            "slots": self.slots,
+            "page_bytes": self.payload_bytes,
+            "disk_bytes": self.owner.disk_bytes(),
+            "journal_bytes": self.journal_bytes,
+            "touched_at": self.owner.touched_at(),
+            "trouble": self.trouble,
+            "stats": self.live,
+        }
+
+
+def run_stats(root: Path, *, as_json: bool) -> int:
+    """Always exit code 0: trouble with an owner is shown, ``check`` is for judging it."""
+    found = [(item, [_owner(item, owner) for owner in item.owners]) for item in namespaces(root)]
+    free = free_bytes(root)
+    total = os.statvfs(root).f_blocks * os.statvfs(root).f_frsize
+    lines = [_text(namespace, owners) for namespace, owners in found] or ["no namespaces"]
+    lines.append(f"disk: {human_bytes(free)} of {human_bytes(total)} free")
+    fields: dict[str, object] = {
+        "directory": str(root),
+        "disk_free_bytes": free,
+        "disk_total_bytes": total,
+        "namespaces": [_fields(namespace, owners) for namespace, owners in found],
+    }
+    emit("\n".join(lines), fields, as_json=as_json)
+    return 0
+
+
+def counters_of(owners: list[OwnerStats]) -> dict[str, int]:
+    """Counters summed over processes: owners of one process carry the same ones."""
+    total: Counter[str] = Counter()
+    for live in {item.live["process"]: item.live for item in owners if item.live}.values():
+        total.update(live["counters"])
+    return dict(total)
+
+
+def hit_rate(counters: dict[str, int]) -> float | None:
+    """Pages found per page asked for; None if nobody has asked."""
+    asked = counters.get("asked_pages", 0)
+    return counters.get("found_pages", 0) / asked if asked else None
+
+
+def _owner(namespace: Namespace, owner: Owner) -> OwnerStats:
+    stats = OwnerStats(owner, live=_live(owner))
+    try:
+        state = recover(owner.directory, owner.name, namespace.name)
+        path = journal_path(owner.directory, owner.name, state.header.generation)
+        stats.journal_bytes = path.stat().st_size
+        stats.pages = len(state.records)
+        stats.slots = sum(item.slot_count for item in state.header.files)
+        stats.payload_bytes = state.header.files[0].payload_bytes
+    except (JournalError, OSError) as exc:
+        stats.trouble = str(exc)
+    return stats
+
+
+def _live(owner: Owner) -> dict[str, Any]:
+    try:
+        fields = json.loads(stats_path(owner.directory, owner.name).read_text())
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(fields, dict) and fields.keys() >= {"process", "counters", "written_at"}
+    return fields if whole else {}
+
+
+def _text(namespace: Namespace, owners: list[OwnerStats]) -> str:
+    lines = [f"{namespace.name}  {_identity(namespace)}".rstrip()]
+    if owners:
+        head = ("owner", "state", "pages", "slots", "used", "page", "on disk", "journal", "stats")
+        lines.append(table(head, [_row(item) for item in owners]))
+    lines += [f"  {item.owner.name}: {item.trouble}" for item in owners if item.trouble]
+    counters = counters_of(owners)
+    if counters:
+        lines.append("  " + _use(counters))
+    return "\n".join(lines)
+
+
+def _row(item: OwnerStats) -> tuple[object, ...]:
+    age = time.time() - item.live["written_at"] if item.live else None
+    return (
+        item.owner.name,
+        "alive" if item.owner.alive else "dead",
+        item.pages,
+        item.slots,
+        f"{100 * item.pages / item.slots:.0f} %" if item.slots else "-",
+        human_bytes(item.payload_bytes),
+        human_bytes(item.owner.disk_bytes()),
+        human_bytes(item.journal_bytes),
+        "-" if age is None else f"{human_seconds(max(age, 0.0))} old",
+    )
+
+
+def _identity(namespace: Namespace) -> str:
+    fields = namespace.fields
+    parts = [str(fields[name]) for name in ("model", "dtype", "layout") if name in fields]
+    if "page_size" in fields:
+        parts.append(f"page_size={fields['page_size']}")
+    parts += [
+        f"{name}={fields[name][0]}/{fields[name][1]}"
+        for name in ("tp", "pp", "attn_cp", "dcp")
+        if isinstance(fields.get(name), list) and fields[name][1] > 1
+    ]
+    return " ".join(parts)
+
+
+def _use(counters: dict[str, int]) -> str:
+    rate = hit_rate(counters)
+    get = counters.get
+    hits = "nothing asked yet" if rate is None else f"{100 * rate:.1f} %"
+    text = (
+        f"hit rate {hits} ({get('found_pages', 0)} of {get('asked_pages', 0)} pages asked for), "
+        f"read {get('read_pages', 0)} pages ({human_bytes(get('read_bytes', 0))}), "
+        f"wrote {get('write_pages', 0)} ({human_bytes(get('write_bytes', 0))}), "
+        f"evicted {get('evicted_pages', 0)}, corrupt {get('corrupt_pages', 0)}"
+    )
+    failed = sum(
+        value for name, value in counters.items() if name.endswith(("_errors", "_exceptions"))
+    )
+    return text + (f", {failed} failures" if failed else "")
+
+
+def _fields(namespace: Namespace, owners: list[OwnerStats]) -> dict[str, object]:
+    counters = counters_of(owners)
+    return {
+        "namespace": namespace.name,
+        "identity": namespace.fields,
+        "owners": [item.fields() for item in owners],
+        "counters": counters,
+        "hit_rate": hit_rate(counters),
+    }
