@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.backends.journal import journal_path, recover, stats_path
 from flexkv_sglang.backends.disk_space import free_bytes
+from flexkv_sglang.backends.journal import journal_path, recover, stats_path
 from flexkv_sglang.cli.output import emit, human_bytes, human_seconds, table
 from flexkv_sglang.cli.survey import Namespace, Owner, namespaces
 from flexkv_sglang.errors import JournalError
