@@ -99,13 +99,15 @@ def _try(directory: str, engine: str, direct: bool) -> int:
         os.close(fd)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
-            try:
-                _round_trip(io, fd, pieces=1)
-                return _segment_align(io, fd) if direct else 1
-            finally:
-                os.close(fd)
         finally:
-            os.unlink(path)
+            os.unlink(
+                path
+            )  # before the I/O: a kill during it, or a disk that hangs, leaves no file
+        try:
+            _round_trip(io, fd, pieces=1)
+            return _segment_align(io, fd) if direct else 1
+        finally:
+            os.close(fd)
     finally:
         io.close()
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,3 +187,18 @@ def test_a_kernel_that_refuses_io_uring_falls_back_to_threads(
 
     monkeypatch.setattr(probe, "Ring", refused)
     assert prepare_directory(str(tmp_path), "auto").engine == "threads"
+
+
+def test_a_probe_that_is_killed_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = probe._round_trip, []
+
+    def look(*args: Any, **kwargs: Any) -> None:
+        seen.append(os.listdir(tmp_path))
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(probe, "_round_trip", look)
+    prepare_directory(str(tmp_path), "auto")
+    assert seen
+    assert not any(seen)

@@ -42,7 +42,10 @@ CREATE_POINTS = (
 )
 CLOSE_POINTS = (Failpoint.CLOSE_SYNCED, Failpoint.CLOSE_RECORDED)
 _TORN = (Failpoint.APPEND_BEFORE, Failpoint.PUBLISH_BEFORE)
-_FREQUENT = tuple(p for p in Failpoint if p < Failpoint.PUBLISH_BEFORE)
+_FREQUENT = (
+    *range(Failpoint.EVICT_BEFORE, Failpoint.CLEAR_BEFORE),
+    *range(Failpoint.APPEND_BEFORE, Failpoint.PUBLISH_BEFORE),
+)
 _LIFE_MAX_S = 0.5
 _FOR_EVER = 10**6
 
@@ -59,11 +62,13 @@ class Scene:
     lossless: bool
     reader: bool = False
     writers: int = 1
+    durable: bool = False
 
 
 SCENES = (
     Scene("roomy", (320,), 30, 4096, "full", lossless=True, reader=True),
     Scene("roomy-off", (320,), 30, 4096, "off", lossless=True),
+    Scene("roomy-durable", (320,), 30, 4096, "full", lossless=True, durable=True),
     Scene("tight", (48,), 30, 6000, "full", lossless=False, reader=True),
     Scene("tight-off", (48,), 30, 4096, "off", lossless=False, reader=True),
     Scene("resize", (320, 300, 340), 30, 4096, "full", lossless=True),
@@ -116,9 +121,15 @@ class Piece:
         directory.mkdir(parents=True)
         mode = probe_directory(str(directory))
         self._modes = {str(directory): mode}
-        alone = scene.writers == 1
         self._setting = Setting(
-            directory, mode, max(scene.sizes), scene.payload, scene.chains, scene.verify, alone
+            directory,
+            mode,
+            max(scene.sizes),
+            scene.payload,
+            scene.chains,
+            scene.verify,
+            durable=scene.durable,
+            alone=scene.writers == 1,
         )
         self._content: Bytes = make_content(self._setting.key_count, scene.payload)
         self._judges = [self._new_judge() for _ in range(scene.writers)]
@@ -155,9 +166,12 @@ class Piece:
 
     def _order(self, *, last: bool) -> Order:
         rng = self._rng
-        seed, slots = rng.randrange(1 << 30), rng.choice(self._scene.sizes)
+        sizes = self._scene.sizes
+        seed, slots = rng.randrange(1 << 30), rng.choice(sizes)
         if last:
             return Order(seed, slots, 20)
+        if len(sizes) > 1 and rng.random() < 0.15:
+            return Order(seed, min(sizes), _FOR_EVER, Failpoint.ADOPT_CUT)
         group = rng.choices(
             (WORK_POINTS, ADOPT_POINTS, CREATE_POINTS, CLOSE_POINTS, ()), (10, 6, 2, 1, 8)
         )[0]

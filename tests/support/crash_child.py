@@ -46,6 +46,7 @@ class Setting:
     payload: int
     chains: int
     verify: str
+    durable: bool
     alone: bool  # nobody else owns files here, so every file can be accounted for
 
     @property
@@ -84,6 +85,7 @@ def open_here(setting: Setting, slots: int) -> CacheEngine:
         verify=setting.verify,
         namespace=NAMESPACE,
         mode=setting.mode,
+        durable=setting.durable,
     )
 
 

@@ -74,7 +74,9 @@ class FlipTest:
         self._place = directory / NAMESPACE
         self._place.mkdir(parents=True)
         mode = probe_directory(str(directory))
-        self._setting = Setting(directory, mode, SLOTS, PAYLOAD, CHAINS, verify, alone=True)
+        self._setting = Setting(
+            directory, mode, SLOTS, PAYLOAD, CHAINS, verify, durable=False, alone=True
+        )
         self._keys = keys(CHAINS * CHAIN)
         self._number = {key: i for i, key in enumerate(self._keys)}
         self._content: Bytes = make_content(CHAINS * CHAIN, PAYLOAD)

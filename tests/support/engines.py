@@ -37,10 +37,11 @@ def open_engine(
     namespace: str = "ns",
     mode: IoMode | None = None,
     make: Callable[[str], IoEngine] = make_engine,
+    durable: bool = False,
 ) -> CacheEngine:
     """An engine as the adapter would assemble it, on one directory; with ``mode`` it is not probed."""
     mode = mode or prepare_directory(str(directory), io_engine)
-    places = open_places({str(directory): mode}, namespace, {})
+    places = open_places({str(directory): mode}, namespace, {}, durable=durable)
     tier, recovered = open_tier(
         places, namespace, payload_bytes, size, accepted=ACCEPTED_KINDS[verify]
     )
