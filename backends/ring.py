@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Ring:
         self._lock = threading.Lock()  # one batch at a time; guards the queues and the regions
         self._traffic = traffic or Traffic()
         self._regions = Regions()
+        self._announced: deque[tuple[int, int]] = deque()  # for the next batch; append is atomic
         self.counts: Counter[str] = Counter()
         params = uring.Params()
         params.flags = uring.SETUP_CLAMP
@@ -95,10 +96,8 @@ class Ring:
         return self._run(batch, deadline, progress, writing=True)
 
     def register_memory(self, address: int, byte_count: int) -> None:
-        """Pin this memory when it is used, as far as the kernel allows; see ``regions``."""
-        with self._lock:
-            if self._fd >= 0:
-                self._regions.announce(self._fd, address, byte_count)
+        """Pin this memory when it is used, as far as the kernel allows; see ``regions``. Never waits."""
+        self._announced.append((address, byte_count))
 
     def close(self) -> bool:
         """Give the ring back once no batch runs; see ``IoEngine``."""
@@ -126,6 +125,8 @@ class Ring:
         with self._lock:
             if self._fd < 0:
                 raise OSError(errno.EBADF, "the ring is closed")
+            while self._announced:
+                self._regions.announce(self._fd, *self._announced.popleft())
             self._regions.pin_for(self._fd, flat, lengths)
             todo = Operations(batch, writing=writing, entries=self._regions.entries(flat, lengths))
             self.counts["operations"] += todo.waiting

@@ -67,6 +67,7 @@ class PagePool:
             len(stamps), dtype=np.uint64
         )  # every 4 KiB differs: nothing to deduplicate
         self.base = self.bytes.ctypes.data
+        self.kv_buffer = torch.from_numpy(self.bytes)
         self.v_offset = self.half * pages
 
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:

@@ -9,11 +9,8 @@ Threads: any. Reads and writes have an engine and a slab each, so a long write d
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
-import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -21,18 +18,17 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.backends.io import IOV_MAX, NOT_TRIED, IoBatch, IoEngine
-from flexkv_sglang.backends.probe import IoMode, make_engine
+from flexkv_sglang.backends.io import IOV_MAX, NOT_TRIED, IoBatch
+from flexkv_sglang.backends.probe import IoMode
 from flexkv_sglang.backends.slot_file import Extents
 from flexkv_sglang.backends.traffic import Traffic
+from flexkv_sglang.lanes import Lane, Slab
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, U64, BoolArray, PageBuffers, round_up
 
 Inspect = Callable[[int, list[tuple[int, int]]], bool]
 """(page position, its buffers as (address, bytes)) -> keep it? Called while other pages move, from any thread."""
 
-_SLAB_BYTES = 32 << 20
-_HUGE_PAGE = 2 << 20
 _WORK_BYTES = 1 << 20  # looked at in one go between two looks at the completion queue
 
 
@@ -84,82 +80,6 @@ def by_mode(modes: Sequence[IoMode]) -> list[tuple[IoMode, npt.NDArray[np.intp]]
         (mode, np.array([i for i, other in enumerate(modes) if other == mode], np.intp))
         for mode in dict.fromkeys(modes)
     ]
-
-
-class _Slab:
-    """Memory for bounced pages, made at first use, in huge pages where the machine gives them.
-
-    A forked child does not get it: no copy-on-write while the kernel writes into it.
-    """
-
-    def __init__(self, row_bytes: int) -> None:
-        self.lock = threading.Lock()  # held while the bounced pages of one call use it
-        self.rows = max(1, _SLAB_BYTES // row_bytes)
-        self.byte_count = round_up(self.rows * row_bytes, _HUGE_PAGE)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory = mmap.mmap(-1, self.byte_count + _HUGE_PAGE, flags=flags)
-        self._memory.madvise(mmap.MADV_DONTFORK)
-        with contextlib.suppress(OSError):  # EINVAL: a kernel without them
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self.base = round_up(np.frombuffer(self._memory, np.uint8).ctypes.data, _HUGE_PAGE)
-        self.addresses = np.uint64(self.base) + np.arange(self.rows, dtype=np.uint64) * np.uint64(
-            row_bytes
-        )
-
-
-class _Lane:
-    """One direction: its engines (one per kind), and one slab."""
-
-    def __init__(self, row_bytes: int, traffic: Traffic) -> None:
-        self._row_bytes = row_bytes
-        self._traffic = traffic
-        self._guard = threading.Lock()  # guards making engines and the slab, and announcing memory
-        self._engines: dict[str, IoEngine] = {}
-        self._abandoned: list[IoEngine] = []  # hold transfers that do not end
-        self._memory: list[tuple[int, int]] = []
-        self._slab: _Slab | None = None
-
-    def engine(self, kind: str) -> IoEngine:
-        with self._guard:
-            if kind not in self._engines:
-                engine = self._engines[kind] = make_engine(kind, self._traffic)
-                for address, byte_count in self._memory:
-                    engine.register_memory(address, byte_count)
-            return self._engines[kind]
-
-    def slab(self) -> _Slab:
-        with self._guard:
-            if self._slab is None:
-                self._slab = _Slab(self._row_bytes)
-                self._announce(self._slab.base, self._slab.byte_count)
-            return self._slab
-
-    def register_memory(self, address: int, byte_count: int) -> None:
-        with self._guard:
-            self._announce(address, byte_count)
-
-    def counts(self) -> Counter[str]:
-        with self._guard:
-            return sum((engine.counts for engine in self._engines.values()), Counter[str]())
-
-    def abandon(self, traffic: Traffic) -> None:
-        """Leave engines and slab to calls that hang in them; the next call gets new ones."""
-        with self._guard:
-            self._abandoned += self._engines.values()
-            self._engines = {}
-            self._slab = None
-            self._traffic = traffic
-
-    def close(self) -> bool:
-        with self._guard:
-            engines = [*self._engines.values(), *self._abandoned]
-        ended = [engine.close() for engine in engines]  # each, also after a False
-        return all(ended)
-
-    def _announce(self, address: int, byte_count: int) -> None:
-        self._memory.append((address, byte_count))
-        for engine in self._engines.values():
-            engine.register_memory(address, byte_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +159,7 @@ class PageMover:
         self._row_bytes = round_up(payload_bytes, SECTOR)
         self._traffic = Traffic()
         self._lanes = {
-            direction: _Lane(self._row_bytes, self._traffic) for direction in ("read", "write")
+            direction: Lane(self._row_bytes, self._traffic) for direction in ("read", "write")
         }
         for address, byte_count in memory:
             self.register_memory(address, byte_count)
@@ -336,7 +256,7 @@ class PageMover:
             for start in range(0, len(rows), slab.rows):
                 self._bounce_group(job, kind, slab, rows[start : start + slab.rows])
 
-    def _bounce_group(self, job: _Job, kind: str, slab: _Slab, rows: npt.NDArray[np.intp]) -> None:
+    def _bounce_group(self, job: _Job, kind: str, slab: Slab, rows: npt.NDArray[np.intp]) -> None:
         staged = slab.addresses[: len(rows), None]
         batch = IoBatch(
             job.extents.fds[rows],
