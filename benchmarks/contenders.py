@@ -1,19 +1,17 @@
-"""What is compared in ``ssd.py``: this package's adapter, SGLang's ``file`` backend, and fio as the ceiling.
+"""What is compared in ``ssd.py`` inside this process: this package's adapter and SGLang's ``file`` backend.
 
 Each contender writes and reads the same number of pages of the same size, and reports seconds and CPU
 seconds. The adapter and ``file`` are used through the interface SGLang uses for them (zero-copy v1 and
-generic), from the same page-aligned host memory.
+generic), from the same page-aligned host memory. The contenders in ``peers.py`` are other processes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import resource
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +22,12 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
 
 from flexkv_sglang import FlexKVStorage
-from flexkv_sglang.backends.ring import depth_for
 
 BATCH = 128  # pages per call: SGLang's STORAGE_BATCH_SIZE
+
+
+class Missing(Exception):  # noqa: N818 - not an error: the run goes on without it
+    """A contender that is not on this machine; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -191,48 +192,6 @@ class File:
 
     def close(self) -> None:
         shutil.rmtree(self._directory)
-
-
-class Fio:
-    """The ceiling: fio with io_uring, registered buffers and files, random page order, our queue depth."""
-
-    name = "fio"
-
-    def __init__(self, directory: Path, page_bytes: int, pages: int) -> None:
-        self._path = directory / "fio.dat"
-        self._page_bytes, self._pages = page_bytes, pages
-
-    def write(self, _generation: int) -> Sample:
-        return self._run("randwrite")
-
-    def read(self, _generation: int) -> Sample:
-        return self._run("randread")
-
-    def close(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-    def _run(self, how: str) -> Sample:
-        command = [
-            "fio",
-            "--name=page",
-            f"--filename={self._path}",
-            "--direct=1",
-            "--ioengine=io_uring",
-            f"--rw={how}",
-            f"--bs={self._page_bytes}",
-            f"--iodepth={depth_for(self._page_bytes)}",
-            "--fixedbufs=1",
-            "--registerfiles=1",
-            f"--size={self._page_bytes * self._pages}",
-            "--output-format=json",
-            "--randrepeat=0",
-            "--fallocate=posix",
-            "--group_reporting",
-        ]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-        job = json.loads(result.stdout)["jobs"][0]
-        seconds = job["write" if how == "randwrite" else "read"]["runtime"] / 1000
-        return Sample(seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000)
 
 
 class Stopwatch:
