@@ -30,7 +30,9 @@ from flexkv_sglang.backends.traffic import Traffic
 from flexkv_sglang.types import I64
 
 _MASK32 = 0xFFFFFFFF
-_MIN_IN_FLIGHT_BYTES = 8 << 20
+_MIN_IN_FLIGHT_BYTES = 32 << 20
+"""Half of it lasts a fast disk longer than a busy interpreter keeps the GIL (5 ms)."""
+
 _MIN_DEPTH, _MAX_DEPTH = 8, 128
 _FAILED_ENTER_PAUSE_S = 0.001
 _NOTHING = np.zeros(0, np.int64)
@@ -243,6 +245,6 @@ def _hand_on(progress: Progress, pages: Positions, moved: I64) -> BaseException 
 
 
 def depth_for(operation_bytes: int, limit: int = _MAX_DEPTH) -> int:
-    """Operations of this size in flight: at least 8 MiB, between 8 and ``limit``."""
+    """Operations of this size in flight: at least 32 MiB, between 8 and ``limit`` (or 128)."""
     wanted = -(-_MIN_IN_FLIGHT_BYTES // max(operation_bytes, 1))
     return max(1, min(max(wanted, _MIN_DEPTH), _MAX_DEPTH, limit))

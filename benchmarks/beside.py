@@ -71,7 +71,7 @@ def beside_busy(directory: Path, reps: int) -> dict[str, Any]:
     ours = FlexKV(directory, PagePool(PAGE_BYTES, PAGES), PAGES)
     contenders: list[Contender] = [ours]
     with contextlib.suppress(Missing):
-        contenders.append(Fio(directory, PAGE_BYTES, PAGES, registered=True))
+        contenders.append(Fio(ours.slot_file, PAGE_BYTES, PAGES, registered=True))
     kept: dict[str, list[float]] = {}
     speed: dict[str, list[float]] = {}
     generation = 0

@@ -39,9 +39,10 @@ class Sample:
 
 
 class Contender(Protocol):
-    """Writes all pages, then reads them back cold."""
+    """Writes ``pages`` pages, then reads them back cold."""
 
     name: str
+    pages: int
 
     def write(self, generation: int, /) -> Sample: ...
     def read(self, generation: int, /) -> Sample: ...
@@ -113,7 +114,7 @@ class FlexKV:
 
     def __init__(self, directory: Path, pool: PagePool, pages: int, verify: str = "full") -> None:
         self.name = "flexkv" if verify == "full" else f"flexkv-verify-{verify}"
-        self._pool, self._pages = pool, pages
+        self._pool, self.pages = pool, pages
         self._directory = directory / self.name
         size = pages * (2 * pool.half + 4096)
         self.storage = FlexKVStorage(
@@ -132,16 +133,21 @@ class FlexKV:
         """O_DIRECT: cold by nature."""
         return self._pass(self.storage.batch_get_v1, generation)
 
+    @property
+    def slot_file(self) -> Path:
+        """Where the pages lie."""
+        return next(self._directory.rglob("*.slots"))
+
     def close(self) -> None:
         self.storage.close()
         shutil.rmtree(self._directory)
 
     def _pass(self, call: Any, generation: int) -> Sample:
-        names = page_names(generation, self._pages)
-        tokens = torch.arange(self._pages * self._pool.page_size)
+        names = page_names(generation, self.pages)
+        tokens = torch.arange(self.pages * self._pool.page_size)
         step = BATCH * self._pool.page_size
         with Stopwatch() as watch:
-            for start in range(0, self._pages, BATCH):
+            for start in range(0, self.pages, BATCH):
                 first = start * self._pool.page_size
                 done = call(names[start : start + BATCH], tokens[first : first + step])
                 assert all(done), "a page was not moved"
@@ -154,7 +160,7 @@ class File:
     name = "file"
 
     def __init__(self, directory: Path, pool: PagePool, pages: int) -> None:
-        self._pool, self._pages = pool, pages
+        self._pool, self.pages = pool, pages
         self._directory = directory / "file"
         self._directory.mkdir()
         self.storage = HiCacheFile(storage_config({}), str(self._directory))
@@ -165,10 +171,10 @@ class File:
         for path in self._directory.iterdir():
             path.unlink()
         os.sync()
-        names = page_names(generation, self._pages)
+        names = page_names(generation, self.pages)
         with Stopwatch() as watch:
-            for start in range(0, self._pages, BATCH):
-                pages = range(start, min(start + BATCH, self._pages))
+            for start in range(0, self.pages, BATCH):
+                pages = range(start, min(start + BATCH, self.pages))
                 assert self.storage.batch_set(
                     names[start : start + BATCH], [self._pool.flat_page(p) for p in pages]
                 )
@@ -182,9 +188,9 @@ class File:
             fd = os.open(path, os.O_RDONLY)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
-        names = page_names(generation, self._pages)
+        names = page_names(generation, self.pages)
         with Stopwatch() as watch:
-            for start in range(0, self._pages, BATCH):
+            for start in range(0, self.pages, BATCH):
                 batch = names[start : start + BATCH]
                 found = self.storage.batch_get(batch, self._targets[: len(batch)])
                 assert all(page is not None for page in found)

@@ -142,7 +142,10 @@ class _Inspection:
         return True
 
     def finish(self) -> None:
-        """Inspect what is left, once nothing is in flight."""
+        """Inspect what is left, once nothing is in flight; nothing that did not move."""
+        if not self._reading:
+            moved = self._job.outcomes[self._pages] == Outcome.DONE
+            self._ready = deque(position for position in self._ready if moved[position])
         while self.work():
             pass
 
