@@ -9,13 +9,16 @@ import contextlib
 import mmap
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
 from flexkv_sglang.backends.io import IoEngine
-from flexkv_sglang.backends.probe import make_engine
 from flexkv_sglang.backends.traffic import Traffic
 from flexkv_sglang.types import round_up
+
+MakeEngine = Callable[[str, Traffic], IoEngine]
+"""As ``probe.make_engine``."""
 
 _SLAB_BYTES = 32 << 20
 _HUGE_PAGE = 2 << 20
@@ -47,8 +50,9 @@ class Slab:
 class Lane:
     """One direction: its engines (one per kind), and one slab."""
 
-    def __init__(self, row_bytes: int, traffic: Traffic) -> None:
+    def __init__(self, row_bytes: int, traffic: Traffic, make: MakeEngine) -> None:
         self._row_bytes = row_bytes
+        self._make = make
         self._traffic = traffic
         self._guard = threading.Lock()  # guards making engines and the slab, and announcing memory
         self._engines: dict[str, IoEngine] = {}
@@ -60,7 +64,7 @@ class Lane:
         """The engine of this kind, made at first use."""
         with self._guard:
             if kind not in self._engines:
-                engine = self._engines[kind] = make_engine(kind, self._traffic)
+                engine = self._engines[kind] = self._make(kind, self._traffic)
                 regions = self._memory if self._slab is None else [*self._memory, self._slab.region]
                 for address, byte_count in regions:
                     engine.register_memory(address, byte_count)

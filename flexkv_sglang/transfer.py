@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.io import IOV_MAX, NOT_TRIED, IoBatch
-from flexkv_sglang.backends.probe import IoMode
+from flexkv_sglang.backends.probe import IoMode, make_engine
 from flexkv_sglang.backends.slot_file import Extents
 from flexkv_sglang.backends.traffic import Traffic
-from flexkv_sglang.lanes import Lane, Slab
+from flexkv_sglang.lanes import Lane, MakeEngine, Slab
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, U64, BoolArray, PageBuffers, round_up
 
@@ -151,21 +151,18 @@ class _Inspection:
 
 
 class PageMover:
-    """Moves pages of one payload size. ``counts()``: what the engines and the queue policy did."""
+    """Moves pages of one payload size. ``make``: an I/O engine of a kind (tests put faults around it)."""
 
     def __init__(
-        self, payload_bytes: int, metrics: Metrics, memory: Sequence[tuple[int, int]] = ()
+        self, payload_bytes: int, metrics: Metrics, make: MakeEngine = make_engine
     ) -> None:
-        """``memory``: (address, bytes) of the host pool; see ``register_memory``."""
         self._payload_bytes = payload_bytes
         self._metrics = metrics
         self._row_bytes = round_up(payload_bytes, SECTOR)
         self._traffic = Traffic()
         self._lanes = {
-            direction: Lane(self._row_bytes, self._traffic) for direction in ("read", "write")
+            direction: Lane(self._row_bytes, self._traffic, make) for direction in ("read", "write")
         }
-        for address, byte_count in memory:
-            self.register_memory(address, byte_count)
 
     def register_memory(self, address: int, byte_count: int) -> None:
         """Announce memory that many calls will use: the kernel may pin it, piece by piece as it is used.

@@ -155,7 +155,9 @@ def test_announced_memory_changes_nothing_but_the_operations(
     source, sources = page_memory(count, payload, 2, shift=shift, seed=11)
     target, targets = page_memory(count, payload, 2, shift=shift)
     memory = [(array.ctypes.data, array.nbytes) for array in (source, target)]
-    announced, plain = PageMover(payload, Metrics(), memory), PageMover(payload, Metrics())
+    announced, plain = PageMover(payload, Metrics()), PageMover(payload, Metrics())
+    for address, byte_count in memory:
+        announced.register_memory(address, byte_count)
     done = [Outcome.DONE] * count
     assert announced.write(extents, sources, soon(), lambda _page, _parts: True) == done
     for mover in (plain, announced):
