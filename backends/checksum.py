@@ -66,5 +66,5 @@ def sample_offsets(length: int) -> list[int]:
     return offsets if not offsets or last == offsets[-1] else [*offsets, last]
 
 
-def _view(address: int, length: int) -> memoryview:
-    return memoryview((ctypes.c_ubyte * length).from_address(address))
+def _view(address: int, length: int) -> ctypes.Array[ctypes.c_ubyte]:
+    return (ctypes.c_ubyte * length).from_address(address)

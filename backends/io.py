@@ -7,7 +7,7 @@ directory gets is decided by ``probe.probe_directory`` with a real write and rea
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,8 +25,18 @@ CLOSE_TIMEOUT_S = 6.0
 IOVEC = np.dtype([("base", "<u8"), ("len", "<u8")])
 IOV_MAX = 1024
 
-OnDone = Callable[[npt.NDArray[np.intp], I64], None]
-"""Called with batch positions that completed and their results, while others are still in flight."""
+
+class Progress(Protocol):
+    """What a caller does while its batch is in flight.
+
+    ``landed``: these batch positions have their final results (each position once). ``work``: do a little,
+    about the time of one transfer; False if there was nothing to do. The ring calls both from the calling
+    thread and never waits while there is work; the thread engine calls them from several threads.
+    What is left when the call returns is the caller's to do.
+    """
+
+    def landed(self, positions: npt.NDArray[np.intp], moved: I64) -> None: ...
+    def work(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +71,17 @@ class IoBatch:
 class IoEngine(Protocol):
     """Moves batches. One call at a time per engine (it has its own lock); any thread may call.
 
-    ``read`` / ``write`` return int64 ``[n]``: bytes moved, ``-errno``, or ``NOT_TRIED``. They return only
-    when no transfer is in flight any more: after that nothing touches the caller's memory. ``close``
-    waits ``CLOSE_TIMEOUT_S`` for a running batch and answers whether it ended; idempotent.
+    ``read`` / ``write`` return int64 ``[n]``: bytes moved, ``-errno``, or ``NOT_TRIED``; a page has at most
+    ``IOV_MAX`` buffers. They return only when no transfer is in flight any more: after that nothing
+    touches the caller's memory. An exception of ``progress`` is raised then, too. ``register_memory``
+    announces memory that may be pinned; it must stay mapped until ``close``. ``close`` waits
+    ``CLOSE_TIMEOUT_S`` for a running batch and answers whether it ended; idempotent. ``counts``: what was done.
     """
 
     kind: str
+    counts: Counter[str]
 
-    def read(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64: ...
-    def write(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64: ...
+    def read(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64: ...
+    def write(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64: ...
+    def register_memory(self, address: int, byte_count: int) -> None: ...
     def close(self) -> bool: ...

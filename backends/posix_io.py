@@ -1,6 +1,6 @@
 """PosixIo: the same batches with threads and ``preadv``/``pwritev``, where io_uring is refused.
 
-Each worker takes a contiguous share of the batch and loops over it: one future per page costs seven
+Each worker takes the next run of adjacent pages and moves it with one call: one future per page costs seven
 times the Python and loses beside a busy interpreter, because each blocking call must win the GIL back.
 """
 
@@ -11,35 +11,49 @@ import errno
 import os
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from flexkv_sglang.backends.io import CLOSE_TIMEOUT_S, IOV_MAX, NOT_TRIED, IoBatch, OnDone
+from flexkv_sglang.backends.io import CLOSE_TIMEOUT_S, NOT_TRIED, IoBatch, Progress
+from flexkv_sglang.backends.operations import Positions, runs, share
+from flexkv_sglang.backends.traffic import Traffic
 from flexkv_sglang.types import I64
 
-_CHUNK = 8  # pages between two reports of completion
+_SHY_PAUSE_S = 0.001
 
 
 class PosixIo:
-    """``workers`` threads. ``kind`` tells whether the files were opened O_DIRECT ("threads") or not."""
+    """``workers`` threads. ``kind`` tells whether the files were opened O_DIRECT ("threads") or not.
 
-    def __init__(self, workers: int = 8, *, kind: str = "threads") -> None:
+    ``counts``: "operations", runs of adjacent pages that were to be moved.
+    """
+
+    def __init__(
+        self, workers: int = 8, *, kind: str = "threads", traffic: Traffic | None = None
+    ) -> None:
         self.kind = kind
         self._workers = workers
+        self._traffic = traffic or Traffic()
+        self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()  # one batch at a time, as for the ring
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="flexkv-io")
         self._closed = False
 
-    def read(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64:
+    def read(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
         """Medium to memory; see ``IoEngine``."""
-        return self._run(batch, deadline, on_done, writing=False)
+        with self._traffic.reading():
+            return self._run(batch, deadline, progress, writing=False)
 
-    def write(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64:
-        """Memory to medium; see ``IoEngine``."""
-        return self._run(batch, deadline, on_done, writing=True)
+    def write(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
+        """Memory to medium; see ``IoEngine``. Few workers at a time while reads are under way."""
+        return self._run(batch, deadline, progress, writing=True)
+
+    def register_memory(self, _address: int, _byte_count: int) -> None:
+        """Nothing to do: threads pin nothing."""
 
     def close(self) -> bool:
         """End the threads once no batch runs; see ``IoEngine``."""
@@ -53,18 +67,21 @@ class PosixIo:
         return True
 
     def _run(
-        self, batch: IoBatch, deadline: float, on_done: OnDone | None, *, writing: bool
+        self, batch: IoBatch, deadline: float, progress: Progress | None, *, writing: bool
     ) -> I64:
-        results = np.full(len(batch), NOT_TRIED, np.int64)
         if not len(batch):
-            return results
+            return np.full(0, NOT_TRIED, np.int64)
+        borders = runs(batch)
+        count = len(borders) - 1
+        results = np.full(len(batch), NOT_TRIED, np.int64)
+        call = _Call(batch, deadline, progress, writing, borders, deque(range(count)), results)
         with self._lock:
             if self._closed:
                 raise OSError(errno.EBADF, "the I/O threads are closed")
-            shares = np.array_split(np.arange(len(batch)), min(self._workers, len(batch)))
+            self.counts["operations"] += count
             futures = [
-                self._pool.submit(_share, batch, share, results, deadline, on_done, writing)
-                for share in shares
+                self._pool.submit(self._serve, call, worker)
+                for worker in range(min(self._workers, count))
             ]
             errors = [
                 future.exception() for future in futures
@@ -74,48 +91,72 @@ class PosixIo:
                 raise error
         return results
 
+    def _serve(self, call: _Call, worker: int) -> None:
+        """One worker: the next run, until there is none or time is up."""
+        while call.queue and call.left():
+            if call.writing and worker >= self._depth(call):
+                time.sleep(_SHY_PAUSE_S)  # reads are under way; worker 0 always goes on
+                continue
+            try:
+                run = call.queue.popleft()
+            except IndexError:
+                return
+            first, end = int(call.borders[run]), int(call.borders[run + 1])
+            _move_run(call, run, first, end)
+            if call.progress is not None:
+                positions = np.arange(first, end)
+                call.progress.landed(positions, call.results[first:end])
+                call.progress.work()
 
-def _share(
-    batch: IoBatch,
-    share: npt.NDArray[np.intp],
-    results: I64,
-    deadline: float,
-    on_done: OnDone | None,
-    writing: bool,
-) -> None:
-    for start in range(0, len(share), _CHUNK):
-        positions = share[start : start + _CHUNK]
-        tried = []
-        for position in positions.tolist():
-            if time.monotonic() >= deadline:
-                break
-            results[position] = _move(batch, position, writing)
-            tried.append(position)
-        if on_done is not None and tried:
-            on_done(np.array(tried, np.intp), results[tried])
-        if len(tried) < len(positions):
-            return
+    def _depth(self, call: _Call) -> int:
+        mean = max(1, call.batch.page_bytes * len(call.batch) // (len(call.borders) - 1))
+        return self._traffic.write_depth(self._workers, mean)
 
 
-def _move(batch: IoBatch, position: int, writing: bool) -> int:
-    fd, offset = int(batch.fds[position]), int(batch.offsets[position])
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One batch, cut into runs of pages by ``operations.runs``; ``queue``: runs nobody has taken yet."""
+
+    batch: IoBatch
+    deadline: float
+    progress: Progress | None
+    writing: bool
+    borders: Positions
+    queue: deque[int]
+    results: I64
+
+    def left(self) -> bool:
+        """Is there time?"""
+        return time.monotonic() < self.deadline
+
+
+def _move_run(call: _Call, run: int, first: int, end: int) -> None:
+    """Move pages ``[first, end)`` with one call; those that did not come whole once more, alone."""
+    batch = call.batch
+    moved = _move(batch, first, end, call.writing)
+    ids, sizes = np.array([run]), np.array([moved])
+    _, got = share(call.borders, ids, sizes, batch.page_bytes)
+    call.results[first:end] = got
+    if moved < 0 and end - first == 1:
+        return
+    for page in (first + np.flatnonzero(got != batch.page_bytes)).tolist():
+        call.results[page] = (
+            _move(batch, page, page + 1, call.writing) if call.left() else NOT_TRIED
+        )
+
+
+def _move(batch: IoBatch, first: int, end: int, writing: bool) -> int:
+    """Pages ``[first, end)``, adjacent on the medium, in one call: bytes moved or -errno."""
+    lengths = batch.lengths.tolist()
     views = [
         memoryview((ctypes.c_ubyte * length).from_address(address))
-        for address, length in zip(
-            batch.addresses[position].tolist(), batch.lengths.tolist(), strict=True
-        )
+        for addresses in batch.addresses[first:end].tolist()
+        for address, length in zip(addresses, lengths, strict=True)
     ]
-    moved = 0
     try:
-        for start in range(0, len(views), IOV_MAX):
-            part = views[start : start + IOV_MAX]
-            got = _transfer(fd, part, offset + moved, writing)
-            moved += got
-            if got != sum(len(view) for view in part):
-                break
+        return _transfer(int(batch.fds[first]), views, int(batch.offsets[first]), writing)
     except OSError as exc:
         return -(exc.errno or errno.EIO)
-    return moved
 
 
 def _transfer(fd: int, views: Sequence[memoryview], offset: int, writing: bool) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from flexkv_sglang.backends.io import IoBatch, IoEngine
 from flexkv_sglang.backends.posix_io import PosixIo
 from flexkv_sglang.backends.ring import Ring
+from flexkv_sglang.backends.traffic import Traffic
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR
 
@@ -86,9 +87,9 @@ def in_memory(directory: str) -> bool:
     )
 
 
-def make_engine(kind: str) -> IoEngine:
-    """A fresh engine for a probed mode."""
-    return Ring() if kind == "io_uring" else PosixIo(kind=kind)
+def make_engine(kind: str, traffic: Traffic | None = None) -> IoEngine:
+    """A fresh engine for a probed mode. ``traffic``: shared by the engines whose writes give way to reads."""
+    return Ring(traffic=traffic) if kind == "io_uring" else PosixIo(kind=kind, traffic=traffic)
 
 
 def _try(directory: str, engine: str, direct: bool) -> int:

@@ -1,12 +1,11 @@
-"""Ring: io_uring from Python with numpy and ctypes. No compiled code, one system call per window of pages.
+"""Ring: io_uring from Python with numpy. No compiled code, one system call per window of operations.
 
 Invariant: **a call returns only when every submitted operation has completed**; until then the kernel
-owns the caller's memory. Submission entries are written as numpy arrays into the mapped queue, the
-system call goes through ctypes, which releases the GIL.
+owns the caller's memory. Submission entries are written as numpy arrays into the mapped queue.
 
-Interface of the kernel: ``io_uring_setup(2)``, ``io_uring_enter(2)``. Needs Linux 5.6; deadlines need
-5.11 (``IORING_FEAT_EXT_ARG``), and without them the ring is refused. Never SQPOLL: the plain stores to
-the queue tail are ordered by the system call that follows them, and only by that.
+Needs Linux 5.11 (``IORING_FEAT_EXT_ARG``: bounded waits), otherwise the ring is refused. Never SQPOLL: the
+plain stores to the queue tail are ordered by the system call that follows them, and only by that. Files
+are not registered: that gained nothing measurable, and an entry would outlive its closed descriptor.
 """
 
 from __future__ import annotations
@@ -17,137 +16,69 @@ import mmap
 import os
 import threading
 import time
+from collections import Counter, deque
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.backends.io import CLOSE_TIMEOUT_S, IOVEC, NOT_TRIED, IoBatch, OnDone
+from flexkv_sglang.backends import uring
+from flexkv_sglang.backends.io import CLOSE_TIMEOUT_S, NOT_TRIED, IoBatch, Progress
+from flexkv_sglang.backends.operations import Operations, Positions
+from flexkv_sglang.backends.regions import Regions
+from flexkv_sglang.backends.traffic import Traffic
 from flexkv_sglang.types import I64
 
-_NR_SETUP, _NR_ENTER = 425, 426  # the same on x86-64 and aarch64
-_OP_READV, _OP_WRITEV, _OP_READ, _OP_WRITE = 1, 2, 22, 23
-_SETUP_CLAMP = 1 << 4
-_ENTER_GETEVENTS, _ENTER_EXT_ARG = 1 << 0, 1 << 3
-_FEAT_SINGLE_MMAP, _FEAT_EXT_ARG = 1 << 0, 1 << 8
-_OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
 _MASK32 = 0xFFFFFFFF
-_MIN_IN_FLIGHT_BYTES = 8 << 20
+_MIN_IN_FLIGHT_BYTES = 32 << 20
+"""Half of it lasts a fast disk longer than a busy interpreter keeps the GIL (5 ms)."""
+
 _MIN_DEPTH, _MAX_DEPTH = 8, 128
 _FAILED_ENTER_PAUSE_S = 0.001
-
-_SQE = np.dtype(
-    [
-        ("opcode", "u1"),
-        ("flags", "u1"),
-        ("ioprio", "<u2"),
-        ("fd", "<i4"),
-        ("off", "<u8"),
-        ("addr", "<u8"),
-        ("len", "<u4"),
-        ("rw_flags", "<u4"),
-        ("user_data", "<u8"),
-        ("buf_index", "<u2"),
-        ("personality", "<u2"),
-        ("splice_fd", "<i4"),
-        ("addr3", "<u8"),
-        ("pad", "<u8"),
-    ]
-)
-_CQE = np.dtype([("user_data", "<u8"), ("res", "<i4"), ("flags", "<u4")])
-assert _SQE.itemsize == 64
-assert _CQE.itemsize == 16
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
-
-
-def _words(*names: str) -> list[tuple[str, type[ctypes.c_uint32]]]:
-    return [(name, ctypes.c_uint32) for name in names]
-
-
-class _SqOffsets(ctypes.Structure):
-    _fields_ = (
-        *_words("head", "tail", "ring_mask", "ring_entries", "flags", "dropped", "array", "resv1"),
-        ("user_addr", ctypes.c_uint64),
-    )
-
-
-class _CqOffsets(ctypes.Structure):
-    _fields_ = (
-        *_words("head", "tail", "ring_mask", "ring_entries", "overflow", "cqes", "flags", "resv1"),
-        ("user_addr", ctypes.c_uint64),
-    )
-
-
-class _Params(ctypes.Structure):
-    _fields_ = (
-        *_words(
-            "sq_entries",
-            "cq_entries",
-            "flags",
-            "sq_thread_cpu",
-            "sq_thread_idle",
-            "features",
-            "wq_fd",
-        ),
-        ("resv", ctypes.c_uint32 * 3),
-        ("sq", _SqOffsets),
-        ("cq", _CqOffsets),
-    )
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = [("sec", ctypes.c_int64), ("nsec", ctypes.c_int64)]
-
-
-class _EnterArg(ctypes.Structure):
-    _fields_ = [
-        ("sigmask", ctypes.c_uint64),
-        ("sigmask_sz", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
-        ("ts", ctypes.c_uint64),
-    ]
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
+_NOTHING = np.zeros(0, np.int64)
 
 
 class Ring:
-    """An io_uring instance. ``OSError`` from the constructor: the kernel or its policy refuses io_uring."""
+    """An io_uring instance. ``OSError`` from the constructor: the kernel or its policy refuses io_uring.
+
+    ``counts``: "operations" submitted, "fixed_operations" of them on pinned memory, "pinned_bytes".
+    """
 
     kind = "io_uring"
 
-    def __init__(self, entries: int = _MAX_DEPTH) -> None:
-        self._lock = threading.Lock()  # one batch at a time; the kernel's queues are guarded by it
-        params = _Params()
-        params.flags = _SETUP_CLAMP
-        self._fd = _checked(_syscall(_NR_SETUP, ctypes.c_uint(entries), ctypes.byref(params)))
+    def __init__(self, entries: int = _MAX_DEPTH, traffic: Traffic | None = None) -> None:
+        self._lock = threading.Lock()  # one batch at a time; guards the queues and the regions
+        self._traffic = traffic or Traffic()
+        self._regions = Regions()
+        self._announced: deque[tuple[int, int]] = deque()  # for the next batch; append is atomic
+        self.counts: Counter[str] = Counter()
+        params = uring.Params()
+        params.flags = uring.SETUP_CLAMP
+        self._fd = uring.checked(
+            uring.syscall(uring.NR_SETUP, ctypes.c_uint(entries), ctypes.byref(params))
+        )
         try:
             self._map(params)
         except BaseException:
             os.close(self._fd)
             raise
 
-    def _map(self, params: _Params) -> None:
-        if not (params.features & _FEAT_SINGLE_MMAP and params.features & _FEAT_EXT_ARG):
+    def _map(self, params: uring.Params) -> None:
+        if not (params.features & uring.FEAT_SINGLE_MMAP and params.features & uring.FEAT_EXT_ARG):
             raise OSError(errno.ENOSYS, "io_uring without bounded waits (Linux < 5.11)")
         size = max(
             params.sq.array + 4 * params.sq_entries,
-            params.cq.cqes + _CQE.itemsize * params.cq_entries,
+            params.cq.cqes + uring.CQE.itemsize * params.cq_entries,
         )
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-        ring = mmap.mmap(self._fd, size, flags=flags, offset=_OFF_SQ_RING)
-        sqes = mmap.mmap(self._fd, _SQE.itemsize * params.sq_entries, flags=flags, offset=_OFF_SQES)
+        ring = mmap.mmap(self._fd, size, flags=flags, offset=uring.OFF_SQ_RING)
+        sqes = mmap.mmap(
+            self._fd, uring.SQE.itemsize * params.sq_entries, flags=flags, offset=uring.OFF_SQES
+        )
         self._words: npt.NDArray[np.uint32] = np.frombuffer(ring, np.uint32, count=size // 4)
-        self._sqes: npt.NDArray[Any] = np.frombuffer(sqes, _SQE)
+        self._sqes: npt.NDArray[Any] = np.frombuffer(sqes, uring.SQE)
         self._cqes: npt.NDArray[Any] = np.frombuffer(
-            ring, _CQE, count=params.cq_entries, offset=params.cq.cqes
+            ring, uring.CQE, count=params.cq_entries, offset=params.cq.cqes
         )
         self._entries = int(params.sq_entries)
         self._sq_head, self._sq_tail = params.sq.head // 4, params.sq.tail // 4
@@ -157,13 +88,18 @@ class Ring:
         self._words[array : array + self._entries] = np.arange(self._entries, dtype=np.uint32)
         self._tail = self._head = 0
 
-    def read(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64:
+    def read(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
         """Medium to memory; see ``IoEngine``."""
-        return self._run(batch, deadline, on_done, writing=False)
+        with self._traffic.reading():
+            return self._run(batch, deadline, progress, writing=False)
 
-    def write(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64:
-        """Memory to medium; see ``IoEngine``."""
-        return self._run(batch, deadline, on_done, writing=True)
+    def write(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
+        """Memory to medium; see ``IoEngine``. Few operations at a time while reads are under way."""
+        return self._run(batch, deadline, progress, writing=True)
+
+    def register_memory(self, address: int, byte_count: int) -> None:
+        """Pin this memory when it is used, as far as the kernel allows; see ``regions``. Never waits."""
+        self._announced.append((address, byte_count))
 
     def close(self) -> bool:
         """Give the ring back once no batch runs; see ``IoEngine``."""
@@ -182,83 +118,68 @@ class Ring:
         return True
 
     def _run(
-        self, batch: IoBatch, deadline: float, on_done: OnDone | None, *, writing: bool
+        self, batch: IoBatch, deadline: float, progress: Progress | None, *, writing: bool
     ) -> I64:
-        results = np.full(len(batch), NOT_TRIED, np.int64)
         if not len(batch):
-            return results
-        vectors = batch.iovecs()  # must stay alive until every completion is in
-        todo = self._entries_for(batch, vectors, writing=writing)
+            return np.full(0, NOT_TRIED, np.int64)
+        flat = batch.addresses.reshape(-1)
+        lengths = np.tile(batch.lengths, len(batch))
         with self._lock:
             if self._fd < 0:
                 raise OSError(errno.EBADF, "the ring is closed")
-            self._drive(
-                todo, results, depth_for(batch.page_bytes, self._entries), deadline, on_done
-            )
-        return results
-
-    @staticmethod
-    def _entries_for(
-        batch: IoBatch, vectors: npt.NDArray[np.void], *, writing: bool
-    ) -> npt.NDArray[Any]:
-        """All submission entries of a batch, computed without a Python loop."""
-        todo = np.zeros(len(batch), _SQE)
-        buffers = batch.addresses.shape[1]
-        todo["fd"], todo["off"] = batch.fds, batch.offsets
-        todo["user_data"] = np.arange(len(batch), dtype=np.uint64)
-        if buffers == 1:
-            todo["opcode"] = _OP_WRITE if writing else _OP_READ
-            todo["addr"], todo["len"] = batch.addresses[:, 0], batch.lengths[0]
-        else:
-            todo["opcode"] = _OP_WRITEV if writing else _OP_READV
-            step = np.uint64(buffers * IOVEC.itemsize)
-            todo["addr"] = (
-                np.uint64(vectors.ctypes.data) + np.arange(len(batch), dtype=np.uint64) * step
-            )
-            todo["len"] = buffers
-        return todo
+            while self._announced:
+                self._regions.announce(self._fd, *self._announced.popleft())
+            self._regions.pin_for(self._fd, flat, lengths)
+            todo = Operations(batch, writing=writing, entries=self._regions.entries(flat, lengths))
+            self.counts["operations"] += todo.waiting
+            self.counts["fixed_operations"] += todo.fixed
+            self.counts["pinned_bytes"] = self._regions.pinned_bytes
+            self._drive(todo, deadline, progress, writing=writing)
+        return todo.results
 
     def _drive(
-        self,
-        todo: npt.NDArray[Any],
-        results: I64,
-        depth: int,
-        deadline: float,
-        on_done: OnDone | None,
+        self, todo: Operations, deadline: float, progress: Progress | None, *, writing: bool
     ) -> None:
-        """Keep a sliding window of ``depth`` operations in flight until all are done or time is up."""
-        total, queued, in_flight = len(todo), 0, 0
+        """Keep a sliding window of operations in flight until all are done or time is up."""
+        full = depth_for(todo.mean_bytes, self._entries)
+        in_flight = 0
         failure: BaseException | None = None
         while True:
             left = deadline - time.monotonic()
             stop = left <= 0 or failure is not None
-            room = 0 if stop else min(depth - in_flight, total - queued)
-            if room > 0:
-                self._queue(todo[queued : queued + room])
-                queued += room
-                in_flight += room
+            depth = self._traffic.write_depth(full, todo.mean_bytes) if writing else full
+            if not stop and todo.waiting and in_flight < depth:
+                entries = todo.take(depth - in_flight)
+                self._queue(entries)
+                in_flight += len(entries)
             if in_flight == 0:
                 break
-            # Wake at half a window while more is to come: keeps the device busy with few GIL hand-overs.
-            draining = stop or queued == total
-            want = in_flight if draining else max(1, in_flight // 2)
-            if on_done is not None and draining:
-                want = 1  # hand each page on as it lands: the check of one overlaps the I/O of the others
+            # Wake at half a window while more is to come: busy device, few GIL hand-overs. At the end hand
+            # each page on as it lands: the check of one overlaps the transfer of the others.
+            draining = stop or not todo.waiting
+            want = max(1, in_flight // 2) if not draining else 1 if progress else in_flight
             try:
-                self._enter(want, None if stop else left)
-            except OSError as exc:
+                if progress is None or failure is not None or not self._work(progress):
+                    self._enter(want, None if stop else left)
+            except BaseException as exc:  # noqa: BLE001 - re-raised below; I/O in flight drains first
                 failure = failure or exc
                 in_flight -= self._take_back()
                 time.sleep(_FAILED_ENTER_PAUSE_S)  # what the kernel took still completes by itself
-            done = self._reap(results)
-            in_flight -= len(done)
-            if on_done is not None and len(done) and failure is None:
-                try:
-                    on_done(done, results[done])
-                except BaseException as exc:  # noqa: BLE001 - re-raised below; I/O in flight drains first
-                    failure = exc
+            ids, moved = self._reap()
+            if not len(ids):
+                continue
+            in_flight -= len(ids)
+            pages = todo.complete(ids, moved)
+            if progress is not None and len(pages) and failure is None:  # none: tried once more
+                failure = _hand_on(progress, pages, todo.results[pages])
         if failure is not None:
             raise failure
+
+    def _work(self, progress: Progress) -> bool:
+        """Submit what is queued, then let the caller do its part. False: it had nothing to do."""
+        if self._pending():
+            self._enter(0, None)
+        return progress.work()
 
     def _queue(self, entries: npt.NDArray[Any]) -> None:
         count = len(entries)
@@ -268,17 +189,16 @@ class Ring:
 
     def _enter(self, want: int, left: float | None) -> None:
         """Submit what is queued and wait for ``want`` completions, at most ``left`` seconds."""
-        # Recomputed from the kernel's head each time: after a partial submission or EINTR entries stay behind.
-        pending = (self._tail - int(self._words[self._sq_head])) & _MASK32
+        pending = self._pending()
         bounded = 1.0 if left is None else left
-        ts = _Timespec(int(bounded), int((bounded % 1) * 1e9))
-        arg = _EnterArg(0, 0, 0, ctypes.addressof(ts))
-        result = _syscall(
-            _NR_ENTER,
+        ts = uring.Timespec(int(bounded), int((bounded % 1) * 1e9))
+        arg = uring.EnterArg(0, 0, 0, ctypes.addressof(ts))
+        result = uring.syscall(
+            uring.NR_ENTER,
             ctypes.c_uint(self._fd),
             ctypes.c_uint(pending),
             ctypes.c_uint(want),
-            ctypes.c_uint(_ENTER_GETEVENTS | _ENTER_EXT_ARG),
+            ctypes.c_uint(uring.ENTER_GETEVENTS | uring.ENTER_EXT_ARG),
             ctypes.byref(arg),
             ctypes.c_size_t(ctypes.sizeof(arg)),
         )
@@ -288,7 +208,12 @@ class Ring:
             errno.EAGAIN,
             errno.EBUSY,
         ):
-            _checked(result)
+            uring.checked(result)
+
+    def _pending(self) -> int:
+        """Queued entries that the kernel has not taken. Recomputed from its head each time: after a partial
+        submission or EINTR entries stay behind."""
+        return (self._tail - int(self._words[self._sq_head])) & _MASK32
 
     def _take_back(self) -> int:
         """Withdraw queued entries that the kernel has not taken. Returns how many."""
@@ -298,22 +223,28 @@ class Ring:
         self._words[self._sq_tail] = head
         return pending
 
-    def _reap(self, results: I64) -> npt.NDArray[np.intp]:
+    def _reap(self) -> tuple[I64, I64]:
+        """``user_data`` and ``res`` of the completions that are in."""
         tail = int(self._words[self._cq_tail])
         count = (tail - self._head) & _MASK32
         if not count:
-            return np.empty(0, np.intp)
-        got = self._cqes[
-            np.arange(self._head, self._head + count) & self._cq_mask
-        ]  # fancy index: a copy
+            return _NOTHING, _NOTHING
+        places = np.arange(self._head, self._head + count) & self._cq_mask
+        got = self._cqes[places]  # fancy index: a copy
         self._head = tail
         self._words[self._cq_head] = tail
-        done: npt.NDArray[np.intp] = got["user_data"].astype(np.intp)
-        results[done] = got["res"]
-        return done
+        return got["user_data"].astype(np.int64), got["res"].astype(np.int64)
 
 
-def depth_for(page_bytes: int, limit: int = _MAX_DEPTH) -> int:
-    """Operations in flight for pages of this size: at least 8 MiB, between 8 and ``limit``."""
-    wanted = -(-_MIN_IN_FLIGHT_BYTES // max(page_bytes, 1))
+def _hand_on(progress: Progress, pages: Positions, moved: I64) -> BaseException | None:
+    try:
+        progress.landed(pages, moved)
+    except BaseException as exc:  # noqa: BLE001 - raised by the caller once nothing is in flight
+        return exc
+    return None
+
+
+def depth_for(operation_bytes: int, limit: int = _MAX_DEPTH) -> int:
+    """Operations of this size in flight: at least 32 MiB, between 8 and ``limit`` (or 128)."""
+    wanted = -(-_MIN_IN_FLIGHT_BYTES // max(operation_bytes, 1))
     return max(1, min(max(wanted, _MIN_DEPTH), _MAX_DEPTH, limit))

@@ -1,19 +1,17 @@
-"""What is compared in ``ssd.py``: this package's adapter, SGLang's ``file`` backend, and fio as the ceiling.
+"""What is compared in ``ssd.py`` inside this process: this package's adapter and SGLang's ``file`` backend.
 
 Each contender writes and reads the same number of pages of the same size, and reports seconds and CPU
 seconds. The adapter and ``file`` are used through the interface SGLang uses for them (zero-copy v1 and
-generic), from the same page-aligned host memory.
+generic), from the same page-aligned host memory. The contenders in ``peers.py`` are other processes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import resource
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +22,12 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
 
 from flexkv_sglang import FlexKVStorage
-from flexkv_sglang.backends.ring import depth_for
 
 BATCH = 128  # pages per call: SGLang's STORAGE_BATCH_SIZE
+
+
+class Missing(Exception):  # noqa: N818 - not an error: the run goes on without it
+    """A contender that is not on this machine; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Sample:
 
 
 class Contender(Protocol):
-    """Writes all pages, then reads them back cold."""
+    """Writes ``pages`` pages, then reads them back cold."""
 
     name: str
+    pages: int
 
     def write(self, generation: int, /) -> Sample: ...
     def read(self, generation: int, /) -> Sample: ...
@@ -67,6 +69,7 @@ class PagePool:
             len(stamps), dtype=np.uint64
         )  # every 4 KiB differs: nothing to deduplicate
         self.base = self.bytes.ctypes.data
+        self.kv_buffer = torch.from_numpy(self.bytes)
         self.v_offset = self.half * pages
 
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -111,7 +114,7 @@ class FlexKV:
 
     def __init__(self, directory: Path, pool: PagePool, pages: int, verify: str = "full") -> None:
         self.name = "flexkv" if verify == "full" else f"flexkv-verify-{verify}"
-        self._pool, self._pages = pool, pages
+        self._pool, self.pages = pool, pages
         self._directory = directory / self.name
         size = pages * (2 * pool.half + 4096)
         self.storage = FlexKVStorage(
@@ -130,16 +133,21 @@ class FlexKV:
         """O_DIRECT: cold by nature."""
         return self._pass(self.storage.batch_get_v1, generation)
 
+    @property
+    def slot_file(self) -> Path:
+        """Where the pages lie."""
+        return next(self._directory.rglob("*.slots"))
+
     def close(self) -> None:
         self.storage.close()
         shutil.rmtree(self._directory)
 
     def _pass(self, call: Any, generation: int) -> Sample:
-        names = page_names(generation, self._pages)
-        tokens = torch.arange(self._pages * self._pool.page_size)
+        names = page_names(generation, self.pages)
+        tokens = torch.arange(self.pages * self._pool.page_size)
         step = BATCH * self._pool.page_size
         with Stopwatch() as watch:
-            for start in range(0, self._pages, BATCH):
+            for start in range(0, self.pages, BATCH):
                 first = start * self._pool.page_size
                 done = call(names[start : start + BATCH], tokens[first : first + step])
                 assert all(done), "a page was not moved"
@@ -152,7 +160,7 @@ class File:
     name = "file"
 
     def __init__(self, directory: Path, pool: PagePool, pages: int) -> None:
-        self._pool, self._pages = pool, pages
+        self._pool, self.pages = pool, pages
         self._directory = directory / "file"
         self._directory.mkdir()
         self.storage = HiCacheFile(storage_config({}), str(self._directory))
@@ -163,10 +171,10 @@ class File:
         for path in self._directory.iterdir():
             path.unlink()
         os.sync()
-        names = page_names(generation, self._pages)
+        names = page_names(generation, self.pages)
         with Stopwatch() as watch:
-            for start in range(0, self._pages, BATCH):
-                pages = range(start, min(start + BATCH, self._pages))
+            for start in range(0, self.pages, BATCH):
+                pages = range(start, min(start + BATCH, self.pages))
                 assert self.storage.batch_set(
                     names[start : start + BATCH], [self._pool.flat_page(p) for p in pages]
                 )
@@ -180,9 +188,9 @@ class File:
             fd = os.open(path, os.O_RDONLY)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
-        names = page_names(generation, self._pages)
+        names = page_names(generation, self.pages)
         with Stopwatch() as watch:
-            for start in range(0, self._pages, BATCH):
+            for start in range(0, self.pages, BATCH):
                 batch = names[start : start + BATCH]
                 found = self.storage.batch_get(batch, self._targets[: len(batch)])
                 assert all(page is not None for page in found)
@@ -190,48 +198,6 @@ class File:
 
     def close(self) -> None:
         shutil.rmtree(self._directory)
-
-
-class Fio:
-    """The ceiling: fio with io_uring, registered buffers and files, random page order, our queue depth."""
-
-    name = "fio"
-
-    def __init__(self, directory: Path, page_bytes: int, pages: int) -> None:
-        self._path = directory / "fio.dat"
-        self._page_bytes, self._pages = page_bytes, pages
-
-    def write(self, _generation: int) -> Sample:
-        return self._run("randwrite")
-
-    def read(self, _generation: int) -> Sample:
-        return self._run("randread")
-
-    def close(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-    def _run(self, how: str) -> Sample:
-        command = [
-            "fio",
-            "--name=page",
-            f"--filename={self._path}",
-            "--direct=1",
-            "--ioengine=io_uring",
-            f"--rw={how}",
-            f"--bs={self._page_bytes}",
-            f"--iodepth={depth_for(self._page_bytes)}",
-            "--fixedbufs=1",
-            "--registerfiles=1",
-            f"--size={self._page_bytes * self._pages}",
-            "--output-format=json",
-            "--randrepeat=0",
-            "--fallocate=posix",
-            "--group_reporting",
-        ]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-        job = json.loads(result.stdout)["jobs"][0]
-        seconds = job["write" if how == "randwrite" else "read"]["runtime"] / 1000
-        return Sample(seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000)
 
 
 class Stopwatch:

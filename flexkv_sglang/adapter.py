@@ -114,7 +114,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             self._report("close", exc)
 
     def _open(self, identity: Identity) -> Hierarchy:
-        return open_hierarchy(
+        hierarchy = open_hierarchy(
             self._config,
             self._prepared,
             identity.namespace,
@@ -123,6 +123,9 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             self._writer_count(),
             self.metrics,
         )
+        for address, byte_count in [] if self._pages is None else self._pages.memory():
+            hierarchy.register_memory(address, byte_count)
+        return hierarchy
 
     def _writer_count(self) -> int:
         """Rank processes of this server that share the configured sizes; 0 if this one never writes."""

@@ -324,6 +324,10 @@ class CacheEngine:
             self._trouble("commit", exc)
         return pages.commit(slots, recorded)
 
+    def register_memory(self, address: int, byte_count: int) -> None:
+        """Announce the host pool's memory; see ``PageMover.register_memory``."""
+        self._mover.register_memory(address, byte_count)
+
     def clear(self) -> None:
         """Forget every page of this process in this namespace, on disk and for the neighbours."""
         try:

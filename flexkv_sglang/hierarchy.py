@@ -80,6 +80,11 @@ class Hierarchy:
         for tier in self.tiers:
             tier.close()
 
+    def register_memory(self, address: int, byte_count: int) -> None:
+        """Announce the host pool's memory; see ``PageMover.register_memory``."""
+        for tier in self.tiers:
+            tier.register_memory(address, byte_count)
+
     def page_count(self) -> int:
         """Own READY pages of the lowest tier."""
         return self.tiers[-1].page_count()

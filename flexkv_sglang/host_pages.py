@@ -65,6 +65,7 @@ class HostPages:
         order = _stored_order(pool, len(lengths))
         self.geometry = PageGeometry(tuple(lengths[i] for i in order), order)
         self._order = np.array(order, np.intp)
+        self._kept: list[Any] = []  # keeps the memory of memory() mapped
         self._lengths = np.array(self.geometry.lengths, np.uint64)
 
     def buffers(self, host_indices: Any, page_count: int) -> PageBuffers | None:
@@ -79,6 +80,19 @@ class HostPages:
             return None
         addresses = np.array(meta[0], np.uint64).reshape(page_count, len(self._order))
         return PageBuffers(np.ascontiguousarray(addresses[:, self._order]), self._lengths)
+
+    def memory(self) -> list[tuple[int, int]]:
+        """(address, bytes) of the pool's CPU memory, or nothing where it is not a tensor or several.
+
+        It stays mapped as long as this object lives, so an I/O engine may pin it.
+        """
+        found = getattr(self._pool, "kv_buffer", None)
+        tensors: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
+        if not all(hasattr(t, "untyped_storage") and t.device.type == "cpu" for t in tensors):
+            return []
+        self._kept = tensors
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        return [(address, size) for address, size in storages.items() if size]
 
 
 def _stored_order(pool: HostPool, count: int) -> tuple[int, ...]:

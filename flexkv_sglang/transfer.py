@@ -2,7 +2,7 @@
 
 Knows no keys, no index and takes no lock of the engine: pins and WRITING slots protect the bytes while
 they move. Invariant: when a call returns, nothing reads or writes the caller's memory any more, and a
-page is DONE only if every byte of it moved and ``inspect`` accepted it.
+page is DONE only if every byte of it moved and, for a read, ``inspect`` accepted it.
 
 Threads: any. Reads and writes have an engine and a slab each, so a long write does not hold up a read.
 """
@@ -10,8 +10,7 @@ Threads: any. Reads and writes have an engine and a slab each, so a long write d
 from __future__ import annotations
 
 import ctypes
-import mmap
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,16 +18,18 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.backends.io import NOT_TRIED, IoBatch, IoEngine, OnDone
+from flexkv_sglang.backends.io import IOV_MAX, NOT_TRIED, IoBatch
 from flexkv_sglang.backends.probe import IoMode, make_engine
 from flexkv_sglang.backends.slot_file import Extents
+from flexkv_sglang.backends.traffic import Traffic
+from flexkv_sglang.lanes import Lane, MakeEngine, Slab
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, BoolArray, PageBuffers, round_up
+from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, U64, BoolArray, PageBuffers, round_up
 
 Inspect = Callable[[int, list[tuple[int, int]]], bool]
-"""(page position, its buffers as (address, bytes)) -> keep it? Called off the I/O path, from any thread."""
+"""(page position, its buffers as (address, bytes)) -> keep it? Called while other pages move, from any thread."""
 
-_SLAB_BYTES = 32 << 20
+_WORK_BYTES = 1 << 20  # looked at in one go between two looks at the completion queue
 
 
 class Outcome(IntEnum):
@@ -39,6 +40,9 @@ class Outcome(IntEnum):
     REFUSED = 2  # ``inspect`` said no
     DONE = 3  # every byte moved and accepted
     LATE = 4  # not begun before the deadline
+
+
+_OUTCOMES = tuple(Outcome)  # by value: several times quicker than Outcome(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,67 +60,26 @@ class MovePlan:
 def plan_move(buffers: PageBuffers, modes: Sequence[IoMode]) -> MovePlan:
     """A page is moved without a copy if the medium is opened through the page cache, or if all its
     addresses, all its buffer lengths and its total length are aligned as the medium asks."""
-    needs = np.array([mode.segment_align if mode.o_direct else 0 for mode in modes], np.uint64)
     addresses_fit = (buffers.addresses % np.uint64(MEMORY_ALIGN) == 0).all(axis=1)
     total_fits = buffers.payload_bytes % SECTOR == 0
+    few = len(buffers.lengths) <= IOV_MAX
     direct = np.zeros(len(buffers), np.bool_)
-    for need in np.unique(needs).tolist():
-        rows = needs == need
-        if need == 0:
-            direct[rows] = True
-        elif total_fits and not (buffers.lengths % np.uint64(need)).any():
+    for mode, rows in by_mode(modes):
+        if not mode.o_direct:
+            direct[rows] = few
+        elif few and total_fits and not (buffers.lengths % np.uint64(mode.segment_align)).any():
             direct[rows] = addresses_fit[rows]
     return MovePlan(direct)
 
 
-class _Slab:
-    """Page-aligned memory for bounced pages, made at first use. Shared mapping: safe across a fork."""
-
-    def __init__(self, row_bytes: int) -> None:
-        self.lock = threading.Lock()  # held while the bounced pages of one call use it
-        self.rows = max(1, _SLAB_BYTES // row_bytes)
-        self._memory = mmap.mmap(-1, self.rows * row_bytes)
-        base = np.frombuffer(self._memory, np.uint8).ctypes.data
-        self.addresses = np.uint64(base) + np.arange(self.rows, dtype=np.uint64) * np.uint64(
-            row_bytes
-        )
-
-
-class _Lane:
-    """One direction: its engines (one per kind), and one slab."""
-
-    def __init__(self, row_bytes: int, make: Callable[[str], IoEngine]) -> None:
-        self._row_bytes = row_bytes
-        self._make = make
-        self._guard = threading.Lock()  # guards making engines and the slab
-        self._engines: dict[str, IoEngine] = {}
-        self._abandoned: list[IoEngine] = []  # hold transfers that do not end
-        self._slab: _Slab | None = None
-
-    def engine(self, kind: str) -> IoEngine:
-        with self._guard:
-            if kind not in self._engines:
-                self._engines[kind] = self._make(kind)
-            return self._engines[kind]
-
-    def slab(self) -> _Slab:
-        with self._guard:
-            if self._slab is None:
-                self._slab = _Slab(self._row_bytes)
-            return self._slab
-
-    def abandon(self) -> None:
-        """Leave engines and slab to calls that hang in them; the next call gets new ones."""
-        with self._guard:
-            self._abandoned += self._engines.values()
-            self._engines = {}
-            self._slab = None
-
-    def close(self) -> bool:
-        with self._guard:
-            engines = [*self._engines.values(), *self._abandoned]
-        ended = [engine.close() for engine in engines]  # each, also after a False
-        return all(ended)
+def by_mode(modes: Sequence[IoMode]) -> list[tuple[IoMode, npt.NDArray[np.intp]]]:
+    """Each mode and the positions it has. Nearly always there is one."""
+    if not modes or modes.count(modes[0]) == len(modes):
+        return [(mode, np.arange(len(modes))) for mode in modes[:1]]
+    return [
+        (mode, np.array([i for i, other in enumerate(modes) if other == mode], np.intp))
+        for mode in dict.fromkeys(modes)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +94,92 @@ class _Job:
     outcomes: npt.NDArray[np.int8]
 
 
+class _Inspection:
+    """``io.Progress`` of one batch: inspects pages while others move, and writes the outcomes.
+
+    A page that is read is inspected after it has landed; one that is written at any time, also before its
+    bytes are taken, because its owner does not change it before the call returns. Any thread.
+    """
+
+    def __init__(
+        self, job: _Job, pages: npt.NDArray[np.intp], batch: IoBatch, parts: _Parts
+    ) -> None:
+        """``pages``: the job's pages that ``batch`` moves; ``parts``: their memory, as inspected."""
+        self._job = job
+        self._pages = pages
+        self._page_numbers: list[int] = pages.tolist()
+        self._parts = parts
+        self._wanted = batch.page_bytes
+        self._step = max(1, _WORK_BYTES // self._wanted)
+        self._reading = job.direction == "read"
+        # deque: append and popleft are atomic. Positions whose turn it is.
+        self._ready = deque[int]() if self._reading else deque(range(len(pages)))
+
+    def landed(self, positions: npt.NDArray[np.intp], moved: npt.NDArray[np.int64]) -> None:
+        good = moved == self._wanted
+        if not good.all():
+            bad = np.where(moved < 0, Outcome.FAILED, Outcome.SHORT)
+            bad = np.where(moved == NOT_TRIED, Outcome.LATE, bad)
+            self._job.outcomes[self._pages[positions[~good]]] = bad[~good]
+            positions = positions[good]
+        if self._reading:
+            self._ready.extend(positions.tolist())
+        else:
+            self._job.outcomes[self._pages[positions]] = Outcome.DONE
+
+    def work(self) -> bool:
+        for _ in range(self._step):
+            try:
+                position = self._ready.popleft()
+            except IndexError:
+                return False
+            page = self._page_numbers[position]
+            kept = self._job.inspect(page, self._parts.of(position))
+            if self._reading:
+                if kept:
+                    self._parts.accept(position)
+                self._job.outcomes[page] = Outcome.DONE if kept else Outcome.REFUSED
+        return True
+
+    def finish(self) -> None:
+        """Inspect what is left, once nothing is in flight; nothing that did not move."""
+        if not self._reading:
+            moved = self._job.outcomes[self._pages] == Outcome.DONE
+            self._ready = deque(position for position in self._ready if moved[position])
+        while self.work():
+            pass
+
+
 class PageMover:
     """Moves pages of one payload size. ``make``: an I/O engine of a kind (tests put faults around it)."""
 
     def __init__(
-        self,
-        payload_bytes: int,
-        metrics: Metrics,
-        make: Callable[[str], IoEngine] = make_engine,
+        self, payload_bytes: int, metrics: Metrics, make: MakeEngine = make_engine
     ) -> None:
         self._payload_bytes = payload_bytes
         self._metrics = metrics
-        row_bytes = round_up(payload_bytes, SECTOR)
-        self._lanes = {"read": _Lane(row_bytes, make), "write": _Lane(row_bytes, make)}
-        self._row_bytes = row_bytes
+        self._row_bytes = round_up(payload_bytes, SECTOR)
+        self._traffic = Traffic()
+        self._lanes = {
+            direction: Lane(self._row_bytes, self._traffic, make) for direction in ("read", "write")
+        }
+
+    def register_memory(self, address: int, byte_count: int) -> None:
+        """Announce memory that many calls will use: the kernel may pin it, piece by piece as it is used.
+
+        It must stay mapped at this address until ``close``. Where pinning is refused nothing changes.
+        """
+        for lane in self._lanes.values():
+            lane.register_memory(address, byte_count)
+
+    def counts(self) -> dict[str, int]:
+        """ "read_operations", "write_fixed_operations", ...: see ``Ring``, ``PosixIo`` and ``Traffic``."""
+        found = {
+            f"{direction}_{name}": value
+            for direction, lane in self._lanes.items()
+            for name, value in lane.counts().items()
+        }
+        return found | dict(self._traffic.counts)
 
     def read(
         self, extents: Extents, buffers: PageBuffers, deadline: float, inspect: Inspect
@@ -158,13 +193,14 @@ class PageMover:
     def write(
         self, extents: Extents, buffers: PageBuffers, deadline: float, inspect: Inspect
     ) -> list[Outcome]:
-        """Memory to media. ``inspect`` sees the page's source buffers once its bytes have been taken."""
+        """Memory to media. ``inspect`` sees the page's source buffers, which nobody may change meanwhile."""
         return self._move("write", extents, buffers, deadline, inspect)
 
     def abandon(self) -> None:
         """A disk hangs: what is in flight keeps its engines until it ends; other calls get new ones."""
+        self._traffic = Traffic()  # a read that hangs must not hold back writes for ever
         for lane in self._lanes.values():
-            lane.abandon()
+            lane.abandon(self._traffic)
 
     def close(self) -> bool:
         """Wait a bounded time for running transfers and release the engines. False: some still run."""
@@ -193,94 +229,90 @@ class PageMover:
             np.full(len(buffers), Outcome.LATE, np.int8),
         )
         plan = plan_move(buffers, extents.modes)
-        direct = plan.direct
         self._metrics.count("copied_pages", plan.copied)
-        kinds = np.array([mode.engine for mode in extents.modes])
-        for kind in np.unique(kinds).tolist():
-            rows = np.flatnonzero(direct & (kinds == kind))
+        for mode, of_mode in by_mode(extents.modes):
+            rows = of_mode[plan.direct[of_mode]]
             if len(rows):
-                self._direct(job, kind, rows)
-            rows = np.flatnonzero(~direct & (kinds == kind))
+                self._direct(job, mode.engine, rows)
+            rows = of_mode[~plan.direct[of_mode]]
             if len(rows):
-                self._bounced(job, kind, rows)
-        return [Outcome(value) for value in job.outcomes.tolist()]
+                self._bounced(job, mode.engine, rows)
+        return [_OUTCOMES[value] for value in job.outcomes.tolist()]
 
     def _direct(self, job: _Job, kind: str, rows: npt.NDArray[np.intp]) -> None:
-        """Between disk and the caller's memory; each page is inspected as it lands."""
-        buffers = job.buffers
+        """Between disk and the caller's memory."""
         batch = IoBatch(
             job.extents.fds[rows],
             job.extents.offsets[rows],
-            buffers.addresses[rows],
-            buffers.lengths,
+            job.buffers.addresses[rows],
+            job.buffers.lengths,
         )
-        lengths = buffers.lengths.tolist()
-
-        def on_done(positions: npt.NDArray[np.intp], moved: npt.NDArray[np.int64]) -> None:
-            for position, count in zip(positions.tolist(), moved.tolist(), strict=True):
-                page = int(rows[position])
-                parts = list(zip(buffers.addresses[page].tolist(), lengths, strict=True))
-                job.outcomes[page] = self._outcome(job, page, parts, count, batch.page_bytes)
-
-        self._run(job, kind, batch, on_done)
-
-    @staticmethod
-    def _outcome(
-        job: _Job, page: int, parts: list[tuple[int, int]], moved: int, wanted: int
-    ) -> Outcome:
-        if moved != wanted:
-            if moved == NOT_TRIED:
-                return Outcome.LATE
-            return Outcome.FAILED if moved < 0 else Outcome.SHORT
-        return Outcome.DONE if job.inspect(page, parts) else Outcome.REFUSED
+        self._run(job, kind, rows, batch, _Parts(batch.addresses, job.buffers.lengths))
 
     def _bounced(self, job: _Job, kind: str, rows: npt.NDArray[np.intp]) -> None:
         """Through the slab, as many pages at a time as it has rows."""
-        lane = self._lanes[job.direction]
-        slab = lane.slab()
+        slab = self._lanes[job.direction].slab()
         with slab.lock:
             for start in range(0, len(rows), slab.rows):
                 self._bounce_group(job, kind, slab, rows[start : start + slab.rows])
 
-    def _bounce_group(self, job: _Job, kind: str, slab: _Slab, rows: npt.NDArray[np.intp]) -> None:
-        staged = slab.addresses[: len(rows)]
+    def _bounce_group(self, job: _Job, kind: str, slab: Slab, rows: npt.NDArray[np.intp]) -> None:
+        staged = slab.addresses[: len(rows), None]
         batch = IoBatch(
             job.extents.fds[rows],
             job.extents.offsets[rows],
-            staged[:, None],
+            staged,
             np.array([self._row_bytes], np.uint64),
         )
-        pages, addresses = rows.tolist(), staged.tolist()
+        parts = _StagedParts(
+            staged, np.array([self._payload_bytes], np.uint64), job.buffers.take(rows)
+        )
         if job.direction == "write":
-            for address, page in zip(addresses, pages, strict=True):
-                _copy(job.buffers, page, address, to_slab=True)
-        moved = self._run(job, kind, batch, None).tolist()
-        for address, page, count in zip(addresses, pages, moved, strict=True):
-            parts = [(address, self._payload_bytes)]
-            outcome = self._outcome(job, page, parts, count, self._row_bytes)
-            if outcome is Outcome.DONE and job.direction == "read":
-                _copy(job.buffers, page, address, to_slab=False)
-            job.outcomes[page] = outcome
+            parts.gather()
+        self._run(job, kind, rows, batch, parts)
 
     def _run(
-        self,
-        job: _Job,
-        kind: str,
-        batch: IoBatch,
-        on_done: OnDone | None,
-    ) -> npt.NDArray[np.int64]:
+        self, job: _Job, kind: str, rows: npt.NDArray[np.intp], batch: IoBatch, parts: _Parts
+    ) -> None:
         engine = self._lanes[job.direction].engine(kind)
         move = engine.read if job.direction == "read" else engine.write
-        return move(batch, job.deadline, on_done)
+        inspection = _Inspection(job, rows, batch, parts)
+        move(batch, job.deadline, inspection)
+        inspection.finish()
 
 
-def _copy(buffers: PageBuffers, page: int, slab_address: int, *, to_slab: bool) -> None:
-    """Gather one page into its slab row, or scatter it back."""
-    for address, length in zip(
-        buffers.addresses[page].tolist(), buffers.lengths.tolist(), strict=True
-    ):
-        if to_slab:
-            ctypes.memmove(slab_address, address, length)
-        else:
-            ctypes.memmove(address, slab_address, length)
-        slab_address += length
+class _Parts:
+    """Memory of the pages of one batch, as ``inspect`` is shown it."""
+
+    def __init__(self, addresses: U64, lengths: U64) -> None:
+        self._addresses: list[list[int]] = addresses.tolist()
+        self._lengths: list[int] = lengths.tolist()
+
+    def of(self, position: int) -> list[tuple[int, int]]:
+        """Buffers of one page: (address, bytes)."""
+        return list(zip(self._addresses[position], self._lengths, strict=True))
+
+    def accept(self, position: int) -> None:
+        """A page that was read is right."""
+
+
+class _StagedParts(_Parts):
+    """Rows of the slab that stand for the caller's ``targets``."""
+
+    def __init__(self, addresses: U64, lengths: U64, targets: PageBuffers) -> None:
+        super().__init__(addresses, lengths)
+        self._targets = _Parts(targets.addresses, targets.lengths)
+
+    def gather(self) -> None:
+        """Caller's memory to slab, before a write."""
+        for position in range(len(self._addresses)):
+            staged = self._addresses[position][0]
+            for address, length in self._targets.of(position):
+                ctypes.memmove(staged, address, length)
+                staged += length
+
+    def accept(self, position: int) -> None:
+        staged = self._addresses[position][0]
+        for address, length in self._targets.of(position):
+            ctypes.memmove(address, staged, length)
+            staged += length

@@ -36,24 +36,24 @@ class BadDisk:
         self.released = threading.Event()
         self.released.set()
 
-    def read(self, batch: IoBatch, deadline: float, on_done: Any = None) -> Any:
-        return self._run(self._real.read, batch, deadline, on_done)
+    def read(self, batch: IoBatch, deadline: float, progress: Any = None) -> Any:
+        return self._run(self._real.read, batch, deadline, progress)
 
-    def write(self, batch: IoBatch, deadline: float, on_done: Any = None) -> Any:
-        return self._run(self._real.write, batch, deadline, on_done)
+    def write(self, batch: IoBatch, deadline: float, progress: Any = None) -> Any:
+        return self._run(self._real.write, batch, deadline, progress)
 
-    def _run(self, move: Callable[..., Any], batch: IoBatch, deadline: float, on_done: Any) -> Any:
+    def _run(self, move: Callable[..., Any], batch: IoBatch, deadline: float, progress: Any) -> Any:
         bad = np.isin(batch.fds, list(self._files))
         if bad.any():
             self.released.wait(30)
         if not (self.failing and bad.any()):
-            return move(batch, deadline, on_done)
+            return move(batch, deadline, progress)
         results = np.full(len(batch), -errno.EIO, np.int64)
         good = np.flatnonzero(~bad)
         part = IoBatch(batch.fds[good], batch.offsets[good], batch.addresses[good], batch.lengths)
         results[good] = move(part, deadline, None)
-        if on_done is not None:
-            on_done(np.arange(len(batch)), results)
+        if progress is not None:
+            progress.landed(np.arange(len(batch)), results)
         return results
 
     def close(self) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +78,7 @@ def test_pages_of_another_process_are_byte_equal_and_copied_only_if_unaligned(
             0 if expect_direct else pool_matrix.PAGES
         )
         assert _planned_direct(rig) is expect_direct
+        assert _all_announced(rig)
 
 
 def _planned_direct(rig: Rig) -> bool:
@@ -89,6 +91,17 @@ def _planned_direct(rig: Rig) -> bool:
     direct = plan_move(buffers, [mode] * pages).direct
     assert direct.all() or not direct.any()
     return bool(direct.all())
+
+
+def _all_announced(rig: Rig) -> bool:
+    """Every buffer of every page lies in the memory that I/O engines may pin."""
+    pages = rig.host.size // rig.geometry.page_size
+    buffers = rig.backend._pages.buffers(torch.arange(pages * rig.geometry.page_size), pages)
+    inside = [
+        (buffers.addresses >= start) & (buffers.addresses + buffers.lengths <= start + size)
+        for start, size in rig.backend._pages.memory()
+    ]
+    return bool(inside) and bool(np.logical_or.reduce(inside).all())
 
 
 @pytest.mark.parametrize("io_engine", ["threads", "buffered"])

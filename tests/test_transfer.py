@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,3 +141,69 @@ def test_an_io_error_is_not_mistaken_for_wrong_bytes(mode: IoMode, tmp_path: Pat
     assert (outcome, asked) == ([Outcome.FAILED], [])
     mover.close()
     os.close(write_only)
+
+
+@pytest.mark.parametrize(("payload", "shift"), [(1 << 20, 0), (300_000, 64)])
+@pytest.mark.parametrize("mode", ["io_uring", "threads"], indirect=True)
+def test_announced_memory_changes_nothing_but_the_operations(
+    fd: int, mode: IoMode, payload: int, shift: int
+) -> None:
+    """Straight (two buffers of 512 KiB) and through the slab, which is announced by itself."""
+    count, slot_bytes = 12, round_up(payload, SECTOR)
+    offsets = np.arange(count, dtype=np.uint64) * np.uint64(slot_bytes)
+    extents = Extents(np.full(count, fd, np.int32), offsets, (mode,) * count)
+    source, sources = page_memory(count, payload, 2, shift=shift, seed=11)
+    target, targets = page_memory(count, payload, 2, shift=shift)
+    memory = [(array.ctypes.data, array.nbytes) for array in (source, target)]
+    announced, plain = PageMover(payload, Metrics()), PageMover(payload, Metrics())
+    for address, byte_count in memory:
+        announced.register_memory(address, byte_count)
+    done = [Outcome.DONE] * count
+    assert announced.write(extents, sources, soon(), lambda _page, _parts: True) == done
+    for mover in (plain, announced):
+        target[:] = 0xA5
+        assert mover.read(extents, targets, soon(), lambda _page, _parts: True) == done
+        assert np.array_equal(target, source)
+    counts = announced.counts()
+    if mode.engine == "io_uring" and counts["read_pinned_bytes"]:
+        assert counts["read_fixed_operations"] == counts["read_operations"]
+        assert counts["write_fixed_operations"] == counts["write_operations"]
+    announced.close()
+    plain.close()
+
+
+def test_adjacent_pages_are_inspected_one_by_one(fd: int, mode: IoMode) -> None:
+    """Sixteen pages in one operation; two of them are refused, and only they."""
+    count = 16
+    offsets = np.arange(count, dtype=np.uint64) * np.uint64(SECTOR)
+    extents = Extents(np.full(count, fd, np.int32), offsets, (mode,) * count)
+    source, sources = page_memory(count, SECTOR, seed=12)
+    target, targets = page_memory(count, SECTOR)
+    mover = PageMover(SECTOR, Metrics())
+    mover.write(extents, sources, soon(), lambda _page, _parts: True)
+
+    def inspect(page: int, parts: list[tuple[int, int]]) -> bool:
+        assert parts == [(int(targets.addresses[page, 0]), SECTOR)]
+        return page not in (3, 9) and np.array_equal(target[page], source[page])
+
+    outcomes = mover.read(extents, targets, soon(), inspect)
+    assert [page for page, outcome in enumerate(outcomes) if outcome is Outcome.REFUSED] == [3, 9]
+    assert outcomes.count(Outcome.DONE) == count - 2
+    counts = mover.counts()
+    assert counts["read_operations"] == counts["write_operations"] == 1
+    mover.close()
+
+
+def test_pages_not_begun_in_time_are_late_and_not_inspected(fd: int, mode: IoMode) -> None:
+    offsets = np.array([0, 65536], np.uint64)
+    extents = Extents(np.full(2, fd, np.int32), offsets, (mode, mode))
+    _kept, buffers = page_memory(2, 65536)
+    mover = PageMover(65536, Metrics())
+    asked: list[int] = []
+    for move in (mover.read, mover.write):
+        outcomes = move(
+            extents, buffers, time.monotonic() - 1, lambda page, _parts: bool(asked.append(page))
+        )
+        assert outcomes == [Outcome.LATE] * 2
+    assert not asked
+    mover.close()

@@ -182,7 +182,7 @@ def test_a_file_system_that_takes_o_direct_in_open_and_refuses_the_write_falls_b
 def test_a_kernel_that_refuses_io_uring_falls_back_to_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*_args: object) -> None:
+    def refused(*_args: object, **_kwargs: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(probe, "Ring", refused)

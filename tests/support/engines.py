@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
-from flexkv_sglang.backends.io import IoEngine
 from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.backends.probe import IoMode, make_engine
 from flexkv_sglang.config import FlexKVConfig, TierConfig
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.hierarchy import Hierarchy
+from flexkv_sglang.lanes import MakeEngine
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.transfer import PageMover
 from flexkv_sglang.types import PageBuffers, PageKey
@@ -36,7 +36,7 @@ def open_engine(
     verify: str = "full",
     namespace: str = "ns",
     mode: IoMode | None = None,
-    make: Callable[[str], IoEngine] = make_engine,
+    make: MakeEngine = make_engine,
     durable: bool = False,
 ) -> CacheEngine:
     """An engine as the adapter would assemble it, on one directory; with ``mode`` it is not probed."""

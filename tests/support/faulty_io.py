@@ -1,7 +1,7 @@
 """FaultyIo: an ``IoEngine`` around a real one that fails on request, the ways a disk and a kernel do.
 
 It never breaks the contract of an engine itself: results are per page, nothing is in flight when a call
-returns, ``on_done`` sees the bytes the caller will keep.
+returns, ``progress`` sees the bytes the caller will keep.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from enum import Enum, auto
 
 import numpy as np
 
-from flexkv_sglang.backends.io import NOT_TRIED, IoBatch, IoEngine, OnDone
+from flexkv_sglang.backends.io import NOT_TRIED, IoBatch, IoEngine, Progress
 from flexkv_sglang.types import I64
 
 
@@ -78,42 +78,49 @@ class FaultyIo:
 
     def __init__(self, inner: IoEngine, faults: Faults) -> None:
         self.kind = inner.kind
+        self.counts = inner.counts
         self._inner = inner
         self._faults = faults
 
-    def read(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64:
+    def read(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
         """Medium to memory; see ``IoEngine``."""
-        return self._run("read", batch, deadline, on_done)
+        return self._run("read", batch, deadline, progress)
 
-    def write(self, batch: IoBatch, deadline: float, on_done: OnDone | None = None) -> I64:
+    def write(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
         """Memory to medium; see ``IoEngine``."""
-        return self._run("write", batch, deadline, on_done)
+        return self._run("write", batch, deadline, progress)
+
+    def register_memory(self, address: int, byte_count: int) -> None:
+        """See ``IoEngine``."""
+        self._inner.register_memory(address, byte_count)
 
     def close(self) -> bool:
         """See ``IoEngine``."""
         return self._inner.close()
 
-    def _run(self, direction: str, batch: IoBatch, deadline: float, on_done: OnDone | None) -> I64:
+    def _run(
+        self, direction: str, batch: IoBatch, deadline: float, progress: Progress | None
+    ) -> I64:
         faults = self._faults
         if faults.gate is not None:
             faults.gate.pass_through(direction)
         fault = faults.take(direction)
         move = self._inner.read if direction == "read" else self._inner.write
         if fault is None:
-            return move(batch, deadline, on_done)
+            return move(batch, deadline, progress)
         if fault is Fault.BROKEN:
             raise OSError(errno.EIO, "planted")
         if fault is Fault.SLOW:
             time.sleep(SLOW_S)
             faults.delayed_s += SLOW_S
-            return move(batch, deadline, on_done)
+            return move(batch, deadline, progress)
         if fault is Fault.HUNG:
             time.sleep(max(0.0, deadline - time.monotonic()))
             return np.full(len(batch), NOT_TRIED, np.int64)
         results = self._damaged(fault, direction, batch, deadline)
         tried = np.flatnonzero(results != NOT_TRIED)
-        if on_done is not None and len(tried):
-            on_done(tried, results[tried])
+        if progress is not None and len(tried):
+            progress.landed(tried, results[tried])
         return results
 
     def _damaged(self, fault: Fault, direction: str, batch: IoBatch, deadline: float) -> I64:

@@ -28,6 +28,7 @@ from flexkv_sglang import upkeep
 from flexkv_sglang.backends import breaker
 from flexkv_sglang.backends.io import IoEngine
 from flexkv_sglang.backends.probe import IoMode, make_engine, probe_directory
+from flexkv_sglang.backends.traffic import Traffic
 from flexkv_sglang.engine import CacheEngine
 
 CHAIN, CHAINS = 8, 12
@@ -90,8 +91,8 @@ class Segment:
         self._members = [Member(self._open(slots), slots) for slots in SLOTS]
 
     def _open(self, slots: int) -> CacheEngine:
-        def make(kind: str) -> IoEngine:
-            return FaultyIo(make_engine(kind), self._faults)
+        def make(kind: str, traffic: Traffic) -> IoEngine:
+            return FaultyIo(make_engine(kind, traffic), self._faults)
 
         slot_bytes = -(-self._payload // 4096) * 4096
         return open_engine(

@@ -1,0 +1,123 @@
+"""Contenders outside of this process: fio as the ceiling, and NIXL's POSIX plug-in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from contenders import Missing, Sample
+from flexkv_sglang.backends.ring import depth_for
+
+ROOT = Path(__file__).resolve().parents[1]
+NIXL_PYTHON = ROOT / ".venv-nixl/bin/python"
+
+
+class Fio:
+    """The ceiling: io_uring, O_DIRECT, our queue depth, pages in ascending order as ours lie; a few
+    megabytes of memory that it uses again and again, and no check of what it reads.
+
+    It works in our slot file: on a virtual disk two files of one size differ by half in speed, for as long
+    as they live, by where they lie.
+    """
+
+    def __init__(self, path: Path, page_bytes: int, pages: int, *, registered: bool) -> None:
+        """``path``: overwritten. ``registered``: buffers and file with the ring. ``Missing``: no fio here."""
+        if shutil.which("fio") is None:
+            raise Missing("fio is not installed (apt-get install fio)")
+        self.name = "fio" if registered else "fio-plain"
+        self._registered = int(registered)
+        self._path, self._page_bytes, self.pages = path, page_bytes, pages
+
+    @staticmethod
+    def version() -> str:
+        """As fio says it."""
+        found = subprocess.run(["fio", "--version"], check=True, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    def write(self, _generation: int) -> Sample:
+        """Over what is there. Our pages in that file are lost."""
+        return self._run("write")
+
+    def read(self, _generation: int) -> Sample:
+        """O_DIRECT: cold by nature."""
+        return self._run("read")
+
+    def close(self) -> None:
+        """The file is not its own."""
+
+    def _run(self, how: str) -> Sample:
+        command = [
+            "fio",
+            "--name=page",
+            f"--filename={self._path}",
+            "--direct=1",
+            "--ioengine=io_uring",
+            f"--rw={how}",
+            f"--bs={self._page_bytes}",
+            f"--iodepth={depth_for(self._page_bytes)}",
+            f"--fixedbufs={self._registered}",
+            f"--registerfiles={self._registered}",
+            f"--size={self._page_bytes * self.pages}",
+            "--output-format=json",
+            "--fallocate=none",
+        ]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        job = json.loads(result.stdout)["jobs"][0]
+        seconds = self._page_bytes * self.pages / job[how]["bw_bytes"]
+        return Sample(seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000)
+
+
+class Nixl:
+    """NIXL POSIX in its own process; see ``nixl_child.py``."""
+
+    def __init__(self, directory: Path, page_bytes: int, pages: int, engine: str) -> None:
+        """``engine``: "aio" or "uring". ``Missing``: its environment is not there or does not work."""
+        self.name, self.pages = f"nixl-{engine}", pages
+        if not NIXL_PYTHON.exists():
+            raise Missing("NIXL is not installed (scripts/setup-nixl makes .venv-nixl)")
+        self._directory = directory / self.name
+        self._directory.mkdir()
+        child = Path(__file__).with_name("nixl_child.py")
+        arguments = [str(self._directory), str(page_bytes), str(pages), engine]
+        self._process = subprocess.Popen(
+            [str(NIXL_PYTHON), "-P", str(child), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        first = self._process.stdout.readline()
+        if not first:
+            self.close()
+            raise Missing(f"NIXL does not start: {' '.join(arguments[2:])}")
+        self.version = f"nixl-{json.loads(first)['version']}"
+
+    def write(self, generation: int) -> Sample:
+        """New files; the old ones are removed before the clock starts."""
+        self._ask("CLEAR", generation)
+        return self._ask("WRITE", generation)
+
+    def read(self, generation: int) -> Sample:
+        """O_DIRECT: cold by nature."""
+        return self._ask("READ", generation)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._process.stdout.close()
+        shutil.rmtree(self._directory)
+
+    def _ask(self, operation: str, generation: int) -> Sample:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"op": operation, "generation": generation}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise Missing(f"{self.name} ended in the middle of a {operation}")
+        return Sample(**json.loads(line))
