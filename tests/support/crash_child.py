@@ -211,6 +211,10 @@ class Life:
             owner, generation = store.lock.owner, store.journal.header.generation
             expected |= {f"{owner}.lock", store.slots.path.name, store.journal.path.name}
             expected |= {f"{owner}.{generation}.snap"} if generation else set()
+            expected |= {
+                f"{owner}.stats.json",
+                f"{owner}.stats.json.tmp",
+            }  # written anew, never read
         strays = names - expected - _idle_owners(names, engine)
         if strays:
             sys.stderr.write(f"left behind: {sorted(strays)}\n")
@@ -221,7 +225,7 @@ def _idle_owners(names: set[str], engine: CacheEngine) -> set[str]:
     """Files of whole dead owners that did not fit into this life's share: they stay readable."""
     own = {store.lock.owner for store in engine._tier.stores}
     owners = {name.partition(".")[0] for name in names if name.endswith(".journal")} - own
-    kinds = (".lock", ".slots", ".journal", ".snap", ".tmp")
+    kinds = (".lock", ".slots", ".journal", ".snap", ".tmp", ".stats.json")
     return {n for n in names if n.partition(".")[0] in owners and n.endswith(kinds)}
 
 
