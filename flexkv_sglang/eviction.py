@@ -1,8 +1,8 @@
 """Which leaf goes next: one policy object behind one interface. Pure: no I/O, no lock, no wall clock.
 
-The index guarantees, outside of any policy, that only leaves are offered (``offer``, ``used`` with
-``leaf=True``) and that a page which gets a child is used again, so that its old offer is stale.
-Time is counted in uses. Not thread-safe: the index calls under the engine's lock.
+The index guarantees, outside of any policy, that only leaves are offered (``offer``, ``used``) and that
+a page which gets a child is used again, so that its old offer is stale. Time is counted in uses.
+Not thread-safe: the index calls under the engine's lock.
 
 * ``Recency``: least recently used; the reference.
 * ``ReuseDensity``: the default. Pages are queued by how often they were used (once, twice, three times,
@@ -16,24 +16,28 @@ Time is counted in uses. Not thread-safe: the index calls under the engine's loc
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from struct import Struct
 from typing import Protocol
 
 import numpy as np
 
+from flexkv_sglang.leaf_queue import LeafQueue
 from flexkv_sglang.types import F64, I64, PageKey
 
-_SLOT_BITS = 32
-_SLOT_MASK = (1 << _SLOT_BITS) - 1
 _CLASSES = 4
 _BUCKETS = 64  # two per octave of age
-_TICK_BITS = 42
-_TICK_MASK = (1 << _TICK_BITS) - 1
 _GHOSTS_PER_SLOT = 4
+_WHEN_BITS = (
+    18  # of a ghost: when the page was last used, in units of slot_count / 1024 ticks or so
+)
+_WHEN_MASK = (1 << _WHEN_BITS) - 1
 _FADE = 0.95  # of what was learned, each time the tables are made anew
 _PRIOR_PAGES = 50.0  # a class counts as this many average pages until it has its own
+_CHAIN_PAGES = 32  # victims: values change with the half-octaves of age, far more slowly than this
+
+_first_u64 = Struct("<Q").unpack_from
 
 
 class EvictionPolicy(Protocol):
@@ -41,8 +45,13 @@ class EvictionPolicy(Protocol):
 
     last_use: array[int]  # per slot: tick of the last use, 0 if unknown
 
-    def used(self, slot: int, key: PageKey, leaf: bool) -> None:
-        """A READY page was written or read. ``leaf``: it has no cached child, so it may be a victim."""
+    def used(
+        self, slots: Sequence[int], key_of: Sequence[PageKey | None], children: Sequence[int]
+    ) -> None:
+        """READY pages were written or read, in this order: one call per chain, not per page.
+
+        ``key_of``, ``children``: the index's columns, by slot. Who has no cached child may be a victim.
+        """
 
     def offer(self, slot: int) -> None:
         """The last cached child of this page is gone: it may be a victim."""
@@ -72,27 +81,47 @@ class Recency:
     _classes = 1
 
     def __init__(self, slot_count: int) -> None:
-        self.last_use = array("Q", bytes(8 * slot_count))
-        self._class = bytearray(slot_count)
+        self.last_use = array("Q", [0]) * slot_count
         self._now = 0
-        self._room = 2 * slot_count + 1024  # stale entries are thrown out when a heap reaches it
-        # Heaps of last_use << 32 | slot. An entry whose tick is not the page's any more is stale.
-        self._heaps: list[list[int]] = [[] for _ in range(self._classes)]
+        self._queues = [LeafQueue(self.last_use) for _ in range(self._classes)]
+        # The parent of the last victim, if it was used right after it: the oldest leaf of their class,
+        # known without a queue. Most victims are found so, as chains go from the tail.
+        self._next = -1
+        self._next_tick = 0  # its last use; if that has changed, it is not to be taken
+        self._victim_tick = 0
+        self._chain_left = 0  # pages that may go before the classes are compared again
 
-    def used(self, slot: int, key: PageKey, leaf: bool) -> None:  # noqa: ARG002
+    def used(
+        self,
+        slots: Sequence[int],
+        key_of: Sequence[PageKey | None],  # noqa: ARG002
+        children: Sequence[int],
+    ) -> None:
         """See ``EvictionPolicy``."""
-        self._now += 1
-        self.last_use[slot] = self._now
-        if leaf:
-            self.offer(slot)
+        last_use, now = self.last_use, self._now
+        for slot in slots:
+            now += 1
+            last_use[slot] = now
+            if not children[slot]:
+                self._queues[0].append(slot, now)
+        self._now = now
 
     def offer(self, slot: int) -> None:
         """See ``EvictionPolicy``."""
-        heap = self._heaps[self._class[slot]]
-        if len(heap) >= self._room:
-            heap[:] = [e for e in heap if self.last_use[e & _SLOT_MASK] == e >> _SLOT_BITS]
-            heapq.heapify(heap)
-        heapq.heappush(heap, self.last_use[slot] << _SLOT_BITS | slot)
+        self._put_back()
+        tick = self.last_use[slot]
+        if tick == self._victim_tick + 1:
+            self._next, self._next_tick = slot, tick
+        else:
+            self._queues[0].offer(slot)
+
+    def _put_back(self) -> None:
+        slot, self._next = self._next, -1
+        if slot >= 0 and self.last_use[slot] == self._next_tick:
+            self._queue_of(slot).offer(slot)
+
+    def _queue_of(self, slot: int) -> LeafQueue:  # noqa: ARG002
+        return self._queues[0]
 
     def forget(self, slot: int, key: PageKey) -> None:  # noqa: ARG002
         """See ``EvictionPolicy``."""
@@ -100,40 +129,27 @@ class Recency:
 
     def victim(self, may_go: Callable[[int], bool]) -> int | None:
         """See ``EvictionPolicy``."""
-        refused: list[list[int]] = [[] for _ in self._heaps]
-        heads = [
-            entry
-            for number in range(self._classes)
-            if (entry := self._head(number, may_go, refused[number])) is not None
-        ]
-        found = self._least(heads) & _SLOT_MASK if heads else None
-        for number, entries in enumerate(refused):
-            for entry in entries:
-                heapq.heappush(self._heaps[number], entry)
+        slot, tick = self._next, self._next_tick
+        if slot >= 0 and self._chain_left and self.last_use[slot] == tick and may_go(slot):
+            self._chain_left -= 1
+            self._victim_tick = tick
+            return slot
+        self._put_back()
+        found = self._choose(may_go)
+        if found is not None:
+            oldest = not self._queue_of(found).passed_over
+            self._victim_tick = self.last_use[found] if oldest else -1
         return found
 
-    def _head(self, number: int, may_go: Callable[[int], bool], refused: list[int]) -> int | None:
-        heap, last_use = self._heaps[number], self.last_use
-        while heap:
-            entry = heap[0]
-            slot = entry & _SLOT_MASK
-            if last_use[slot] != entry >> _SLOT_BITS:
-                heapq.heappop(heap)
-            elif may_go(slot):
-                return entry
-            else:
-                refused.append(heapq.heappop(heap))
-        return None
-
-    def _least(self, heads: Sequence[int]) -> int:
-        """The entry to evict among the oldest of each class."""
-        return heads[0]
+    def _choose(self, may_go: Callable[[int], bool]) -> int | None:
+        self._chain_left = _CHAIN_PAGES
+        return self._queues[0].oldest(may_go)
 
     def retain(self, keep: Callable[[int], bool]) -> None:
         """See ``EvictionPolicy``."""
-        for heap in self._heaps:
-            heap[:] = [entry for entry in heap if keep(entry & _SLOT_MASK)]
-            heapq.heapify(heap)
+        self._put_back()
+        for queue in self._queues:
+            queue.retain(keep)
 
     def load(self, slots: I64, leaves: Iterable[int]) -> None:
         """See ``EvictionPolicy``."""
@@ -141,100 +157,159 @@ class Recency:
         np.frombuffer(self.last_use, np.uint64)[slots] = np.arange(
             1, len(slots) + 1, dtype=np.uint64
         )
-        heap = [self.last_use[slot] << _SLOT_BITS | slot for slot in leaves]
-        heapq.heapify(heap)
-        self._heaps[0] = heap
+        self._queues[0].load(leaves)
 
     def clear(self) -> None:
         """See ``EvictionPolicy``."""
         np.frombuffer(self.last_use, np.uint64)[:] = 0
-        for heap in self._heaps:
-            heap.clear()
+        self._next = -1
+        for queue in self._queues:
+            queue.clear()
 
     def offers(self) -> set[int]:
         """See ``EvictionPolicy``."""
-        return {
-            entry & _SLOT_MASK
-            for heap in self._heaps
-            for entry in heap
-            if self.last_use[entry & _SLOT_MASK] == entry >> _SLOT_BITS
-        }
+        alive = self._next >= 0 and self.last_use[self._next] == self._next_tick
+        waiting = {self._next} if alive else set()
+        return waiting.union(*(queue.slots() for queue in self._queues))
 
 
 class ReuseDensity(Recency):
-    """The leaf with the least hits to expect per slot and tick. See the module docstring."""
+    """The leaf with the least hits to expect per slot and tick. See the module docstring.
+
+    A ghost is one u32: 12 bits of the key, 2 of the class, 18 of the last use. 16 B per slot.
+    """
 
     _classes = _CLASSES
 
     def __init__(self, slot_count: int) -> None:
         super().__init__(slot_count)
-        # One u64 per entry: 20 bits of the key, 2 of the class, 42 of the last use. 32 B per slot.
-        self._ghosts = array("Q", bytes(8 * (_GHOSTS_PER_SLOT * slot_count + 1)))
+        self._class = bytearray(slot_count)
+        self._ghosts = array("I", [0]) * (_GHOSTS_PER_SLOT * slot_count + 1)
+        self._unit_bits = max(0, slot_count.bit_length() - 10)
         self._waits = np.zeros((_CLASSES, _BUCKETS))  # next uses, by class and age
         self._pages = np.zeros(_CLASSES)  # uses after which a next one could come
-        self._counted: list[
-            int
-        ] = []  # (class << 6 | bucket) + 1, or 0 for a new page; folded in bulk
+        self._counted = [0] * (_CLASSES * _BUCKETS)  # next uses since the last table
+        self._fresh = 0  # new pages since then
         self._period = max(slot_count // 2, 1000)
         self._due = max(slot_count, 1000)
+        self._chosen = 0  # the class that gives the victims ...
+        self._limit = 0.0  # ... up to this value: that of the next best class
         # Before anything is learned: the older, the less.
         self._value = [[1.0 / (bucket + 1) for bucket in range(_BUCKETS)] for _ in range(_CLASSES)]
 
-    def used(self, slot: int, key: PageKey, leaf: bool) -> None:
+    def used(
+        self, slots: Sequence[int], key_of: Sequence[PageKey | None], children: Sequence[int]
+    ) -> None:
         """See ``EvictionPolicy``."""
-        last, group = self.last_use[slot], self._class[slot]
-        if last == 0:
-            last, group = self._recall(key)
-        if last:
-            self._counted.append((group << 6 | _bucket(self._now - last)) + 1)
-            self._class[slot] = group + 1 if group + 1 < _CLASSES else group
-        else:
-            self._counted.append(0)
-            self._class[slot] = 0
-        super().used(slot, key, leaf)
-        if self._now >= self._due:
+        last_use, group_of, counted, queues = (
+            self.last_use,
+            self._class,
+            self._counted,
+            self._queues,
+        )
+        ghosts, ghost_count = self._ghosts, len(self._ghosts)
+        now, age, bucket = self._now, -1, 0
+        for slot in slots:
+            last = last_use[slot]
+            group = group_of[slot]
+            if not last:
+                (digest,) = _first_u64(key_of[slot] or b"")
+                ghost = ghosts[digest % ghost_count]
+                last = -1
+                if ghost >> 20 == digest >> 52:
+                    last, group = self._recall(ghost, now)
+            if last < 0:
+                self._fresh += 1
+                group = 0
+            else:
+                if (
+                    now - last != age
+                ):  # else of one chain, and used one after the other last time too
+                    age = now - last
+                    bucket = _bucket(age)
+                counted[group << 6 | bucket] += 1
+                group += group + 1 < _CLASSES
+            now += 1
+            last_use[slot] = now
+            group_of[slot] = group
+            if not children[slot]:
+                queues[group].append(slot, now)
+        self._now = now
+        if now >= self._due:
             self._learn()
+
+    def offer(self, slot: int) -> None:
+        """See ``EvictionPolicy``."""
+        self._put_back()
+        tick, group = self.last_use[slot], self._class[slot]
+        if group != self._chosen:
+            self._queues[group].offer(slot)
+            self._chain_left = 0
+        elif tick == self._victim_tick + 1:
+            self._next, self._next_tick = slot, tick
+        else:
+            self._queues[group].offer(slot)
+
+    def _queue_of(self, slot: int) -> LeafQueue:
+        return self._queues[self._class[slot]]
 
     def forget(self, slot: int, key: PageKey) -> None:
         """See ``EvictionPolicy``."""
-        digest = int.from_bytes(key[:12], "little")
-        self._ghosts[digest % len(self._ghosts)] = (
-            (digest >> 76) << 44
-            | self._class[slot] << _TICK_BITS
-            | (self.last_use[slot] & _TICK_MASK)
+        (digest,) = _first_u64(key)
+        ghosts = self._ghosts
+        ghosts[digest % len(ghosts)] = (
+            digest >> 52 << 20
+            | self._class[slot] << _WHEN_BITS
+            | self.last_use[slot] >> self._unit_bits & _WHEN_MASK
         )
-        super().forget(slot, key)
+        self.last_use[slot] = 0
 
-    def _recall(self, key: PageKey) -> tuple[int, int]:
-        """(last use, class) of an evicted page, or (0, 0)."""
-        digest = int.from_bytes(key[:12], "little")
-        ghost = self._ghosts[digest % len(self._ghosts)]
-        if ghost >> 44 != digest >> 76 or ghost & _TICK_MASK > self._now:
-            return 0, 0
-        return ghost & _TICK_MASK, ghost >> _TICK_BITS & 3
+    def _recall(self, ghost: int, now: int) -> tuple[int, int]:
+        """(last use, class) of an evicted page; (-1, 0) if there is no ghost."""
+        if not ghost:
+            return -1, 0
+        units = (now >> self._unit_bits) - ghost & _WHEN_MASK
+        return max(now - (units << self._unit_bits), 0), ghost >> _WHEN_BITS & 3
 
-    def _least(self, heads: Sequence[int]) -> int:
-        value, group, now = self._value, self._class, self._now
-        return min(
-            heads,
-            key=lambda e: value[group[e & _SLOT_MASK]][_bucket(now - (e >> _SLOT_BITS))],
-        )
+    def _choose(self, may_go: Callable[[int], bool]) -> int | None:
+        if self._chain_left:
+            self._chain_left -= 1
+            found = self._queues[self._chosen].oldest(may_go)
+            if found is not None and self._worth(found) <= self._limit:
+                return found
+        heads = [
+            (self._worth(slot), slot)
+            for queue in self._queues
+            if (slot := queue.oldest(may_go)) is not None
+        ]
+        if not heads:
+            return None
+        heads.sort()
+        self._chosen = self._class[heads[0][1]]
+        self._limit = heads[1][0] if len(heads) > 1 else float("inf")
+        self._chain_left = _CHAIN_PAGES
+        return heads[0][1]
+
+    def _worth(self, slot: int) -> float:
+        return self._value[self._class[slot]][_bucket(self._now - self.last_use[slot])]
 
     def _learn(self) -> None:
-        counts = np.bincount(np.array(self._counted, np.int64), minlength=_CLASSES * _BUCKETS + 1)
-        waits = counts[1:].reshape(_CLASSES, _BUCKETS)
-        self._counted.clear()
+        waits = np.array(self._counted, float).reshape(_CLASSES, _BUCKETS)
         self._waits = self._waits * _FADE + waits
         uses = waits.sum(1)
-        begun = np.array([counts[0], uses[0], uses[1], uses[2] + uses[3]], float)
+        begun = np.array([self._fresh, uses[0], uses[1], uses[2] + uses[3]], float)
         self._pages = self._pages * _FADE + begun
+        self._counted, self._fresh = [0] * (_CLASSES * _BUCKETS), 0
         share = _PRIOR_PAGES / (self._pages.sum() + 1.0)
         all_waits, all_pages = self._waits.sum(0) * share, self._pages.sum() * share
         self._value = [
             _best_rates(self._waits[number] + all_waits, self._pages[number] + all_pages)
             for number in range(_CLASSES)
         ]
+        for queue in self._queues:  # a class that gets no pages any more would keep stale entries
+            queue.tidy()
         self._due = self._now + self._period
+        self._chain_left = 0
 
 
 def _bucket(age: int) -> int:
@@ -261,9 +336,8 @@ def _best_rates(waits: F64, pages: float) -> list[float]:
     before = np.concatenate(([0.0], np.cumsum(waits)))
     waiting = np.maximum(pages - before[:-1] - 0.5 * waits, 0.5)
     spent = np.concatenate(([0.0], np.cumsum(waiting * _WIDTH)))
-    hits = before[None, 1:] - before[:-1, None]
-    cost = spent[None, 1:] - spent[:-1, None]
-    later = np.triu(np.ones(hits.shape, bool))
-    rates = np.where(later, hits / np.where(later, cost, 1.0), 0.0)
-    best: list[float] = rates.max(1).tolist()
+    hits = before[1:] - before[:-1, None]
+    cost = spent[1:] - spent[:-1, None]
+    # An end before its beginning has neither hits nor cost above 0, so it is never the best.
+    best: list[float] = (np.maximum(hits, 0.0) / np.maximum(cost, 1e-9)).max(1).tolist()
     return best

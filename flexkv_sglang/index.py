@@ -199,11 +199,12 @@ class TierIndex:
 
     def commit(self, slots: Iterable[SlotId]) -> None:
         """WRITING -> READY. The commit records of these slots are on the journal already."""
-        for slot in slots:
+        ready = list(slots)
+        for slot in ready:
             assert self._state[slot] == WRITING, f"slot {slot} is in state {self._state[slot]}"
             self._state[slot] = READY
             self._ready_count += 1
-            self._stamp(slot)
+        self._policy.used(ready, self._key_of, self._links.children)
 
     def abort(self, slots: Iterable[SlotId]) -> None:
         """WRITING -> free: nothing was published for these slots."""
@@ -338,14 +339,8 @@ class TierIndex:
 
     def _touch_chain(self, slots: Sequence[int]) -> None:
         """Touch from tail to head, so that within one request the tail is older and goes first."""
-        for slot in reversed(slots):
-            if self._state[slot] == READY:
-                self._stamp(slot)
-
-    def _stamp(self, slot: int) -> None:
-        key = self._key_of[slot]
-        assert key is not None
-        self._policy.used(slot, key, self._links.children[slot] == 0)
+        ready = [slot for slot in reversed(slots) if self._state[slot] == READY]
+        self._policy.used(ready, self._key_of, self._links.children)
 
     def _take(self, count: int) -> tuple[list[SlotId], list[tuple[PageKey, SlotId]]]:
         """Slots, ascending: what is free, then what is evicted for it; and (key, slot) of the evicted."""

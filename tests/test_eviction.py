@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
+import gc
 import random
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
 
 from belady import optimum
-from flexkv_sglang.eviction import EvictionPolicy, Recency, ReuseDensity
+from flexkv_sglang.eviction import EvictionPolicy, Recency, ReuseDensity, _bucket
 from flexkv_sglang.index import TierIndex
 from flexkv_sglang.soundness import check_index
 from flexkv_sglang.types import PageKey
@@ -119,10 +122,83 @@ def test_the_index_keeps_its_rules_under_any_policy(make: Callable[[int], Evicti
 
 def test_ghosts_of_a_page_that_comes_back_raise_its_class() -> None:
     policy = ReuseDensity(4)
-    key = PageKey(b"k" * 32)
-    policy.used(0, key, leaf=True)
-    policy.forget(0, key)
-    policy.used(1, key, leaf=True)
+    key_of = [PageKey(b"k" * 32), PageKey(b"k" * 32), PageKey(b"x" * 32), None]
+    policy.used([0], key_of, bytes(4))
+    policy.forget(0, PageKey(b"k" * 32))
+    policy.used([1], key_of, bytes(4))
     assert policy._class[1] == 1
-    policy.used(2, PageKey(b"x" * 32), leaf=True)
+    policy.used([2], key_of, bytes(4))
     assert policy._class[2] == 0
+
+
+@pytest.mark.parametrize("slot_count", [100, 5000])
+def test_a_ghost_remembers_when_its_page_was_used(slot_count: int) -> None:
+    policy = ReuseDensity(slot_count)
+    key_of = [PageKey(bytes([slot]) * 32) for slot in range(100)]
+    unit = 1 << policy._unit_bits
+    policy.used([7], key_of, bytes(100))
+    policy.forget(7, key_of[7])
+    policy.used([8] * (3 * slot_count), key_of, bytes(100))  # many units of a ghost's time
+    before = list(policy._counted)
+    policy.used([7], key_of, bytes(100))
+    counted = [n for n, was in enumerate(before) if policy._counted[n] != was]
+    waited = 3 * slot_count
+    assert counted in ([_bucket(age)] for age in range(waited - unit, waited + unit + 1))
+
+
+def test_lru_evicts_in_the_order_of_use_whatever_is_pinned_and_whoever_gets_a_child() -> None:
+    """Against a plain list. Six chains of up to ten pages, page ``p`` of chain ``c`` in slot 10 c + p."""
+    rng, policy = random.Random(8), Recency(60)
+    order: list[int] = []  # slots, least recently used first
+    children = [0] * 60
+    seen = collections.Counter[str]()
+    for step in range(4000):
+        root = 10 * rng.randrange(6)
+        chain = list(range(root, root + rng.randint(1, 10)))
+        parts = [chain[::-1]]
+        if rng.random() < 0.5:  # as when the new pages are committed from the head
+            parts = [[s for s in chain[::-1] if s in order], [s for s in chain if s not in order]]
+        for slot in chain[:-1]:
+            children[slot] = 1
+        for part in parts:
+            policy.used(part, [None] * 60, children)
+            order = [slot for slot in order if slot not in part] + part
+        for _ in range(rng.randint(0, 6)):
+            pinned = set(rng.sample(range(60), 20)) if rng.random() < 0.3 else set()
+            leaves = [slot for slot in order if not children[slot]]
+            expected = next((slot for slot in leaves if slot not in pinned), None)
+            found = policy.victim(lambda slot, kept=frozenset(pinned): slot not in kept)  # type: ignore[misc]
+            assert found == expected, step
+            assert policy.offers() == set(leaves), step
+            if found is None:
+                continue
+            seen["first" if found == order[0] else "not first"] += 1
+            order.remove(found)
+            policy.forget(found, PageKey(b"k" * 32))
+            if found % 10:
+                children[found - 1] = 0
+                policy.offer(found - 1)
+    assert min(seen["first"], seen["not first"]) > 100, seen
+
+
+@pytest.mark.parametrize("make", [Recency, ReuseDensity])
+def test_a_policy_takes_at_most_40_bytes_per_slot(make: Callable[[int], EvictionPolicy]) -> None:
+    """The worst case: every page is a leaf, each is used three times over, then some are evicted."""
+    slot_count = 50_000
+    key_of = [PageKey(number.to_bytes(4, "little") * 8) for number in range(slot_count)]
+    slots, children = list(range(slot_count)), bytes(slot_count)
+    tracemalloc.start()
+    try:
+        policy = make(slot_count)
+        for _ in range(3):
+            for begin in range(0, slot_count, 10):
+                policy.used(slots[begin : begin + 10], key_of, children)
+        for _ in range(1000):
+            found = policy.victim(lambda _: True)
+            assert found is not None
+            policy.forget(found, key_of[found])
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held / slot_count <= 40
