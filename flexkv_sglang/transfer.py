@@ -264,9 +264,7 @@ class PageMover:
             staged,
             np.array([self._row_bytes], np.uint64),
         )
-        parts = _StagedParts(
-            staged, np.array([self._payload_bytes], np.uint64), job.buffers.take(rows)
-        )
+        parts = _StagedParts(staged, job.buffers.take(rows))
         if job.direction == "write":
             parts.gather()
         self._run(job, kind, rows, batch, parts)
@@ -297,10 +295,12 @@ class _Parts:
 
 
 class _StagedParts(_Parts):
-    """Rows of the slab that stand for the caller's ``targets``."""
+    """Rows of the slab (uint64 ``[n, 1]``) that stand for the caller's ``targets``, cut as those are:
+    what is sampled of a buffer must not depend on the way it took."""
 
-    def __init__(self, addresses: U64, lengths: U64, targets: PageBuffers) -> None:
-        super().__init__(addresses, lengths)
+    def __init__(self, rows: U64, targets: PageBuffers) -> None:
+        starts = np.concatenate([[0], np.cumsum(targets.lengths)[:-1]]).astype(np.uint64)
+        super().__init__(rows + starts, targets.lengths)
         self._targets = _Parts(targets.addresses, targets.lengths)
 
     def gather(self) -> None:

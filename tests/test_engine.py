@@ -142,6 +142,21 @@ def test_one_damaged_page_ends_the_run_and_those_behind_it_stay(tmp_path: Path) 
     engine.close()
 
 
+@pytest.mark.parametrize("verify", ["full", "sampled"])
+@pytest.mark.parametrize("first_shift", [0, 64])
+def test_the_checksum_does_not_depend_on_whether_a_page_was_copied(
+    tmp_path: Path, verify: str, first_shift: int
+) -> None:
+    page = 96 * 4096
+    engine = open_engine(tmp_path, page, 8 * page, verify=verify)
+    source, buffers = page_memory(4, page, 3, shift=first_shift, seed=1)
+    assert all(engine.put(keys(4), buffers, None, soon()))
+    target, buffers = page_memory(4, page, 3, shift=64 - first_shift)
+    assert all(engine.get(keys(4), buffers, soon()))
+    assert np.array_equal(source, target)
+    engine.close()
+
+
 def test_pages_written_with_less_verification_do_not_exist_for_a_stricter_process(
     tmp_path: Path,
 ) -> None:
