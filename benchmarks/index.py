@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from ssd import environment
 
 from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
 from flexkv_sglang.backends.checksum import ChecksumKind
@@ -32,6 +31,7 @@ from flexkv_sglang.backends.journal import keys_field, new_records
 from flexkv_sglang.backends.local_tier import open_places
 from flexkv_sglang.backends.records import Op, SlotClass
 from flexkv_sglang.backends.slot_file import OwnedStore
+from flexkv_sglang.bench.ssd import environment
 from flexkv_sglang.config import FlexKVConfig, TierConfig
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.types import PageKey

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexkv_sglang.cli.bench import PEERS, run_bench
+
 _AGE = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -41,6 +43,14 @@ def _run(arguments: argparse.Namespace) -> int:
         from flexkv_sglang.cli.stats import run_stats
 
         return run_stats(arguments.directory, as_json=arguments.json)
+    if arguments.command == "bench":
+        return run_bench(
+            arguments.directory,
+            page_bytes=arguments.page_bytes,
+            seconds=arguments.seconds,
+            against=arguments.against,
+            as_json=arguments.json,
+        )
     from flexkv_sglang.cli.gc import Selection, run_gc
 
     selection = Selection(arguments.namespace, arguments.older_than)
@@ -75,7 +85,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     gc.add_argument("--dry-run", action="store_true", help="say what would be removed")
     gc.add_argument("--yes", action="store_true", help="do not ask")
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser("bench", help="measure a disk", description="Measure a disk.")
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    ssd = subjects.add_parser(
+        "ssd",
+        help="through the adapter with checksums, beside fio, SGLang's file and NIXL",
+        description="Writes and reads pages through the adapter with checksums, beside peers, in turns. "
+        "Takes 0.5 GiB per contender in DIRECTORY and removes it. Peers that are not installed are left out.",
+    )
+    ssd.add_argument("directory", type=Path, nargs="?", default=Path(), help="on the disk (here)")
+    ssd.add_argument("--page-bytes", type=_page_bytes, nargs="+", default=[1 << 20], metavar="N")
+    ssd.add_argument("--seconds", type=float, default=60.0, help="per page size, about")
+    ssd.add_argument("--against", type=_peers, default=list(PEERS), metavar="A,B")
+    ssd.add_argument(
+        "--json", action="store_true", help="no table: one JSON object as the last line"
+    )
+
+
+def _page_bytes(text: str) -> int:
+    if not text.isdigit() or int(text) < 8192 or int(text) % 8192:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 8192 bytes")
+    return int(text)
+
+
+def _peers(text: str) -> list[str]:
+    found = text.split(",")
+    unknown = sorted(set(found) - set(PEERS))
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(unknown)}: unknown. Valid: {', '.join(PEERS)}"
+        )
+    return found
 
 
 def _command(

@@ -53,13 +53,13 @@ def test_our_series_are_in_sglangs_scrape_and_go_on_after_detach_and_attach(
     before = b.metric(counted)
     assert_from_storage(b, 10, cold(a, 10))
     assert wait_until(lambda: b.metric(counted) == before + pages)
-    assert b.metric("sglang:flexkv_slots_total") > 0
+    assert wait_until(lambda: b.metric("sglang:flexkv_slots_total") > 0)
     b.detach()
-    assert b.metric("sglang:flexkv_slots_total") == 0
+    assert wait_until(lambda: b.metric("sglang:flexkv_slots_total") == 0)
     b.attach("flexkv", b.settings.extra_config())
     assert_from_storage(b, 11, cold(a, 11))
     assert wait_until(lambda: b.metric(counted) == before + 2 * pages)
-    assert b.metric("sglang:flexkv_slots_total") > 0
+    assert wait_until(lambda: b.metric("sglang:flexkv_slots_total") > 0)
     assert b.metric("sglang:flexkv_get_seconds_count") > 0
     assert b.metric("sglang:flexkv_exceptions_total") == 0
 

@@ -1,14 +1,13 @@
-"""What is compared in ``ssd.py`` inside this process: this package's adapter and SGLang's ``file`` backend.
+"""What ``ssd`` compares inside this process: this package's adapter and SGLang's ``file`` backend.
 
 Each contender writes and reads the same number of pages of the same size, and reports seconds and CPU
 seconds. The adapter and ``file`` are used through the interface SGLang uses for them (zero-copy v1 and
-generic), from the same page-aligned host memory. The contenders in ``peers.py`` are other processes.
+generic). Every call uses the memory of one batch again. The contenders in ``peers`` are other processes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import resource
 import shutil
@@ -21,7 +20,8 @@ import numpy as np
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
 
-from flexkv_sglang import FlexKVStorage
+from flexkv_sglang.adapter import FlexKVStorage
+from flexkv_sglang.bench.memory import HostMemory
 
 BATCH = 128  # pages per call: SGLang's STORAGE_BATCH_SIZE
 
@@ -50,27 +50,19 @@ class Contender(Protocol):
 
 
 class PagePool:
-    """A ``page_first`` MHA host pool of ``pages`` pages: K of all pages, then V, page aligned, random bytes."""
+    """A ``page_first`` MHA host pool in ``memory``: K of all its pages, then V. ``page_size`` is in tokens."""
 
     layout = "page_first"
     dtype = torch.bfloat16
     start_layer, layer_num = 0, 1
 
-    def __init__(self, page_bytes: int, pages: int, page_size: int = 64) -> None:
-        self.page_size = page_size
-        self.half = page_bytes // 2
-        self.memory = mmap.mmap(-1, page_bytes * pages)
-        self.bytes = np.frombuffer(self.memory, np.uint8)
-        block = np.frombuffer(np.random.default_rng(7).bytes(1 << 20), np.uint8)
-        for start in range(0, len(self.bytes), len(block)):
-            self.bytes[start : start + len(block)] = block[: len(self.bytes) - start]
-        stamps = self.bytes.reshape(-1, 4096)[:, :8].view(np.uint64)
-        stamps[:, 0] = np.arange(
-            len(stamps), dtype=np.uint64
-        )  # every 4 KiB differs: nothing to deduplicate
+    def __init__(self, memory: HostMemory, page_size: int = 64) -> None:
+        self.page_size, self.pages = page_size, memory.pages
+        self.half = memory.page_bytes // 2
+        self.bytes = memory.bytes
         self.base = self.bytes.ctypes.data
         self.kv_buffer = torch.from_numpy(self.bytes)
-        self.v_offset = self.half * pages
+        self.v_offset = self.half * self.pages
 
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
         """As SGLang's MHA pool answers."""
@@ -144,12 +136,11 @@ class FlexKV:
 
     def _pass(self, call: Any, generation: int) -> Sample:
         names = page_names(generation, self.pages)
-        tokens = torch.arange(self.pages * self._pool.page_size)
-        step = BATCH * self._pool.page_size
+        tokens = torch.arange(self._pool.pages * self._pool.page_size)
         with Stopwatch() as watch:
             for start in range(0, self.pages, BATCH):
-                first = start * self._pool.page_size
-                done = call(names[start : start + BATCH], tokens[first : first + step])
+                keys = names[start : start + BATCH]
+                done = call(keys, tokens[: len(keys) * self._pool.page_size])
                 assert all(done), "a page was not moved"
         return watch.sample
 
@@ -164,7 +155,10 @@ class File:
         self._directory = directory / "file"
         self._directory.mkdir()
         self.storage = HiCacheFile(storage_config({}), str(self._directory))
-        self._targets = [torch.zeros(2 * pool.half, dtype=torch.uint8) for _ in range(BATCH)]
+        size = 2 * pool.half
+        self._targets = [
+            torch.from_numpy(pool.bytes[row * size : (row + 1) * size]) for row in range(pool.pages)
+        ]
 
     def write(self, generation: int) -> Sample:
         """New files. Buffered, so the pass ends with a sync of the file system."""
@@ -176,7 +170,8 @@ class File:
             for start in range(0, self.pages, BATCH):
                 pages = range(start, min(start + BATCH, self.pages))
                 assert self.storage.batch_set(
-                    names[start : start + BATCH], [self._pool.flat_page(p) for p in pages]
+                    names[start : start + BATCH],
+                    [self._pool.flat_page(p % self._pool.pages) for p in pages],
                 )
             os.sync()
         return watch.sample

@@ -1,9 +1,9 @@
 """NIXL's POSIX plug-in as a child process: one O_DIRECT file per page, registered by path per call, as SGLang does.
 
 Runs in NIXL's own environment (``scripts/setup-nixl``) and imports nothing of this project. Arguments:
-directory, page bytes, pages, "aio" or "uring". Protocol: one JSON object per line. In: ``{"op": "WRITE" | "READ"
-| "CLEAR", "generation": n}``. Out: ``{"seconds": s, "cpu_seconds": s}``; the first line, unasked, is
-``{"version": ...}``. Ends at the end of input.
+directory, memory file, page bytes, pages of memory, pages, "aio" or "uring". Protocol: one JSON object per
+line. In: ``{"op": "WRITE" | "READ" | "CLEAR", "generation": n}``. Out: ``{"seconds": s, "cpu_seconds": s}``;
+the first line, unasked, is ``{"version": ...}``. Ends at the end of input.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ BATCH = 128  # SGLang's STORAGE_BATCH_SIZE
 class Child:
     """Host memory registered once; files registered and released per batch of pages."""
 
-    def __init__(self, directory: str, page_bytes: int, pages: int, engine: str) -> None:
+    def __init__(
+        self, directory: str, memory: str, page_bytes: int, rows: int, pages: int, engine: str
+    ) -> None:
         self._directory, self._page_bytes, self._pages = directory, page_bytes, pages
+        self._rows = rows
         self._agent: Any = nixl_agent("bench", nixl_agent_config(backends=[]))
         options = {"aio": {"use_aio": "true"}, "uring": {"use_uring": "true"}}[engine]
         self._agent.create_backend("POSIX", options)
-        array = self._memory = np.frombuffer(mmap.mmap(-1, page_bytes * pages), np.uint8)
-        block = np.frombuffer(np.random.default_rng(7).bytes(1 << 20), np.uint8)
-        for start in range(0, len(array), len(block)):
-            array[start : start + len(block)] = block[: len(array) - start]
-        self._base = array.ctypes.data
-        self._agent.register_memory([(self._base, page_bytes * pages, 0, "")], "DRAM")
+        with open(memory, "r+b") as file:
+            self._memory = np.frombuffer(mmap.mmap(file.fileno(), page_bytes * rows), np.uint8)
+        self._base = self._memory.ctypes.data
+        self._agent.register_memory([(self._base, page_bytes * rows, 0, "")], "DRAM")
         self._ids = itertools.count(1)
 
     def clear(self) -> None:
@@ -62,7 +63,10 @@ class Child:
                 "FILE",
             )
             local = self._agent.get_xfer_descs(
-                [(self._base + page * self._page_bytes, self._page_bytes, 0) for page in pages],
+                [
+                    (self._base + page % self._rows * self._page_bytes, self._page_bytes, 0)
+                    for page in pages
+                ],
                 "DRAM",
             )
             request = self._agent.initialize_xfer(operation, local, files.trim(), "bench")
@@ -83,8 +87,8 @@ def main() -> None:
     """Serve until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # NIXL logs to stdout
-    directory, page_bytes, pages, engine = sys.argv[1:5]
-    child = Child(directory, int(page_bytes), int(pages), engine)
+    directory, memory, page_bytes, rows, pages, engine = sys.argv[1:7]
+    child = Child(directory, memory, int(page_bytes), int(rows), int(pages), engine)
     answers.write(json.dumps({"version": version("nixl-cu12")}) + "\n")
     for line in sys.stdin:
         asked = json.loads(line)

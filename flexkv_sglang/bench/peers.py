@@ -7,28 +7,29 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from contenders import Missing, Sample
-from flexkv_sglang.backends.ring import depth_for
+from flexkv_sglang.bench.contenders import Missing, Sample
+from flexkv_sglang.bench.memory import HostMemory
 
-ROOT = Path(__file__).resolve().parents[1]
-NIXL_PYTHON = ROOT / ".venv-nixl/bin/python"
+NIXL_PYTHON = Path(".venv-nixl/bin/python")
+"""Where ``scripts/setup-nixl`` puts it, seen from the checkout."""
 
 
 class Fio:
-    """The ceiling: io_uring, O_DIRECT, our queue depth, pages in ascending order as ours lie; a few
-    megabytes of memory that it uses again and again, and no check of what it reads.
+    """The ceiling: io_uring, O_DIRECT, pages in ascending order as ours lie, no check of what it reads.
 
-    It works in our slot file: on a virtual disk two files of one size differ by half in speed, for as long
-    as they live, by where they lie.
+    It works in our slot file and in our memory: on a virtual disk two files of one size differ by half in
+    speed, for as long as they live, by where they lie. Its depth is the pages of one of our calls, so that
+    it uses the same memory; we keep at most as many in flight.
     """
 
-    def __init__(self, path: Path, page_bytes: int, pages: int, *, registered: bool) -> None:
+    def __init__(self, path: Path, memory: HostMemory, pages: int, *, registered: bool) -> None:
         """``path``: overwritten. ``registered``: buffers and file with the ring. ``Missing``: no fio here."""
         if shutil.which("fio") is None:
             raise Missing("fio is not installed (apt-get install fio)")
         self.name = "fio" if registered else "fio-plain"
         self._registered = int(registered)
-        self._path, self._page_bytes, self.pages = path, page_bytes, pages
+        self._path, self._memory, self.pages = path, memory, pages
+        self._page_bytes = memory.page_bytes
 
     @staticmethod
     def version() -> str:
@@ -56,7 +57,8 @@ class Fio:
             "--ioengine=io_uring",
             f"--rw={how}",
             f"--bs={self._page_bytes}",
-            f"--iodepth={depth_for(self._page_bytes)}",
+            f"--iodepth={self._memory.pages}",
+            f"--mem=mmapshared:{self._memory.path}",
             f"--fixedbufs={self._registered}",
             f"--registerfiles={self._registered}",
             f"--size={self._page_bytes * self.pages}",
@@ -72,17 +74,26 @@ class Fio:
 class Nixl:
     """NIXL POSIX in its own process; see ``nixl_child.py``."""
 
-    def __init__(self, directory: Path, page_bytes: int, pages: int, engine: str) -> None:
+    def __init__(self, directory: Path, memory: HostMemory, pages: int, engine: str) -> None:
         """``engine``: "aio" or "uring". ``Missing``: its environment is not there or does not work."""
         self.name, self.pages = f"nixl-{engine}", pages
         if not NIXL_PYTHON.exists():
-            raise Missing("NIXL is not installed (scripts/setup-nixl makes .venv-nixl)")
+            raise Missing(
+                f"NIXL is not installed: {NIXL_PYTHON} is not there (scripts/setup-nixl, in a checkout)"
+            )
         self._directory = directory / self.name
         self._directory.mkdir()
         child = Path(__file__).with_name("nixl_child.py")
-        arguments = [str(self._directory), str(page_bytes), str(pages), engine]
+        arguments = [
+            str(self._directory),
+            str(memory.path),
+            str(memory.page_bytes),
+            str(memory.pages),
+            str(pages),
+            engine,
+        ]
         self._process = subprocess.Popen(
-            [str(NIXL_PYTHON), "-P", str(child), *arguments],
+            [str(NIXL_PYTHON.absolute()), "-P", str(child), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

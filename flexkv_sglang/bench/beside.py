@@ -16,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from contenders import Contender, FlexKV, Missing, PagePool, Sample
-from peers import Fio
+from flexkv_sglang.bench.contenders import BATCH, Contender, FlexKV, Missing, PagePool, Sample
+from flexkv_sglang.bench.memory import HostMemory
+from flexkv_sglang.bench.peers import Fio
 
 PAGE_BYTES, PAGES = 1 << 20, 512
 WINDOW_S = 0.6
@@ -68,10 +69,11 @@ def _sleep() -> Sample:
 
 def beside_busy(directory: Path, reps: int) -> dict[str, Any]:
     """At 1 MiB: share of its solo speed that the thread keeps, and GB/s beside it; medians and minima."""
-    ours = FlexKV(directory, PagePool(PAGE_BYTES, PAGES), PAGES)
+    memory = HostMemory(PAGE_BYTES, BATCH)
+    ours = FlexKV(directory, PagePool(memory), PAGES)
     contenders: list[Contender] = [ours]
     with contextlib.suppress(Missing):
-        contenders.append(Fio(ours.slot_file, PAGE_BYTES, PAGES, registered=True))
+        contenders.append(Fio(ours.slot_file, memory, PAGES, registered=True))
     kept: dict[str, list[float]] = {}
     speed: dict[str, list[float]] = {}
     generation = 0
@@ -97,6 +99,7 @@ def beside_busy(directory: Path, reps: int) -> dict[str, Any]:
     finally:
         for contender in contenders:
             contender.close()
+        memory.close()
     return {
         name: {
             "kept": round(statistics.median(values), 3),

@@ -1,0 +1,40 @@
+"""``flexkv bench ssd``: how fast pages go to this disk and back, beside other ways to do it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PEERS = ("fio", "fio-plain", "file", "nixl")
+
+
+def run_bench(
+    directory: Path,
+    *,
+    page_bytes: Sequence[int],
+    seconds: float,
+    against: Sequence[str],
+    as_json: bool,
+) -> int:
+    """Measure in ``directory``, which keeps nothing. Repetitions begin for ``seconds``; one at least."""
+    try:
+        # By name: this command alone needs SGLang, the others run without it.
+        ssd = importlib.import_module("flexkv_sglang.bench.ssd")
+    except ImportError as exc:
+        print(f"flexkv: bench needs sglang and torch in this environment: {exc}", file=sys.stderr)
+        return 2
+    options = ssd.Options(
+        directory, page_bytes=page_bytes, reps=10_000, seconds=seconds, against=against
+    )
+    try:
+        _, summary = ssd.measure(options)
+    except OSError as exc:
+        print(f"flexkv: {directory}: {exc.strerror or exc}", file=sys.stderr)
+        return 1
+    if not as_json:
+        print(ssd.table(summary["cases"]))
+    print(json.dumps(summary))
+    return 0
