@@ -31,11 +31,11 @@ from flexkv_sglang.types import PageBuffers, PageKey
 
 logger = logging.getLogger(__name__)
 
-READ_SECONDS_PER_KI_TOKEN = 0.2
-"""A get may take 0.8 of what SGLang's prefetch timeout adds per 1024 tokens (0.25 s) ..."""
+PREFETCH_TIMEOUT = (1.0, 0.25)
+"""SGLang's defaults: it waits so many seconds for a prefetch, and so many more per 1024 tokens."""
 
-READ_SECONDS_MIN = 0.5
-"""... and never less than this."""
+READ_SECONDS_MIN = 0.05
+"""A get is given at least this long, whatever the prefetch timeout is."""
 
 WRITE_SECONDS = 8.0
 """Bound of a put. SGLang joins its storage threads for 10 s when a backend is detached."""
@@ -79,6 +79,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self._engine: Hierarchy | None = None
         self._pages: HostPages | None = None
         self._identity: Identity | None = None
+        self._prefetch_timeout = PREFETCH_TIMEOUT
         self._logged_at: dict[str, float] = {}
         logger.info("flexkv: %s", self._config.describe())
         self._prepared = prepare_tiers(self._config)
@@ -102,6 +103,15 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             return
         self._identity = self._identity_of(mem_pool_host, self._pages)
         self._engine = self._open(self._identity)
+
+    def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
+        """How long SGLang waits for a prefetch, in seconds and seconds per 1024 tokens: bounds a get."""
+        self._prefetch_timeout = (base, per_ki_token)
+        logger.info(
+            "flexkv: SGLang waits %g s and %g s per 1024 tokens for a prefetch; reads keep within that",
+            base,
+            per_ki_token,
+        )
 
     def close(self) -> None:
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
@@ -323,8 +333,11 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             return self._engine.put(page_keys(keys), sources, _parent_of(extra_info), deadline)
 
     def _read_deadline(self, page_count: int) -> float:
+        """A get may take 0.8 of what its tokens add to SGLang's prefetch timeout, or half of its base."""
         tokens = page_count * (self._pages.tokens_per_page if self._pages is not None else 1)
-        return time.monotonic() + max(READ_SECONDS_MIN, READ_SECONDS_PER_KI_TOKEN * tokens / 1024)
+        base, per_ki_token = self._prefetch_timeout
+        seconds = max(0.5 * base, 0.8 * per_ki_token * tokens / 1024, READ_SECONDS_MIN)
+        return time.monotonic() + seconds
 
     def _mismatch(self, keys: list[str], host_indices: Any) -> list[bool]:
         if keys:

@@ -7,7 +7,8 @@ changes a file or a behaviour of SGLang for anybody who does not ask for ``flexk
 1. the command line accepts the name;
 2. attaching a backend called ``flexkv`` (at start, or over HTTP) is attaching ``dynamic`` with our module
    and class and the zero-copy interface; afterwards the controller is told the name the user knows;
-3. the hashes of the pages before a batch are passed along, which gives eviction the whole chain.
+3. the hashes of the pages before a batch are passed along, which gives eviction the whole chain, and
+   the store is told how long SGLang waits for a prefetch.
 
 If a target is not there or has other parameters, ``flexkv`` is refused with one clear error instead of
 running without storage. Importing this module costs nothing: no torch, no store.
@@ -60,6 +61,7 @@ def register() -> None:
         _resolve(_RUNTIME_CONFIG) is not None
     ):  # an optimisation: without it each batch is a chain of its own
         HookRegistry.register(_RUNTIME_CONFIG, pass_prefix_keys, HookType.BEFORE)
+        HookRegistry.register(_RUNTIME_CONFIG, tell_prefetch_timeout, HookType.BEFORE)
 
 
 def misfit() -> str | None:
@@ -116,6 +118,16 @@ def pass_prefix_keys(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[s
     if kwargs.get("storage_backend") == NAME and "hicache_storage_pass_prefix_keys" in kwargs:
         kwargs = {**kwargs, "hicache_storage_pass_prefix_keys": True}
     return args, kwargs
+
+
+def tell_prefetch_timeout(attachment: Any, *_args: Any, **kwargs: Any) -> None:
+    """Before the tree takes over the storage settings, at start and at every attach: our store (under
+    whichever name) learns the prefetch timeout, which SGLang takes out of the extra config."""
+    controller = getattr(getattr(attachment, "_cache", None), "cache_controller", None)
+    store: Any = getattr(controller, "storage_backend", None)
+    timeout = [kwargs.get(f"prefetch_timeout_{part}") for part in ("base", "per_ki_token")]
+    if type(store).__name__ == CLASS and all(isinstance(part, int | float) for part in timeout):
+        store.set_prefetch_timeout(*timeout)
 
 
 def _refuse_misfit() -> None:

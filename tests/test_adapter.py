@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -345,3 +346,18 @@ def test_layer_first_buffers_are_stored_k_before_v() -> None:
     buffers = pages.buffers(tokens(0, 1), 2)
     assert buffers is not None
     assert buffers.addresses.tolist() == [[100, 101, 200, 201]] * 2
+
+
+def test_a_get_is_bounded_by_the_prefetch_timeout(tmp_path: Path) -> None:
+    storage = FlexKVStorage(config(tmp_path))
+    storage.register_mem_pool_host(Pool())
+
+    def seconds(pages: int) -> float:
+        return storage._read_deadline(pages) - time.monotonic()
+
+    assert 0.4 < seconds(1) <= 0.5  # SGLang's defaults: 1 s and 0.25 s per 1024 tokens
+    assert 1.5 < seconds(8 * 1024 // PAGE_SIZE) <= 1.6
+    storage.set_prefetch_timeout(0.0, 1.0)
+    assert 3.1 < seconds(4 * 1024 // PAGE_SIZE) <= 3.2
+    assert 0.0 < seconds(1) <= 0.05
+    storage.close()

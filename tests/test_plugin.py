@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,26 @@ def test_prefix_keys_are_passed_with_flexkv_only() -> None:
         assert args == ("self",)
         assert kwargs["hicache_storage_pass_prefix_keys"] is expected
         assert settings["hicache_storage_pass_prefix_keys"] is False
+
+
+def test_our_store_learns_the_prefetch_timeout_and_nobody_else() -> None:
+    told: list[tuple[float, float]] = []
+
+    class FlexKVStorage:
+        def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
+            told.append((base, per_ki_token))
+
+    def attachment(store: object) -> Any:
+        controller = types.SimpleNamespace(storage_backend=store)
+        return types.SimpleNamespace(_cache=types.SimpleNamespace(cache_controller=controller))
+
+    settings = {"prefetch_timeout_base": 3.0, "prefetch_timeout_per_ki_token": 0.5}
+    assert plugin.tell_prefetch_timeout(attachment(FlexKVStorage()), **settings) is None
+    assert told == [(3.0, 0.5)]
+    plugin.tell_prefetch_timeout(attachment(object()), **settings)
+    plugin.tell_prefetch_timeout(attachment(FlexKVStorage()), prefetch_timeout_base=3.0)
+    plugin.tell_prefetch_timeout("another release", **settings)
+    assert told == [(3.0, 0.5)]
 
 
 def test_importing_the_plug_in_loads_neither_torch_nor_sglang() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from asking import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold
-from flexkv_bed.server import Replica, Settings
+from flexkv_bed.server import Replica, Settings, flexkv_extra
 from flexkv_bed.storage import files, flip_bytes, state, wait_written
 
 pytestmark = [pytest.mark.sglang, pytest.mark.e2e]
@@ -52,6 +52,7 @@ def test_tensor_parallel_ranks_keep_their_shards_apart(tmp_path: Path, model: Pa
         model=model,
         storage=tmp_path / "pages",
         log=tmp_path / "server.log",
+        extra={**flexkv_extra(tmp_path / "pages"), "prefetch_timeout_base": 2.5},
         arguments=("--tp-size", "2"),
         environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|0"},
     )
@@ -59,6 +60,7 @@ def test_tensor_parallel_ranks_keep_their_shards_apart(tmp_path: Path, model: Pa
         replica.wait_ready()
         first = cold(replica, 1)
         assert len(list(settings.storage.glob("*/NAMESPACE.json"))) == 2
+        assert replica.log_text().count("SGLang waits 2.5 s and 0.25 s per 1024 tokens") == 2
         replica.kill()
         replica.start()
         replica.wait_ready()
