@@ -24,6 +24,9 @@ class ChecksumKind(IntEnum):
     XXH3_64_SAMPLED = 3
 
 
+KIND_OF = {kind.value: kind for kind in ChecksumKind}
+"""Several times quicker than ``ChecksumKind(value)``."""
+
 WRITTEN_KIND = {
     "full": ChecksumKind.XXH3_64,
     "sampled": ChecksumKind.XXH3_64_SAMPLED,

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from flexkv_sglang.backends.breaker import Breaker
-from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.checksum import KIND_OF, ChecksumKind
 from flexkv_sglang.backends.failpoints import Failpoint, reach
 from flexkv_sglang.backends.journal import (
     JournalWriter,
@@ -286,13 +286,15 @@ class SlotFileTier:
             tuple(modes[i] for i in store.tolist()),
         )
 
-    def checksums(self, slots: Sequence[int]) -> list[tuple[ChecksumKind, int]]:
-        """What the journal says of these slots' payloads."""
-        store, local = self.locate(slots)
-        return [
-            (ChecksumKind(self.stores[s].kinds[i]), self.stores[s].sums[i])
-            for s, i in zip(store.tolist(), local.tolist(), strict=True)
-        ]
+    def checksums(self, slots: Sequence[int]) -> tuple[list[ChecksumKind], list[int]]:
+        """What the journal says of these slots' payloads: kinds and sums."""
+        store_of, local = self.locate(slots)
+        kinds, sums = np.zeros(len(local), np.uint8), np.zeros(len(local), np.uint64)
+        for index, store in enumerate(self.stores):
+            rows = slice(None) if len(self.stores) == 1 else np.flatnonzero(store_of == index)
+            kinds[rows] = np.frombuffer(store.kinds, np.uint8)[local[rows]]
+            sums[rows] = np.frombuffer(store.sums, np.uint64)[local[rows]]
+        return [KIND_OF[kind] for kind in kinds.tolist()], sums.tolist()
 
     def breakers(self, slots: Sequence[int]) -> list[Breaker]:
         """Health of the directory of each slot."""

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
 
 from flexkv_sglang.backends.breaker import Breaker
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
 from flexkv_sglang.backends.local_tier import Recovered
-from flexkv_sglang.backends.neighbours import NeighbourPage, NeighbourStore
+from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.backends.slot_file import Extents, SlotFileTier
 from flexkv_sglang.errors import TierError, TierUnavailableError
 from flexkv_sglang.local_pages import LocalPages
 from flexkv_sglang.metrics import Metrics, SlotAges
-from flexkv_sglang.plan import GetPlan, Source
+from flexkv_sglang.plan import GetPlan
 from flexkv_sglang.prefix import cut_after_first_failure
 from flexkv_sglang.reporter import Reporter
 from flexkv_sglang.soundness import check_index
@@ -112,7 +111,7 @@ class CacheEngine:
         assert len(keys) == len(targets), (len(keys), len(targets))
         started = time.monotonic()
         with GetPlan(self._pages, self._neighbours, keys) as plan:
-            results = self._read(plan, targets.take(slice(len(plan.sources))), deadline)
+            results = self._read(plan, targets.take(slice(len(plan.keys))), deadline)
         results = cut_after_first_failure(results)
         pages = sum(results)
         self._metrics.transferred(
@@ -121,55 +120,56 @@ class CacheEngine:
         return results + [False] * (len(keys) - len(results))
 
     def _read(self, plan: GetPlan, targets: PageBuffers, deadline: float) -> list[bool]:
-        sources = plan.sources
-        if not sources:
-            return []
-        own = [i for i, source in enumerate(sources) if source.slot is not None]
-        foreign = [i for i, source in enumerate(sources) if source.neighbour is not None]
-        results = [False] * len(sources)
+        results = [False] * len(plan.keys)
         bad: list[int] = []
-        for rows, extents in (
-            (own, self._tier.extents([_slot(sources[i]) for i in own])),
-            (foreign, self._neighbours.extents([_claim(sources[i]) for i in foreign])),
-        ):
-            if rows:
-                self._read_rows(sources, rows, extents, targets, deadline, results, bad)
-        self._recheck_neighbours(sources, foreign, results, bad)
-        self._drop_corrupt([sources[i] for i in bad])
+        if plan.own:
+            extents = self._tier.extents(plan.slots)
+            self._read_rows(plan, plan.own, plan.slots, extents, targets, deadline, results, bad)
+        if plan.foreign:
+            extents = self._neighbours.extents(plan.claims)
+            self._read_rows(plan, plan.foreign, [], extents, targets, deadline, results, bad)
+            self._recheck_neighbours(plan, results, bad)
+        if bad:
+            self._drop_corrupt(plan, frozenset(bad))
         return results
 
-    def _read_rows(
+    def _read_rows(  # noqa: PLR0913 - one kind of rows of ``_read``
         self,
-        sources: list[Source],
+        plan: GetPlan,
         rows: list[int],
+        own_slots: list[SlotId],
         extents: Extents,
         targets: PageBuffers,
         deadline: float,
         results: list[bool],
         bad: list[int],
     ) -> None:
-        def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
-            source = sources[rows[position]]
-            if source.kind is ChecksumKind.NONE or self._written_kind is ChecksumKind.NONE:
-                return True
-            return page_checksum(source.kind, source.key, parts) == source.checksum
+        """``own_slots``: the slots of ``rows``, or nothing if those are neighbours' pages."""
+        keys, kinds, sums = plan.keys, plan.kinds, plan.sums
+        unchecked = self._written_kind is ChecksumKind.NONE
 
-        own = [slot for i in rows if (slot := sources[i].slot) is not None]
-        self._ages.touch(own)
-        breakers = self._tier.breakers(own)
+        def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
+            row = rows[position]
+            kind = kinds[row]
+            if unchecked or kind is ChecksumKind.NONE:
+                return True
+            return page_checksum(kind, keys[row], parts) == sums[row]
+
+        self._ages.touch(own_slots)
+        breakers = self._tier.breakers(own_slots)
         outcomes = [Outcome.FAILED] * len(rows)
         try:
             with self._watch.call(deadline, frozenset(breakers)):
-                outcomes = self._mover.read(extents, targets.take(rows), deadline, inspect)
+                part = targets if len(rows) == len(targets) else targets.take(rows)
+                outcomes = self._mover.read(extents, part, deadline, inspect)
         except (OSError, TierError) as exc:
             self._trouble("read", exc)
-        for row, outcome in zip(rows, outcomes, strict=True):
-            results[row] = outcome is Outcome.DONE
-            if outcome in (Outcome.REFUSED, Outcome.SHORT):  # asking again does not help
-                bad.append(row)
-        self._metrics.count("read_failed_pages", outcomes.count(Outcome.FAILED))
-        self._metrics.count("read_late_pages", outcomes.count(Outcome.LATE))
-        if own:
+        if outcomes.count(Outcome.DONE) == len(rows):
+            for row in rows:
+                results[row] = True
+        else:
+            self._count_failures(rows, outcomes, results, bad)
+        if own_slots:
             healthy = self._report_health(breakers, outcomes, "read")
             bad += [  # one bad spot on a disk that works: this page will not get better either
                 row
@@ -177,47 +177,64 @@ class CacheEngine:
                 if outcome is Outcome.FAILED and breaker in healthy
             ]
 
+    def _count_failures(
+        self,
+        rows: list[int],
+        outcomes: Sequence[Outcome],
+        results: list[bool],
+        bad: list[int],
+    ) -> None:
+        for row, outcome in zip(rows, outcomes, strict=True):
+            results[row] = outcome is Outcome.DONE
+            if outcome in (Outcome.REFUSED, Outcome.SHORT):  # asking again does not help
+                bad.append(row)
+        self._metrics.count("read_failed_pages", outcomes.count(Outcome.FAILED))
+        self._metrics.count("read_late_pages", outcomes.count(Outcome.LATE))
+
     def _report_health(
         self, breakers: Sequence[Breaker], outcomes: Sequence[Outcome], what: str
     ) -> set[Breaker]:
         """Tell each directory's breaker how its pages fared. Returns those where some page moved."""
-        moved = Counter(
-            b
-            for b, o in zip(breakers, outcomes, strict=True)
-            if o in (Outcome.DONE, Outcome.REFUSED)
-        )
-        failed = Counter(b for b, o in zip(breakers, outcomes, strict=True) if o is Outcome.FAILED)
-        opened = [b.record(moved[b], failed[b], f"{what} errors") for b in set(breakers)]
-        if any(opened):
+        working, opened = set(), False
+        distinct = set(breakers)
+        for breaker in distinct:
+            mine = outcomes
+            if len(distinct) > 1:
+                mine = [o for o, b in zip(outcomes, breakers, strict=True) if b is breaker]
+            moved = mine.count(Outcome.DONE) + mine.count(Outcome.REFUSED)
+            if breaker.record(moved, mine.count(Outcome.FAILED), f"{what} errors"):
+                opened = True
+            if moved:
+                working.add(breaker)
+        if opened:
             self._upkeep.bypass_failed()
-        return set(moved)
+        return working
 
-    def _recheck_neighbours(
-        self, sources: list[Source], foreign: list[int], results: list[bool], bad: list[int]
-    ) -> None:
+    def _recheck_neighbours(self, plan: GetPlan, results: list[bool], bad: list[int]) -> None:
         """The owner may have rewritten a slot while we read it: its journal says so by now."""
-        claims = [_claim(sources[i]) for i in foreign]
-        for row, valid in zip(foreign, self._neighbours.still_valid(claims), strict=True):
+        for row, valid in zip(plan.foreign, self._neighbours.still_valid(plan.claims), strict=True):
             if not valid:
                 self._metrics.count("neighbour_lost_pages", int(results[row]))
                 results[row] = False
                 if row in bad:
                     bad.remove(row)  # torn, not corrupt
-        self._metrics.count("neighbour_read_pages", sum(results[i] for i in foreign))
+        self._metrics.count("neighbour_read_pages", sum(results[i] for i in plan.foreign))
 
-    def _drop_corrupt(self, sources: list[Source]) -> None:
-        """Refuse these pages from now on, here and for the neighbours."""
-        if not sources:
-            return
-        self._metrics.count("corrupt_pages", len(sources))
+    def _drop_corrupt(self, plan: GetPlan, bad: frozenset[int]) -> None:
+        """Refuse the pages at these positions from now on, here and for the neighbours."""
+        self._metrics.count("corrupt_pages", len(bad))
         logger.error(
             "flexkv: %d pages failed their checksum and are dropped (first: %s)",
-            len(sources),
-            sources[0].key.hex(),
+            len(bad),
+            plan.keys[min(bad)].hex(),
         )
-        own = [(source.key, source.slot) for source in sources if source.slot is not None]
+        own = [
+            (plan.keys[row], slot)
+            for row, slot in zip(plan.own, plan.slots, strict=True)
+            if row in bad
+        ]
         self._neighbours.forget(
-            [source.neighbour for source in sources if source.neighbour is not None]
+            [claim for row, claim in zip(plan.foreign, plan.claims, strict=True) if row in bad]
         )
         with self._pages.lock:
             gone = [(key, slot) for key, slot in own if self._pages.index.discard(key, slot)]
@@ -366,13 +383,3 @@ class CacheEngine:
     def _trouble(self, what: str, exc: Exception) -> None:
         self._metrics.count(f"{what.replace(' ', '_')}_errors")
         logger.warning("flexkv: %s failed: %s: %s", what, type(exc).__name__, exc)
-
-
-def _slot(source: Source) -> SlotId:
-    assert source.slot is not None
-    return source.slot
-
-
-def _claim(source: Source) -> NeighbourPage:
-    assert source.neighbour is not None
-    return source.neighbour
