@@ -10,13 +10,19 @@ With one tier (the common case) every call goes straight to it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 
+from flexkv_sglang.backends.huge_pages import huge_pages
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.types import PageBuffers, PageKey
+
+logger = logging.getLogger(__name__)
+
+_HUGE_PAGES_HINT = " (transfers cost less CPU with them: docs/OPERATING.md, 'Huge pages')"
 
 
 class Hierarchy:
@@ -82,6 +88,13 @@ class Hierarchy:
 
     def register_memory(self, address: int, byte_count: int) -> None:
         """Announce the host pool's memory; see ``PageMover.register_memory``."""
+        kind = huge_pages(address)
+        logger.info(
+            "flexkv: %.2f GiB of host memory, huge pages: %s%s",
+            byte_count / 2**30,
+            kind,
+            _HUGE_PAGES_HINT if kind == "none" else "",
+        )
         for tier in self.tiers:
             tier.register_memory(address, byte_count)
 
