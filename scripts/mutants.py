@@ -98,7 +98,7 @@ MUTANTS = (
         INDEX,
         "        self._touch_chain(slots)\n        return slots",
         "        return slots",
-        MODEL,
+        "tests/test_index.py",
     ),
     Mutant(
         "a page being written is visible",

@@ -247,6 +247,12 @@ def test_clear_during_a_put_leaves_no_page_and_no_slot_behind(tmp_path: Path) ->
     assert answer == [[False] * 64]
     assert engine.prefix(keys(64)) == 0
     engine.check()
+    engine.close()
+    engine = open_engine(tmp_path, PAGE, SIZE)
+    assert (engine.page_count(), engine.prefix(keys(64))) == (
+        0,
+        0,
+    )  # nothing was recorded behind CLEAR
     fill(engine, 64, 2)  # every slot is free again
     engine.close()
     engine = open_engine(tmp_path, PAGE, SIZE)
