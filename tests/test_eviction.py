@@ -11,10 +11,11 @@ from collections.abc import Callable
 import pytest
 
 from belady import optimum
-from flexkv_sglang.eviction import EvictionPolicy, Recency, ReuseDensity, _bucket
+from flexkv_sglang.eviction import EvictionPolicy, Recency, ReuseDensity
 from flexkv_sglang.index import TierIndex
 from flexkv_sglang.soundness import check_index
 from flexkv_sglang.types import PageKey
+from flexkv_sglang.waits import bucket_of
 from replay import hit_ratio
 
 Trace = list[list[int]]
@@ -139,11 +140,11 @@ def test_a_ghost_remembers_when_its_page_was_used(slot_count: int) -> None:
     policy.used([7], key_of, bytes(100))
     policy.forget(7, key_of[7])
     policy.used([8] * (3 * slot_count), key_of, bytes(100))  # many units of a ghost's time
-    before = list(policy._counted)
+    before = list(policy._waits.ended)
     policy.used([7], key_of, bytes(100))
-    counted = [n for n, was in enumerate(before) if policy._counted[n] != was]
+    counted = [n for n, was in enumerate(before) if policy._waits.ended[n] != was]
     waited = 3 * slot_count
-    assert counted in ([_bucket(age)] for age in range(waited - unit, waited + unit + 1))
+    assert counted in ([bucket_of(age)] for age in range(waited - unit, waited + unit + 1))
 
 
 def test_lru_evicts_in_the_order_of_use_whatever_is_pinned_and_whoever_gets_a_child() -> None:
