@@ -33,11 +33,12 @@ _WHEN_BITS = (
     18  # of a ghost: when the page was last used, in units of slot_count / 1024 ticks or so
 )
 _WHEN_MASK = (1 << _WHEN_BITS) - 1
+_CENSUS = 8  # one overwritten ghost in so many is counted, as so many
 _CHAIN_PAGES = 32  # victims: values change with the half-octaves of age, far more slowly than this
-_SAMPLE = 1 << 16  # slots, and as many ghosts: enough for a histogram, and a pause of milliseconds
+_SAMPLE = 1 << 11  # slots, and as many ghosts: enough for a histogram, and little memory
 _ANY_PRICE = float("inf")
 
-_first_u64 = Struct("<Q").unpack_from
+_place_and_tag = Struct("<IH").unpack_from  # of a key
 
 
 class EvictionPolicy(Protocol):
@@ -223,7 +224,7 @@ class ReuseDensity(Recency):
         self._ghosts = array("I", [0]) * (_GHOSTS_PER_SLOT * slot_count + 1)
         self._unit_bits = max(0, slot_count.bit_length() - 10)
         self._waits = Waits()
-        self._period = max(slot_count // 2, 1000)
+        self._period = max(slot_count // 2, 2000)
         self._due = max(slot_count, 1000)
         self._chosen = 0  # the class that gives the victims ...
         self._limit = 0.0  # ... up to this value: that of the next best class
@@ -233,14 +234,20 @@ class ReuseDensity(Recency):
     ) -> None:
         """See ``EvictionPolicy``."""
         last_use, group_of, queues = self.last_use, self._class, self._queues
-        ended = self._waits.ended
-        now, age, bucket = self._now, -1, 0
+        ended, ghosts = self._waits.ended, self._ghosts
+        now, age, bucket, ghost_count = self._now, -1, 0, len(ghosts)
         at_least = 0  # a page was used at least as often as those after it in the chain
         for slot in slots:
             last = last_use[slot]
             group = group_of[slot]
             if not last:
-                last, group = self._recall(key_of[slot] or b"", now)
+                place, tag = _place_and_tag(key_of[slot] or b"")
+                place %= ghost_count
+                ghost = ghosts[place]
+                last = -1
+                if ghost and ghost >> 20 == tag >> 4:
+                    last, group = self._recall(ghost, now)
+                    ghosts[place] = 0  # its wait is over
             if last < 0:
                 group = 0
             else:
@@ -267,32 +274,38 @@ class ReuseDensity(Recency):
         """See ``EvictionPolicy``."""
         if not self._waits.learned:
             return None
-        bids, at_least, now = [0.0] * len(keys), 0, self._now
+        ghosts, ghost_count = self._ghosts, len(self._ghosts)
         # Nobody can use a page again before the pages that come with it.
         bucket = bucket_of(len(keys))
         values = [row[bucket] for row in self._waits.value]
+        bids, at_least = [0.0] * len(keys), 0
         for position in range(len(keys) - 1, -1, -1):
-            if at_least + 1 < CLASSES:
-                last, group = self._recall(keys[position], now, forget=False)
-                if last >= 0:
-                    at_least = max(at_least, group + (group + 1 < CLASSES))
+            place, tag = _place_and_tag(keys[position])
+            ghost = ghosts[place % ghost_count]
+            if ghost and ghost >> 20 == tag >> 4:
+                at_least = max(at_least, min((ghost >> _WHEN_BITS & 3) + 1, CLASSES - 1))
             bids[position] = values[at_least]
         return bids
 
     def declined(self, keys: Sequence[PageKey]) -> None:
         """See ``EvictionPolicy``. As if used and evicted at once."""
-        ended, at_least = self._waits.ended, 0
+        ghosts, ghost_count, unit_bits = self._ghosts, len(self._ghosts), self._unit_bits
+        waits, now, at_least = self._waits, self._now, 0
         for key in reversed(keys):
-            last, group = self._recall(key, self._now)
-            if last < 0:
-                group = 0
-            else:
-                ended[group << 6 | bucket_of(self._now - last)] += 1
-                group += group + 1 < CLASSES
-            at_least = max(at_least, group)
-            self._now += 1
-            self._remember(key, at_least, self._now)
-        if self._now >= self._due:
+            place, tag = _place_and_tag(key)
+            place %= ghost_count
+            tag >>= 4
+            ghost = ghosts[place]
+            if ghost and ghost >> 20 == tag:
+                last, group = self._recall(ghost, now)
+                waits.ended[group << 6 | bucket_of(now - last)] += 1
+                at_least = max(at_least, min(group + 1, CLASSES - 1))
+            elif ghost and not place % _CENSUS:
+                self._censor(ghost)
+            now += 1
+            ghosts[place] = tag << 20 | at_least << _WHEN_BITS | now >> unit_bits & _WHEN_MASK
+        self._now = now
+        if now >= self._due:
             self._learn()
 
     def offer(self, slot: int) -> None:
@@ -312,30 +325,28 @@ class ReuseDensity(Recency):
 
     def forget(self, slot: int, key: PageKey) -> None:
         """See ``EvictionPolicy``."""
-        self._remember(key, self._class[slot], self.last_use[slot])
+        place, tag = _place_and_tag(key)
+        ghosts = self._ghosts
+        place %= len(ghosts)
+        if not place % _CENSUS and ghosts[place]:
+            self._censor(ghosts[place])
+        ghosts[place] = (
+            tag >> 4 << 20
+            | self._class[slot] << _WHEN_BITS
+            | self.last_use[slot] >> self._unit_bits & _WHEN_MASK
+        )
         self.last_use[slot] = 0
 
-    def _remember(self, key: PageKey, group: int, tick: int) -> None:
-        """Make a ghost. The one it takes the place of will not be seen to end: censored."""
-        (digest,) = _first_u64(key)
-        ghosts, unit = self._ghosts, self._unit_bits
-        place = digest % len(ghosts)
-        if ghost := ghosts[place]:
-            age = ((self._now >> unit) - ghost & _WHEN_MASK) << unit
-            self._waits.censored[(ghost >> _WHEN_BITS & 3) << 6 | bucket_of(age)] += 1
-        ghosts[place] = digest >> 52 << 20 | group << _WHEN_BITS | tick >> unit & _WHEN_MASK
+    def _censor(self, ghost: int) -> None:
+        """The ghost is overwritten: how long its page waits in all, nobody will see."""
+        last, group = self._recall(ghost, self._now)
+        self._waits.censored[group << 6 | bucket_of(self._now - last)] += _CENSUS
 
-    def _recall(self, key: bytes, now: int, *, forget: bool = True) -> tuple[int, int]:
-        """(last use, class) of an evicted page; (-1, 0) if there is no ghost. Its wait is over."""
-        (digest,) = _first_u64(key)
-        place = digest % len(self._ghosts)
-        ghost = self._ghosts[place]
-        if not ghost or ghost >> 20 != digest >> 52:
-            return -1, 0
-        if forget:
-            self._ghosts[place] = 0
+    def _recall(self, ghost: int, now: int) -> tuple[int, int]:
+        """(last use, class) of an evicted page."""
         units = (now >> self._unit_bits) - ghost & _WHEN_MASK
-        return max(now - (units << self._unit_bits), 0), ghost >> _WHEN_BITS & 3
+        last = now - (units << self._unit_bits)
+        return last if last > 0 else 0, ghost >> _WHEN_BITS & 3
 
     def _choose(self, may_go: Callable[[int], bool], bid: float) -> int | None:
         if self._chain_left:

@@ -81,8 +81,11 @@ def best_rates(hazard: F64) -> list[float]:
     before = 1.0 - alive
     kept = np.maximum(alive[:-1] * (1.0 - 0.5 * hazard), 1e-9)
     spent = np.concatenate(([0.0], np.cumsum(kept * _WIDTH)))
-    hits = before[1:] - before[:-1, None]
-    cost = spent[1:] - spent[:-1, None]
     # An end before its beginning has neither hits nor cost above 0, so it is never the best.
-    best: list[float] = (np.maximum(hits, 0.0) / np.maximum(cost, 1e-12)).max(1).tolist()
+    rate = before[1:] - before[:-1, None]
+    cost = spent[1:] - spent[:-1, None]
+    np.maximum(rate, 0.0, out=rate)
+    np.maximum(cost, 1e-12, out=cost)
+    rate /= cost
+    best: list[float] = rate.max(1).tolist()
     return best
