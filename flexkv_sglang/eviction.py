@@ -346,7 +346,7 @@ class ReuseDensity(Recency):
         """(last use, class) of an evicted page."""
         units = (now >> self._unit_bits) - ghost & _WHEN_MASK
         last = now - (units << self._unit_bits)
-        return last if last > 0 else 0, ghost >> _WHEN_BITS & 3
+        return max(0, last), ghost >> _WHEN_BITS & 3
 
     def _choose(self, may_go: Callable[[int], bool], bid: float) -> int | None:
         if self._chain_left:

@@ -18,7 +18,7 @@ from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.eviction import ReuseDensity
 from flexkv_sglang.index import TierIndex
 from flexkv_sglang.promises import Promises
-from flexkv_sglang.types import PageKey, SlotId
+from flexkv_sglang.types import PageKey, Reserved, SlotId
 
 
 class LocalPages:
