@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -47,7 +48,16 @@ class Nothing:
     def forget(self, slot: int, key: PageKey) -> None:
         """No-op."""
 
-    def victim(self, may_go: object) -> None:
+    def victim(self, may_go: object, bid: float) -> None:
+        """No-op."""
+
+    def renew(self, slot: int, child_count: int) -> None:
+        """No-op."""
+
+    def bids(self, keys: object) -> None:
+        """No-op."""
+
+    def declined(self, keys: object) -> None:
         """No-op."""
 
 
@@ -77,7 +87,22 @@ class Recorder:
         self.calls.append(("forget", (slot, key)))
         self._policy.forget(slot, key)
 
-    def victim(self, may_go: Callable[[int], bool]) -> int | None:
+    def renew(self, slot: int, child_count: int) -> None:
+        """Noted."""
+        self.calls.append(("renew", (slot, child_count)))
+        self._policy.renew(slot, child_count)
+
+    def bids(self, keys: Sequence[PageKey]) -> Sequence[float] | None:
+        """Noted."""
+        self.calls.append(("bids", (list(keys),)))
+        return self._policy.bids(keys)
+
+    def declined(self, keys: Sequence[PageKey]) -> None:
+        """Noted."""
+        self.calls.append(("declined", (list(keys),)))
+        self._policy.declined(keys)
+
+    def victim(self, may_go: Callable[[int], bool], bid: float = math.inf) -> int | None:
         """Noted with the pinned leaves that were met."""
         pinned: set[int] = set()
 
@@ -87,8 +112,8 @@ class Recorder:
                 pinned.add(slot)
             return allowed
 
-        found = self._policy.victim(ask)
-        self.calls.append(("victim", (lambda slot: slot not in pinned,)))
+        found = self._policy.victim(ask, bid)
+        self.calls.append(("victim", (lambda slot: slot not in pinned, bid)))
         return found
 
     def load(self, slots: I64, leaves: Iterable[int]) -> None:

@@ -248,6 +248,8 @@ class CacheEngine:
     ) -> list[bool]:
         """Write the pages that are neither here nor at a neighbour. One bool per key: is it stored now?
 
+        True also for a page that was declined: it is worth less than what is cached, and answered as if
+        it had been written and evicted at once. SGLang drops the rest of an operation at a False.
         ``keys`` is one chain; ``parent`` the page before it, if known. Returns after the data is complete
         on the medium and its commit records are on the journal; the caller's memory is not read after.
         """
@@ -259,9 +261,11 @@ class CacheEngine:
         for position in reserved.refused:
             results[position] = False
         self._metrics.count("write_refused_pages", len(reserved.refused))
+        self._metrics.count("write_declined_pages", len(reserved.declined))
         self._ages.evicted(slot for _, slot in reserved.victims)
         self._metrics.count(
-            "write_present_pages", len(keys) - len(reserved.granted) - len(reserved.refused)
+            "write_present_pages",
+            len(keys) - len(reserved.granted) - len(reserved.refused) - len(reserved.declined),
         )
         if not reserved.granted:
             return results

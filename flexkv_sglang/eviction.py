@@ -11,7 +11,8 @@ Not thread-safe: the index calls under the engine's lock.
   Gittins ("Bandit Processes and Dynamic Allocation Indices", 1979), as EVA and LHD value lines by hit
   density (Beckmann and Sanchez, HPCA 2017; Beckmann et al., NSDI 2018). Waits that outlast a page's stay
   are seen through a table of evicted keys ("ghosts", as in ARC), else only what is kept could look good.
-  Nothing is fitted to a trace; what was learned fades with a half-life of about 14 tables.
+  A new page is worth something too: one that is worth less than every leaf is declined, and leaves its
+  ghost. Nothing is fitted to a trace; what was learned fades with a half-life of about 14 tables.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ import numpy as np
 
 from flexkv_sglang.leaf_queue import LeafQueue
 from flexkv_sglang.types import F64, I64, PageKey
+from flexkv_sglang.waits import BUCKETS, CLASSES, Waits, bucket_of, buckets_of
 
-_CLASSES = 4
-_BUCKETS = 64  # two per octave of age
 _GHOSTS_PER_SLOT = 4
 _WHEN_BITS = (
     18  # of a ghost: when the page was last used, in units of slot_count / 1024 ticks or so
 )
 _WHEN_MASK = (1 << _WHEN_BITS) - 1
-_FADE = 0.95  # of what was learned, each time the tables are made anew
-_PRIOR_PAGES = 50.0  # a class counts as this many average pages until it has its own
+_CENSUS = 8  # one overwritten ghost in so many is counted, as so many
 _CHAIN_PAGES = 32  # victims: values change with the half-octaves of age, far more slowly than this
+_SAMPLE = 1 << 11  # slots, and as many ghosts: enough for a histogram, and little memory
+_ANY_PRICE = float("inf")
 
-_first_u64 = Struct("<Q").unpack_from
+_place_and_tag = Struct("<IH").unpack_from  # of a key
 
 
 class EvictionPolicy(Protocol):
@@ -50,8 +51,12 @@ class EvictionPolicy(Protocol):
     ) -> None:
         """READY pages were written or read, in this order: one call per chain, not per page.
 
-        ``key_of``, ``children``: the index's columns, by slot. Who has no cached child may be a victim.
+        A chain comes tail first. ``key_of``, ``children``: the index's columns, by slot. Who has no
+        cached child may be a victim.
         """
+
+    def renew(self, slot: int, child_count: int) -> None:
+        """The page got a child: its old offer is stale. No use of its own, but as recent as one."""
 
     def offer(self, slot: int) -> None:
         """The last cached child of this page is gone: it may be a victim."""
@@ -59,8 +64,18 @@ class EvictionPolicy(Protocol):
     def forget(self, slot: int, key: PageKey) -> None:
         """The page has left its slot."""
 
-    def victim(self, may_go: Callable[[int], bool]) -> int | None:
-        """The leaf to evict, or None. Those that ``may_go`` refuses (pinned) are kept for later."""
+    def bids(self, keys: Sequence[PageKey]) -> Sequence[float] | None:
+        """What each page of a new chain is worth, to be given to ``victim``. None: more than any leaf."""
+
+    def declined(self, keys: Sequence[PageKey]) -> None:
+        """These pages of a chain, in its order, got no slot as no leaf was worth less than their bid."""
+
+    def victim(self, may_go: Callable[[int], bool], bid: float = _ANY_PRICE) -> int | None:
+        """The leaf to evict; None if there is none, or none that is worth less than ``bid``.
+
+        Leaves that ``may_go`` refuses (pinned) are kept for later. One that was found is found again
+        until its last use changes.
+        """
 
     def retain(self, keep: Callable[[int], bool]) -> None:
         """Offer those that ``keep`` refuses no longer, until they are offered again."""
@@ -90,6 +105,7 @@ class Recency:
         self._next_tick = 0  # its last use; if that has changed, it is not to be taken
         self._victim_tick = 0
         self._chain_left = 0  # pages that may go before the classes are compared again
+        self._price = 0.0  # what the last victim was worth
 
     def used(
         self,
@@ -105,6 +121,14 @@ class Recency:
             if not children[slot]:
                 self._queues[0].append(slot, now)
         self._now = now
+
+    def renew(self, slot: int, child_count: int) -> None:
+        """See ``EvictionPolicy``."""
+        if self.last_use[slot]:
+            self._now += 1
+            self.last_use[slot] = self._now
+            if not child_count:
+                self._queue_of(slot).append(slot, self._now)
 
     def offer(self, slot: int) -> None:
         """See ``EvictionPolicy``."""
@@ -127,21 +151,34 @@ class Recency:
         """See ``EvictionPolicy``."""
         self.last_use[slot] = 0
 
-    def victim(self, may_go: Callable[[int], bool]) -> int | None:
+    def bids(self, keys: Sequence[PageKey]) -> Sequence[float] | None:  # noqa: ARG002
+        """See ``EvictionPolicy``."""
+        return None
+
+    def declined(self, keys: Sequence[PageKey]) -> None:
+        """See ``EvictionPolicy``. Never comes, as there is no bid."""
+
+    def victim(self, may_go: Callable[[int], bool], bid: float = _ANY_PRICE) -> int | None:
         """See ``EvictionPolicy``."""
         slot, tick = self._next, self._next_tick
-        if slot >= 0 and self._chain_left and self.last_use[slot] == tick and may_go(slot):
+        if (
+            slot >= 0
+            and self._chain_left
+            and bid > self._price
+            and self.last_use[slot] == tick
+            and may_go(slot)
+        ):
             self._chain_left -= 1
             self._victim_tick = tick
             return slot
         self._put_back()
-        found = self._choose(may_go)
+        found = self._choose(may_go, bid)
         if found is not None:
             oldest = not self._queue_of(found).passed_over
             self._victim_tick = self.last_use[found] if oldest else -1
         return found
 
-    def _choose(self, may_go: Callable[[int], bool]) -> int | None:
+    def _choose(self, may_go: Callable[[int], bool], bid: float) -> int | None:  # noqa: ARG002
         self._chain_left = _CHAIN_PAGES
         return self._queues[0].oldest(may_go)
 
@@ -179,61 +216,94 @@ class ReuseDensity(Recency):
     A ghost is one u32: 12 bits of the key, 2 of the class, 18 of the last use. 16 B per slot.
     """
 
-    _classes = _CLASSES
+    _classes = CLASSES
 
     def __init__(self, slot_count: int) -> None:
         super().__init__(slot_count)
         self._class = bytearray(slot_count)
         self._ghosts = array("I", [0]) * (_GHOSTS_PER_SLOT * slot_count + 1)
         self._unit_bits = max(0, slot_count.bit_length() - 10)
-        self._waits = np.zeros((_CLASSES, _BUCKETS))  # next uses, by class and age
-        self._pages = np.zeros(_CLASSES)  # uses after which a next one could come
-        self._counted = [0] * (_CLASSES * _BUCKETS)  # next uses since the last table
-        self._fresh = 0  # new pages since then
-        self._period = max(slot_count // 2, 1000)
+        self._waits = Waits()
+        self._period = max(slot_count // 2, 2000)
         self._due = max(slot_count, 1000)
         self._chosen = 0  # the class that gives the victims ...
         self._limit = 0.0  # ... up to this value: that of the next best class
-        # Before anything is learned: the older, the less.
-        self._value = [[1.0 / (bucket + 1) for bucket in range(_BUCKETS)] for _ in range(_CLASSES)]
 
     def used(
         self, slots: Sequence[int], key_of: Sequence[PageKey | None], children: Sequence[int]
     ) -> None:
         """See ``EvictionPolicy``."""
-        last_use, group_of, counted, queues = (
-            self.last_use,
-            self._class,
-            self._counted,
-            self._queues,
-        )
-        ghosts, ghost_count = self._ghosts, len(self._ghosts)
-        now, age, bucket = self._now, -1, 0
+        last_use, group_of, queues = self.last_use, self._class, self._queues
+        ended, ghosts = self._waits.ended, self._ghosts
+        now, age, bucket, ghost_count = self._now, -1, 0, len(ghosts)
+        at_least = 0  # a page was used at least as often as those after it in the chain
         for slot in slots:
             last = last_use[slot]
             group = group_of[slot]
             if not last:
-                (digest,) = _first_u64(key_of[slot] or b"")
-                ghost = ghosts[digest % ghost_count]
+                place, tag = _place_and_tag(key_of[slot] or b"")
+                place %= ghost_count
+                ghost = ghosts[place]
                 last = -1
-                if ghost >> 20 == digest >> 52:
+                if ghost and ghost >> 20 == tag >> 4:
                     last, group = self._recall(ghost, now)
+                    ghosts[place] = 0  # its wait is over
             if last < 0:
-                self._fresh += 1
                 group = 0
             else:
                 if (
                     now - last != age
                 ):  # else of one chain, and used one after the other last time too
                     age = now - last
-                    bucket = _bucket(age)
-                counted[group << 6 | bucket] += 1
-                group += group + 1 < _CLASSES
+                    bucket = bucket_of(age)
+                ended[group << 6 | bucket] += 1
+                group += group + 1 < CLASSES
+            if group < at_least:
+                group = at_least
+            at_least = group
             now += 1
             last_use[slot] = now
             group_of[slot] = group
             if not children[slot]:
                 queues[group].append(slot, now)
+        self._now = now
+        if now >= self._due:
+            self._learn()
+
+    def bids(self, keys: Sequence[PageKey]) -> Sequence[float] | None:
+        """See ``EvictionPolicy``."""
+        if not self._waits.learned:
+            return None
+        ghosts, ghost_count = self._ghosts, len(self._ghosts)
+        # Nobody can use a page again before the pages that come with it.
+        bucket = bucket_of(len(keys))
+        values = [row[bucket] for row in self._waits.value]
+        bids, at_least = [0.0] * len(keys), 0
+        for position in range(len(keys) - 1, -1, -1):
+            place, tag = _place_and_tag(keys[position])
+            ghost = ghosts[place % ghost_count]
+            if ghost and ghost >> 20 == tag >> 4:
+                at_least = max(at_least, min((ghost >> _WHEN_BITS & 3) + 1, CLASSES - 1))
+            bids[position] = values[at_least]
+        return bids
+
+    def declined(self, keys: Sequence[PageKey]) -> None:
+        """See ``EvictionPolicy``. As if used and evicted at once."""
+        ghosts, ghost_count, unit_bits = self._ghosts, len(self._ghosts), self._unit_bits
+        waits, now, at_least = self._waits, self._now, 0
+        for key in reversed(keys):
+            place, tag = _place_and_tag(key)
+            place %= ghost_count
+            tag >>= 4
+            ghost = ghosts[place]
+            if ghost and ghost >> 20 == tag:
+                last, group = self._recall(ghost, now)
+                waits.ended[group << 6 | bucket_of(now - last)] += 1
+                at_least = max(at_least, min(group + 1, CLASSES - 1))
+            elif ghost and not place % _CENSUS:
+                self._censor(ghost)
+            now += 1
+            ghosts[place] = tag << 20 | at_least << _WHEN_BITS | now >> unit_bits & _WHEN_MASK
         self._now = now
         if now >= self._due:
             self._learn()
@@ -255,89 +325,72 @@ class ReuseDensity(Recency):
 
     def forget(self, slot: int, key: PageKey) -> None:
         """See ``EvictionPolicy``."""
-        (digest,) = _first_u64(key)
+        place, tag = _place_and_tag(key)
         ghosts = self._ghosts
-        ghosts[digest % len(ghosts)] = (
-            digest >> 52 << 20
+        place %= len(ghosts)
+        if not place % _CENSUS and ghosts[place]:
+            self._censor(ghosts[place])
+        ghosts[place] = (
+            tag >> 4 << 20
             | self._class[slot] << _WHEN_BITS
             | self.last_use[slot] >> self._unit_bits & _WHEN_MASK
         )
         self.last_use[slot] = 0
 
-    def _recall(self, ghost: int, now: int) -> tuple[int, int]:
-        """(last use, class) of an evicted page; (-1, 0) if there is no ghost."""
-        if not ghost:
-            return -1, 0
-        units = (now >> self._unit_bits) - ghost & _WHEN_MASK
-        return max(now - (units << self._unit_bits), 0), ghost >> _WHEN_BITS & 3
+    def _censor(self, ghost: int) -> None:
+        """The ghost is overwritten: how long its page waits in all, nobody will see."""
+        last, group = self._recall(ghost, self._now)
+        self._waits.censored[group << 6 | bucket_of(self._now - last)] += _CENSUS
 
-    def _choose(self, may_go: Callable[[int], bool]) -> int | None:
+    def _recall(self, ghost: int, now: int) -> tuple[int, int]:
+        """(last use, class) of an evicted page."""
+        units = (now >> self._unit_bits) - ghost & _WHEN_MASK
+        last = now - (units << self._unit_bits)
+        return max(0, last), ghost >> _WHEN_BITS & 3
+
+    def _choose(self, may_go: Callable[[int], bool], bid: float) -> int | None:
         if self._chain_left:
             self._chain_left -= 1
             found = self._queues[self._chosen].oldest(may_go)
-            if found is not None and self._worth(found) <= self._limit:
+            if found is not None and (worth := self._worth(found)) <= self._limit and worth < bid:
+                self._price = worth
                 return found
         heads = [
             (self._worth(slot), slot)
             for queue in self._queues
             if (slot := queue.oldest(may_go)) is not None
         ]
-        if not heads:
-            return None
         heads.sort()
+        if not heads or 0.0 < heads[0][0] >= bid:  # worth nothing: it goes in any case
+            return None
+        self._price = heads[0][0]
         self._chosen = self._class[heads[0][1]]
-        self._limit = heads[1][0] if len(heads) > 1 else float("inf")
+        self._limit = heads[1][0] if len(heads) > 1 else _ANY_PRICE
         self._chain_left = _CHAIN_PAGES
         return heads[0][1]
 
     def _worth(self, slot: int) -> float:
-        return self._value[self._class[slot]][_bucket(self._now - self.last_use[slot])]
+        return self._waits.value[self._class[slot]][bucket_of(self._now - self.last_use[slot])]
 
     def _learn(self) -> None:
-        waits = np.array(self._counted, float).reshape(_CLASSES, _BUCKETS)
-        self._waits = self._waits * _FADE + waits
-        uses = waits.sum(1)
-        begun = np.array([self._fresh, uses[0], uses[1], uses[2] + uses[3]], float)
-        self._pages = self._pages * _FADE + begun
-        self._counted, self._fresh = [0] * (_CLASSES * _BUCKETS), 0
-        share = _PRIOR_PAGES / (self._pages.sum() + 1.0)
-        all_waits, all_pages = self._waits.sum(0) * share, self._pages.sum() * share
-        self._value = [
-            _best_rates(self._waits[number] + all_waits, self._pages[number] + all_pages)
-            for number in range(_CLASSES)
-        ]
+        self._waits.learn(self._waiting())
         for queue in self._queues:  # a class that gets no pages any more would keep stale entries
             queue.tidy()
         self._due = self._now + self._period
         self._chain_left = 0
 
-
-def _bucket(age: int) -> int:
-    """Two buckets per octave: the bit length and the bit below the highest."""
-    bits = age.bit_length()
-    return min(2 * bits + (age >> (bits - 2) & 1), _BUCKETS - 1) if bits > 1 else 2 * bits
-
-
-def _widths() -> F64:
-    edges = [0.0, 0.5, 1.0, 1.5]  # ages 0 and 1 are buckets 0 and 2; 1 and 3 stay empty
-    for bits in range(2, _BUCKETS // 2 + 1):
-        edges += [2.0 ** (bits - 1), 1.5 * 2.0 ** (bits - 1)]
-    return np.diff(np.array(edges[: _BUCKETS + 1]))
-
-
-_WIDTH = _widths()
-
-
-def _best_rates(waits: F64, pages: float) -> list[float]:
-    """Per age bucket: the largest (next uses) / (slot ticks) over all ways to stop keeping later.
-
-    ``waits``: next uses per age bucket, shape (buckets,). ``pages``: how many pages could have had one.
-    """
-    before = np.concatenate(([0.0], np.cumsum(waits)))
-    waiting = np.maximum(pages - before[:-1] - 0.5 * waits, 0.5)
-    spent = np.concatenate(([0.0], np.cumsum(waiting * _WIDTH)))
-    hits = before[1:] - before[:-1, None]
-    cost = spent[1:] - spent[:-1, None]
-    # An end before its beginning has neither hits nor cost above 0, so it is never the best.
-    best: list[float] = (np.maximum(hits, 0.0) / np.maximum(cost, 1e-9)).max(1).tolist()
-    return best
+    def _waiting(self) -> F64:
+        """Pages that wait now, here or as ghosts, by class and age; estimated from a sample."""
+        counts = np.zeros(CLASSES * BUCKETS)
+        step = -(-len(self.last_use) // _SAMPLE)
+        ticks = np.frombuffer(self.last_use, np.uint64)[::step].astype(np.int64)
+        groups = np.frombuffer(self._class, np.uint8)[::step][ticks > 0].astype(np.int64)
+        places = groups << 6 | buckets_of(self._now - ticks[ticks > 0])
+        counts += step * np.bincount(places, minlength=len(counts))
+        step = -(-len(self._ghosts) // _SAMPLE)
+        ghosts = np.frombuffer(self._ghosts, np.uint32)[::step].astype(np.int64)
+        ghosts = ghosts[ghosts > 0]
+        ages = ((self._now >> self._unit_bits) - ghosts & _WHEN_MASK) << self._unit_bits
+        places = (ghosts >> _WHEN_BITS & 3) << 6 | buckets_of(ages)
+        counts += step * np.bincount(places, minlength=len(counts))
+        return counts.reshape(CLASSES, BUCKETS)

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from flexkv_sglang.types import (
     SUSPENDED,
     WRITING,
     PageKey,
+    Reserved,
     SlotId,
 )
 
@@ -48,18 +49,6 @@ _MAX_SLOTS = (1 << 32) - 1
 
 FOUND = (WRITING, READY, SUSPENDED)
 """States of slots whose key is in the map."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reserved:
-    """Answer of ``reserve``. ``granted``: (position in the batch, slot). ``victims``: (key, slot) to tombstone.
-
-    ``refused``: positions for which no slot could be freed. Other positions were present already.
-    """
-
-    granted: list[tuple[int, SlotId]]
-    victims: list[tuple[PageKey, SlotId]]
-    refused: list[int]
 
 
 class TierIndex:
@@ -159,7 +148,8 @@ class TierIndex:
 
         ``parent``: the page before ``keys[0]``, if known. ``skip``: positions not wanted (a neighbour
         has them). Present keys are touched and never victims of this call. Never waits, never raises:
-        when nothing can be evicted the rest of the batch is refused, a leading part is granted.
+        when nothing can be evicted the rest of the batch is refused, when nothing that is worth less
+        can, declined; a leading part is granted.
         """
         self._replace_suspended(keys)
         held = [
@@ -174,23 +164,30 @@ class TierIndex:
             for position, key in reversed(list(enumerate(keys)))
             if key not in self._slot_of and position not in skip
         }
-        slots, victims = self._take(len(absent))
-        granted = list(zip(sorted(absent.values()), slots, strict=False))
+        wanted = sorted(absent.values())
+        slots, victims, dear = self._take([keys[position] for position in wanted])
+        granted = list(zip(wanted, slots, strict=False))
         for position, slot in granted:
             self._begin_write(keys[position], slot)
-        refused: list[int] = []
         previous = self._slot_of.get(parent, NO_SLOT) if parent is not None else NO_SLOT
+        unplaced: list[int] = []
         for position, key in enumerate(keys):
             current = self._slot_of.get(key, NO_SLOT)
             if current == NO_SLOT and position not in skip:
-                refused.append(position)
+                unplaced.append(position)
             elif current != NO_SLOT and previous != NO_SLOT:
                 self._links.link(current, previous)
             previous = current
         for slot in held:
             self._pins[slot] -= 1
+        before = held.pop(0) if parent in self._slot_of else NO_SLOT
         self._touch_chain(held)
-        return Reserved(granted, victims, refused)
+        if before != NO_SLOT and self._state[before] == READY:
+            # It may have a child now. Whether it was used, another call says.
+            self._policy.renew(before, self._links.children[before])
+        if dear:
+            self._policy.declined([keys[position] for position in unplaced])
+        return Reserved(granted, victims, [] if dear else unplaced, unplaced if dear else [])
 
     def still_writing(self, slots: Iterable[SlotId]) -> list[bool]:
         """Per slot: False if ``clear`` or ``suspend`` hit it since ``reserve``. It must be aborted then."""
@@ -342,13 +339,21 @@ class TierIndex:
         ready = [slot for slot in reversed(slots) if self._state[slot] == READY]
         self._policy.used(ready, self._key_of, self._links.children)
 
-    def _take(self, count: int) -> tuple[list[SlotId], list[tuple[PageKey, SlotId]]]:
-        """Slots, ascending: what is free, then what is evicted for it; and (key, slot) of the evicted."""
-        slots = [SlotId(slot) for slot in self._free_slots.take(count)]
+    def _take(
+        self, keys: Sequence[PageKey]
+    ) -> tuple[list[SlotId], list[tuple[PageKey, SlotId]], bool]:
+        """Slots, ascending: what is free, then what is evicted for it; (key, slot) of the evicted; and if
+        it ends because what is left is worth more than the next key.
+        """
+        slots = [SlotId(slot) for slot in self._free_slots.take(len(keys))]
         victims: list[tuple[PageKey, SlotId]] = []
-        while len(slots) < count:
-            victim = self._policy.victim(self._may_go)
+        dear = False
+        bids = self._policy.bids(keys) if len(slots) < len(keys) else None
+        while len(slots) < len(keys):
+            bid = bids[len(slots)] if bids is not None else inf
+            victim = self._policy.victim(self._may_go, bid)
             if victim is None:
+                dear = bids is not None and self._policy.victim(self._may_go) is not None
                 break
             key = self._key_of[victim]
             assert key is not None
@@ -357,7 +362,7 @@ class TierIndex:
             victims.append((key, SlotId(victim)))
             slots.append(SlotId(victim))
         # Pages of a chain were evicted tail first; in order again, they lie side by side.
-        return sorted(slots), victims
+        return sorted(slots), victims, dear
 
     def _may_go(self, slot: int) -> bool:
         return self._pins[slot] == 0 and self._free_slots.is_open(slot)

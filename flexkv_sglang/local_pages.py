@@ -16,9 +16,9 @@ from flexkv_sglang.backends.local_tier import Recovered
 from flexkv_sglang.backends.slot_file import SlotFileTier
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.eviction import ReuseDensity
-from flexkv_sglang.index import Reserved, TierIndex
+from flexkv_sglang.index import TierIndex
 from flexkv_sglang.promises import Promises
-from flexkv_sglang.types import PageKey, SlotId
+from flexkv_sglang.types import PageKey, Reserved, SlotId
 
 
 class LocalPages:
@@ -81,7 +81,10 @@ class LocalPages:
             self._end(self._promises.break_all())
             second = self.index.reserve(keys, parent, held)
         return Reserved(
-            sorted(first.granted + second.granted), first.victims + second.victims, second.refused
+            sorted(first.granted + second.granted),
+            first.victims + second.victims,
+            second.refused,
+            second.declined,
         )
 
     def publish_del(self, victims: Sequence[tuple[PageKey, SlotId]], deadline: float) -> None:
@@ -102,7 +105,7 @@ class LocalPages:
             alive = self.index.still_writing(slots)
             ready = [a and b for a, b in zip(alive, done, strict=True)]
             good = [slot for slot, flag in zip(slots, ready, strict=True) if flag]
-            self.index.commit(good)
+            self.index.commit(good[::-1])  # tail first, as a chain is used
             self.index.abort([slot for slot, flag in zip(slots, ready, strict=True) if not flag])
             self._end(self._promises.keep(good))
         return ready

@@ -102,6 +102,7 @@ _ALL = (
     _counter("copied_pages", "pages", "pages moved through the bounce slab: not aligned"),
     _counter("write_present_pages", "pages", "pages given to put that were stored already"),
     _counter("write_refused_pages", "pages", _UNSTORED, "unstored_pages", reason="no_slot"),
+    _counter("write_declined_pages", "pages", _UNSTORED, "unstored_pages", reason="declined"),
     _counter("write_failed_pages", "pages", _UNSTORED, "unstored_pages", reason="failed"),
     _counter("evicted_pages", "pages", "pages that gave their slot to another"),
     *(

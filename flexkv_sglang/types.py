@@ -69,3 +69,17 @@ class PageBuffers:
     def take(self, rows: npt.NDArray[np.intp] | list[int] | slice) -> PageBuffers:
         """The same for some of the pages."""
         return PageBuffers(self.addresses[rows], self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Answer of ``reserve``. ``granted``: (position in the batch, slot). ``victims``: (key, slot) to tombstone.
+
+    ``refused``: positions for which no slot could be freed. ``declined``: those the policy holds to be worth
+    less than what is cached. Other positions were present already.
+    """
+
+    granted: list[tuple[int, SlotId]]
+    victims: list[tuple[PageKey, SlotId]]
+    refused: list[int]
+    declined: list[int]

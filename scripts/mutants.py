@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import eviction_mutants
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
 ENGINE = "tests/test_engine.py"
@@ -71,27 +73,6 @@ MUTANTS = (
         "            last_use[slot] = now\n            if not",
         "            last_use[slot] = (1 << 30) - now\n            if not",
         MODEL,
-    ),
-    Mutant(
-        "ghosts are forgotten",
-        EVICTION,
-        "last, group = self._recall(ghost, now)",
-        "pass",
-        "tests/test_eviction.py",
-    ),
-    Mutant(
-        "nothing is learned",
-        EVICTION,
-        "        if now >= self._due:\n            self._learn()",
-        "        pass",
-        "tests/test_eviction.py",
-    ),
-    Mutant(
-        "the most valuable leaf goes",
-        EVICTION,
-        "        heads.sort()",
-        "        heads.sort(reverse=True)",
-        "tests/test_eviction.py",
     ),
     Mutant(
         "use does not protect",
@@ -311,6 +292,7 @@ MUTANTS = (
         "pass",
         "tests/backends/test_local_tier.py",
     ),
+    *(Mutant(*row) for row in eviction_mutants.ROWS),
 )
 
 

@@ -8,13 +8,15 @@ import random
 import tracemalloc
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from belady import optimum
-from flexkv_sglang.eviction import EvictionPolicy, Recency, ReuseDensity, _bucket
+from flexkv_sglang.eviction import EvictionPolicy, Recency, ReuseDensity
 from flexkv_sglang.index import TierIndex
 from flexkv_sglang.soundness import check_index
 from flexkv_sglang.types import PageKey
+from flexkv_sglang.waits import BUCKETS, CLASSES, Waits, bucket_of, buckets_of
 from replay import hit_ratio
 
 Trace = list[list[int]]
@@ -139,11 +141,11 @@ def test_a_ghost_remembers_when_its_page_was_used(slot_count: int) -> None:
     policy.used([7], key_of, bytes(100))
     policy.forget(7, key_of[7])
     policy.used([8] * (3 * slot_count), key_of, bytes(100))  # many units of a ghost's time
-    before = list(policy._counted)
+    before = list(policy._waits.ended)
     policy.used([7], key_of, bytes(100))
-    counted = [n for n, was in enumerate(before) if policy._counted[n] != was]
+    counted = [n for n, was in enumerate(before) if policy._waits.ended[n] != was]
     waited = 3 * slot_count
-    assert counted in ([_bucket(age)] for age in range(waited - unit, waited + unit + 1))
+    assert counted in ([bucket_of(age)] for age in range(waited - unit, waited + unit + 1))
 
 
 def test_lru_evicts_in_the_order_of_use_whatever_is_pinned_and_whoever_gets_a_child() -> None:
@@ -202,3 +204,151 @@ def test_a_policy_takes_at_most_40_bytes_per_slot(make: Callable[[int], Eviction
     finally:
         tracemalloc.stop()
     assert held / slot_count <= 40
+
+
+def learned(slot_count: int, waits: list[int], pages: int) -> ReuseDensity:
+    """Of ``pages`` pages in their first wait, as many as ``waits`` came back, at these ages."""
+    policy = ReuseDensity(slot_count)
+    for age in waits:
+        policy._waits.ended[bucket_of(age)] += 1
+    policy._waits.censored[bucket_of(1 << 20)] += pages - len(waits)
+    policy._waits.learn(np.zeros((CLASSES, BUCKETS)))
+    return policy
+
+
+def test_a_page_is_worth_most_shortly_before_it_is_likely_to_be_used() -> None:
+    policy = learned(1000, [3000] * 500, 1000)
+    young, ripe, late = (policy._waits.value[0][bucket_of(age)] for age in (10, 2900, 9000))
+    assert ripe > 2 * young > 0
+    assert late < young
+
+
+def test_waits_that_are_not_over_do_not_make_a_class_look_dead() -> None:
+    """Half of the pages come back at age 3000, but most have not had the time to get there."""
+    waits = Waits()
+    waits.ended[bucket_of(3000)] = 100
+    waits.censored[bucket_of(10_000)] = 100
+    waiting = np.zeros((CLASSES, BUCKETS))
+    waits.learn(waiting)
+    settled = waits.value[0][bucket_of(2900)]
+    waits.ended[bucket_of(3000)] = 100
+    waits.censored[bucket_of(10_000)] = 100
+    waiting[0, bucket_of(100)] = 10_000
+    waits.learn(waiting)
+    assert waits.value[0][bucket_of(2900)] == pytest.approx(settled, rel=0.05)
+
+
+def test_pages_that_wait_are_counted_by_class_and_age() -> None:
+    policy = ReuseDensity(100)
+    key_of = [PageKey(bytes([slot]) * 32) for slot in range(100)]
+    policy.used(list(range(30)), key_of, bytes(100))
+    policy.used(list(range(10)), key_of, bytes(100))
+    for slot in range(5, 20):
+        policy.forget(slot, key_of[slot])
+    waiting = policy._waiting()
+    assert waiting.sum(1).tolist() == [20.0, 10.0, 0.0, 0.0]
+    assert waiting[0, : bucket_of(10)].sum() == 0  # the first class has waited since before the ten
+
+
+@pytest.mark.parametrize("age", [0, 1, 2, 3, 4, 5, 6, 7, 1000, 1535, 1536, 2**31, 2**40])
+def test_buckets_of_ages_are_the_same_one_by_one_and_all_at_once(age: int) -> None:
+    assert buckets_of(np.array([age])).tolist() == [bucket_of(age)]
+
+
+def test_a_new_chain_is_declined_where_every_leaf_is_worth_more() -> None:
+    """A loop over three times the capacity: LRU never hits; what is cached must stay to be of use."""
+    index = TierIndex(1000, ReuseDensity(1000))
+    loop = [
+        [PageKey((100 * chain + page).to_bytes(4, "big") * 8) for page in range(10)]
+        for chain in range(300)
+    ]
+    found, declined, refused = [0] * 12, [0] * 12, 0
+    for turn in range(12):
+        for keys in loop:
+            slots = index.pin(keys)
+            index.unpin(slots)
+            found[turn] += len(slots)
+            got = index.reserve(keys[len(slots) :], keys[len(slots) - 1] if slots else None)
+            index.commit([slot for _, slot in reversed(got.granted)])
+            declined[turn] += len(got.declined)
+            refused += len(got.refused)
+            assert len(slots) + len(got.granted) + len(got.declined) == len(keys)
+    check_index(index)
+    assert refused == 0
+    assert declined[0] == 0  # nothing is declined before anything is learned
+    assert found[-1] > 700
+    assert declined[-1] > 1500
+
+
+def test_nothing_is_declined_while_there_are_free_slots_or_under_lru() -> None:
+    policy = learned(8, [3000] * 500, 1000)
+    for index in (TierIndex(8, policy), TierIndex(8)):
+        chain = [PageKey(bytes([page]) * 32) for page in range(12)]
+        first = index.reserve(chain[:8], None)
+        assert len(first.granted) == 8
+        index.commit([slot for _, slot in reversed(first.granted)])
+        second = index.reserve([PageKey(b"n" * 32)], None)
+        assert not second.refused
+        assert bool(second.declined) == (index._policy is policy)
+
+
+def test_pinned_leaves_make_a_refusal_not_a_decline() -> None:
+    index = TierIndex(4, learned(4, [3000] * 500, 1000))
+    chain = [PageKey(bytes([page]) * 32) for page in range(4)]
+    index.commit([slot for _, slot in reversed(index.reserve(chain, None).granted)])
+    index.pin(chain)
+    got = index.reserve([PageKey(b"n" * 32)], None)
+    assert got.refused == [0]
+    assert not got.declined
+
+
+def test_a_declined_page_leaves_a_ghost_and_gets_a_slot_when_it_comes_again() -> None:
+    policy = learned(8, [3000] * 10, 1000)
+    for _ in range(1000):  # pages of the second class come back at once, nearly all of them
+        policy._waits.ended[1 << 6 | bucket_of(20)] += 1
+    policy._waits.learn(np.zeros((CLASSES, BUCKETS)))
+    index = TierIndex(8, policy)
+    chain = [PageKey(bytes([page]) * 32) for page in range(8)]
+    index.commit([slot for _, slot in reversed(index.reserve(chain, None).granted)])
+    new = [PageKey(b"n" * 32), PageKey(b"m" * 32)]
+    assert index.reserve(new, None).declined == [0, 1]
+    again = index.reserve([*new, PageKey(b"k" * 32)], None)
+    assert [position for position, _ in again.granted] == [0, 1]
+    assert again.declined == [2]
+
+
+def test_writing_behind_a_page_is_no_use_of_it() -> None:
+    policy = ReuseDensity(8)
+    index = TierIndex(8, policy)
+    chain = [PageKey(bytes([page]) * 32) for page in range(4)]
+    index.commit([slot for _, slot in reversed(index.reserve(chain[:2], None).granted)])
+    behind = index.reserve(chain[2:], chain[1])
+    index.commit([slot for _, slot in reversed(behind.granted)])
+    assert sum(policy._waits.ended) == 0
+    assert set(policy._class) == {0}
+    check_index(index)
+
+
+def test_a_page_counts_as_used_as_often_as_those_after_it() -> None:
+    """The head's ghost is lost; that of the tail says the chain was here."""
+    policy = ReuseDensity(8)
+    key_of = [PageKey(bytes([page]) * 32) for page in range(8)]
+    policy.used([2, 1, 0], key_of, bytes(8))
+    for slot in (2, 1, 0):
+        policy.forget(slot, key_of[slot])
+    place = int.from_bytes(key_of[0][:4], "little") % len(policy._ghosts)
+    policy._ghosts[place] = 0
+    policy.used([2, 1, 0], key_of, bytes(8))
+    assert list(policy._class[:3]) == [1, 1, 1]
+
+
+def test_several_conversations_live_until_their_next_turn_in_a_small_cache() -> None:
+    """Turns lie further apart than the capacity reaches: keeping the youngest, as LRU does, is useless."""
+    rng, talks, trace, fresh = random.Random(11), [[0]] * 100, [], 10
+    for _ in range(12):
+        for number in rng.sample(range(100), 100):
+            talks[number] = [*talks[number], fresh, fresh + 1]
+            trace += [talks[number], list(range(10**8 + 10 * fresh, 10**8 + 10 * fresh + 8))]
+            fresh += 2
+    lru, default = hit_ratio(trace, 300, Recency(300)), hit_ratio(trace, 300, ReuseDensity(300))
+    assert default > lru + 0.25 * (optimum(trace, 300) - lru)

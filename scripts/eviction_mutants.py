@@ -1,0 +1,108 @@
+"""Seeded bugs in the eviction policy and in what is declined, for ``mutants.py``: fields of ``Mutant``."""
+
+from __future__ import annotations
+
+INDEX = "flexkv_sglang/index.py"
+EVICTION = "flexkv_sglang/eviction.py"
+MODEL = "tests/test_index_model.py"
+
+ROWS = (
+    (
+        "ghosts are forgotten",
+        EVICTION,
+        "last, group = self._recall(ghost, now)\n                    ghosts",
+        "pass\n                    ghosts",
+        "tests/test_eviction.py",
+    ),
+    (
+        "nothing is learned",
+        EVICTION,
+        "        if now >= self._due:\n            self._learn()",
+        "        pass",
+        "tests/test_eviction.py",
+    ),
+    (
+        "the most valuable leaf goes",
+        EVICTION,
+        "        heads.sort()",
+        "        heads.sort(reverse=True)",
+        "tests/test_eviction.py",
+    ),
+    (
+        "waits that are not over are not counted",
+        "flexkv_sglang/waits.py",
+        "open_ended = self._censored + waiting",
+        "open_ended = self._censored * 0",
+        "tests/test_eviction.py",
+    ),
+    (
+        "only the waits of ghosts are counted as not over",
+        EVICTION,
+        "counts += step * np.bincount(places, minlength=len(counts))\n        step",
+        "step",
+        "tests/test_eviction.py",
+    ),
+    (
+        "a declined page leaves no ghost",
+        EVICTION,
+        "            ghosts[place] = tag << 20 | at_least",
+        "            ghosts[place] = 0 | at_least",
+        "tests/test_eviction.py",
+    ),
+    (
+        "a bid does not know the ghost",
+        EVICTION,
+        "                at_least = max(at_least, min((ghost",
+        "                max(at_least, min((ghost",
+        "tests/test_eviction.py",
+    ),
+    (
+        "a new page gets its slot at any price",
+        EVICTION,
+        "or 0.0 < heads[0][0] >= bid:",
+        "or heads[0][0] < 0.0 >= bid:",
+        "tests/test_eviction.py",
+    ),
+    (
+        "a new page is worth nothing",
+        EVICTION,
+        "bids[position] = values[at_least]",
+        "bids[position] = 0.0",
+        "tests/test_eviction.py",
+    ),
+    (
+        "a page's value ignores its age",
+        EVICTION,
+        "[bucket_of(self._now - self.last_use[slot])]",
+        "[bucket_of(1)]",
+        "tests/test_eviction.py",
+    ),
+    (
+        "writing behind a page is a use of it",
+        INDEX,
+        "        before = held.pop(0) if parent in self._slot_of else NO_SLOT",
+        "        before = NO_SLOT",
+        "tests/test_eviction.py",
+    ),
+    (
+        "a parent is offered on although it has a child",
+        INDEX,
+        "            self._policy.renew(before, self._links.children[before])",
+        "            pass",
+        MODEL,
+    ),
+    (
+        "a declined page is answered as not stored",
+        "flexkv_sglang/engine.py",
+        "for position in reserved.refused:",
+        "for position in reserved.refused + reserved.declined:",
+        "tests/test_declined.py",
+    ),
+    (
+        "a chain is committed head first",
+        "flexkv_sglang/local_pages.py",
+        "self.index.commit(good[::-1])",
+        "self.index.commit(good)",
+        "tests/test_declined.py",
+    ),
+)
