@@ -15,6 +15,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants_of_pools import MUTANTS as OF_POOLS
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
 ENGINE = "tests/test_engine.py"
@@ -315,6 +317,7 @@ MUTANTS = (
         "pass",
         "tests/backends/test_local_tier.py",
     ),
+    *(Mutant(*fields) for fields in OF_POOLS),
 )
 
 
