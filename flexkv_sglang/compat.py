@@ -7,11 +7,12 @@ here may be absent in another release; then the answer is None and the caller sa
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from flexkv_sglang.fingerprint import directory_fingerprint
+from flexkv_sglang.prefix import Usable
 
 logger = logging.getLogger(__name__)
 
@@ -99,3 +100,16 @@ def _checkpoint_directory(model: ServedModel) -> Path | None:
     except (ImportError, ValueError, OSError):
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def pool_result(usable: Usable) -> Any:
+    """A ``PoolTransferResult`` of the installed SGLang, with as much of the answer as it has fields for."""
+    from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
+
+    answer = {
+        "kv_hit_pages": usable.pages,
+        "extra_pool_hit_pages": usable.boundaries,
+        "restorable_prefix_pages": usable.lengths,
+    }
+    known = {item.name for item in fields(PoolTransferResult)}
+    return PoolTransferResult(**{name: item for name, item in answer.items() if name in known})

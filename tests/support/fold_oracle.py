@@ -62,7 +62,9 @@ def folded(case: Case) -> Usable:
 def random_case(rng: random.Random, pages_max: int = 12, pools_max: int = 4) -> Case:
     """Mostly full pools with some holes: a case without any hit teaches little."""
     pages = rng.randint(0, pages_max)
-    names = rng.sample(["mamba", "swa", "indexer", "draft", "deepseek_v4_c4", "new pool"], pools_max)
+    names = rng.sample(
+        ["mamba", "swa", "indexer", "draft", "deepseek_v4_c4", "new pool"], pools_max
+    )
     pools = []
     for name in islice(names, rng.randint(0, pools_max)):
         policy = rng.choice([ALL_PAGES, TRAILING_PAGES])
