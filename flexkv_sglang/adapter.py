@@ -221,7 +221,8 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     @_boundary(lambda self, transfers, *a, **k: _all_false(transfers))
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Read pages of several pools. Per pool one bool per key; every pool is in the answer."""
-        deadline = self._deadline(sum(len(transfer.keys or ()) for transfer in transfers))
+        pages = sum(len(transfer.keys or ()) for transfer in transfers)
+        deadline = self._deadline(pages, reads=len(transfers))
         answer = _Answer()
         for transfer in transfers:
             pool = self._stores.get(pool_name(transfer.name))
@@ -338,11 +339,11 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         flags = write(pool, page_keys(keys), host_indices, parent, deadline)
         return self._mismatch(pool, keys, host_indices) if flags is None else flags
 
-    def _deadline(self, page_count: int) -> float:
-        """When a get of so many pages has to end. Pages of every pool count as the KV page they go with."""
+    def _deadline(self, page_count: int, reads: int = 1) -> float:
+        """When a get of so many pages has to end, in so many pools. A page counts as the KV page it goes with."""
         kv = self._stores.get(KV)
         tokens = page_count * (kv.pages.tokens_per_page if kv is not None else 1)
-        seconds = max(READ_SECONDS_MIN, READ_SECONDS_PER_KI_TOKEN * tokens / 1024)
+        seconds = max(READ_SECONDS_MIN * reads, READ_SECONDS_PER_KI_TOKEN * tokens / 1024)
         return time.monotonic() + min(seconds, CALL_SECONDS_MAX)
 
     def _mismatch(self, pool: Pool, keys: list[str], host_indices: Any) -> list[bool]:

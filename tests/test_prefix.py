@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from fold_oracle import Case, by_definition, compare_with_hicache_file, folded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from flexkv_sglang.prefix import (
     leading_run,
     usable_prefixes,
 )
+from fold_oracle import Case, by_definition, compare_with_hicache_file, folded
 
 flags = st.lists(st.booleans())
 INDEXER, SWA, MAMBA = (
