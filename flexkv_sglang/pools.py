@@ -250,6 +250,16 @@ class PoolStores:
         for address, byte_count in pool.pages.memory():
             store.register_memory(address, byte_count)
         pool.store, pool.shares = store, shares
+        sizes = [tier.size for tier in self._config.tiers if tier.size is not None]
+        if pool.told.writes and sizes and (pool.told.writers > 1 or len(self._divided) > 1):
+            logger.info(
+                "flexkv: size=%s is divided among %d rank processes and %d host pools: %s bytes each for %s",
+                "+".join(map(str, sizes)),
+                pool.told.writers,
+                len(self._divided),
+                "+".join(str(share.byte_count) for share in shares if share.byte_count is not None),
+                pool.name,
+            )
 
     def _try_open(self, pool: Pool, shares: tuple[Share, ...]) -> None:
         try:

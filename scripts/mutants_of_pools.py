@@ -4,6 +4,7 @@ from __future__ import annotations
 
 FOLD = "flexkv_sglang/prefix.py"
 FOLD_TESTS = "tests/test_prefix.py"
+POOL_TESTS = "tests/test_pools.py"
 
 MUTANTS = (
     (
@@ -54,5 +55,68 @@ MUTANTS = (
         "boundary = _covered_by_groups(demand, held, kv_pages)",
         "boundary = _covered_by_groups(demand, held, kv_pages)\n            lengths = lengths[:boundary]",
         FOLD_TESTS,
+    ),
+    (
+        "pools share a namespace",
+        "flexkv_sglang/adapter.py",
+        "pool=name,\n            pool_class=",
+        'pool="kv",\n            pool_class=',
+        POOL_TESTS,
+    ),
+    (
+        "the call for KV alone forgets the sidecars",
+        "flexkv_sglang/adapter.py",
+        "return self._usable(keys, self._stores.sidecars()).pages",
+        "return self._usable(keys, []).pages",
+        POOL_TESTS,
+    ),
+    (
+        "a pool named twice answers for its last part",
+        "flexkv_sglang/adapter.py",
+        "flags if good else [False] * len(flags)",
+        "flags",
+        POOL_TESTS,
+    ),
+    (
+        "hybrid hits are not promised",
+        "flexkv_sglang/pool_transfers.py",
+        "_promise(pool, keys[first : result.pages])",
+        "pass",
+        POOL_TESTS,
+    ),
+    (
+        "more is promised than the fold announces",
+        "flexkv_sglang/pool_transfers.py",
+        "promise=not demands)",
+        "promise=True)",
+        POOL_TESTS,
+    ),
+    (
+        "Mamba state is taken for replicated",
+        "flexkv_sglang/pool_rules.py",
+        "if not mla or name == MAMBA:\n        return False",
+        "if not mla:\n        return False\n    if name == MAMBA:\n        return True",
+        POOL_TESTS,
+    ),
+    (
+        "heads of another rank are taken for one's own",
+        "flexkv_sglang/pool_rules.py",
+        'if hasattr(pool, "head_num") and',
+        "if False and",
+        POOL_TESTS,
+    ),
+    (
+        "a marker is there without a record",
+        "flexkv_sglang/pool_transfers.py",
+        "return batch.landed(opened.get(keys, batch.buffers, deadline))",
+        "opened.get(keys, batch.buffers, deadline)\n        return batch.landed([True] * len(keys))",
+        POOL_TESTS,
+    ),
+    (
+        "pools beside KV come on top of the size",
+        "flexkv_sglang/pools.py",
+        "if changed and pool.shares != shares[pool.name]:",
+        "if False:",
+        POOL_TESTS,
     ),
 )
