@@ -18,17 +18,23 @@ from typing import Any, TypeVar
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
 from flexkv_sglang.assembly import prepare_tiers
-from flexkv_sglang.compat import data_parallel_size, model_identity, pool_result
+from flexkv_sglang.compat import data_parallel_size, model_identity, pool_demand, pool_result
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import Pages
 from flexkv_sglang.keys import Identity, page_key, page_keys
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.pool_rules import KV, is_replicated, pool_name, written_by_every_rank
-from flexkv_sglang.pool_transfers import fetch, read, store, usable, write
+from flexkv_sglang.pool_rules import (
+    KV,
+    element_types,
+    is_replicated,
+    pool_name,
+    written_by_every_rank,
+)
+from flexkv_sglang.pool_transfers import PoolAnswer, fetch, read, store, usable, write
 from flexkv_sglang.pools import Described, Pool, PoolStores
-from flexkv_sglang.prefix import ALL_PAGES, Demand, Usable
+from flexkv_sglang.prefix import Demand, Usable
 from flexkv_sglang.prometheus import export
 from flexkv_sglang.types import PageKey
 
@@ -151,7 +157,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             model=self._model(),
             pool=name,
             pool_class=type(pool).__name__,
-            dtype=str(pool.dtype),
+            dtype=element_types(name, pool),
             layout=str(pool.layout),
             page_size=pages.tokens_per_page,
             buffer_bytes=pages.geometry.lengths,
@@ -187,7 +193,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
     ) -> Any:
         """Prefixes for which every pool has what is asked of it, as ``PoolTransferResult``. Memory only."""
-        demands = [_demand(transfer) for transfer in pool_transfers or ()]
+        demands = [pool_demand(transfer) for transfer in pool_transfers or ()]
         for demand in demands:
             self._stores.learn(demand)
         return pool_result(self._usable(keys, demands or self._stores.sidecars()))
@@ -223,7 +229,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """Read pages of several pools. Per pool one bool per key; every pool is in the answer."""
         pages = sum(len(transfer.keys or ()) for transfer in transfers)
         deadline = self._deadline(pages, reads=len(transfers))
-        answer = _Answer()
+        answer = PoolAnswer()
         for transfer in transfers:
             pool = self._stores.get(pool_name(transfer.name))
             keys = list(transfer.keys or ())
@@ -235,7 +241,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """Write pages of several pools (SGLang: before the KV pages they go with). Answer: as ``batch_get_v2``."""
         deadline = time.monotonic() + CALL_SECONDS_MAX
         parent = _parent_of(extra_info)
-        answer = _Answer()
+        answer = PoolAnswer()
         for transfer in transfers:
             pool = self._stores.get(pool_name(transfer.name))
             keys = list(transfer.keys or ())
@@ -360,30 +366,6 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         if now - self._logged_at.get(kind, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
             self._logged_at[kind] = now
             logger.error("flexkv: %s failed, answered as a miss", what, exc_info=exc)
-
-
-class _Answer:
-    """Per pool one bool per key. A pool that is named twice in one call: the last one's flags, all False if any
-    of the first ones is."""
-
-    def __init__(self) -> None:
-        self.results: dict[str, list[bool]] = {}
-
-    def add(self, name: str, flags: list[bool]) -> None:
-        """The outcome of one transfer."""
-        good = all(self.results.get(name, ()))
-        self.results[name] = flags if good else [False] * len(flags)
-
-
-def _demand(transfer: Any) -> Demand:
-    """What a ``PoolTransfer`` of an exists-check asks for."""
-    return Demand(
-        pool_name(transfer.name),
-        pool_name(getattr(transfer, "hit_policy", ALL_PAGES)),
-        max(1, len(transfer.keys or ())),
-        int(getattr(transfer, "block_pages", 0)),
-        int(getattr(transfer, "group_pages", 0)),
-    )
 
 
 def _parent_of(extra_info: Any) -> PageKey | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flexkv_sglang.fingerprint import directory_fingerprint
-from flexkv_sglang.prefix import Usable
+from flexkv_sglang.pool_rules import pool_name
+from flexkv_sglang.prefix import ALL_PAGES, Demand, Usable
 
 logger = logging.getLogger(__name__)
 
@@ -113,3 +114,14 @@ def pool_result(usable: Usable) -> Any:
     }
     known = {item.name for item in fields(PoolTransferResult)}
     return PoolTransferResult(**{name: item for name, item in answer.items() if name in known})
+
+
+def pool_demand(transfer: Any) -> Demand:
+    """What a ``PoolTransfer`` of an exists-check asks for."""
+    return Demand(
+        pool_name(transfer.name),
+        pool_name(getattr(transfer, "hit_policy", ALL_PAGES)),
+        max(1, len(transfer.keys or ())),
+        int(getattr(transfer, "block_pages", 0)),
+        int(getattr(transfer, "group_pages", 0)),
+    )

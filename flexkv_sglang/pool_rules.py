@@ -26,6 +26,7 @@ _DENSITY_MAMBA = (
     1 / 32
 )  # a state is worth dozens of KV pages in bytes, and lies at the end of a node
 _DENSITY_WINDOW = 1 / 4  # a sliding window's pages before the end of a node
+_PART_DTYPES = ("conv_dtype", "temporal_dtype", "indexer_dtype")
 _FINE = 1 << 16  # densities are kept as integers of this fraction
 
 
@@ -62,6 +63,16 @@ def is_replicated(name: str, pool: Any, *, mla: bool) -> bool:
 def written_by_every_rank(name: str, *, mla: bool) -> bool:
     """Which pools SGLang backs up on every rank. Of the others, the storage writer of the replicas does."""
     return not mla or name == MAMBA
+
+
+def element_types(name: str, pool: Any) -> str:
+    """The dtype of a pool's bytes; of pools beside KV with those of their parts, which flags may change alone."""
+    parts = [
+        f"{part}={getattr(pool, part)}"
+        for part in _PART_DTYPES
+        if name != KV and hasattr(pool, part)
+    ]
+    return " ".join([str(pool.dtype), *parts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,3 +144,16 @@ def _fits(pool: Pool, keys: Sequence[PageKey], host_indices: Any) -> bool:
 def _indices(pool: Pool, host_indices: Any, part: slice) -> Any:
     tokens = pool.pages.tokens_per_page
     return host_indices[part.start * tokens : part.stop * tokens]
+
+
+class PoolAnswer:
+    """Per pool one bool per key. A pool that is named twice in one call: the last one's flags, all False if any
+    of the first ones is."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, list[bool]] = {}
+
+    def add(self, name: str, flags: list[bool]) -> None:
+        """The outcome of one transfer."""
+        good = all(self.results.get(name, ()))
+        self.results[name] = flags if good else [False] * len(flags)

@@ -144,7 +144,7 @@ class PoolStores:
         """Divide the size among the pools there are and open what is not open. Does not raise."""
         with self._alone() as mine:
             kv = self._pools.get(KV)
-            pools = [pool for pool in self._pools.values() if pool is not None]
+            pools = [pool for pool in list(self._pools.values()) if pool is not None]
             if not mine or not self._unsettled or kv is None or (kv.is_marker and len(pools) == 1):
                 return
             self._unsettled = False
@@ -172,7 +172,7 @@ class PoolStores:
         """What every registered pool beside KV asks of a prefix, as far as is known."""
         return [
             pool.demand if pool is not None else Demand(name)
-            for name, pool in self._pools.items()
+            for name, pool in list(self._pools.items())
             if name != KV
         ]
 

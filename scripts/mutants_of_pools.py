@@ -4,7 +4,7 @@ from __future__ import annotations
 
 FOLD = "flexkv_sglang/prefix.py"
 FOLD_TESTS = "tests/test_prefix.py"
-POOL_TESTS = "tests/test_pools.py"
+POOL_TESTS = "tests/test_pools.py tests/test_pool_transfers.py"
 
 MUTANTS = (
     (
@@ -72,7 +72,7 @@ MUTANTS = (
     ),
     (
         "a pool named twice answers for its last part",
-        "flexkv_sglang/adapter.py",
+        "flexkv_sglang/pool_transfers.py",
         "flags if good else [False] * len(flags)",
         "flags",
         POOL_TESTS,

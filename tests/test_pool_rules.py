@@ -15,6 +15,7 @@ from flexkv_sglang.pool_rules import (
     claims_from,
     default_density,
     divide,
+    element_types,
     expected_policy,
     is_replicated,
     part_of,
@@ -58,6 +59,13 @@ def test_heads_of_a_rank_and_unknown_names_are_not_taken_for_replicated() -> Non
     assert is_replicated("draft", LATENT, mla=True)
     assert is_replicated("kv", LATENT, mla=True)
     assert not is_replicated("a pool of tomorrow", PLAIN, mla=True)
+
+
+def test_a_dtype_that_a_flag_changes_alone_is_part_of_the_identity() -> None:
+    state = SimpleNamespace(dtype="bf16", conv_dtype="bf16", temporal_dtype="float32")
+    assert element_types("mamba", state) == "bf16 conv_dtype=bf16 temporal_dtype=float32"
+    assert element_types("mamba", SimpleNamespace(dtype="bf16")) == "bf16"
+    assert element_types("kv", state) == "bf16"  # plain models keep their namespace
 
 
 def test_who_writes() -> None:

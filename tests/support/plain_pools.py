@@ -12,6 +12,7 @@ from engines import keys
 from flexkv_sglang import FlexKVStorage
 
 PAGES = 320
+MAMBA_PAGE = 3 * 4096
 
 
 class Pool:
@@ -101,3 +102,38 @@ def transfer(name: str, page_keys: list[str], indices: Any = None, window: int =
             hit_policy=PoolHitPolicy.TRAILING_PAGES,
         )
     return PoolTransfer(name=name, keys=page_keys, host_indices=indices)  # type: ignore[arg-type]
+
+
+def hybrid(place: Path, seed: int | None = 1, *, fires: bool = True, **extra: Any) -> FlexKVStorage:
+    """KV, an indexer that shares its indices, and Mamba state."""
+    pools = {"indexer": Pool(512, seed=seed), "mamba": Pool(MAMBA_PAGE, page_size=1, seed=seed)}
+    return attach(config(place, **extra), Pool(seed=seed), pools, fires=fires)
+
+
+def pool_of(storage: FlexKVStorage, name: str) -> Any:
+    """A registered host pool."""
+    return storage.registered_pools[name]
+
+
+def store_of(storage: FlexKVStorage, name: str) -> Any:
+    """The open store of a pool."""
+    pool = storage._stores.get(name)
+    assert pool is not None
+    return pool.store
+
+
+def put(storage: FlexKVStorage, keys: list[str], *, but: str = "") -> None:
+    """As SGLang: sidecars first, every page of the indexer, the state of the last page."""
+    count = len(keys)
+    transfers = [
+        transfer("indexer", keys, pool_of(storage, "indexer").indices(*range(count))),
+        transfer("mamba", keys[-1:], pool_of(storage, "mamba").indices(count - 1)),
+    ]
+    results = storage.batch_set_v2([t for t in transfers if t.name != but])
+    assert all(all(flags) for flags in results.values())
+    assert all(storage.batch_set_v1(keys, pool_of(storage, "kv").indices(*range(count))))
+
+
+def ask(storage: FlexKVStorage, keys: list[str]) -> Any:
+    """Look a prefix up in all three pools."""
+    return storage.batch_exists_v2(keys, [transfer("indexer", []), transfer("mamba", [], window=1)])
