@@ -231,5 +231,26 @@ def test_attach_after_detach_in_one_process(tmp_path: Path, name: str) -> None:
         assert (fetched.hit_pages, fetched.kv_pages, fetched.wrong) == (PAGES, PAGES, [])
 
 
+def test_sglangs_radix_tree_restores_a_window_and_misses_without_it(
+    tmp_path: Path, model: Path
+) -> None:
+    script = Path(hybrid_models.__file__).with_name("unified_tree.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(model)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    seen = json.loads(run.stdout.splitlines()[-1])
+    assert seen == {
+        "backend": "FlexKVStorage",
+        "found": [96, 32],  # tokens of six pages, and of the two of the window
+        "same": True,
+        "lost": [0, 0],
+    }
+
+
 def _fields(path: Path) -> Any:
     return json.loads(path.read_text())
