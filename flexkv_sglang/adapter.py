@@ -53,14 +53,20 @@ _LOG_INTERVAL_S = 60.0
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _boundary(miss: Callable[..., Any]) -> Callable[[_F], _F]:
-    """Turn every exception of a method into ``miss(*the method's arguments)``, counted and logged."""
+def _boundary(miss: Callable[..., Any], *, moves: bool = False) -> Callable[[_F], _F]:
+    """Turn every exception of a method into ``miss(*the method's arguments)``, counted and logged.
+
+    ``moves``: the method uses the stores, which are not exchanged meanwhile.
+    """
 
     def decorate(method: _F) -> _F:
         @functools.wraps(method)
         def guarded(self: FlexKVStorage, *args: Any, **kwargs: Any) -> Any:
             try:
-                return method(self, *args, **kwargs)
+                if not moves:
+                    return method(self, *args, **kwargs)
+                with self._stores.in_use():
+                    return method(self, *args, **kwargs)
             except Exception as exc:  # noqa: BLE001 - the boundary: one failed call must not end SGLang's threads
                 self._report(method.__name__, exc)
                 return miss(self, *args, **kwargs)
@@ -180,7 +186,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             self._weights = model_identity(self._config.model_id, self._storage_config.model_name)
         return self._weights
 
-    @_boundary(lambda self, keys, *a, **k: 0)
+    @_boundary(lambda self, keys, *a, **k: 0, moves=True)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         """Leading run of pages that are stored here or by a neighbour. Memory only.
 
@@ -188,7 +194,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """
         return self._usable(keys, self._stores.sidecars()).pages
 
-    @_boundary(lambda self, keys, *a, **k: pool_result(Usable([], {})))
+    @_boundary(lambda self, keys, *a, **k: pool_result(Usable([], {})), moves=True)
     def batch_exists_v2(
         self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
     ) -> Any:
@@ -207,14 +213,14 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self.metrics.asked(len(keys), found.pages, time.perf_counter() - started)
         return found
 
-    @_boundary(lambda self, keys, *a, **k: [False] * len(keys))
+    @_boundary(lambda self, keys, *a, **k: [False] * len(keys), moves=True)
     def batch_get_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
         """Read pages into the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
         return self._read(self._stores.get(KV), keys, host_indices, self._deadline(len(keys)))
 
-    @_boundary(lambda self, keys, *a, **k: [False] * len(keys))
+    @_boundary(lambda self, keys, *a, **k: [False] * len(keys), moves=True)
     def batch_set_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
@@ -224,7 +230,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             self._stores.get(KV), keys, host_indices, _parent_of(extra_info), deadline
         )
 
-    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers))
+    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Read pages of several pools. Per pool one bool per key; every pool is in the answer."""
         pages = sum(len(transfer.keys or ()) for transfer in transfers)
@@ -236,7 +242,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             answer.add(transfer.name, self._read(pool, keys, transfer.host_indices, deadline))
         return answer.results
 
-    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers))
+    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
     def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Write pages of several pools (SGLang: before the KV pages they go with). Answer: as ``batch_get_v2``."""
         deadline = time.monotonic() + CALL_SECONDS_MAX
@@ -260,7 +266,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         found = self.batch_get([key], [target_location])
         return found[0]
 
-    @_boundary(lambda self, keys, *a, **k: [None] * len(keys))
+    @_boundary(lambda self, keys, *a, **k: [None] * len(keys), moves=True)
     def batch_get(
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[Any]:
@@ -284,7 +290,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """Write one flat page (a CPU tensor)."""
         return self.batch_set([key], [value])
 
-    @_boundary(lambda self, *a, **k: False)
+    @_boundary(lambda self, *a, **k: False, moves=True)
     def batch_set(
         self,
         keys: list[str],
@@ -306,7 +312,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         deadline = time.monotonic() + CALL_SECONDS_MAX
         return all(store(kv, written, batch, None, deadline))
 
-    @_boundary(lambda self: None)
+    @_boundary(lambda self: None, moves=True)
     def clear(self) -> None:
         """Forget every page this process stored in its own namespaces. Other models' pages stay."""
         self._stores.clear()

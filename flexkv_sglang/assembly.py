@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
+from flexkv_sglang.backends.disk_space import total_bytes
 from flexkv_sglang.backends.local_tier import note, noted, open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.backends.probe import IoMode
@@ -62,6 +63,22 @@ def prepare_tiers(config: FlexKVConfig) -> list[dict[str, IoMode]]:
     return prepared
 
 
+def check_capacity(config: FlexKVConfig, prepared: Sequence[Mapping[str, IoMode]]) -> None:
+    """Raises ``ConfigError`` if a size is more than its disks could ever hold; opening files says more, but later."""
+    for number, (tier, modes) in enumerate(zip(config.tiers, prepared, strict=True)):
+        for path in modes:
+            whole = total_bytes(Path(path).expanduser())
+            if tier.size is not None and tier.size // len(modes) > whole:
+                raise ConfigError(
+                    f"{_key_name(config, number)}: {tier.size // len(modes)} bytes for {path}, whose file "
+                    f"system has {whole}. Valid: a size that fits"
+                )
+
+
+def _key_name(config: FlexKVConfig, number: int) -> str:
+    return "size" if len(config.tiers) == 1 else f"tiers[{number}].size"
+
+
 def open_hierarchy(
     config: FlexKVConfig,
     prepared: Sequence[Mapping[str, IoMode]],
@@ -111,7 +128,7 @@ def _open_engine(  # noqa: PLR0913 - one call, spelled out
         payload_bytes,
         share.byte_count,
         accepted=accepted,
-        key_name="size" if len(prepared) == 1 else f"tiers[{number}].size",
+        key_name=_key_name(config, number),
         auto_part=share.part,
     )
     neighbours = NeighbourStore(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from flexkv_sglang.fingerprint import directory_fingerprint
@@ -105,13 +106,15 @@ def _checkpoint_directory(model: ServedModel) -> Path | None:
 
 def pool_result(usable: Usable) -> Any:
     """A ``PoolTransferResult`` of the installed SGLang, with as much of the answer as it has fields for."""
-    from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
-
     answer = {
         "kv_hit_pages": usable.pages,
         "extra_pool_hit_pages": usable.boundaries,
         "restorable_prefix_pages": usable.lengths,
     }
+    try:
+        from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
+    except ImportError:  # before 0.5.10; nobody asks there
+        return SimpleNamespace(**answer)
     known = {item.name for item in fields(PoolTransferResult)}
     return PoolTransferResult(**{name: item for name, item in answer.items() if name in known})
 

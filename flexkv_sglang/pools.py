@@ -7,22 +7,28 @@ share if there are others. What was found is remembered beside the KV pages: the
 
 After that nothing raises: a pool that cannot be stored or opened holds nothing, and so what needs it misses.
 
-Threads: any. Stores are exchanged as a whole; a call that still uses an old one gets misses.
+Threads: any. Calls are made ``in_use``; files are exchanged when none is.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexkv_sglang.assembly import Share, open_hierarchy, remember_claims, remembered_claims
+from flexkv_sglang.assembly import (
+    Share,
+    check_capacity,
+    open_hierarchy,
+    remember_claims,
+    remembered_claims,
+)
 from flexkv_sglang.backends.probe import IoMode
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.gate import Gate
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import Pages, UnsupportedPoolError
 from flexkv_sglang.keys import Identity
@@ -41,7 +47,7 @@ from flexkv_sglang.staged_pages import MarkerPages, open_pages
 logger = logging.getLogger(__name__)
 
 _SETTLE_S = 5.0
-"""How long a call waits for another that opens files; then it misses."""
+"""How long a call waits for files that are being opened, and opening them for the calls that run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class PoolStores:
         self._divided: list[Claim] = []  # what the shares of the open stores assume
         self._unsettled = False
         self._burst_over = False
-        self._settling = threading.Lock()  # held while files are opened
+        self._gate = Gate()  # shut while files are closed and opened
 
     def anchor(self, host_pool: Any) -> None:
         """The KV pool: start anew with it. Raises ``ConfigError`` for settings that cannot work."""
@@ -113,6 +119,7 @@ class PoolStores:
         self._unsettled = len(self._divided) > 1
         if kv.is_marker:  # its pages are few bytes beside others that must still come
             self._unsettled = True
+            check_capacity(self._config, self.prepared)
             return
         try:
             self._open(kv, self._shares(kv, self._divided))
@@ -130,7 +137,8 @@ class PoolStores:
         old, self._pools[name] = self._pools.get(name), None
         self._unsettled = True
         if old is not None:
-            _close(old)
+            with self._gate.shut(_SETTLE_S):
+                _close(old)
         self._pools[name] = self._probe(name, host_pool)
         if self._burst_over:
             self.settle()
@@ -141,11 +149,14 @@ class PoolStores:
         self.settle()
 
     def settle(self) -> None:
-        """Divide the size among the pools there are and open what is not open. Does not raise."""
-        with self._alone() as mine:
+        """Divide the size among the pools there are and open what is not open. Does not raise.
+
+        While calls run that do not end, nothing changes, and the next call tries again.
+        """
+        with self._gate.shut(_SETTLE_S) as alone:
             kv = self._pools.get(KV)
             pools = [pool for pool in list(self._pools.values()) if pool is not None]
-            if not mine or not self._unsettled or kv is None or (kv.is_marker and len(pools) == 1):
+            if not alone or not self._unsettled or kv is None or (kv.is_marker and len(pools) == 1):
                 return
             self._unsettled = False
             claims = sorted((pool.claim for pool in pools), key=lambda claim: claim.name)
@@ -161,10 +172,16 @@ class PoolStores:
             if changed or len(claims) > 1:
                 self._remember(kv, claims)
 
-    def get(self, name: str) -> Pool | None:
-        """The pool of this name if it is open."""
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The time of one call, in which no file is exchanged. Raises ``TierUnavailableError`` after a bounded wait."""
         if self._unsettled:
             self.settle()
+        with self._gate.passing(_SETTLE_S):
+            yield
+
+    def get(self, name: str) -> Pool | None:
+        """The pool of this name if it is open. To be used ``in_use``."""
         pool = self._pools.get(name)
         return pool if pool is not None and pool.store is not None else None
 
@@ -193,7 +210,7 @@ class PoolStores:
     def close(self) -> None:
         """Close all stores, also when one fails; they stay closed. Idempotent."""
         self._unsettled = False
-        with ExitStack() as stack:
+        with self._gate.shut(_SETTLE_S), ExitStack() as stack:
             for pool in list(self._pools.values()):
                 if pool is not None:
                     stack.callback(_close, pool)
@@ -273,16 +290,6 @@ class PoolStores:
         namespace = kv.told.identity.namespace
         if kv.store is not None and remembered_claims(self.prepared, namespace) != claims:
             remember_claims(self.prepared, namespace, claims)
-
-    @contextmanager
-    def _alone(self) -> Iterator[bool]:
-        """Hold ``_settling``; False if another opens files and does not get done."""
-        mine = self._settling.acquire(timeout=_SETTLE_S)
-        try:
-            yield mine
-        finally:
-            if mine:
-                self._settling.release()
 
 
 def _close(pool: Pool) -> None:

@@ -35,6 +35,12 @@ from plain_pools import (
 pytestmark = pytest.mark.sglang
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is about being late."""
+    monkeypatch.setattr("flexkv_sglang.adapter.READ_SECONDS_MIN", 8.0)
+
+
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
     made = hybrid(tmp_path)
@@ -227,3 +233,39 @@ def test_sglangs_failure_injector_wraps_v2(tmp_path: Path) -> None:
     lost = wrapped.batch_get_v2([transfer("indexer", names(2), indexer.indices(0, 1))])
     assert lost == {"indexer": [False, False]}
     wrapped.close()
+
+
+def test_a_kv_pool_that_names_no_buffers_goes_as_flat_pages(tmp_path: Path) -> None:
+    kv = FlatPool(1536, seed=1)
+    storage = attach(config(tmp_path), kv, {})
+    keys = names(5)
+    assert storage.batch_set_v1(keys, kv.indices(0, 1, 2, 3, 4)) == [True] * 5
+    assert storage.batch_exists(keys) == 5
+    assert storage.batch_get_v1(keys, kv.indices(10, 11, 12, 13, 14)) == [True] * 5
+    assert torch.equal(kv.rows[10:15], kv.rows[:5])
+    flat = torch.zeros(1536, dtype=torch.uint8)
+    assert storage.get(keys[2], flat) is flat
+    assert torch.equal(flat, kv.rows[2])
+    storage.close()
+
+
+def test_tiers_have_all_pools_each(tmp_path: Path) -> None:
+    tiers = [
+        {"path": str(tmp_path / "fast"), "size": "1MB"},
+        {"path": str(tmp_path / "slow"), "size": "8MB"},
+    ]
+    storage = hybrid(tmp_path, path=None, size=None, tiers=tiers)
+    keys = names(3)
+    put(storage, keys)
+    assert ask(storage, keys).kv_hit_pages == 3
+    for name in ("kv", "indexer", "mamba"):
+        fast, slow = store_of(storage, name).tiers
+        assert 0 < fast.slot_count < slow.slot_count
+        fast.clear()
+    assert ask(storage, keys).kv_hit_pages == 3
+    mamba = pool_of(storage, "mamba")
+    expected = mamba.rows[2].clone()
+    got = storage.batch_get_v2([transfer("mamba", keys[2:], mamba.indices(9))])
+    assert got == {"mamba": [True]}
+    assert torch.equal(mamba.rows[9], expected)
+    storage.close()

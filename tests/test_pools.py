@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from flexkv_sglang import FlexKVStorage
+from flexkv_sglang.errors import ConfigError
 from plain_pools import (
     MAMBA_PAGE,
     LogicalPool,
@@ -28,6 +30,12 @@ from plain_pools import (
 )
 
 pytestmark = pytest.mark.sglang
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is about being late."""
+    monkeypatch.setattr("flexkv_sglang.adapter.READ_SECONDS_MIN", 8.0)
 
 
 @pytest.fixture
@@ -142,6 +150,13 @@ def test_pages_without_bytes_are_markers_that_are_true(tmp_path: Path) -> None:
     storage.close()
 
 
+def test_a_size_beyond_the_disk_stops_the_start_of_a_logical_anchor_too(tmp_path: Path) -> None:
+    storage = FlexKVStorage(config(tmp_path, size="1000TB"), {})
+    with pytest.raises(ConfigError, match=r"size: .*file system has .*Valid: a size that fits"):
+        storage.register_mem_pool_host(LogicalPool())
+    storage.close()
+
+
 def test_a_logical_pool_alone_stores_nothing(tmp_path: Path) -> None:
     storage = attach(config(tmp_path), LogicalPool(), {})
     assert storage.batch_set_v1(names(1), LogicalPool().indices(0)) == [False]
@@ -231,3 +246,37 @@ def test_pages_of_one_pool_are_not_taken_for_those_of_another(tmp_path: Path) ->
     }
     one.close()
     other.close()
+
+
+def test_pools_that_come_while_calls_run_disturb_none_of_them(tmp_path: Path) -> None:
+    """Files are closed and opened again five times under three callers: every page is right or missing."""
+    storage = hybrid(tmp_path)
+    kv = pool_of(storage, "kv")
+    expected = kv.rows.clone()
+    stop = threading.Event()
+    wrong: list[str] = []
+
+    def write(number: int) -> None:
+        keys = names(4, number)
+        while not stop.is_set():
+            rows = range(4 * number, 4 * number + 4)
+            storage.batch_set_v1(keys, kv.indices(*rows))
+            targets = range(200 + 4 * number, 204 + 4 * number)
+            got = storage.batch_get_v1(keys, kv.indices(*targets))
+            for row, target, flag in zip(rows, targets, got, strict=True):
+                if flag and not torch.equal(kv.rows[target], expected[row]):
+                    wrong.append(f"{number}: page {row}")
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(5):
+        storage.register_mem_host_pool_v2(Pool(512, seed=number), f"late {number}")
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+    exceptions = {n: v for n, v in storage.metrics.snapshot().items() if n.endswith("_exceptions")}
+    assert exceptions == {}
+    assert storage._stores.get("late 4") is not None
+    storage.close()

@@ -69,7 +69,8 @@ class LogicalPool(Pool):
 
 def config(place: Path, rank: int = 0, ranks: int = 1, mla: bool = False, **extra: Any) -> Any:
     """SGLang's storage config for one tensor-parallel rank."""
-    given = {"path": str(place), "size": "16MB", "model_id": "m"} | extra
+    defaults = {"path": str(place), "size": "16MB", "model_id": "m"}
+    given = {key: value for key, value in (defaults | extra).items() if value is not None}
     return HiCacheStorageConfig(
         rank, ranks, 0, 1, 0, 1, mla, False, True, "model", extra_config=given
     )
