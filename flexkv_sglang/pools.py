@@ -46,8 +46,11 @@ from flexkv_sglang.staged_pages import MarkerPages, open_pages
 
 logger = logging.getLogger(__name__)
 
-_SETTLE_S = 5.0
-"""How long a call waits for files that are being opened, and opening them for the calls that run."""
+_SETTLE_S = 0.5
+"""How long a call waits for files that are being opened, and opening them for the calls that run.
+
+A call may wait for both before it begins; SGLang's threads are given 10 s to end when a backend is detached.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,8 +248,11 @@ def test_pages_of_one_pool_are_not_taken_for_those_of_another(tmp_path: Path) ->
     other.close()
 
 
-def test_pools_that_come_while_calls_run_disturb_none_of_them(tmp_path: Path) -> None:
+def test_pools_that_come_while_calls_run_disturb_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files are closed and opened again five times under three callers: every page is right or missing."""
+    monkeypatch.setattr("flexkv_sglang.pools._SETTLE_S", 20.0)
     storage = hybrid(tmp_path)
     kv = pool_of(storage, "kv")
     expected = kv.rows.clone()
@@ -280,3 +283,17 @@ def test_pools_that_come_while_calls_run_disturb_none_of_them(tmp_path: Path) ->
     assert exceptions == {}
     assert storage._stores.get("late 4") is not None
     storage.close()
+
+
+def test_files_are_not_exchanged_under_a_call_and_the_next_one_tries_again(
+    storage: FlexKVStorage,
+) -> None:
+    keys = names(2)
+    put(storage, keys)
+    kv = store_of(storage, "kv")
+    with storage._stores.in_use():  # as if a call ran
+        storage.register_mem_host_pool_v2(Pool(512, seed=1), "draft")
+        assert store_of(storage, "kv") is kv
+        assert storage._stores.get("draft") is None
+    assert storage.batch_exists(keys) == 0  # the draft's pages are not there
+    assert storage._stores.get("draft") is not None
