@@ -15,12 +15,17 @@ def free_bytes(directory: Path) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
+def total_bytes(directory: Path) -> int:
+    """Size of the file system of ``directory``."""
+    stat = os.statvfs(directory)
+    return stat.f_blocks * stat.f_frsize
+
+
 def floor_bytes(directory: Path, wanted: int | None) -> int:
     """Free space that is left to others: ``wanted``, or 2 % of the file system and at most 1 GiB."""
     if wanted is not None:
         return wanted
-    stat = os.statvfs(directory)
-    return min(_FLOOR_MAX, stat.f_blocks * stat.f_frsize // 50)
+    return min(_FLOOR_MAX, total_bytes(directory) // 50)
 
 
 def is_no_space(exc: OSError) -> bool:

@@ -32,6 +32,7 @@ AUTO_SIZE_MAX = 64 * 10**9
 """Without a configured size: a quarter of the free space, at most this."""
 
 _U32_SLOTS = (1 << 32) - 2
+_DESCRIPTION = "NAMESPACE.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +101,31 @@ def open_places(
     for path, mode in paths.items():
         directory = Path(path).expanduser() / namespace
         directory.mkdir(exist_ok=True)
-        describe = directory / "NAMESPACE.json"
-        if not describe.exists():
-            temporary = directory / f"NAMESPACE.json.{os.getpid()}.tmp"
-            temporary.write_text(
-                json.dumps({"namespace": namespace, **fields}, indent=2, sort_keys=True) + "\n"
-            )
-            temporary.rename(describe)
+        if not (directory / _DESCRIPTION).exists():
+            _describe(directory, {"namespace": namespace, **fields})
         places.append(Place(directory, mode, Breaker(), min_free, durable))
     return places
+
+
+def noted(directory: Path, key: str) -> object:
+    """What ``note`` left under ``key``; None if there is nothing, or nothing readable."""
+    try:
+        fields = json.loads((directory / _DESCRIPTION).read_text())
+    except (OSError, ValueError):
+        return None
+    return fields.get(key) if isinstance(fields, dict) else None
+
+
+def note(directory: Path, key: str, value: object) -> None:
+    """Add a field to a namespace's NAMESPACE.json. Raises ``OSError`` or, if it is not readable, ``ValueError``."""
+    fields = json.loads((directory / _DESCRIPTION).read_text())
+    _describe(directory, {**fields, key: value})
+
+
+def _describe(directory: Path, fields: Mapping[str, object]) -> None:
+    temporary = directory / f"{_DESCRIPTION}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    temporary.rename(directory / _DESCRIPTION)
 
 
 def open_tier(
@@ -119,13 +136,14 @@ def open_tier(
     *,
     accepted: frozenset[ChecksumKind],
     key_name: str = "size",
+    auto_part: float = 1.0,
 ) -> tuple[SlotFileTier, Recovered]:
     """Adopt dead owners, then preallocate what is missing to this process's share.
 
     ``share_bytes``: bytes this process may take over all directories; 0: it only reads its neighbours;
-    None: what was left here by an earlier run, else a quarter of the free space. Raises
-    ``ConfigError`` when a share is too small for one page or larger than the free space; of several
-    directories those that cannot be used are left out, as long as one can.
+    None: what was left here by an earlier run, else this namespace's part (``auto_part``) of a quarter of the
+    free space. Raises ``ConfigError`` when a share is too small for one page or larger than the free
+    space; of several directories those that cannot be used are left out, as long as one can.
     """
     if share_bytes == 0:
         return SlotFileTier([]), Recovered([], [], [])
@@ -142,6 +160,7 @@ def open_tier(
         None if share_bytes is None else share_bytes // len(places),
         accepted,
         key_name,
+        auto_part,
     )
     stores: list[OwnedStore] = []
     live: list[Records] = []
@@ -178,6 +197,7 @@ class _Asked:
     share: int | None
     accepted: frozenset[ChecksumKind]
     key_name: str
+    auto_part: float
 
 
 def _open_directory(place: Place, asked: _Asked) -> list[tuple[OwnedStore, Records]]:
@@ -188,7 +208,7 @@ def _open_directory(place: Place, asked: _Asked) -> list[tuple[OwnedStore, Recor
     if share is None:
         free = free_bytes(place.directory)
         spare = free - floor_bytes(place.directory, place.min_free)
-        auto = min(free // 4, spare, AUTO_SIZE_MAX) // slot_bytes
+        auto = int(min(free // 4, spare, AUTO_SIZE_MAX) * asked.auto_part) // slot_bytes
         slots_max = have or max(1, auto)
     missing = slots_max - have
     try:

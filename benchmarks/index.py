@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
+from flexkv_sglang.assembly import open_hierarchy, prepare_tiers, undivided
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.journal import keys_field, new_records
 from flexkv_sglang.backends.local_tier import open_places
@@ -84,7 +84,7 @@ def measure(directory: Path, count: int) -> dict[str, float]:
     prepared = prepare_tiers(config)
     gc.collect()
     memory, cpu, wall = resident_bytes(), time.process_time(), time.perf_counter()
-    store = open_hierarchy(config, prepared, "ns", {}, PAGE, 1, Metrics())
+    store = open_hierarchy(config, prepared, "ns", {}, PAGE, undivided(config), Metrics())
     start_cpu, start_wall = time.process_time() - cpu, time.perf_counter() - wall
     gc.collect()
     grown = resident_bytes() - memory

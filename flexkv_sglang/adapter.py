@@ -12,22 +12,31 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
-from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
-from flexkv_sglang.compat import data_parallel_size, model_identity
+from flexkv_sglang.assembly import prepare_tiers
+from flexkv_sglang.compat import data_parallel_size, model_identity, pool_demand, pool_result
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.hierarchy import Hierarchy
-from flexkv_sglang.host_pages import HostPages, UnsupportedPoolError, tensor_buffers
+from flexkv_sglang.host_pages import Pages
 from flexkv_sglang.keys import Identity, page_key, page_keys
 from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.pool_rules import (
+    KV,
+    element_types,
+    is_replicated,
+    pool_name,
+    written_by_every_rank,
+)
+from flexkv_sglang.pool_transfers import PoolAnswer, fetch, read, store, usable, write
+from flexkv_sglang.pools import Described, Pool, PoolStores
+from flexkv_sglang.prefix import Demand, Usable
 from flexkv_sglang.prometheus import export
-from flexkv_sglang.types import PageBuffers, PageKey
+from flexkv_sglang.types import PageKey
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +46,27 @@ PREFETCH_TIMEOUT = (1.0, 0.25)
 READ_SECONDS_MIN = 0.05
 """A get is given at least this long, whatever the prefetch timeout is."""
 
-WRITE_SECONDS = 8.0
-"""Bound of a put. SGLang joins its storage threads for 10 s when a backend is detached."""
-
-EXISTS_SPAN = 512
-"""Keys converted and looked up at a time."""
+CALL_SECONDS_MAX = 8.0
+"""... or more than this, the bound of a put. SGLang joins its storage threads for 10 s when a backend is detached."""
 
 _LOG_INTERVAL_S = 60.0
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _boundary(miss: Callable[..., Any]) -> Callable[[_F], _F]:
-    """Turn every exception of a method into ``miss(*the method's arguments)``, counted and logged."""
+def _boundary(miss: Callable[..., Any], *, moves: bool = False) -> Callable[[_F], _F]:
+    """Turn every exception of a method into ``miss(*the method's arguments)``, counted and logged.
+
+    ``moves``: the method uses the stores, which are not exchanged meanwhile.
+    """
 
     def decorate(method: _F) -> _F:
         @functools.wraps(method)
         def guarded(self: FlexKVStorage, *args: Any, **kwargs: Any) -> Any:
             try:
-                return method(self, *args, **kwargs)
+                if not moves:
+                    return method(self, *args, **kwargs)
+                with self._stores.in_use():
+                    return method(self, *args, **kwargs)
             except Exception as exc:  # noqa: BLE001 - the boundary: one failed call must not end SGLang's threads
                 self._report(method.__name__, exc)
                 return miss(self, *args, **kwargs)
@@ -68,21 +80,19 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     """HiCache L3 on local SSDs. One instance per SGLang rank process and attach.
 
     The constructor parses the configuration and proves the directories with real I/O (``ConfigError``
-    names key, value and valid choices). ``register_mem_pool_host`` opens the namespace and its files.
+    names key, value and valid choices). ``register_mem_pool_host`` opens the KV namespace and its files; what
+    comes with the other pools of a hybrid model is in ``pools``. ``metrics``: of KV pages.
     """
 
     def __init__(self, storage_config: Any, _kwargs: Any = None) -> None:
         self._storage_config = storage_config
         self._config = FlexKVConfig.parse(storage_config.extra_config)
-        self.metrics = Metrics()
-        export(self.metrics, storage_config)
-        self._engine: Hierarchy | None = None
-        self._pages: HostPages | None = None
-        self._identity: Identity | None = None
+        self.metrics = self._metrics_of(KV)
         self._prefetch_timeout = PREFETCH_TIMEOUT
         self._logged_at: dict[str, float] = {}
+        self._weights: str | None = None
         logger.info("flexkv: %s", self._config.describe())
-        self._prepared = prepare_tiers(self._config)
+        self._stores = PoolStores(self._config, prepare_tiers(self._config), self._describe)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Learn the page geometry, open the namespace, recover what is there.
@@ -91,18 +101,18 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         or too large for the disk. A pool without page buffers is not an error: everything misses.
         """
         super().register_mem_pool_host(mem_pool_host)
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-        tokens = int(getattr(mem_pool_host, "logical_page_size", None) or mem_pool_host.page_size)
-        try:
-            self._pages = HostPages(mem_pool_host, torch.arange(tokens, dtype=torch.int64))
-        except UnsupportedPoolError as exc:
-            self._pages = None
-            logger.error("flexkv: this host pool cannot be stored, every page will miss: %s", exc)
-            return
-        self._identity = self._identity_of(mem_pool_host, self._pages)
-        self._engine = self._open(self._identity)
+        self._stores.anchor(mem_pool_host)
+
+    @_boundary(lambda self, *a, **k: None)
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        """Called for every pool of a hybrid model, KV included, after ``register_mem_pool_host``."""
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        self._stores.add(pool_name(host_pool_name), host_pool)
+
+    @_boundary(lambda self, *a, **k: None)
+    def on_host_pools_registered(self) -> None:
+        """The pools SGLang starts with are known (0.5.23 and later; before, the first call takes that for granted)."""
+        self._stores.burst_over()
 
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
         """How long SGLang waits for a prefetch, in seconds and seconds per 1024 tokens: bounds a get."""
@@ -115,50 +125,55 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
 
     def close(self) -> None:
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
-        engine, self._engine = self._engine, None
-        if engine is None:
-            return
         try:
-            engine.close()
+            self._stores.close()
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
             self._report("close", exc)
 
-    def _open(self, identity: Identity) -> Hierarchy:
-        hierarchy = open_hierarchy(
-            self._config,
-            self._prepared,
-            identity.namespace,
-            identity.fields(),
-            identity.payload_bytes,
-            self._writer_count(),
-            self.metrics,
-        )
-        for address, byte_count in [] if self._pages is None else self._pages.memory():
-            hierarchy.register_memory(address, byte_count)
-        return hierarchy
+    @property
+    def _engine(self) -> Hierarchy | None:
+        """The store of KV pages."""
+        kv = self._stores.get(KV)
+        return None if kv is None else kv.store
 
-    def _writer_count(self) -> int:
-        """Rank processes of this server that share the configured sizes; 0 if this one never writes."""
+    @property
+    def _pages(self) -> Any:
+        """The KV pool's pages."""
+        kv = self._stores.get(KV)
+        return None if kv is None else kv.pages
+
+    def _metrics_of(self, name: str) -> Metrics:
+        metrics = Metrics()
+        export(metrics, self._storage_config, name)
+        return metrics
+
+    def _describe(self, name: str, pool: Any, pages: Pages) -> Described:
+        """Who a pool's pages are for, and who writes them."""
         config = self._storage_config
-        if not getattr(config, "is_storage_writer", not config.is_mla_model or config.tp_rank == 0):
-            return 0
-        tensor_ranks = getattr(config, "dcp_size", 1) if config.is_mla_model else config.tp_size
-        writers: int = (
-            tensor_ranks
+        mla = bool(config.is_mla_model)
+        everyone = written_by_every_rank(name, mla=mla)
+        chosen = getattr(config, "is_storage_writer", not mla or config.tp_rank == 0)
+        writers = (
+            (config.tp_size if everyone else getattr(config, "dcp_size", 1))
             * getattr(config, "pp_size", 1)
             * getattr(config, "attn_cp_size", 1)
             * data_parallel_size()
         )
-        return writers
+        return Described(
+            self._identity_of(name, pool, pages),
+            writers,
+            bool(everyone or chosen),
+            self.metrics if name == KV else self._metrics_of(name),
+        )
 
-    def _identity_of(self, pool: Any, pages: HostPages) -> Identity:
+    def _identity_of(self, name: str, pool: Any, pages: Pages) -> Identity:
         config = self._storage_config
-        replicated = bool(config.is_mla_model)
+        replicated = is_replicated(name, pool, mla=bool(config.is_mla_model))
         return Identity(
-            model=model_identity(self._config.model_id, config.model_name),
-            pool="kv",
+            model=self._model(),
+            pool=name,
             pool_class=type(pool).__name__,
-            dtype=str(pool.dtype),
+            dtype=element_types(name, pool),
             layout=str(pool.layout),
             page_size=pages.tokens_per_page,
             buffer_bytes=pages.geometry.lengths,
@@ -175,78 +190,80 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             storage_format_tag=str(getattr(pool, "storage_format_tag", None) or ""),
         )
 
-    @_boundary(lambda self, keys, *a, **k: 0)
-    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
-        """Leading run of pages that are stored here or by a neighbour. Memory only."""
-        if self._engine is None:
-            return 0
-        started = time.perf_counter()
-        count = 0
-        for start in range(0, len(keys), EXISTS_SPAN):  # most end early: convert as needed
-            span = page_keys(keys[start : start + EXISTS_SPAN])
-            found = self._engine.prefix(span)
-            count += found
-            if found < len(span):
-                break
-        self.metrics.asked(len(keys), count, time.perf_counter() - started)
-        return count
+    def _model(self) -> str:
+        """Names the weights: the same for every pool, and some reads of their files."""
+        if self._weights is None:
+            self._weights = model_identity(self._config.model_id, self._storage_config.model_name)
+        return self._weights
 
-    @_boundary(lambda self, keys, *a, **k: [False] * len(keys))
+    @_boundary(lambda self, keys, *a, **k: 0, moves=True)
+    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
+        """Leading run of pages that are stored here or by a neighbour. Memory only.
+
+        Of a hybrid model: the longest prefix for which, as far as is known, the other pools are there too.
+        """
+        return self._usable(keys, self._stores.sidecars()).pages
+
+    @_boundary(lambda self, keys, *a, **k: pool_result(Usable([], {})), moves=True)
+    def batch_exists_v2(
+        self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
+    ) -> Any:
+        """Prefixes for which every pool has what is asked of it, as ``PoolTransferResult``. Memory only."""
+        demands = [pool_demand(transfer) for transfer in pool_transfers or ()]
+        for demand in demands:
+            self._stores.learn(demand)
+        return pool_result(self._usable(keys, demands or self._stores.sidecars()))
+
+    def _usable(self, keys: Sequence[str], demands: list[Demand]) -> Usable:
+        kv = self._stores.get(KV)
+        if kv is None:
+            return Usable([], {})
+        started = time.perf_counter()
+        found = usable(self._stores, kv, keys, demands)
+        self.metrics.asked(len(keys), found.pages, time.perf_counter() - started)
+        return found
+
+    @_boundary(lambda self, keys, *a, **k: [False] * len(keys), moves=True)
     def batch_get_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
         """Read pages into the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
-        if self._engine is None or self._pages is None:
-            return [False] * len(keys)
-        targets = self._pages.buffers(host_indices, len(keys))
-        if targets is None:
-            return self._mismatch(keys, host_indices)
-        return self._get(keys, targets)
+        return self._read(self._stores.get(KV), keys, host_indices, self._deadline(len(keys)))
 
-    @_boundary(lambda self, keys, *a, **k: [False] * len(keys))
+    @_boundary(lambda self, keys, *a, **k: [False] * len(keys), moves=True)
     def batch_set_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
         """Write pages of the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
-        if self._engine is None or self._pages is None:
-            return [False] * len(keys)
-        sources = self._pages.buffers(host_indices, len(keys))
-        if sources is None:
-            return self._mismatch(keys, host_indices)
-        return self._put(keys, sources, extra_info)
+        deadline = time.monotonic() + CALL_SECONDS_MAX
+        return self._write(
+            self._stores.get(KV), keys, host_indices, _parent_of(extra_info), deadline
+        )
 
-    # Pools beside KV (Mamba, SWA, indexer, ...) are not stored yet. A page without its sidecars would be
-    # wrong output, so a request that needs any of them misses.
-
-    @_boundary(lambda self, *a, **k: None)
-    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
-        """Called for every pool of a hybrid model, KV included."""
-        super().register_mem_host_pool_v2(host_pool, host_pool_name)
-        if str(getattr(host_pool_name, "value", host_pool_name)) != "kv":
-            logger.warning(
-                "flexkv: pool %s is not stored by this release: this model's pages will miss",
-                host_pool_name,
-            )
-
-    @_boundary(lambda self, *a, **k: _no_hits())
-    def batch_exists_v2(
-        self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
-    ) -> Any:
-        """KV pages alone: as ``batch_exists``. With any other pool: nothing."""
-        hits = _no_hits()
-        if not pool_transfers:
-            hits.kv_hit_pages = self.batch_exists(keys, extra_info)
-        return hits
-
-    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers))
+    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
-        """All False: sidecars are not stored."""
-        return _all_false(transfers)
+        """Read pages of several pools. Per pool one bool per key; every pool is in the answer."""
+        pages = sum(len(transfer.keys or ()) for transfer in transfers)
+        deadline = self._deadline(pages, reads=len(transfers))
+        answer = PoolAnswer()
+        for transfer in transfers:
+            pool = self._stores.get(pool_name(transfer.name))
+            keys = list(transfer.keys or ())
+            answer.add(transfer.name, self._read(pool, keys, transfer.host_indices, deadline))
+        return answer.results
 
-    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers))
+    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
     def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
-        """All False: sidecars are not stored."""
-        return _all_false(transfers)
+        """Write pages of several pools (SGLang: before the KV pages they go with). Answer: as ``batch_get_v2``."""
+        deadline = time.monotonic() + CALL_SECONDS_MAX
+        parent = _parent_of(extra_info)
+        answer = PoolAnswer()
+        for transfer in transfers:
+            pool = self._stores.get(pool_name(transfer.name))
+            keys = list(transfer.keys or ())
+            flags = self._write(pool, keys, transfer.host_indices, parent, deadline)
+            answer.add(transfer.name, flags)
+        return answer.results
 
     @_boundary(lambda self, key: False)
     def exists(self, key: str) -> bool:
@@ -259,17 +276,19 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         found = self.batch_get([key], [target_location])
         return found[0]
 
-    @_boundary(lambda self, keys, *a, **k: [None] * len(keys))
+    @_boundary(lambda self, keys, *a, **k: [None] * len(keys), moves=True)
     def batch_get(
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[Any]:
         """Read flat pages into ``target_locations``; per key the tensor, or None from the first miss on."""
-        if self._engine is None or self._identity is None or not keys or target_locations is None:
+        kv = self._stores.get(KV)
+        if kv is None or not keys or target_locations is None:
             return [None] * len(keys)
-        targets = tensor_buffers(list(target_locations), self._identity.payload_bytes)
-        if targets is None or len(targets) != len(keys):
+        wanted = page_keys(keys)
+        batch = kv.pages.flat(list(target_locations), wanted)
+        if batch is None:
             return [None] * len(keys)
-        done = self._get(keys, targets)
+        done = fetch(kv, wanted, batch, self._deadline(len(keys)))
         return [
             tensor if flag else None for tensor, flag in zip(target_locations, done, strict=True)
         ]
@@ -281,7 +300,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """Write one flat page (a CPU tensor)."""
         return self.batch_set([key], [value])
 
-    @_boundary(lambda self, *a, **k: False)
+    @_boundary(lambda self, *a, **k: False, moves=True)
     def batch_set(
         self,
         keys: list[str],
@@ -290,30 +309,30 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         target_sizes: Any = None,
     ) -> bool:
         """Write flat pages (CPU tensors). True if all of them are stored now."""
-        if self._engine is None or self._identity is None or values is None:
+        kv = self._stores.get(KV)
+        if kv is None or values is None:
             return False
         if not keys:
             return True
-        kept = [
-            value.contiguous() for value in values
-        ]  # keeps copies alive until the write is done
-        sources = tensor_buffers(kept, self._identity.payload_bytes)
-        if sources is None or len(sources) != len(keys):
+        written = page_keys(keys)
+        kept = [value.contiguous() for value in values]  # alive until the write is done
+        batch = kv.pages.flat(kept, written)
+        if batch is None:
             return False
-        return all(self._put(keys, sources, None))
+        deadline = time.monotonic() + CALL_SECONDS_MAX
+        return all(store(kv, written, batch, None, deadline))
 
-    @_boundary(lambda self: None)
+    @_boundary(lambda self: None, moves=True)
     def clear(self) -> None:
-        """Forget every page this process stored in its own namespace. Other models' pages stay."""
-        if self._engine is not None:
-            self._engine.clear()
+        """Forget every page this process stored in its own namespaces. Other models' pages stay."""
+        self._stores.clear()
 
     @_boundary(lambda self: None)
     def get_stats(self) -> Any:
         """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
         from sglang.srt.observability.metrics_collector import StorageMetrics
 
-        reads, writes = self.metrics.drain_transfers()
+        reads, writes = self.metrics.drain_transfers()  # KV pages; other pools count for themselves
         return StorageMetrics(
             prefetch_pgs=[pages for pages, _ in reads],
             backup_pgs=[pages for pages, _ in writes],
@@ -321,30 +340,44 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             backup_bandwidth=[speed for _, speed in writes],
         )
 
-    def _get(self, keys: list[str], targets: PageBuffers) -> list[bool]:
-        assert self._engine is not None
-        with self.metrics.timed("get"):
-            return self._engine.get(page_keys(keys), targets, self._read_deadline(len(keys)))
+    def _read(
+        self, pool: Pool | None, keys: list[str], host_indices: Any, deadline: float
+    ) -> list[bool]:
+        if pool is None or not keys:
+            return [False] * len(keys)
+        flags = read(pool, page_keys(keys), host_indices, deadline)
+        return self._mismatch(pool, keys, host_indices) if flags is None else flags
 
-    def _put(self, keys: list[str], sources: PageBuffers, extra_info: Any) -> list[bool]:
-        assert self._engine is not None
-        deadline = time.monotonic() + WRITE_SECONDS
-        with self.metrics.timed("put"):
-            return self._engine.put(page_keys(keys), sources, _parent_of(extra_info), deadline)
+    def _write(
+        self,
+        pool: Pool | None,
+        keys: list[str],
+        host_indices: Any,
+        parent: PageKey | None,
+        deadline: float,
+    ) -> list[bool]:
+        if pool is None or not keys:
+            return [False] * len(keys)
+        flags = write(pool, page_keys(keys), host_indices, parent, deadline)
+        return self._mismatch(pool, keys, host_indices) if flags is None else flags
 
-    def _read_deadline(self, page_count: int) -> float:
-        """A get may take 0.8 of what its tokens add to SGLang's prefetch timeout, or half of its base."""
-        tokens = page_count * (self._pages.tokens_per_page if self._pages is not None else 1)
+    def _deadline(self, page_count: int, reads: int = 1) -> float:
+        """When a get of so many pages has to end, in so many pools. A page counts as the KV page it goes with.
+
+        A get may take 0.8 of what its tokens add to SGLang's prefetch timeout, or half of its base.
+        """
+        kv = self._stores.get(KV)
+        tokens = page_count * (kv.pages.tokens_per_page if kv is not None else 1)
         base, per_ki_token = self._prefetch_timeout
-        seconds = max(0.5 * base, 0.8 * per_ki_token * tokens / 1024, READ_SECONDS_MIN)
-        return time.monotonic() + seconds
+        least = max(0.5 * base, READ_SECONDS_MIN) * reads
+        seconds = max(least, 0.8 * per_ki_token * tokens / 1024)
+        return time.monotonic() + min(seconds, CALL_SECONDS_MAX)
 
-    def _mismatch(self, keys: list[str], host_indices: Any) -> list[bool]:
-        if keys:
-            self._report(
-                "host_indices",
-                ConfigError(f"{len(keys)} keys with {int(host_indices.numel())} indices"),
-            )
+    def _mismatch(self, pool: Pool, keys: list[str], host_indices: Any) -> list[bool]:
+        given = 0 if host_indices is None else int(host_indices.numel())
+        self._report(
+            "host_indices", ConfigError(f"{pool.name}: {len(keys)} keys with {given} indices")
+        )
         return [False] * len(keys)
 
     def _report(self, what: str, exc: Exception) -> None:
@@ -360,12 +393,6 @@ def _parent_of(extra_info: Any) -> PageKey | None:
     """The page before the batch: the last of ``prefix_keys``, if SGLang passes them."""
     prefix = getattr(extra_info, "prefix_keys", None)
     return page_key(prefix[-1]) if prefix else None
-
-
-def _no_hits() -> Any:
-    from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
-
-    return PoolTransferResult(0, {})
 
 
 def _all_false(transfers: list[Any]) -> dict[str, list[bool]]:

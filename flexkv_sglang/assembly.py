@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
-from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
+from flexkv_sglang.backends.disk_space import total_bytes
+from flexkv_sglang.backends.local_tier import note, noted, open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.backends.probe import IoMode
-from flexkv_sglang.config import FlexKVConfig, TierConfig
+from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.pool_rules import Claim, claims_from
 from flexkv_sglang.transfer import PageMover
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one process may take of a tier for one namespace.
+
+    ``byte_count``: 0: it never writes there; None: what an earlier run left, else this ``part`` of the size
+    that is chosen when none is configured.
+    """
+
+    byte_count: int | None
+    part: float = 1.0
+
+
+def undivided(config: FlexKVConfig) -> list[Share]:
+    """Per tier, all of its size for one process and one namespace."""
+    return [Share(tier.size) for tier in config.tiers]
 
 
 def prepare_tiers(config: FlexKVConfig) -> list[dict[str, IoMode]]:
@@ -42,26 +63,42 @@ def prepare_tiers(config: FlexKVConfig) -> list[dict[str, IoMode]]:
     return prepared
 
 
+def check_capacity(config: FlexKVConfig, prepared: Sequence[Mapping[str, IoMode]]) -> None:
+    """Raises ``ConfigError`` if a size is more than its disks could ever hold; opening files says more, but later."""
+    for number, (tier, modes) in enumerate(zip(config.tiers, prepared, strict=True)):
+        for path in modes:
+            whole = total_bytes(Path(path).expanduser())
+            if tier.size is not None and tier.size // len(modes) > whole:
+                raise ConfigError(
+                    f"{_key_name(config, number)}: {tier.size // len(modes)} bytes for {path}, whose file "
+                    f"system has {whole}. Valid: a size that fits"
+                )
+
+
+def _key_name(config: FlexKVConfig, number: int) -> str:
+    return "size" if len(config.tiers) == 1 else f"tiers[{number}].size"
+
+
 def open_hierarchy(
     config: FlexKVConfig,
     prepared: Sequence[Mapping[str, IoMode]],
     namespace: str,
     fields: Mapping[str, object],
     payload_bytes: int,
-    writers: int,
+    shares: Sequence[Share],
     metrics: Metrics,
 ) -> Hierarchy:
     """Open ``namespace`` in every tier and recover what is there.
 
-    ``fields``: what the namespace stands for, for people. ``writers``: rank processes that share the
-    configured size; 0: this one never writes. Raises ``ConfigError``.
+    ``fields``: what the namespace stands for, for people. ``shares``: per tier, what this process may take.
+    Raises ``ConfigError``.
     """
     engines: list[CacheEngine] = []
     try:
-        for number, (tier, modes) in enumerate(zip(config.tiers, prepared, strict=True)):
+        for number, share in enumerate(shares):
             engines.append(
                 _open_engine(
-                    config, number, tier, modes, namespace, fields, payload_bytes, writers, metrics
+                    config, number, prepared, namespace, fields, payload_bytes, share, metrics
                 )
             )
     except BaseException:
@@ -74,21 +111,25 @@ def open_hierarchy(
 def _open_engine(  # noqa: PLR0913 - one call, spelled out
     config: FlexKVConfig,
     number: int,
-    tier: TierConfig,
-    modes: Mapping[str, IoMode],
+    prepared: Sequence[Mapping[str, IoMode]],
     namespace: str,
     fields: Mapping[str, object],
     payload_bytes: int,
-    writers: int,
+    share: Share,
     metrics: Metrics,
 ) -> CacheEngine:
-    share = _share(tier.size, writers)
+    modes = prepared[number]
     accepted = ACCEPTED_KINDS[config.verify]
     durable = config.durability == "journal"
     places = open_places(modes, namespace, fields, min_free=config.min_free, durable=durable)
-    name = "size" if len(config.tiers) == 1 else f"tiers[{number}].size"
     slots, recovered = open_tier(
-        places, namespace, payload_bytes, share, accepted=accepted, key_name=name
+        places,
+        namespace,
+        payload_bytes,
+        share.byte_count,
+        accepted=accepted,
+        key_name=_key_name(config, number),
+        auto_part=share.part,
     )
     neighbours = NeighbourStore(
         [(place.directory, place.mode) for place in places],
@@ -108,16 +149,17 @@ def _open_engine(  # noqa: PLR0913 - one call, spelled out
         level=number,
     )
     logger.info(
-        "flexkv: tier ready: namespace=%s io_engine=%s o_direct=%s pages=%d slots=%d page_bytes=%d "
+        "flexkv: tier ready: namespace=%s pool=%s io_engine=%s o_direct=%s pages=%d slots=%d page_bytes=%d "
         "neighbour_pages=%d share_bytes=%s verify=%s durability=%s directories=%s",
         namespace,
+        fields.get("pool", "kv"),
         places[0].mode.engine,
         str(places[0].mode.o_direct).lower(),
         engine.page_count(),
         slots.slot_count,
         payload_bytes,
         engine.neighbour_page_count(),
-        "auto" if share is None else share,
+        "auto" if share.byte_count is None else share.byte_count,
         config.verify,
         config.durability,
         ",".join(modes),
@@ -125,16 +167,24 @@ def _open_engine(  # noqa: PLR0913 - one call, spelled out
     return engine
 
 
-def _share(size: int | None, writers: int) -> int | None:
-    """What this rank process may take of a tier's ``size``: 0 if it never writes, None for auto."""
-    if writers == 0:
-        return 0
-    if size is None:
-        return None
-    logger.info(
-        "flexkv: size=%d is divided among %d rank processes that write: %d bytes each",
-        size,
-        writers,
-        size // writers,
-    )
-    return size // writers
+def remembered_claims(prepared: Sequence[Mapping[str, IoMode]], kv_namespace: str) -> list[Claim]:
+    """The pools that shared the disk with this KV namespace when it was last opened; [] if none did."""
+    for modes in prepared:
+        for path in modes:
+            claims = claims_from(noted(Path(path).expanduser() / kv_namespace, "pools"))
+            if claims:
+                return claims
+    return []
+
+
+def remember_claims(
+    prepared: Sequence[Mapping[str, IoMode]], kv_namespace: str, claims: Sequence[Claim]
+) -> None:
+    """Note them in the NAMESPACE.json of the KV pages, so that the next start divides the disk at once."""
+    for modes in prepared:
+        for path in modes:
+            try:
+                directory = Path(path).expanduser() / kv_namespace
+                note(directory, "pools", [claim.fields() for claim in claims])
+            except (OSError, ValueError) as exc:
+                logger.warning("flexkv: the division is not remembered in %s: %s", path, exc)

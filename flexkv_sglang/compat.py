@@ -7,11 +7,14 @@ here may be absent in another release; then the answer is None and the caller sa
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from flexkv_sglang.fingerprint import directory_fingerprint
+from flexkv_sglang.pool_rules import pool_name
+from flexkv_sglang.prefix import ALL_PAGES, Demand, Usable
 
 logger = logging.getLogger(__name__)
 
@@ -99,3 +102,29 @@ def _checkpoint_directory(model: ServedModel) -> Path | None:
     except (ImportError, ValueError, OSError):
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def pool_result(usable: Usable) -> Any:
+    """A ``PoolTransferResult`` of the installed SGLang, with as much of the answer as it has fields for."""
+    answer = {
+        "kv_hit_pages": usable.pages,
+        "extra_pool_hit_pages": usable.boundaries,
+        "restorable_prefix_pages": usable.lengths,
+    }
+    try:
+        from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
+    except ImportError:  # before 0.5.10; nobody asks there
+        return SimpleNamespace(**answer)
+    known = {item.name for item in fields(PoolTransferResult)}
+    return PoolTransferResult(**{name: item for name, item in answer.items() if name in known})
+
+
+def pool_demand(transfer: Any) -> Demand:
+    """What a ``PoolTransfer`` of an exists-check asks for."""
+    return Demand(
+        pool_name(transfer.name),
+        pool_name(getattr(transfer, "hit_policy", ALL_PAGES)),
+        max(1, len(transfer.keys or ())),
+        int(getattr(transfer, "block_pages", 0)),
+        int(getattr(transfer, "group_pages", 0)),
+    )

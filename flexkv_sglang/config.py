@@ -71,7 +71,7 @@ class FlexKVConfig:
     ``tiers``: the fastest first. ``verify``: full | sampled | off. ``durability``: none | journal.
     ``io_engine``: auto | io_uring | threads | buffered. ``min_free``: bytes left to others on each disk,
     or None (2 % of the file system, at most 1 GiB). ``model_id``: names the weights instead of
-    fingerprinting them.
+    fingerprinting them. ``pool_density``: (name, pages per KV page) of host pools beside KV, for dividing the size.
     """
 
     tiers: tuple[TierConfig, ...] = (TierConfig(),)
@@ -80,6 +80,7 @@ class FlexKVConfig:
     io_engine: str = "auto"
     min_free: int | None = None
     model_id: str | None = None
+    pool_density: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any] | None) -> FlexKVConfig:
@@ -104,7 +105,8 @@ class FlexKVConfig:
         tiers = "; ".join(tier.describe() for tier in self.tiers)
         return (
             f"tiers=[{tiers}] verify={self.verify} durability={self.durability} "
-            f"io_engine={self.io_engine} model_id={self.model_id or 'fingerprint'}"
+            f"io_engine={self.io_engine} model_id={self.model_id or 'fingerprint'} "
+            f"pool_density={dict(self.pool_density) or 'default'}"
         )
 
 
@@ -199,6 +201,20 @@ def _tiers(key: str, value: object) -> tuple[TierConfig, ...]:
     return tuple(tiers)
 
 
+def _densities(key: str, value: object) -> tuple[tuple[str, float], ...]:
+    help_text = (
+        'pool names with how many of their pages are stored per KV page, such as {"mamba": 0.05}: '
+        'above 0, at most 1, and not for "kv"'
+    )
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: {value!r}. Valid: {help_text}")
+    for name, density in value.items():
+        number = isinstance(density, int | float) and not isinstance(density, bool)
+        if not isinstance(name, str) or name in ("", "kv") or not number or not 0 < density <= 1:
+            raise ConfigError(f"{key}.{name}: {density!r}. Valid: {help_text}")
+    return tuple((name, float(density)) for name, density in value.items())
+
+
 _TIER_PARSERS: dict[str, Callable[[str, object], Any]] = {"path": _paths, "size": parse_size}
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "tiers": _tiers,
@@ -207,4 +223,5 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "min_free": _size_or_zero,
     "io_engine": _choice("auto", "io_uring", "threads", "buffered"),
     "model_id": _text,
+    "pool_density": _densities,
 }

@@ -69,15 +69,15 @@ class CacheEngine:
         self._neighbours.scan()
         self._upkeep.start()
 
-    def prefix(self, keys: Sequence[PageKey]) -> int:
+    def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:
         """Length of the leading run of pages that are here or at a neighbour. Memory only.
 
-        What is here stays until it is read, for a short time: see ``promises``.
+        With ``promise`` what is here stays until it is read, for a short time: see ``promises``.
         """
         count = 0
         while count < len(keys):
             start = count
-            count += self._pages.prefix(keys[count : count + _LOCK_SPAN], promise=True)
+            count += self._pages.prefix(keys[count : count + _LOCK_SPAN], promise=promise)
             if count < len(keys):
                 count += self._neighbours.prefix(keys[count:])
             if count == start:
@@ -90,6 +90,15 @@ class CacheEngine:
             if self._pages.index.find(key) is not None:
                 return True
         return self._neighbours.prefix([key]) == 1
+
+    def holds(self, keys: Sequence[PageKey]) -> list[bool]:
+        """``find`` of each: pages behind a hole count as well. Memory only."""
+        flags: list[bool] = []
+        for start in range(0, len(keys), _LOCK_SPAN):
+            flags += self._pages.holds(keys[start : start + _LOCK_SPAN])
+        if not all(flags):
+            flags = [a or b for a, b in zip(flags, self._neighbours.holds(keys), strict=True)]
+        return flags
 
     def page_count(self) -> int:
         """Own READY pages."""

@@ -34,17 +34,26 @@ class Hierarchy:
         self._metrics = metrics
         self._seen = [_SeenOnce(max(1024, tier.slot_count)) for tier in self.tiers[:-1]]
 
-    def prefix(self, keys: Sequence[PageKey]) -> int:
-        """Length of the leading run of pages that some tier has. Memory only."""
+    def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:
+        """Length of the leading run of pages that some tier has. See ``CacheEngine.prefix``."""
         count = 0
         while count < len(keys):
             start = count
             for tier in reversed(self.tiers):  # the lowest is the largest
                 if count < len(keys):
-                    count += tier.prefix(keys[count:])
+                    count += tier.prefix(keys[count:], promise=promise)
             if count == start:
                 break
         return count
+
+    def holds(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Per key: has some tier the page? Pages behind a hole count as well. Memory only, promises nothing."""
+        flags = self.tiers[-1].holds(keys)
+        for tier in self.tiers[:-1]:
+            if all(flags):
+                break
+            flags = [a or b for a, b in zip(flags, tier.holds(keys), strict=True)]
+        return flags
 
     def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
         """As ``CacheEngine.get``, from whichever tiers have the pages."""

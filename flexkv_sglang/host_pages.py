@@ -1,4 +1,7 @@
-"""HostPages: SGLang's host pool + token indices -> where each page lies in memory.
+"""Host pages: SGLang's host pool + token indices -> where each page lies in memory.
+
+Three ways, chosen once per pool by ``open_pages``: ``HostPages`` names the addresses inside the pool (no copy);
+``FlatPages`` copies through the pool's flat-page calls; ``MarkerPages`` stands for pools without bytes.
 
 Buffers are put into one canonical order, K of all layers before V of all layers, which is also the order
 of SGLang's flat pages (``get_data_page(flat=True)``): a page written through the zero-copy interface and
@@ -9,13 +12,20 @@ Does not import sglang: the pool is a duck type, ``HostPool``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.types import PageBuffers
+from flexkv_sglang.types import PageBuffers, PageKey
+
+PROBE_FAILURES = (
+    *(AttributeError, NotImplementedError, ValueError, AssertionError),
+    *(TypeError, RuntimeError, IndexError, KeyError),
+)
+"""What a pool raises for a call it does not support in its layout."""
 
 
 class HostPool(Protocol):
@@ -46,16 +56,61 @@ class PageGeometry:
         return sum(self.lengths)
 
 
+def _as_they_are(flags: list[bool]) -> list[bool]:
+    return flags
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pages of one call. ``memory`` is kept alive for ``buffers``.
+
+    ``landed(flags)``: to be called after a read with which pages arrived; returns which of them the host pool
+    has now.
+    """
+
+    buffers: PageBuffers
+    memory: object = None
+    landed: Callable[[list[bool]], list[bool]] = _as_they_are
+
+
+class Pages(Protocol):
+    """The pages of one host pool. ``span``: pages that fit one call. Any thread.
+
+    ``host_indices``: int64 tensor ``[len(keys) * tokens_per_page]``; None where they are not those of so many
+    whole pages.
+    """
+
+    how: str
+    tokens_per_page: int
+    geometry: PageGeometry
+    span: int
+
+    def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
+        """Pages as they are now, to be written."""
+
+    def incoming(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
+        """Memory to read pages into."""
+
+    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
+        """The same for SGLang's flat page tensors, in either direction."""
+
+    def memory(self) -> list[tuple[int, int]]:
+        """(address, bytes) of memory that an I/O engine may pin as long as this object lives."""
+
+
 class HostPages:
     """Page addresses of one host pool. Raises ``UnsupportedPoolError`` when the pool cannot name them."""
+
+    how = "zero-copy"
+    span = 1 << 30
 
     def __init__(self, pool: HostPool, first_page_indices: Any) -> None:
         """``first_page_indices``: int64 tensor ``[tokens per page]`` of any page, to learn the geometry."""
         self._pool = pool
-        self.tokens_per_page = int(getattr(pool, "logical_page_size", None) or pool.page_size)
+        self.tokens_per_page = tokens_per_page(pool)
         try:
             meta = pool.get_page_buffer_meta(first_page_indices)
-        except (AttributeError, NotImplementedError, ValueError, AssertionError) as exc:
+        except PROBE_FAILURES as exc:
             raise UnsupportedPoolError(f"{type(pool).__name__} ({pool.layout}): {exc}") from exc
         if meta is None or not meta[0]:
             raise UnsupportedPoolError(
@@ -81,6 +136,17 @@ class HostPages:
         addresses = np.array(meta[0], np.uint64).reshape(page_count, len(self._order))
         return PageBuffers(np.ascontiguousarray(addresses[:, self._order]), self._lengths)
 
+    def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
+        """See ``Pages``."""
+        buffers = self.buffers(host_indices, len(keys))
+        return None if buffers is None else Batch(buffers)
+
+    incoming = outgoing
+
+    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
+        """See ``Pages``."""
+        return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
+
     def memory(self) -> list[tuple[int, int]]:
         """(address, bytes) of the pool's CPU memory, or nothing where it is not a tensor or several.
 
@@ -95,12 +161,23 @@ class HostPages:
         return [(address, size) for address, size in storages.items() if size]
 
 
+def tokens_per_page(pool: HostPool) -> int:
+    """Entries of ``host_indices`` per page."""
+    return int(getattr(pool, "logical_page_size", None) or pool.page_size)
+
+
 def _stored_order(pool: HostPool, count: int) -> tuple[int, ...]:
     """SGLang lists layer_first MHA buffers as K0 V0 K1 V1 ...; they are stored as K0 K1 ... V0 V1 ..."""
     layers = int(getattr(pool, "layer_num", 0) or 0)
     if pool.layout == "layer_first" and count == 2 * layers:
         return (*range(0, count, 2), *range(1, count, 2))
     return tuple(range(count))
+
+
+def flat_batch(tensors: list[Any], count: int, payload_bytes: int) -> Batch | None:
+    """``count`` flat page tensors; None if it is another number or one of them is no page."""
+    buffers = tensor_buffers(tensors, payload_bytes)
+    return None if buffers is None or len(buffers) != count else Batch(buffers, tensors)
 
 
 def tensor_buffers(tensors: list[Any], payload_bytes: int) -> PageBuffers | None:

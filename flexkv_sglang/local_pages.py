@@ -57,6 +57,11 @@ class LocalPages:
                 self.index.hold(self._promises.make(run, self.index.parents, now))
         return len(run)
 
+    def holds(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Per key: is it READY? At most one hold of the lock long."""
+        with self.lock:
+            return [self.index.find(key) is not None for key in keys]
+
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
         """Pin and touch the leading run of READY keys; what was promised of it is kept now."""
         with self.lock:

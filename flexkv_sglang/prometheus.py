@@ -60,8 +60,8 @@ class Exporter:
         return _series(metric, self._labels).labels(**self._labels, **metric.labels, **own)
 
 
-def export(metrics: Metrics, storage_config: Any) -> None:
-    """Let ``metrics`` be exported if SGLang's storage config says that its own are."""
+def export(metrics: Metrics, storage_config: Any, pool: str = "kv") -> None:
+    """Let ``metrics`` of a host pool be exported if SGLang's storage config says that its own are."""
     if not getattr(storage_config, "enable_storage_metrics", False):
         return
     labels = {
@@ -69,6 +69,7 @@ def export(metrics: Metrics, storage_config: Any) -> None:
         "tp_rank": str(getattr(storage_config, "tp_rank", 0)),
         "pp_rank": str(getattr(storage_config, "pp_rank", 0)),
         "dp_rank": str(getattr(storage_config, "dp_rank", None) or 0),
+        "pool": pool,
     }
     try:
         metrics.exporter = Exporter(metrics, labels)

@@ -17,8 +17,8 @@ ROWS = (
     (
         "nothing is learned",
         EVICTION,
-        "        if now >= self._due:\n            self._learn()",
-        "        pass",
+        "    def _learn(self) -> None:\n",
+        "    def _learn(self) -> None:\n        return\n",
         "tests/test_eviction.py",
     ),
     (

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import eviction_mutants
+from mutants_of_pools import MUTANTS as OF_POOLS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
@@ -293,6 +294,7 @@ MUTANTS = (
         "tests/backends/test_local_tier.py",
     ),
     *(Mutant(*row) for row in eviction_mutants.ROWS),
+    *(Mutant(*fields) for fields in OF_POOLS),
 )
 
 

@@ -1,4 +1,7 @@
-"""Stateful random test of the engine with faults and races; see ``tests/support/soaking.py`` for what is judged."""
+"""Stateful random test of the engine with faults and races; see ``tests/support/soaking.py`` for what is judged.
+
+Then random prefixes of hybrid models, folded by us and by SGLang's ``HiCacheFile``: ``tests/support/fold_oracle.py``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from fold_oracle import compare_with_hicache_file
 from soaking import soak
 
 
@@ -20,6 +24,7 @@ def main() -> int:
         description="Random steps against a model, with a faulty I/O engine."
     )
     parser.add_argument("--steps", type=int, default=200_000)
+    parser.add_argument("--folds", type=int, default=20_000, help="prefixes of hybrid models")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dir", type=Path, help="where to work (default: a temporary directory)")
     args = parser.parse_args()
@@ -27,10 +32,11 @@ def main() -> int:
     place = Path(tempfile.mkdtemp(prefix="flexkv-soak-", dir=args.dir))
     started = time.monotonic()
     report = soak(place, args.steps, args.seed)
+    report.problems += compare_with_hicache_file(args.folds, args.seed)
     seconds = round(time.monotonic() - started, 1)
     if not report.problems:
         shutil.rmtree(place)
-    print(json.dumps({**vars(report), "seed": args.seed, "seconds": seconds}))
+    print(json.dumps({**vars(report), "folds": args.folds, "seed": args.seed, "seconds": seconds}))
     return 1 if report.problems else 0
 
 

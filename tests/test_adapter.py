@@ -21,8 +21,6 @@ from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorageConfig,
     HiCacheStorageExtraInfo,
     HiCacheStorageFailureInjector,
-    PoolName,
-    PoolTransfer,
 )
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 
@@ -172,7 +170,7 @@ def test_an_exception_in_the_engine_is_a_miss_of_the_right_shape(
     method: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def explode(*_args: object) -> None:
+    def explode(*_args: object, **_more: object) -> None:
         raise RuntimeError("planted")
 
     monkeypatch.setattr(storage._engine, method, explode)
@@ -227,18 +225,6 @@ def test_a_pool_without_page_buffers_misses_and_says_so(
     assert storage.batch_exists(names(1)) == 0
     assert storage.batch_set_v1(names(1), tokens(0)) == [False]
     storage.close()
-
-
-def test_hybrid_models_miss_instead_of_losing_their_sidecars(storage: FlexKVStorage) -> None:
-    storage.register_mem_host_pool_v2(storage.mem_pool_host, PoolName.KV)
-    storage.register_mem_host_pool_v2(object(), PoolName.MAMBA)
-    storage.on_host_pools_registered()
-    storage.batch_set_v1(names(2), tokens(0, 1))
-    mamba = [PoolTransfer(name=PoolName.MAMBA, keys=names(2))]
-    assert storage.batch_exists_v2(names(2), mamba).kv_hit_pages == 0
-    assert storage.batch_exists_v2(names(2), []).kv_hit_pages == 2
-    assert storage.batch_get_v2(mamba) == {"mamba": [False, False]}
-    assert storage.batch_set_v2(mamba) == {"mamba": [False, False]}
 
 
 def test_the_real_factory_makes_it_and_the_failure_injector_wraps_it(tmp_path: Path) -> None:
@@ -353,7 +339,7 @@ def test_a_get_is_bounded_by_the_prefetch_timeout(tmp_path: Path) -> None:
     storage.register_mem_pool_host(Pool())
 
     def seconds(pages: int) -> float:
-        return storage._read_deadline(pages) - time.monotonic()
+        return storage._deadline(pages) - time.monotonic()
 
     assert 0.4 < seconds(1) <= 0.5  # SGLang's defaults: 1 s and 0.25 s per 1024 tokens
     assert 1.5 < seconds(8 * 1024 // PAGE_SIZE) <= 1.6

@@ -82,6 +82,12 @@ def test_one_directory_or_several() -> None:
         ({"model_id": " "}, "model_id: ' '"),
         ({"sise": 1}, "sise: unknown key, value 1. Did you mean 'size'?"),
         ({"redis": "x"}, "Valid keys: path, size"),
+        ({"pool_density": 0.5}, "pool_density: 0.5. Valid: pool names"),
+        ({"pool_density": {"mamba": 0}}, "pool_density.mamba: 0. Valid: pool names"),
+        ({"pool_density": {"mamba": 1.5}}, "pool_density.mamba: 1.5"),
+        ({"pool_density": {"mamba": True}}, "pool_density.mamba: True"),
+        ({"pool_density": {"kv": 0.5}}, "pool_density.kv: 0.5"),
+        ({"pool_density": {"swa": "half"}}, "pool_density.swa: 'half'"),
     ],
 )
 def test_wrong_settings_name_key_value_and_what_is_valid(
@@ -90,6 +96,12 @@ def test_wrong_settings_name_key_value_and_what_is_valid(
     with pytest.raises(ConfigError) as error:
         FlexKVConfig.parse(given_)
     assert named in str(error.value)
+
+
+def test_densities_of_pools() -> None:
+    config = FlexKVConfig.parse({"pool_density": {"mamba": 0.05, "a pool of tomorrow": 1}})
+    assert config.pool_density == (("mamba", 0.05), ("a pool of tomorrow", 1.0))
+    assert "{'mamba': 0.05" in config.describe()
 
 
 def test_keys_that_belong_to_sglang_are_none_of_our_business() -> None:
@@ -105,7 +117,10 @@ json_values = st.recursive(
 
 @given(
     st.dictionaries(
-        st.sampled_from(["path", "size", "verify", "io_engine", "model_id", "other"]), json_values
+        st.sampled_from(
+            ["path", "size", "verify", "io_engine", "model_id", "pool_density", "other"]
+        ),
+        json_values,
     )
 )
 def test_any_json_gives_a_configuration_or_a_config_error(extra: dict[str, Any]) -> None:

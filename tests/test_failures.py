@@ -14,7 +14,7 @@ import pytest
 
 import flexkv_sglang.upkeep as upkeep_module
 from engines import keys, open_hierarchy_on, page_memory, soon, wait_until
-from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
+from flexkv_sglang.assembly import open_hierarchy, prepare_tiers, undivided
 from flexkv_sglang.backends.io import IoBatch
 from flexkv_sglang.config import FlexKVConfig, TierConfig
 from flexkv_sglang.engine import CacheEngine
@@ -64,7 +64,9 @@ def two_disks(tmp_path: Path) -> Hierarchy:
     config = FlexKVConfig(
         tiers=(TierConfig((str(tmp_path / "a"), str(tmp_path / "b")), 128 * PAGE),)
     )
-    return open_hierarchy(config, prepare_tiers(config), "ns", {}, PAGE, 1, Metrics())
+    return open_hierarchy(
+        config, prepare_tiers(config), "ns", {}, PAGE, undivided(config), Metrics()
+    )
 
 
 def spoil(engine: CacheEngine, directory: Path, direction: str) -> BadDisk:
@@ -228,7 +230,9 @@ def test_durability_decides_about_flushes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: str
 ) -> None:
     config = FlexKVConfig(tiers=(TierConfig((str(tmp_path),), 16 * PAGE),), durability=durability)
-    store = open_hierarchy(config, prepare_tiers(config), "ns", {}, PAGE, 1, Metrics())
+    store = open_hierarchy(
+        config, prepare_tiers(config), "ns", {}, PAGE, undivided(config), Metrics()
+    )
     owned = store.tiers[0]._tier.stores[0]
     events: list[str] = []
     for place, name in ((owned.slots, "sync"), (owned.journal, "sync"), (owned.journal, "append")):

@@ -86,7 +86,7 @@ def _planned_direct(rig: Rig) -> bool:
     backend = rig.backend
     pages = rig.host.size // rig.geometry.page_size
     buffers = backend._pages.buffers(torch.arange(pages * rig.geometry.page_size), pages)
-    mode = next(iter(backend._prepared[0].values()))
+    mode = next(iter(backend._stores.prepared[0].values()))
     assert mode.o_direct
     direct = plan_move(buffers, [mode] * pages).direct
     assert direct.all() or not direct.any()

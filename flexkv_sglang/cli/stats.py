@@ -129,6 +129,8 @@ def _row(item: OwnerStats) -> tuple[object, ...]:
 def _identity(namespace: Namespace) -> str:
     fields = namespace.fields
     parts = [str(fields[name]) for name in ("model", "dtype", "layout") if name in fields]
+    if fields.get("pool", "kv") != "kv":
+        parts.append(f"pool={fields['pool']}")
     if "page_size" in fields:
         parts.append(f"page_size={fields['page_size']}")
     parts += [

@@ -54,10 +54,11 @@ def test_counters_of_a_process_with_several_owners_count_once(tmp_path: Path) ->
 def test_stats_says_which_model(tmp_path: Path) -> None:
     open_engine(tmp_path, PAGE, 64 * PAGE).close()
     (tmp_path / "ns" / "NAMESPACE.json").write_text(
-        '{"model": "id:tiny", "dtype": "bf16", "layout": "page_first", "page_size": 16, "tp": [1, 2]}'
+        '{"model": "id:tiny", "dtype": "bf16", "layout": "page_first", "page_size": 16, "tp": [1, 2], '
+        '"pool": "mamba"}'
     )
     line = flexkv("stats", tmp_path).text.splitlines()[0]
-    assert line == "ns  id:tiny bf16 page_first page_size=16 tp=1/2"
+    assert line == "ns  id:tiny bf16 page_first pool=mamba page_size=16 tp=1/2"
 
 
 def test_gc_without_a_selector_only_shows(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
+from flexkv_sglang.assembly import open_hierarchy, prepare_tiers, undivided
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
@@ -63,7 +63,7 @@ def open_hierarchy_on(tiers: Sequence[tuple[Path, int]], payload_bytes: int) -> 
         tiers=tuple(TierConfig((str(directory),), size) for directory, size in tiers)
     )
     prepared = prepare_tiers(config)
-    return open_hierarchy(config, prepared, "ns", {}, payload_bytes, 1, Metrics())
+    return open_hierarchy(config, prepared, "ns", {}, payload_bytes, undivided(config), Metrics())
 
 
 def page_memory(

@@ -1,0 +1,60 @@
+"""Gate: many calls pass at a time, or one thread holds it shut and is alone. Every wait has a bound.
+
+Whoever closes files must be alone: the number of a closed file is given to the next one that is opened, and a call
+that still has it would read or write there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flexkv_sglang.errors import TierUnavailableError
+
+
+class Gate:
+    """Not re-entrant: a thread that passes must not pass again or shut it. Any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards what follows; held for an addition
+        self._inside = 0
+        self._shut = False
+
+    @contextmanager
+    def passing(self, seconds: float) -> Iterator[None]:
+        """The time of one call. Raises ``TierUnavailableError`` if the gate stays shut for ``seconds``."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._shut, seconds):
+                raise TierUnavailableError("files are being exchanged")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                if self._shut:
+                    self._changed.notify_all()
+
+    @contextmanager
+    def shut(self, seconds: float) -> Iterator[bool]:
+        """Keep new calls out and wait for those inside. False if that takes longer; then it is open again."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            alone = self._changed.wait_for(lambda: not self._shut, seconds)
+            if alone:
+                self._shut = True
+                alone = self._changed.wait_for(lambda: not self._inside, end - time.monotonic())
+                if not alone:
+                    self._reopen()
+        try:
+            yield alone
+        finally:
+            if alone:
+                with self._changed:
+                    self._reopen()
+
+    def _reopen(self) -> None:
+        self._shut = False
+        self._changed.notify_all()

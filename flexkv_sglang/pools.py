@@ -1,0 +1,301 @@
+"""PoolStores: one store per host pool of a model, and how they divide the configured size.
+
+A plain model has one pool, KV. A hybrid model registers more (Mamba state, sliding windows, indexer keys, ...), and
+SGLang says so late: the KV pool comes first and alone, the rest in a burst after it, some at any time. So KV is
+opened at once, which is when a wrong setting can still stop the start; the burst reopens it with a smaller
+share if there are others. What was found is remembered beside the KV pages: the next start divides at once.
+
+After that nothing raises: a pool that cannot be stored or opened holds nothing, and so what needs it misses.
+
+Threads: any. Calls are made ``in_use``; files are exchanged when none is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flexkv_sglang.assembly import (
+    Share,
+    check_capacity,
+    open_hierarchy,
+    remember_claims,
+    remembered_claims,
+)
+from flexkv_sglang.backends.probe import IoMode
+from flexkv_sglang.config import FlexKVConfig
+from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.gate import Gate
+from flexkv_sglang.hierarchy import Hierarchy
+from flexkv_sglang.host_pages import Pages, UnsupportedPoolError
+from flexkv_sglang.keys import Identity
+from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.pool_rules import (
+    KV,
+    Claim,
+    default_density,
+    divide,
+    expected_policy,
+    part_of,
+)
+from flexkv_sglang.prefix import Demand
+from flexkv_sglang.staged_pages import MarkerPages, open_pages
+
+logger = logging.getLogger(__name__)
+
+_SETTLE_S = 0.5
+"""How long a call waits for files that are being opened, and opening them for the calls that run.
+
+A call may wait for both before it begins; SGLang's threads are given 10 s to end when a backend is detached.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the adapter knows of a pool. ``writers``: rank processes of the server that write it; ``writes``: is
+    this one of them?"""
+
+    identity: Identity
+    writers: int
+    writes: bool
+    metrics: Metrics
+
+
+@dataclass(slots=True)
+class Pool:
+    """One host pool that can be stored. ``store`` is None while its files are not open.
+
+    ``demand``: what SGLang asked of it last, or is expected to ask.
+    """
+
+    name: str
+    pages: Pages
+    told: Described
+    claim: Claim
+    demand: Demand
+    store: Hierarchy | None = None
+    shares: tuple[Share, ...] = ()
+
+    @property
+    def is_marker(self) -> bool:
+        """The pool has no bytes of its own."""
+        return isinstance(self.pages, MarkerPages)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return self.pages.geometry.payload_bytes
+
+
+Describe = Callable[[str, Any, Pages], Described]
+
+
+class PoolStores:
+    """The stores of one attach. ``describe`` is asked once per pool that can be stored."""
+
+    def __init__(
+        self, config: FlexKVConfig, prepared: Sequence[Mapping[str, IoMode]], describe: Describe
+    ) -> None:
+        self._config = config
+        self.prepared = prepared
+        self._describe = describe
+        self._pools: dict[str, Pool | None] = {}  # None: cannot be stored
+        self._host_pools: dict[str, Any] = {}
+        self._divided: list[Claim] = []  # what the shares of the open stores assume
+        self._unsettled = False
+        self._burst_over = False
+        self._gate = Gate()  # shut while files are closed and opened
+
+    def anchor(self, host_pool: Any) -> None:
+        """The KV pool: start anew with it. Raises ``ConfigError`` for settings that cannot work."""
+        self.close()
+        self._pools, self._host_pools = {}, {KV: host_pool}
+        self._burst_over = False
+        kv = self._pools[KV] = self._probe(KV, host_pool)
+        if kv is None:
+            return
+        before = remembered_claims(self.prepared, kv.told.identity.namespace)
+        self._divided = before if kv.claim in before else [kv.claim]
+        self._unsettled = len(self._divided) > 1
+        if kv.is_marker:  # its pages are few bytes beside others that must still come
+            self._unsettled = True
+            check_capacity(self._config, self.prepared)
+            return
+        try:
+            self._open(kv, self._shares(kv, self._divided))
+        except ConfigError:
+            if len(self._divided) == 1:
+                raise
+            self._divided = [kv.claim]
+            self._open(kv, self._shares(kv, self._divided))
+
+    def add(self, name: str, host_pool: Any) -> None:
+        """A further pool. Its files are opened when the burst is over, or by the first call after it."""
+        if name == KV or self._host_pools.get(name) is host_pool:
+            return
+        self._host_pools[name] = host_pool
+        old, self._pools[name] = self._pools.get(name), None
+        self._unsettled = True
+        if old is not None:
+            with self._gate.shut(_SETTLE_S):
+                _close(old)
+        self._pools[name] = self._probe(name, host_pool)
+        if self._burst_over:
+            self.settle()
+
+    def burst_over(self) -> None:
+        """SGLang has registered the pools it knows of; others may come one by one."""
+        self._burst_over = True
+        self.settle()
+
+    def settle(self) -> None:
+        """Divide the size among the pools there are and open what is not open. Does not raise.
+
+        While calls run that do not end, nothing changes, and the next call tries again.
+        """
+        with self._gate.shut(_SETTLE_S) as alone:
+            kv = self._pools.get(KV)
+            pools = [pool for pool in list(self._pools.values()) if pool is not None]
+            if not alone or not self._unsettled or kv is None or (kv.is_marker and len(pools) == 1):
+                return
+            self._unsettled = False
+            claims = sorted((pool.claim for pool in pools), key=lambda claim: claim.name)
+            changed = claims != self._divided
+            shares = {pool.name: self._shares(pool, claims) for pool in pools}
+            self._divided = claims
+            for pool in pools:
+                if changed and pool.shares != shares[pool.name]:
+                    _close(pool)
+            for pool in pools:
+                if pool.store is None:
+                    self._try_open(pool, shares[pool.name])
+            if changed or len(claims) > 1:
+                self._remember(kv, claims)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The time of one call, in which no file is exchanged. Raises ``TierUnavailableError`` after a bounded wait."""
+        if self._unsettled:
+            self.settle()
+        with self._gate.passing(_SETTLE_S):
+            yield
+
+    def get(self, name: str) -> Pool | None:
+        """The pool of this name if it is open. To be used ``in_use``."""
+        pool = self._pools.get(name)
+        return pool if pool is not None and pool.store is not None else None
+
+    def sidecars(self) -> list[Demand]:
+        """What every registered pool beside KV asks of a prefix, as far as is known."""
+        return [
+            pool.demand if pool is not None else Demand(name)
+            for name, pool in list(self._pools.items())
+            if name != KV
+        ]
+
+    def learn(self, demand: Demand) -> None:
+        """SGLang asked for this: the widest window it ever asked for is what a prefix may need."""
+        pool = self._pools.get(demand.pool)
+        if pool is not None and pool.demand != demand:
+            same = pool.demand.policy == demand.policy
+            window = max(pool.demand.window, demand.window) if same else demand.window
+            pool.demand = replace(demand, window=window)
+
+    def clear(self) -> None:
+        """Forget every page of this process in all of its namespaces."""
+        for pool in list(self._pools.values()):
+            if pool is not None and pool.store is not None:
+                pool.store.clear()
+
+    def close(self) -> None:
+        """Close all stores, also when one fails; they stay closed. Idempotent."""
+        self._unsettled = False
+        with self._gate.shut(_SETTLE_S), ExitStack() as stack:
+            for pool in list(self._pools.values()):
+                if pool is not None:
+                    stack.callback(_close, pool)
+
+    def _probe(self, name: str, host_pool: Any) -> Pool | None:
+        try:
+            pages = open_pages(host_pool)
+        except UnsupportedPoolError as exc:
+            logger.error(
+                "flexkv: host pool %s cannot be stored, every page will miss: %s", name, exc
+            )
+            return None
+        told = self._describe(name, host_pool, pages)
+        density = dict(self._config.pool_density).get(name, default_density(name))
+        claim = Claim.of(name, pages.geometry.payload_bytes, max(1, told.writers), density)
+        logger.info(
+            "flexkv: host pool %s (%s, %s) is stored by %s",
+            name,
+            type(host_pool).__name__,
+            host_pool.layout,
+            pages.how,
+        )
+        return Pool(name, pages, told, claim, Demand(name, expected_policy(name)))
+
+    def _shares(self, pool: Pool, claims: list[Claim]) -> tuple[Share, ...]:
+        """Per tier, what this process may take for a pool when these claims share the disk."""
+        if not pool.told.writes:
+            return tuple(Share(0) for _ in self._config.tiers)
+        shares = []
+        for level, tier in enumerate(self._config.tiers):
+            if tier.size is not None:
+                shares.append(Share(divide(tier.size, claims)[pool.name]))
+                continue
+            part = part_of(pool.name, claims)
+            before = part_of(pool.name, self._divided)
+            if pool.name == KV and pool.store is not None and part < before:
+                have = pool.store.tiers[level].slot_count * pool.claim.slot_bytes
+                shares.append(Share(int(have * part / before)))  # make room for the others
+            else:
+                shares.append(Share(None, part))
+        return tuple(shares)
+
+    def _open(self, pool: Pool, shares: tuple[Share, ...]) -> None:
+        identity = pool.told.identity
+        store = open_hierarchy(
+            self._config,
+            self.prepared,
+            identity.namespace,
+            identity.fields(),
+            pool.page_bytes,
+            shares,
+            pool.told.metrics,
+        )
+        for address, byte_count in pool.pages.memory():
+            store.register_memory(address, byte_count)
+        pool.store, pool.shares = store, shares
+        sizes = [tier.size for tier in self._config.tiers if tier.size is not None]
+        if pool.told.writes and sizes and (pool.told.writers > 1 or len(self._divided) > 1):
+            logger.info(
+                "flexkv: size=%s is divided among %d rank processes and %d host pools: %s bytes each for %s",
+                "+".join(map(str, sizes)),
+                pool.told.writers,
+                len(self._divided),
+                "+".join(str(share.byte_count) for share in shares if share.byte_count is not None),
+                pool.name,
+            )
+
+    def _try_open(self, pool: Pool, shares: tuple[Share, ...]) -> None:
+        try:
+            self._open(pool, shares)
+        except (FlexKVError, OSError, ValueError) as exc:
+            logger.error(
+                "flexkv: host pool %s is not stored, what needs it misses: %s", pool.name, exc
+            )
+
+    def _remember(self, kv: Pool, claims: list[Claim]) -> None:
+        namespace = kv.told.identity.namespace
+        if kv.store is not None and remembered_claims(self.prepared, namespace) != claims:
+            remember_claims(self.prepared, namespace, claims)
+
+
+def _close(pool: Pool) -> None:
+    store, pool.store = pool.store, None
+    if store is not None:
+        store.close()

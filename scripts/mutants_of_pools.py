@@ -1,0 +1,122 @@
+"""Seeded bugs in what hybrid models need, for ``mutants.py``: (name, file, old line, new line, tests)."""
+
+from __future__ import annotations
+
+FOLD = "flexkv_sglang/prefix.py"
+FOLD_TESTS = "tests/test_prefix.py"
+POOL_TESTS = "tests/test_pools.py tests/test_pool_transfers.py"
+
+MUTANTS = (
+    (
+        "a missing sidecar page does not end the prefix",
+        FOLD,
+        "lengths = [length for length in lengths if length <= boundary]",
+        "pass",
+        FOLD_TESTS,
+    ),
+    (
+        "a window is not cut at the start",
+        FOLD,
+        "if run >= min(max(1, demand.window), length):",
+        "if run >= max(1, demand.window):",
+        FOLD_TESTS,
+    ),
+    (
+        "a window is one page short",
+        FOLD,
+        "if run >= min(max(1, demand.window), length):",
+        "if run >= min(max(1, demand.window - 1), length):",
+        FOLD_TESTS,
+    ),
+    (
+        "a hole does not end a window",
+        FOLD,
+        "run = run + 1 if flag else 0",
+        "run = run + 1 if flag else run",
+        FOLD_TESTS,
+    ),
+    (
+        "the last trailing pool decides alone",
+        FOLD,
+        "lengths = [length for length in lengths if length in allowed]",
+        "lengths = legal",
+        FOLD_TESTS,
+    ),
+    (
+        "shorter lengths than a restorable one are taken for restorable",
+        FOLD,
+        "return Usable(lengths, boundaries)",
+        "return Usable(list(range(1, lengths[-1] + 1)) if lengths else [], boundaries)",
+        FOLD_TESTS,
+    ),
+    (
+        "block groups gate",
+        FOLD,
+        "boundary = _covered_by_groups(demand, held, kv_pages)",
+        "boundary = _covered_by_groups(demand, held, kv_pages)\n            lengths = lengths[:boundary]",
+        FOLD_TESTS,
+    ),
+    (
+        "pools share a namespace",
+        "flexkv_sglang/adapter.py",
+        "pool=name,\n            pool_class=",
+        'pool="kv",\n            pool_class=',
+        POOL_TESTS,
+    ),
+    (
+        "the call for KV alone forgets the sidecars",
+        "flexkv_sglang/adapter.py",
+        "return self._usable(keys, self._stores.sidecars()).pages",
+        "return self._usable(keys, []).pages",
+        POOL_TESTS,
+    ),
+    (
+        "a pool named twice answers for its last part",
+        "flexkv_sglang/pool_transfers.py",
+        "flags if good else [False] * len(flags)",
+        "flags",
+        POOL_TESTS,
+    ),
+    (
+        "hybrid hits are not promised",
+        "flexkv_sglang/pool_transfers.py",
+        "_promise(pool, keys[first : result.pages])",
+        "pass",
+        POOL_TESTS,
+    ),
+    (
+        "more is promised than the fold announces",
+        "flexkv_sglang/pool_transfers.py",
+        "promise=not demands)",
+        "promise=True)",
+        POOL_TESTS,
+    ),
+    (
+        "Mamba state is taken for replicated",
+        "flexkv_sglang/pool_rules.py",
+        "if not mla or name == MAMBA:\n        return False",
+        "if not mla:\n        return False\n    if name == MAMBA:\n        return True",
+        POOL_TESTS,
+    ),
+    (
+        "heads of another rank are taken for one's own",
+        "flexkv_sglang/pool_rules.py",
+        'if hasattr(pool, "head_num") and',
+        "if False and",
+        POOL_TESTS,
+    ),
+    (
+        "a marker is there without a record",
+        "flexkv_sglang/pool_transfers.py",
+        "return batch.landed(opened.get(keys, batch.buffers, deadline))",
+        "opened.get(keys, batch.buffers, deadline)\n        return batch.landed([True] * len(keys))",
+        POOL_TESTS,
+    ),
+    (
+        "pools beside KV come on top of the size",
+        "flexkv_sglang/pools.py",
+        "if changed and pool.shares != shares[pool.name]:",
+        "if False:",
+        POOL_TESTS,
+    ),
+)
