@@ -15,6 +15,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from neighbour_seeds import SEEDS
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
 ENGINE = "tests/test_engine.py"
@@ -34,13 +36,6 @@ class Mutant:
 
 INDEX = "flexkv_sglang/index.py"
 EVICTION = "flexkv_sglang/eviction.py"
-TOMBSTONE = """\
-        with self._publish:  # before the slots are rewritten
-            self._tier.publish_del(reserved.victims)
-"""
-MOVE = """\
-        done = self._write([keys[row] for row in rows], slots, sources.take(rows), deadline)
-"""
 MUTANTS = (
     Mutant(
         "evict a pinned page",
@@ -160,20 +155,6 @@ MUTANTS = (
         "np.frombuffer(self._parent, np.int64)[slots[linked]] = parents[linked]",
         "pass",
         MODEL,
-    ),
-    Mutant(
-        "no tombstone before a rewrite",
-        "flexkv_sglang/engine.py",
-        "self._tier.publish_del(reserved.victims)",
-        "pass",
-        NEIGHBOURS,
-    ),
-    Mutant(
-        "tombstone after the rewrite",
-        "flexkv_sglang/engine.py",
-        TOMBSTONE + MOVE,
-        MOVE + TOMBSTONE,
-        NEIGHBOURS,
     ),
     Mutant(
         "no second look at a neighbour",
@@ -315,6 +296,7 @@ MUTANTS = (
         "pass",
         "tests/backends/test_local_tier.py",
     ),
+    *(Mutant(*seed) for seed in SEEDS),
 )
 
 
@@ -343,7 +325,15 @@ def main(words: list[str]) -> int:
 def copy_tree(folder: Path) -> Path:
     """The tree, and a folder for PYTHONPATH with nothing but the package in it."""
     tree = folder / "tree"
-    names = ("flexkv_sglang", "backends", "triton_kernels", "benchmarks", "tests", "setup.cfg")
+    names = (
+        "flexkv_sglang",
+        "backends",
+        "triton_kernels",
+        "benchmarks",
+        "scripts",
+        "tests",
+        "setup.cfg",
+    )
     tree.mkdir()
     for name in names:
         source = ROOT / name
