@@ -344,9 +344,12 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
 
 
 def _parent_of(extra_info: Any) -> PageKey | None:
-    """The page before the batch: the last of ``prefix_keys``, if SGLang passes them."""
+    """The page before the batch: the last of ``prefix_keys``, if SGLang passes them.
+
+    Their default was ``(None,)`` in 0.5.11.
+    """
     prefix = getattr(extra_info, "prefix_keys", None)
-    return page_key(prefix[-1]) if prefix else None
+    return page_key(prefix[-1]) if prefix and prefix[-1] is not None else None
 
 
 def _no_hits() -> Any:
