@@ -24,7 +24,7 @@ SUPPORTED = ("0.5.11", "0.5.14", "0.5.17", "0.5.20", "0.5.21", "0.5.22", "0.5.23
 OLD_TOKENIZERS = "0.22.2"
 """For releases that do not pin it: what the transformers of that time accept."""
 
-_SUITE_TIMEOUT_S = 580
+_SUITE_TIMEOUT_S = 540
 _PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 _SUMMARY = re.compile(r"\b(\d+) (passed|failed|error|errors|skipped)\b")
 
