@@ -117,11 +117,8 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
         """How long SGLang waits for a prefetch, in seconds and seconds per 1024 tokens: bounds a get."""
         self._prefetch_timeout = (base, per_ki_token)
-        logger.info(
-            "flexkv: SGLang waits %g s and %g s per 1024 tokens for a prefetch; reads keep within that",
-            base,
-            per_ki_token,
-        )
+        text = "flexkv: SGLang waits %g s and %g s per 1024 tokens for a prefetch; reads keep within that"
+        logger.info(text, base, per_ki_token)
 
     def close(self) -> None:
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
@@ -390,9 +387,12 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
 
 
 def _parent_of(extra_info: Any) -> PageKey | None:
-    """The page before the batch: the last of ``prefix_keys``, if SGLang passes them."""
+    """The page before the batch: the last of ``prefix_keys``, if SGLang passes them.
+
+    Their default was ``(None,)`` in 0.5.11.
+    """
     prefix = getattr(extra_info, "prefix_keys", None)
-    return page_key(prefix[-1]) if prefix else None
+    return page_key(prefix[-1]) if prefix and prefix[-1] is not None else None
 
 
 def _all_false(transfers: list[Any]) -> dict[str, list[bool]]:

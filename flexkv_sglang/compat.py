@@ -6,6 +6,7 @@ here may be absent in another release; then the answer is None and the caller sa
 
 from __future__ import annotations
 
+import importlib
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +18,21 @@ from flexkv_sglang.pool_rules import pool_name
 from flexkv_sglang.prefix import ALL_PAGES, Demand, Usable
 
 logger = logging.getLogger(__name__)
+
+_UNKNOWN = (ImportError, AttributeError, ValueError, AssertionError, RuntimeError)
+
+ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
+ATTACH = "sglang.srt.managers.cache_controller.HiCacheController.attach_storage_backend"
+RESOLVE = (
+    "sglang.srt.server_args.ServerArgs.resolve_once",
+    "sglang.srt.server_args.ServerArgs.__post_init__",  # before 0.5.20: resolution happens here
+)
+"""Where a server's arguments are resolved, the newest first. From 0.5.23 on ``ServerArgs`` is a msgspec
+struct, which never looks at a patched ``__post_init__``."""
+RUNTIME_CONFIG = (
+    "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment.apply_runtime_config"
+)
+"""Where the tree takes over the storage settings, from 0.5.20 on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +46,43 @@ class ServedModel:
     random_seed: int | None
 
 
+def resolve(path: str) -> Any:
+    """``package.module.Class.attribute``. Raises ``ImportError`` or ``AttributeError``."""
+    module, class_name, attribute = path.rsplit(".", 2)
+    return getattr(getattr(importlib.import_module(module), class_name), attribute)
+
+
+def first_there(*paths: str) -> str | None:
+    """The first of these that this release has."""
+    for path in paths:
+        try:
+            resolve(path)
+        except (ImportError, AttributeError):
+            continue
+        return path
+    return None
+
+
+def server_args() -> Any:
+    """SGLang's published server arguments; None outside a server or in an unknown release."""
+    try:
+        from sglang.srt.runtime_context import get_server_args  # not in 0.5.14 and before
+
+        return get_server_args()
+    except _UNKNOWN:
+        pass
+    try:
+        from sglang.srt.server_args import get_global_server_args
+
+        return get_global_server_args()
+    except _UNKNOWN:
+        return None
+
+
 def served_model() -> ServedModel | None:
     """From SGLang's published server arguments; None outside a server or in an unknown release."""
+    args = server_args()
     try:
-        from sglang.srt.runtime_context import get_server_args
-
-        args: Any = get_server_args()
         return ServedModel(
             str(args.model_path),
             args.revision,
@@ -43,17 +90,15 @@ def served_model() -> ServedModel | None:
             args.quantization,
             args.random_seed,
         )
-    except (ImportError, AttributeError, ValueError, AssertionError, RuntimeError):
+    except AttributeError:
         return None
 
 
 def data_parallel_size() -> int:
     """Engine replicas inside one server (they share the configured ``size``); 1 when unknown."""
     try:
-        from sglang.srt.runtime_context import get_server_args
-
-        return max(1, int(get_server_args().dp_size))
-    except (ImportError, AttributeError, ValueError, AssertionError, RuntimeError, TypeError):
+        return max(1, int(server_args().dp_size))
+    except (AttributeError, TypeError, ValueError):
         return 1
 
 

@@ -17,28 +17,26 @@ running without storage. Importing this module costs nothing: no torch, no store
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexkv_sglang.compat import (
+    ADD_CLI_ARGS,
+    ATTACH,
+    RESOLVE,
+    RUNTIME_CONFIG,
+    first_there,
+    resolve,
+)
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 
 NAME = "flexkv"
 MODULE, CLASS = "flexkv_sglang", "FlexKVStorage"
 
-_ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
-_RESOLVE = "sglang.srt.server_args.ServerArgs.resolve_once"
-_POST_INIT = (
-    "sglang.srt.server_args.ServerArgs.__post_init__"  # before 0.5.23: resolution happens here
-)
-_ATTACH = "sglang.srt.managers.cache_controller.HiCacheController.attach_storage_backend"
-_RUNTIME_CONFIG = (
-    "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment.apply_runtime_config"
-)
 _ATTACH_PARAMETERS = ("storage_backend", "storage_backend_extra_config")
 
 HELP = (
@@ -51,29 +49,26 @@ def register() -> None:
     """Entry point: register the hooks with SGLang's plug-in framework (0.5.11 and later)."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(_ADD_CLI_ARGS, accept_name, HookType.AFTER)
-    # In 0.5.23 ServerArgs is a msgspec struct, which never looks at a patched __post_init__.
-    HookRegistry.register(
-        _RESOLVE if _is_there(_RESOLVE) else _POST_INIT, refuse_early, HookType.BEFORE
-    )
-    HookRegistry.register(_ATTACH, attach, HookType.AROUND)
-    if (
-        _resolve(_RUNTIME_CONFIG) is not None
-    ):  # an optimisation: without it each batch is a chain of its own
-        HookRegistry.register(_RUNTIME_CONFIG, pass_prefix_keys, HookType.BEFORE)
-        HookRegistry.register(_RUNTIME_CONFIG, tell_prefetch_timeout, HookType.BEFORE)
+    HookRegistry.register(ADD_CLI_ARGS, accept_name, HookType.AFTER)
+    resolution = first_there(*RESOLVE)
+    if resolution is not None:
+        HookRegistry.register(resolution, refuse_early, HookType.BEFORE)
+    HookRegistry.register(ATTACH, attach, HookType.AROUND)
+    if first_there(RUNTIME_CONFIG):  # an optimisation: without it each batch is a chain of its own
+        HookRegistry.register(RUNTIME_CONFIG, pass_prefix_keys, HookType.BEFORE)
+        HookRegistry.register(RUNTIME_CONFIG, tell_prefetch_timeout, HookType.BEFORE)
 
 
 def misfit() -> str | None:
     """Why this SGLang cannot be bridged, or None. Resolves the class that attaches storage backends."""
     try:
-        target = _resolve(_ATTACH)
+        target = resolve(ATTACH)
     except (ImportError, AttributeError) as exc:
-        return f"{_ATTACH} cannot be reached ({type(exc).__name__}: {exc})"
+        return f"{ATTACH} cannot be reached ({type(exc).__name__}: {exc})"
     parameters = inspect.signature(inspect.unwrap(target)).parameters
     missing = [name for name in _ATTACH_PARAMETERS if name not in parameters]
     if missing:
-        return f"{_ATTACH} has no parameter {', '.join(missing)}"
+        return f"{ATTACH} has no parameter {', '.join(missing)}"
     return None
 
 
@@ -159,17 +154,3 @@ def _check_settings(text: str | None) -> None:
     if not isinstance(given, dict):
         raise ConfigError(f"hicache_storage_backend_extra_config: {text!r}. Valid: a JSON object")
     FlexKVConfig.parse(given)
-
-
-def _resolve(path: str) -> Any:
-    """``package.module.Class.attribute``. Raises ``ImportError`` or ``AttributeError``."""
-    module, class_name, attribute = path.rsplit(".", 2)
-    return getattr(getattr(importlib.import_module(module), class_name), attribute)
-
-
-def _is_there(path: str) -> bool:
-    try:
-        _resolve(path)
-    except (ImportError, AttributeError):
-        return False
-    return True

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import eviction_mutants
 from mutants_of_pools import MUTANTS as OF_POOLS
+from neighbour_seeds import SEEDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
@@ -137,21 +138,6 @@ MUTANTS = (
         "np.frombuffer(self.parent, np.int64)[slots[linked]] = parents[linked]",
         "pass",
         MODEL,
-    ),
-    Mutant(
-        "no tombstone before a rewrite",
-        "flexkv_sglang/engine.py",
-        "self._pages.publish_del(victims, deadline)  # before",
-        "pass  # before",
-        NEIGHBOURS,
-    ),
-    Mutant(
-        "tombstone after the rewrite",
-        "flexkv_sglang/engine.py",
-        "        done = self._write(written, slots, reserved.victims, sources.take(rows), deadline)\n",
-        "        done = self._write(written, slots, [], sources.take(rows), deadline)\n"
-        "        self._pages.publish_del(reserved.victims, deadline)\n",
-        NEIGHBOURS,
     ),
     Mutant(
         "no second look at a neighbour",
@@ -295,6 +281,7 @@ MUTANTS = (
     ),
     *(Mutant(*row) for row in eviction_mutants.ROWS),
     *(Mutant(*fields) for fields in OF_POOLS),
+    *(Mutant(*seed) for seed in SEEDS),
 )
 
 
@@ -333,7 +320,15 @@ def check() -> int:
 def copy_tree(folder: Path) -> Path:
     """The tree, and a folder for PYTHONPATH with nothing but the package in it."""
     tree = folder / "tree"
-    names = ("flexkv_sglang", "backends", "triton_kernels", "benchmarks", "tests", "setup.cfg")
+    names = (
+        "flexkv_sglang",
+        "backends",
+        "triton_kernels",
+        "benchmarks",
+        "scripts",
+        "tests",
+        "setup.cfg",
+    )
     tree.mkdir()
     for name in names:
         source = ROOT / name

@@ -62,6 +62,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["plain", "memory", "threads"],
         help="servers with one disk, with a memory tier above it, or without io_uring",
     )
+    parser.addoption(
+        "--sglang-version",
+        help="the release whose files must be first on the path (tests/contract)",
+    )
 
 
 @pytest.fixture

@@ -24,32 +24,12 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 
-from engines import keys, page_memory
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.host_pages import HostPages
+from plain_pool import HALF, PAGE_SIZE, PAGES, Pool, names, tokens
 
 pytestmark = pytest.mark.sglang
-
-PAGE_SIZE = 4
-PAGES = 300
-HALF = 8192
-
-
-class Pool:
-    """A page_first MHA pool in plain memory: K of all pages, then V."""
-
-    layout, dtype, page_size = "page_first", torch.bfloat16, PAGE_SIZE
-    start_layer, layer_num = 0, 2
-
-    def __init__(self, seed: int | None = None) -> None:
-        self.pages, buffers = page_memory(2 * PAGES, HALF, seed=seed)
-        self._base = int(buffers.addresses[0, 0])
-
-    def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
-        assert len(indices) % PAGE_SIZE == 0
-        starts = [self._base + token // PAGE_SIZE * HALF for token in indices.tolist()[::PAGE_SIZE]]
-        return [a for k in starts for a in (k, k + PAGES * HALF)], [HALF] * 2 * len(starts)
 
 
 def config(place: Path, **extra: Any) -> HiCacheStorageConfig:
@@ -68,14 +48,6 @@ def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
     made = make(tmp_path)
     yield made
     made.close()
-
-
-def names(count: int, seed: int = 0) -> list[str]:
-    return [key.hex() for key in keys(count, seed)]
-
-
-def tokens(*pages: int) -> torch.Tensor:
-    return torch.cat([torch.arange(p * PAGE_SIZE, (p + 1) * PAGE_SIZE) for p in pages])
 
 
 @pytest.mark.parametrize("count", [1, 5, 127, 128, 129, 300])

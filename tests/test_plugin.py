@@ -122,10 +122,10 @@ def test_a_changed_signature_is_a_misfit(monkeypatch: pytest.MonkeyPatch) -> Non
     def renamed(self: Any, backend: str) -> None:
         """Lacks the parameters we set."""
 
-    monkeypatch.setattr(plugin, "_resolve", lambda _path: renamed)
+    monkeypatch.setattr(plugin, "resolve", lambda _path: renamed)
     assert "storage_backend, storage_backend_extra_config" in str(plugin.misfit())
     monkeypatch.undo()
-    monkeypatch.setattr(plugin, "_ATTACH", "sglang.srt.nowhere.Class.method")
+    monkeypatch.setattr(plugin, "ATTACH", "sglang.srt.nowhere.Class.method")
     assert "cannot be reached (ModuleNotFoundError" in str(plugin.misfit())
 
 

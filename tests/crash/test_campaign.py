@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,23 +19,40 @@ ROOT = Path(__file__).resolve().parents[2]
 SEED = int.from_bytes(random.SystemRandom().randbytes(3))  # printed by a failure; differs each run
 
 
-@pytest.mark.crash
-@pytest.mark.slow
-@pytest.mark.parametrize("scene", ["roomy", "tight", "resize", "pair"])
-def test_killed_again_and_again_nothing_is_wrong_or_lost(tmp_path: Path, scene: str) -> None:
-    """In an interpreter of its own: children are forked from it, and it must not have any threads."""
-    command = [sys.executable, str(ROOT / "scripts" / "crash.py"), "--kills", "20"]
-    command += ["--scene", scene, "--seed", str(SEED), "--dir", str(tmp_path)]
+def alone(script: str, *words: str) -> dict[str, Any]:
+    """Run a campaign in an interpreter of its own, which may fork; its JSON line."""
+    command = [sys.executable, str(ROOT / "scripts" / script), *words, "--seed", str(SEED)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, f"seed {SEED}: {done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    result = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.crash
+@pytest.mark.slow
+@pytest.mark.parametrize("scene", ["roomy", "tight", "resize", "pair"])
+def test_killed_again_and_again_nothing_is_wrong_or_lost(tmp_path: Path, scene: str) -> None:
+    """In an interpreter of its own: children are forked from it, and it must not have any threads."""
+    result = alone("crash.py", "--kills", "20", "--scene", scene, "--dir", str(tmp_path))
     assert result["kills"] >= 20
     assert result["checked"] > 0
     assert result["acknowledged"] > 0
+
+
+@pytest.mark.crash
+@pytest.mark.slow
+def test_processes_that_are_killed_read_only_right_pages_of_each_other(tmp_path: Path) -> None:
+    """Four on one directory; half of the time without checksums. Docs: ``stressing``."""
+    result = alone("stress.py", "--minutes", "0.25", "--dir", str(tmp_path))
+    assert len(result["phases"]) == 4
+    for what in ("kills", "adoptions", "rotations", "evicted", "read_own", "read_neighbour"):
+        assert result[what] > 0, f"{what}: this run shows nothing"
+    assert result["verified"] > 0
+    assert result["rejected"] > 0, "no slot was rewritten while it was read: this run shows nothing"
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ class Life:
     def run(self) -> None:
         """Until the order is done. Runs in the child alone."""
         order = self._order
-        JournalWriter.should_rotate = _rotate_often  # type: ignore[method-assign]
+        JournalWriter.should_rotate = rotate_often  # type: ignore[method-assign]
         if order.point is not None:
             failpoints.set_hook(KillAt(order.point, order.passes, order.cut))
         engine = open_here(self._setting, order.slots)
@@ -229,5 +229,6 @@ def _idle_owners(names: set[str], engine: CacheEngine) -> set[str]:
     return {n for n in names if n.partition(".")[0] in owners and n.endswith(kinds)}
 
 
-def _rotate_often(journal: JournalWriter, live_count: int) -> bool:
+def rotate_often(journal: JournalWriter, live_count: int) -> bool:
+    """Instead of ``JournalWriter.should_rotate``: a new generation every ``ROTATE_RECORDS`` records."""
     return journal.size > 4096 + ROTATE_RECORDS * 64
