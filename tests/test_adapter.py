@@ -191,6 +191,9 @@ def test_a_pool_without_page_buffers_misses_and_says_so(
         def get_page_buffer_meta(self, indices: torch.Tensor) -> Any:
             return None
 
+        def get_dummy_flat_data_page(self) -> torch.Tensor:
+            raise NotImplementedError
+
     with caplog.at_level(logging.ERROR):
         storage = make(tmp_path, Logical())
     assert "every page will miss" in caplog.text
