@@ -17,7 +17,7 @@ ROWS = (
     (
         "nothing is learned",
         EVICTION,
-        "        if now >= self._due:\n            self._learn()",
+        "        self._waits.learn(self._waiting())",
         "        pass",
         "tests/test_eviction.py",
     ),
