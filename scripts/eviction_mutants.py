@@ -80,7 +80,7 @@ ROWS = (
     (
         "writing behind a page is a use of it",
         INDEX,
-        "        before = held.pop(0) if parent in self._slot_of else NO_SLOT",
+        "        before = held[0] if parent in self._slot_of else NO_SLOT",
         "        before = NO_SLOT",
         "tests/test_eviction.py",
     ),
