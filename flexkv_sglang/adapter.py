@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
 from flexkv_sglang.assembly import prepare_tiers
-from flexkv_sglang.compat import data_parallel_size, model_identity, pool_demand, pool_result
+from flexkv_sglang.compat import (
+    data_parallel_size,
+    model_identity,
+    pool_demand,
+    pool_name,
+    pool_result,
+    transfer_stats,
+)
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.hierarchy import Hierarchy
@@ -29,7 +36,6 @@ from flexkv_sglang.pool_rules import (
     KV,
     element_types,
     is_replicated,
-    pool_name,
     written_by_every_rank,
 )
 from flexkv_sglang.pool_transfers import PoolAnswer, fetch, read, store, usable, write
@@ -327,15 +333,9 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     @_boundary(lambda self: None)
     def get_stats(self) -> Any:
         """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
-        from sglang.srt.observability.metrics_collector import StorageMetrics
-
-        reads, writes = self.metrics.drain_transfers()  # KV pages; other pools count for themselves
-        return StorageMetrics(
-            prefetch_pgs=[pages for pages, _ in reads],
-            backup_pgs=[pages for pages, _ in writes],
-            prefetch_bandwidth=[speed for _, speed in reads],
-            backup_bandwidth=[speed for _, speed in writes],
-        )
+        return transfer_stats(
+            *self.metrics.drain_transfers()
+        )  # KV; other pools count for themselves
 
     def _read(
         self, pool: Pool | None, keys: list[str], host_indices: Any, deadline: float

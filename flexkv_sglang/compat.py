@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from flexkv_sglang.fingerprint import directory_fingerprint
-from flexkv_sglang.pool_rules import pool_name
 from flexkv_sglang.prefix import ALL_PAGES, Demand, Usable
 
 logger = logging.getLogger(__name__)
@@ -33,6 +32,11 @@ RUNTIME_CONFIG = (
     "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment.apply_runtime_config"
 )
 """Where the tree takes over the storage settings, from 0.5.20 on."""
+
+
+def pool_name(name: object) -> str:
+    """A ``PoolName`` of any release, or text, as text."""
+    return str(getattr(name, "value", name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,4 +176,16 @@ def pool_demand(transfer: Any) -> Demand:
         max(1, len(transfer.keys or ())),
         int(getattr(transfer, "block_pages", 0)),
         int(getattr(transfer, "group_pages", 0)),
+    )
+
+
+def transfer_stats(reads: list[tuple[int, float]], writes: list[tuple[int, float]]) -> Any:
+    """SGLang's ``StorageMetrics`` of transfers given as (pages, GB/s)."""
+    from sglang.srt.observability.metrics_collector import StorageMetrics
+
+    return StorageMetrics(
+        prefetch_pgs=[pages for pages, _ in reads],
+        backup_pgs=[pages for pages, _ in writes],
+        prefetch_bandwidth=[speed for _, speed in reads],
+        backup_bandwidth=[speed for _, speed in writes],
     )

@@ -157,6 +157,7 @@ class TierIndex:
             for key in (keys if parent is None else (parent, *keys))
             if (slot := self._slot_of.get(key)) is not None
         ]
+        before = held[0] if parent in self._slot_of else NO_SLOT
         for slot in held:  # a batch never evicts its own pages
             self._pins[slot] += 1
         absent = {
@@ -180,8 +181,7 @@ class TierIndex:
             previous = current
         for slot in held:
             self._pins[slot] -= 1
-        before = held.pop(0) if parent in self._slot_of else NO_SLOT
-        self._touch_chain(held)
+        self._touch_chain(held if before == NO_SLOT else held[1:])
         if before != NO_SLOT and self._state[before] == READY:
             # It may have a child now. Whether it was used, another call says.
             self._policy.renew(before, self._links.children[before])

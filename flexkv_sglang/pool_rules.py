@@ -30,11 +30,6 @@ _PART_DTYPES = ("conv_dtype", "temporal_dtype", "indexer_dtype")
 _FINE = 1 << 16  # densities are kept as integers of this fraction
 
 
-def pool_name(name: object) -> str:
-    """A ``PoolName`` of any release, or text, as text."""
-    return str(getattr(name, "value", name))
-
-
 def expected_policy(name: str) -> str:
     """The hit policy to assume until SGLang has said which."""
     return TRAILING_PAGES if default_density(name) < 1 else ALL_PAGES

@@ -17,8 +17,8 @@ ROWS = (
     (
         "nothing is learned",
         EVICTION,
-        "    def _learn(self) -> None:\n",
-        "    def _learn(self) -> None:\n        return\n",
+        "        self._waits.learn(self._waiting())",
+        "        pass",
         "tests/test_eviction.py",
     ),
     (
@@ -80,7 +80,7 @@ ROWS = (
     (
         "writing behind a page is a use of it",
         INDEX,
-        "        before = held.pop(0) if parent in self._slot_of else NO_SLOT",
+        "        before = held[0] if parent in self._slot_of else NO_SLOT",
         "        before = NO_SLOT",
         "tests/test_eviction.py",
     ),

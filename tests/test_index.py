@@ -181,3 +181,9 @@ def test_leaf_heap_stays_bounded_under_touching() -> None:
         index.unpin(index.pin(chain))
     assert sum(map(len, index._policy._queues)) <= 2 * 4 + 1024
     check_index(index)
+
+
+def test_a_parent_that_is_named_in_its_own_batch_does_no_harm() -> None:
+    index = TierIndex(4)
+    chain = keys(2)
+    assert len(index.reserve(chain, chain[0]).granted) == 2
