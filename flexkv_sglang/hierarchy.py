@@ -147,8 +147,9 @@ class Hierarchy:
             if run and time.monotonic() < deadline:
                 parent = keys[run[0] - 1] if run[0] else None
                 part = targets.take(slice(run[0], run[-1] + 1))
-                stored = self.tiers[level].put(keys[run[0] : run[-1] + 1], part, parent, deadline)
-                self._metrics.count("promoted_pages", sum(stored))
+                tier, wanted = self.tiers[level], keys[run[0] : run[-1] + 1]
+                tier.put(wanted, part, parent, deadline)  # True for a page that was declined, too
+                self._metrics.count("promoted_pages", sum(map(tier.find, wanted)))
 
 
 class _SeenOnce:
