@@ -4,7 +4,8 @@ The model is a set of keys per engine: what it may hold. Page content is a funct
 
 - bytes are right whenever a get says True, whatever was injected;
 - nothing is served that nobody put since the last clear;
-- without a fault, what a put answered with True is served right after, and so is what prefix counted;
+- without a fault, what a put answered with True is served right after, unless pages of it were declined, and
+  so is what prefix counted;
 - no call takes longer than its deadline and the injected delay (plus ``slack_s``);
 - after a clear every slot can be filled again: no pin, no slot, no promise has leaked; ``check()`` holds.
 """
@@ -200,10 +201,18 @@ class Segment:
             return
         sure = self._certain(run)  # before: a directory that comes back meanwhile is loaded anew
         self._settle()
+        before = self._declined(member)
         done = self.put(member, run, None)
+        if self._declined(member) > before:  # True as well, as if evicted at once
+            self._report.calls["put, some declined"] += 1
+            return
         stored = range(run.start, run.start + sum(done))
         if sure and stored and all(done[: len(stored)]) and not all(self.get(member, stored, None)):
             self._problem(f"put said True for {stored} and get did not find it")
+
+    @staticmethod
+    def _declined(member: Member) -> int:
+        return member.engine._metrics.snapshot().get("write_declined_pages", 0)
 
     def _get(self, member: Member) -> None:
         self.get(member, self._run_of_keys(), self._fault(READ_FAULTS))
