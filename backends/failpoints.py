@@ -54,7 +54,7 @@ class Failpoint(IntEnum):
     CLOSE_RECORDED = 71
 
 
-Hook = Callable[[Failpoint, int, bytes], None]
+Hook = Callable[[Failpoint, int, bytes | memoryview], None]
 """(point, descriptor or -1, what is about to be written to it)."""
 
 _hook: Hook | None = None
@@ -66,7 +66,7 @@ def set_hook(hook: Hook | None) -> None:
     _hook = hook
 
 
-def reach(point: Failpoint, fd: int = -1, data: bytes = b"") -> None:
+def reach(point: Failpoint, fd: int = -1, data: bytes | memoryview = b"") -> None:
     """This process is at ``point``."""
     if _hook is not None:
         _hook(point, fd, data)

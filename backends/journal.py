@@ -252,18 +252,18 @@ def write_snapshot(directory: Path, header: Header, live: Records) -> None:
     """
     live = live.copy()
     live["crc"] = live["seq"] = 0
-    body = live.tobytes()
+    body = live.view(np.uint8).data
     header = replace(header, record_count=len(live), body_crc=zlib.crc32(body))
     path = snapshot_path(directory, header.owner, header.generation)
-    _publish(path, header.pack(SNAPSHOT_MAGIC) + body, sync=True)
+    _publish(path, header.pack(SNAPSHOT_MAGIC), body, sync=True)
 
 
-def _publish(path: Path, data: bytes, *, sync: bool = False) -> None:
+def _publish(path: Path, *parts: bytes | memoryview, sync: bool = False) -> None:
     """Write a whole file and rename it into place: nobody ever sees a part of it."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb", opener=_private) as file:
-        reach(Failpoint.PUBLISH_BEFORE, file.fileno(), data)
-        file.write(data)
+        reach(Failpoint.PUBLISH_BEFORE, file.fileno(), parts[0])
+        file.writelines(parts)
         if sync:
             file.flush()
             os.fdatasync(file.fileno())
@@ -356,6 +356,6 @@ def last_words(records: Records, header: Header) -> Records:
     position = np.full(int(bases[-1]), -1, np.int64)
     position[place] = known  # of several, the last stays
     last = np.sort(position[position >= 0])
-    kept: Records = records[last]
-    puts: Records = kept[kept["op"] == Op.PUT]
-    return puts
+    puts = last[records["op"][last] == Op.PUT]
+    live: Records = records if len(puts) == len(records) else records[puts]
+    return live

@@ -35,6 +35,7 @@ from flexkv_sglang.frozen import FrozenPages
 from flexkv_sglang.types import (
     DOOMED,
     FREE,
+    I64,
     NO_SLOT,
     READY,
     RETIRED,
@@ -286,7 +287,7 @@ class TierIndex:
         return gone, slot - low
 
     def load(
-        self, keys: Sequence[PageKey], slots: Sequence[int], parents: Sequence[int]
+        self, keys: Sequence[PageKey], slots: Sequence[int], parents: Sequence[int] | I64
     ) -> list[int]:
         """Fill an empty index from a recovered journal, oldest first. ``parents``: slots, or -1.
 
