@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
-from flexkv_sglang.assembly import open_hierarchy, prepare_tiers
-from flexkv_sglang.compat import data_parallel_size, model_identity
+from flexkv_sglang.assembly import leave_for_good, open_hierarchy, prepare_tiers
+from flexkv_sglang.compat import data_parallel_size, kv_settings, model_identity, pool_geometry
 from flexkv_sglang.config import FlexKVConfig
+from flexkv_sglang.epochs import WEIGHTS
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import HostPages, UnsupportedPoolError, tensor_buffers
@@ -28,6 +29,7 @@ from flexkv_sglang.keys import Identity, page_key, page_keys
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.prometheus import export
 from flexkv_sglang.types import PageBuffers, PageKey
+from flexkv_sglang.weight_updates import agree_before_attach, install_now
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +81,11 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self._engine: Hierarchy | None = None
         self._pages: HostPages | None = None
         self._identity: Identity | None = None
+        self._left: Hierarchy | None = None  # closed for a weight update, its files not yet deleted
         self._logged_at: dict[str, float] = {}
         logger.info("flexkv: %s", self._config.describe())
         self._prepared = prepare_tiers(self._config)
+        install_now()
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Learn the page geometry, open the namespace, recover what is there.
@@ -100,16 +104,44 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             self._pages = None
             logger.error("flexkv: this host pool cannot be stored, every page will miss: %s", exc)
             return
+        WEIGHTS.attach(self)
+        agree_before_attach()
         self._identity = self._identity_of(mem_pool_host, self._pages)
-        self._engine = self._open(self._identity)
+        if WEIGHTS.settled:
+            self._engine = self._open(self._identity)
+        else:
+            logger.warning("flexkv: weights were updated: pages miss until the cache is flushed")
+
+    @_boundary(lambda self: None)
+    def leave_epoch(self) -> None:
+        """Before a weight update: every page misses, none is written. Waits for running calls (within their
+        limits), which go on in the old namespace."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            self._left = engine
+            engine.close()
+
+    @_boundary(lambda self: None)
+    def enter_epoch(self) -> None:
+        """When no KV cache of older weights is left: open the namespace of the new ones. The old one's files
+        go first: both together never exceed ``size``."""
+        if self._engine is not None or self._pages is None or self._identity is None:
+            return
+        identity, old = self._identity_of(self.mem_pool_host, self._pages), self._identity
+        left = self._left if identity.namespace != old.namespace else None
+        if left and not leave_for_good(left, self._prepared, old.namespace, bool(old.epoch)):
+            logger.error("flexkv: a transfer hangs in the old namespace: pages miss")
+            return
+        self._left, self._identity = None, identity
+        self._engine = self._open(identity)
 
     def close(self) -> None:
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
+        WEIGHTS.detach(self)
         engine, self._engine = self._engine, None
-        if engine is None:
-            return
         try:
-            engine.close()
+            if engine is not None:
+                engine.close()
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
             self._report("close", exc)
 
@@ -145,13 +177,15 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         config = self._storage_config
         replicated = bool(config.is_mla_model)
         return Identity(
-            model=model_identity(self._config.model_id, config.model_name),
+            model=model_identity(self._config.model_id, WEIGHTS.epoch),
+            settings=kv_settings(),
             pool="kv",
             pool_class=type(pool).__name__,
             dtype=str(pool.dtype),
             layout=str(pool.layout),
             page_size=pages.tokens_per_page,
             buffer_bytes=pages.geometry.lengths,
+            geometry=pool_geometry(pool),
             first_layer=int(getattr(pool, "start_layer", 0) or 0),
             layer_count=int(getattr(pool, "layer_num", 0) or 0),
             tp=(0, 1) if replicated else (int(config.tp_rank), int(config.tp_size)),
@@ -163,18 +197,20 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             dcp=(int(getattr(config, "dcp_rank", 0)), int(getattr(config, "dcp_size", 1))),
             split_heads=int(getattr(config, "tp_lcm_size", None) or 0),
             storage_format_tag=str(getattr(pool, "storage_format_tag", None) or ""),
+            epoch=WEIGHTS.epoch.nonce,
         )
 
     @_boundary(lambda self, keys, *a, **k: 0)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         """Leading run of pages that are stored here or by a neighbour. Memory only."""
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             return 0
         started = time.perf_counter()
         count = 0
         for start in range(0, len(keys), EXISTS_SPAN):  # most end early: convert as needed
             span = page_keys(keys[start : start + EXISTS_SPAN])
-            found = self._engine.prefix(span)
+            found = engine.prefix(span)
             count += found
             if found < len(span):
                 break
@@ -295,8 +331,9 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     @_boundary(lambda self: None)
     def clear(self) -> None:
         """Forget every page this process stored in its own namespace. Other models' pages stay."""
-        if self._engine is not None:
-            self._engine.clear()
+        engine = self._engine
+        if engine is not None:
+            engine.clear()
 
     @_boundary(lambda self: None)
     def get_stats(self) -> Any:
@@ -312,15 +349,19 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         )
 
     def _get(self, keys: list[str], targets: PageBuffers) -> list[bool]:
-        assert self._engine is not None
+        engine = self._engine  # read once: a weight update may take it away
+        if engine is None:
+            return [False] * len(keys)
         with self.metrics.timed("get"):
-            return self._engine.get(page_keys(keys), targets, self._read_deadline(len(keys)))
+            return engine.get(page_keys(keys), targets, self._read_deadline(len(keys)))
 
     def _put(self, keys: list[str], sources: PageBuffers, extra_info: Any) -> list[bool]:
-        assert self._engine is not None
+        engine = self._engine
+        if engine is None:
+            return [False] * len(keys)
         deadline = time.monotonic() + WRITE_SECONDS
         with self.metrics.timed("put"):
-            return self._engine.put(page_keys(keys), sources, _parent_of(extra_info), deadline)
+            return engine.put(page_keys(keys), sources, _parent_of(extra_info), deadline)
 
     def _read_deadline(self, page_count: int) -> float:
         tokens = page_count * (self._pages.tokens_per_page if self._pages is not None else 1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.local_tier import open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.backends.probe import IoMode
+from flexkv_sglang.backends.retired import remove_folder, remove_unshared
 from flexkv_sglang.config import FlexKVConfig, TierConfig
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.errors import ConfigError
@@ -57,6 +59,8 @@ def open_hierarchy(
     configured size; 0: this one never writes. Raises ``ConfigError``.
     """
     engines: list[CacheEngine] = []
+    for path in {path for modes in prepared for path in modes}:
+        remove_unshared(Path(path).expanduser(), keep=namespace)
     try:
         for number, (tier, modes) in enumerate(zip(config.tiers, prepared, strict=True)):
             engines.append(
@@ -69,6 +73,20 @@ def open_hierarchy(
             engine.close()
         raise
     return Hierarchy(engines, metrics)
+
+
+def leave_for_good(
+    hierarchy: Hierarchy, prepared: Sequence[Mapping[str, IoMode]], namespace: str, folder: bool
+) -> bool:
+    """Delete what a closed ``hierarchy`` stored in ``namespace``; ``folder``: the empty folders as well.
+
+    False if files stay because a transfer still runs. Raises ``OSError``.
+    """
+    gone = hierarchy.discard()
+    if folder and gone:
+        for path in {path for modes in prepared for path in modes}:
+            remove_folder(Path(path).expanduser() / namespace)
+    return gone
 
 
 def _open_engine(  # noqa: PLR0913 - one call, spelled out

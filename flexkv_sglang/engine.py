@@ -16,6 +16,7 @@ from flexkv_sglang.backends.breaker import Breaker
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
 from flexkv_sglang.backends.local_tier import Recovered
 from flexkv_sglang.backends.neighbours import NeighbourPage, NeighbourStore
+from flexkv_sglang.backends.retired import discard
 from flexkv_sglang.backends.slot_file import Extents, SlotFileTier
 from flexkv_sglang.errors import TierError, TierUnavailableError
 from flexkv_sglang.local_pages import LocalPages
@@ -357,6 +358,10 @@ class CacheEngine:
             self._tier.close()
         except TierError as exc:
             self._trouble("close", exc)
+
+    def discard(self) -> bool:
+        """After ``close``: delete the files. False if a transfer still runs. Raises ``OSError``."""
+        return discard(self._tier)
 
     def check(self) -> None:
         """Assert the index's invariants (tests, ``flexkv check``)."""

@@ -80,6 +80,11 @@ class Hierarchy:
         for tier in self.tiers:
             tier.close()
 
+    def discard(self) -> bool:
+        """After ``close``: delete every tier's files. False if a transfer still runs. Raises ``OSError``."""
+        gone = [tier.discard() for tier in self.tiers]
+        return all(gone)
+
     def register_memory(self, address: int, byte_count: int) -> None:
         """Announce the host pool's memory; see ``PageMover.register_memory``."""
         for tier in self.tiers:

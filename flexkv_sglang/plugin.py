@@ -9,6 +9,8 @@ changes a file or a behaviour of SGLang for anybody who does not ask for ``flexk
    and class and the zero-copy interface; afterwards the controller is told the name the user knows;
 3. the hashes of the pages before a batch are passed along, which gives eviction the whole chain.
 
+``weight_updates`` adds hooks that notice weight updates and cache flushes.
+
 If a target is not there or has other parameters, ``flexkv`` is refused with one clear error instead of
 running without storage. Importing this module costs nothing: no torch, no store.
 """
@@ -50,12 +52,15 @@ def register() -> None:
     """Entry point: register the hooks with SGLang's plug-in framework (0.5.11 and later)."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from flexkv_sglang import weight_updates
+
     HookRegistry.register(_ADD_CLI_ARGS, accept_name, HookType.AFTER)
     # In 0.5.23 ServerArgs is a msgspec struct, which never looks at a patched __post_init__.
     HookRegistry.register(
         _RESOLVE if _is_there(_RESOLVE) else _POST_INIT, refuse_early, HookType.BEFORE
     )
     HookRegistry.register(_ATTACH, attach, HookType.AROUND)
+    weight_updates.install()
     if (
         _resolve(_RUNTIME_CONFIG) is not None
     ):  # an optimisation: without it each batch is a chain of its own
