@@ -16,16 +16,13 @@ from flexkv_sglang.backends.slot_file import SlotFileTier
 logger = logging.getLogger(__name__)
 
 
-def discard(tier: SlotFileTier) -> bool:
-    """Delete the files of a tier that is closed. False if a transfer still runs, so that they stay ours.
+def discard(tier: SlotFileTier) -> None:
+    """Delete the files of a tier that is closed. Owners that another process adopted meanwhile are its business.
 
-    Owners that another process adopted meanwhile are its business. Raises ``OSError``.
+    Raises ``OSError``.
     """
-    if any(store.lock.held for store in tier.stores):
-        return False
     for store in tier.stores:
         _remove(store.lock.directory, store.lock.owner)
-    return True
 
 
 def remove_unshared(root: Path, keep: str) -> None:

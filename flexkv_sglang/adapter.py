@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
-from flexkv_sglang.assembly import leave_for_good, open_hierarchy, prepare_tiers
+from flexkv_sglang.assembly import make_room, open_hierarchy, prepare_tiers
 from flexkv_sglang.compat import data_parallel_size, kv_settings, model_identity, pool_geometry
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.epochs import WEIGHTS
@@ -128,8 +128,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         if self._engine is not None or self._pages is None or self._identity is None:
             return
         identity, old = self._identity_of(self.mem_pool_host, self._pages), self._identity
-        left = self._left if identity.namespace != old.namespace else None
-        if left and not leave_for_good(left, self._prepared, old.namespace, bool(old.epoch)):
+        if not make_room(self._left, self._prepared, old, identity):
             logger.error("flexkv: a transfer hangs in the old namespace: pages miss")
             return
         self._left, self._identity = None, identity

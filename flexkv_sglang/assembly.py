@@ -15,6 +15,7 @@ from flexkv_sglang.config import FlexKVConfig, TierConfig
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.hierarchy import Hierarchy
+from flexkv_sglang.keys import Identity
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.transfer import PageMover
 
@@ -75,18 +76,23 @@ def open_hierarchy(
     return Hierarchy(engines, metrics)
 
 
-def leave_for_good(
-    hierarchy: Hierarchy, prepared: Sequence[Mapping[str, IoMode]], namespace: str, folder: bool
+def make_room(
+    left: Hierarchy | None, prepared: Sequence[Mapping[str, IoMode]], old: Identity, new: Identity
 ) -> bool:
-    """Delete what a closed ``hierarchy`` stored in ``namespace``; ``folder``: the empty folders as well.
+    """Before ``new`` is opened: delete what the closed store ``left`` kept in ``old``, if that is another namespace.
 
-    False if files stay because a transfer still runs. Raises ``OSError``.
+    False if a transfer still runs there: its files stay ours, and those of ``new`` would come on top of them.
+    Raises ``OSError``.
     """
-    gone = hierarchy.discard()
-    if folder and gone:
-        for path in {path for modes in prepared for path in modes}:
-            remove_folder(Path(path).expanduser() / namespace)
-    return gone
+    if left is None:
+        return True
+    if not left.released():
+        return False
+    if old.namespace != new.namespace:
+        left.discard()
+        for path in {path for modes in prepared for path in modes} if old.epoch else ():
+            remove_folder(Path(path).expanduser() / old.namespace)
+    return True
 
 
 def _open_engine(  # noqa: PLR0913 - one call, spelled out

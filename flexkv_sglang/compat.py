@@ -247,9 +247,7 @@ def _environment() -> dict[str, str]:
         from sglang.srt.environ import envs
     except _UNKNOWN:
         return {}
-    found = {
-        name: getattr(envs, name).get() for name in KV_ENVIRONMENT if getattr(envs, name, None)
-    }
+    found = {name: getattr(envs, name).get() for name in KV_ENVIRONMENT if hasattr(envs, name)}
     usual = (*_ABSENT, "nhd")
     return {name: str(value) for name, value in found.items() if value not in usual}
 

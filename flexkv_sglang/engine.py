@@ -359,9 +359,13 @@ class CacheEngine:
         except TierError as exc:
             self._trouble("close", exc)
 
-    def discard(self) -> bool:
-        """After ``close``: delete the files. False if a transfer still runs. Raises ``OSError``."""
-        return discard(self._tier)
+    def released(self) -> bool:
+        """After ``close``: no transfer runs any more, the owner locks are free."""
+        return not any(store.lock.held for store in self._tier.stores)
+
+    def discard(self) -> None:
+        """When ``released``: delete the files, unless another process took them over. Raises ``OSError``."""
+        discard(self._tier)
 
     def check(self) -> None:
         """Assert the index's invariants (tests, ``flexkv check``)."""

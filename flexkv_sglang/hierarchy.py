@@ -80,10 +80,14 @@ class Hierarchy:
         for tier in self.tiers:
             tier.close()
 
-    def discard(self) -> bool:
-        """After ``close``: delete every tier's files. False if a transfer still runs. Raises ``OSError``."""
-        gone = [tier.discard() for tier in self.tiers]
-        return all(gone)
+    def released(self) -> bool:
+        """After ``close``: no transfer runs any more, the files are nobody's."""
+        return all(tier.released() for tier in self.tiers)
+
+    def discard(self) -> None:
+        """When ``released``: delete every tier's files. Raises ``OSError``."""
+        for tier in self.tiers:
+            tier.discard()
 
     def register_memory(self, address: int, byte_count: int) -> None:
         """Announce the host pool's memory; see ``PageMover.register_memory``."""
