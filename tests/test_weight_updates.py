@@ -34,7 +34,7 @@ from flexkv_bed.controller import (
 from flexkv_sglang import weight_updates
 from flexkv_sglang.epochs import WEIGHTS, Epoch
 
-pytestmark = [pytest.mark.sglang]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 TOKENS = token_ids(4 * 16)
 SIZE = 4 << 20
@@ -360,7 +360,6 @@ def test_memory_that_keeps_its_weights_may_be_released(updates: Updates) -> None
     assert hit(updates.rig, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("contents", "clean", "expected"),
     [
