@@ -120,11 +120,11 @@ def kv_settings(*, draft: bool = False) -> dict[str, str]:
     args = server_args()
     names = KV_SETTINGS + (DRAFT_SETTINGS if draft else ())
     found = {name: value for name in names if (value := getattr(args, name, None)) not in _ABSENT}
-    if getattr(args, "load_format", None) == "dummy":
+    if _plain(getattr(args, "load_format", None)) == "dummy":
         found["random_seed"] = args.random_seed
     settings = {name: _text(name, value) for name, value in found.items()}
     settings.update(_environment())
-    if getattr(args, "enable_lora", False):
+    if getattr(args, "enable_lora", False) or getattr(args, "lora_paths", None):
         _check_adapters_are_in_the_page_hash()
     adapters = _adapters(getattr(args, "lora_paths", None))
     if adapters:
@@ -202,7 +202,7 @@ def _nothing_to_look_at(why: str) -> ConfigError:
 
 def _target(args: Any) -> ServedModel | None:
     try:
-        return ServedModel(str(args.model_path), args.revision, str(args.load_format))
+        return ServedModel(str(args.model_path), args.revision, _plain(args.load_format))
     except AttributeError:
         return None
 
@@ -215,7 +215,7 @@ def _draft(args: Any) -> ServedModel | None:
         return target
     revision = getattr(args, "speculative_draft_model_revision", None)
     load_format = getattr(args, "speculative_draft_load_format", None) or target.load_format
-    return ServedModel(str(path), revision, str(load_format))
+    return ServedModel(str(path), revision, _plain(load_format))
 
 
 def _directory(model: ServedModel) -> Path | None:
@@ -235,11 +235,16 @@ def _directory(model: ServedModel) -> Path | None:
 
 def _text(name: str, value: Any) -> str:
     if name not in _FILES:
-        return str(value)
+        return _plain(value)
     try:
         return f"file:{file_digest(Path(value))}"
     except OSError as exc:
         raise ConfigError(f"{name}: {value!r} cannot be read: {exc}. Valid: a file") from exc
+
+
+def _plain(value: Any) -> str:
+    """Enumerations by their value, whether SGLang has turned the text into one yet or not."""
+    return str(getattr(value, "value", value))
 
 
 def _environment() -> dict[str, str]:

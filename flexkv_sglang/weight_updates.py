@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _HOMES = (
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",
-    "sglang.srt.managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin",  # before 0.5.2x
+    "sglang.srt.managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin",  # older releases
 )
 _RESET = "sglang.srt.managers.cache_controller.HiCacheController.reset"
 _REFUSED = ("Failed to get ",)
