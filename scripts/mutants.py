@@ -15,6 +15,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants_identity import IDENTITY
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
 ENGINE = "tests/test_engine.py"
@@ -34,7 +36,6 @@ class Mutant:
 
 INDEX = "flexkv_sglang/index.py"
 EVICTION = "flexkv_sglang/eviction.py"
-EPOCHS = "flexkv_sglang/epochs.py"
 TOMBSTONE = """\
         with self._publish:  # before the slots are rewritten
             self._tier.publish_del(reserved.victims)
@@ -316,48 +317,7 @@ MUTANTS = (
         "pass",
         "tests/backends/test_local_tier.py",
     ),
-    Mutant(
-        "a store opens inside a session of updates",
-        EPOCHS,
-        "return not (self.stale or self._changing or self._session)",
-        "return not (self.stale or self._changing)",
-        "tests/test_epochs.py",
-    ),
-    Mutant(
-        "old KV cache is stored under the new weights",
-        EPOCHS,
-        "self.stale = not (clean or self._flushed)",
-        "self.stale = False",
-        "tests/test_epochs.py",
-    ),
-    Mutant(
-        "a flush before the weights changed counts",
-        EPOCHS,
-        "self.stale, self._flushed = True, False",
-        "self.stale = True",
-        "tests/test_epochs.py",
-    ),
-    Mutant(
-        "changed weights keep their name",
-        EPOCHS,
-        'self.epoch = Epoch("", _nonce(), agreed=False)',
-        'self.epoch = Epoch(self.epoch.content, "", agreed=False)',
-        "tests/test_epochs.py",
-    ),
-    Mutant(
-        "an edit of one layer goes unseen",
-        "flexkv_sglang/fingerprint.py",
-        "sorted({*_spread(size, per_file), *tensors.get(name, ())})",
-        "sorted(_spread(size, per_file))",
-        "tests/test_fingerprint.py",
-    ),
-    Mutant(
-        "server arguments are no part of the namespace",
-        "flexkv_sglang/keys.py",
-        "settings=dict(self.settings)",
-        "settings={}",
-        "tests/test_keys.py",
-    ),
+    *(Mutant(*fields) for fields in IDENTITY),
 )
 
 
