@@ -11,9 +11,10 @@ tensor-parallel group exchange what they have, over the group SGLang uses for it
 
 from __future__ import annotations
 
-import importlib
 import logging
+import pkgutil
 import secrets
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -253,14 +254,11 @@ def _guarded(step: Callable[[], None]) -> None:
 
 
 def _resolved(path: str) -> Any:
-    module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:  # a method: its class is one level up
-        outer, _, owner = module.rpartition(".")
-        try:
-            return getattr(getattr(importlib.import_module(outer), owner), name)
-        except (ImportError, AttributeError):
-            return None
-    except AttributeError:
+        with (
+            warnings.catch_warnings()
+        ):  # where warnings are errors, an import would be cut off half way
+            warnings.simplefilter("ignore")
+            return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
         return None

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.managers.io_struct import (
-    BeginWeightUpdateReqInput,
-    EndWeightUpdateReqInput,
-    ReleaseMemoryOccupationReqInput,
-    UpdateWeightFromDiskReqInput,
-    UpdateWeightsFromIPCReqInput,
-    UpdateWeightsFromTensorReqInput,
-)
-from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
-from sglang.srt.utils import MultiprocessingSerializer
-
 from flexkv_bed.controller import Rig
 from flexkv_sglang.epochs import WEIGHTS
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # tests run with warnings as errors; these are not ours
+    from sglang.srt.managers.io_struct import (
+        BeginWeightUpdateReqInput,
+        EndWeightUpdateReqInput,
+        ReleaseMemoryOccupationReqInput,
+        UpdateWeightFromDiskReqInput,
+        UpdateWeightsFromIPCReqInput,
+        UpdateWeightsFromTensorReqInput,
+    )
+    from sglang.srt.managers.scheduler_components.weight_updater import (
+        SchedulerWeightUpdaterManager,
+    )
+    from sglang.srt.utils import MultiprocessingSerializer
 
 
 class Runner:
