@@ -28,8 +28,16 @@ _HOMES = (
     "sglang.srt.managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin",  # older releases
 )
 _RESET = "sglang.srt.managers.cache_controller.HiCacheController.reset"
-_REFUSED = ("Failed to get ",)
-"""How messages of disk updates begin that were refused before they touched a weight."""
+_NOT_NOW = (
+    "update_weights_from_tensor must run between ",
+    "update_weights_from_distributed must run between ",
+    "a weight-update session is already open",
+    "no weight-update session is open",
+)
+"""How SGLang's messages begin when it refuses a request before it touches a weight."""
+
+_NO_FILES = "Failed to get "
+"""The same of one model runner: no such checkpoint. Runners before it in the list have loaded theirs."""
 
 _AS_BEFORE = "as before"
 
@@ -98,26 +106,22 @@ def around_disk(original: Callable[..., Any], manager: Any, request: Any) -> Any
     path, load_format = request.model_path, getattr(request, "load_format", None)
     before = _content(path, load_format)
     result = _changing(original, manager, request)
-    message = str(getattr(result, "message", ""))
-    if not result.success and message.startswith(_REFUSED):
-        _guarded(lambda: _refused(manager))
-        return result
     after = _content(path, load_format) if result.success else ""
-    _guarded(lambda: _finish(manager, before if before == after else ""))
+    _guarded(lambda: _finish(manager, result, before if before == after else ""))
     return result
 
 
 def around_update(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Weights from tensors, another process or a checkpoint engine: nothing tells what they are."""
     result = _changing(original, manager, request)
-    _guarded(lambda: _finish(manager, ""))
+    _guarded(lambda: _finish(manager, result))
     return result
 
 
 def around_begin(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     """A session of updates: weights are taken apart until it ends."""
     result = _changing(original, manager, request, session=True)
-    _guarded(lambda: _finish(manager, ""))
+    _guarded(lambda: _finish(manager, result))
     return result
 
 
@@ -125,7 +129,7 @@ def around_end(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     """The session's weights are put together again."""
     result = _changing(original, manager, request)
     WEIGHTS.end_session()
-    _guarded(lambda: _finish(manager, ""))
+    _guarded(lambda: _finish(manager, result))
     return result
 
 
@@ -190,7 +194,11 @@ def _changing(
         raise
 
 
-def _finish(manager: Any, content: str) -> None:
+def _finish(manager: Any, result: Any, content: str = "") -> None:
+    message = "" if getattr(result, "success", True) else str(getattr(result, "message", ""))
+    if message.startswith(_NOT_NOW) or (message.startswith(_NO_FILES) and _one_runner(manager)):
+        _refused(manager)
+        return
     clean = _holds_no_cache(manager)
     if WEIGHTS.attached:
         epoch, clean = agree(getattr(manager, "tp_cpu_group", None), content, clean)
@@ -215,6 +223,14 @@ def _refused(manager: Any) -> None:
         WEIGHTS.unchanged()
     else:
         WEIGHTS.finish(epoch, clean=False)
+
+
+def _one_runner(manager: Any) -> bool:
+    """No draft model beside the target, which would be loaded after it."""
+    if getattr(manager, "draft_worker", None) is not None:
+        return False
+    runners = getattr(manager.tp_worker, "weight_update_runners", None)
+    return runners is None or len(runners()) == 1
 
 
 def _holds_no_cache(manager: Any) -> bool:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import write_checkpoint
-from updating import Updates, forget_updates
+from updating import Runner, Updates, forget_updates
 
 from engines import wait_until
 from flexkv_bed.controller import (
@@ -141,6 +141,37 @@ def test_a_refused_update_keeps_everything(
     updates.runner.answer = False, "Failed to get weights iterator: no such directory."
     assert not updates.disk(checkpoints[1]).success
     assert hit(updates.rig, 1)
+
+
+def test_a_draft_model_without_files_does_not_undo_the_update_of_the_target(
+    updates: Updates, checkpoints: tuple[Path, Path]
+) -> None:
+    draft = Runner()
+    draft.answer = False, "Failed to get weights iterator: no such directory."
+    write_pages(updates.rig, TOKENS, seed=1)
+    assert not Updates(updates.rig, draft).disk(checkpoints[1]).success
+    assert not hit(updates.rig, 1)
+    write_pages(updates.rig, TOKENS, seed=2)
+    assert hit(updates.rig, 2)
+    assert WEIGHTS.epoch.nonce
+
+
+def test_a_message_inside_a_message_is_no_refusal(
+    updates: Updates, checkpoints: tuple[Path, Path]
+) -> None:
+    updates.runner.answer = False, "Failed to update weights: Failed to get a tensor."
+    updates.disk(checkpoints[1])
+    assert WEIGHTS.epoch.nonce
+
+
+def test_requests_outside_of_a_session_are_refused_and_keep_everything(updates: Updates) -> None:
+    write_pages(updates.rig, TOKENS, seed=1)
+    assert not updates.tensor().success
+    assert not updates.end().success
+    assert hit(updates.rig, 1)
+    assert updates.begin().success
+    assert not updates.begin().success
+    assert not hit(updates.rig, 1)
 
 
 def test_an_update_that_failed_half_way_is_shared_with_nobody(

@@ -51,7 +51,7 @@ class Runner:
 class Updates:
     """What a scheduler does with a weight update request. ``busy``: requests run, so no flush is possible."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, draft: Runner | None = None) -> None:
         self.rig, self.runner, self.busy = rig, Runner(), False
         cache = types.SimpleNamespace(cache_controller=rig.controller)
         rig.controller.mem_pool_host = rig.host
@@ -71,7 +71,8 @@ class Updates:
         manager = object.__new__(SchedulerWeightUpdaterManager)  # its group needs a parallel world
         for name, value in {
             "tp_worker": worker,
-            "draft_worker": None,
+            "draft_worker": draft
+            and types.SimpleNamespace(weight_update_runners=lambda: [("draft", draft)]),
             "memory_saver_adapter": types.SimpleNamespace(pause=lambda _tag: None),
             "flush_cache": self.flush,
             "is_fully_idle": scheduler.is_fully_idle,
