@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import agreeing
 import pytest
 import torch
 import torch.distributed as dist
@@ -389,33 +386,6 @@ def test_memory_that_keeps_its_weights_may_be_released(updates: Updates) -> None
     write_pages(updates.rig, TOKENS, seed=1)
     updates.release("kv_cache")
     assert hit(updates.rig, 1)
-
-
-@pytest.mark.parametrize(
-    ("contents", "clean", "expected"),
-    [
-        (("x", "x"), ("clean", "clean"), ("x", True)),
-        (("x", ""), ("clean", "clean"), ("", True)),
-        (("x", "y"), ("clean", "clean"), ("", True)),
-        (("x", "x"), ("clean", "dirty"), ("x", False)),
-    ],
-)
-def test_ranks_agree_on_a_content_only_if_all_have_it(
-    tmp_path: Path, contents: list[str], clean: list[str], expected: tuple[str, bool]
-) -> None:
-    """Two processes in a real process group."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, agreeing.__file__, tmp_path, str(rank), contents[rank], clean[rank]],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    first, second = (json.loads(rank.communicate(timeout=120)[0]) for rank in ranks)
-    assert first == second
-    assert (first["content"], first["clean"]) == expected
-    assert bool(first["nonce"]) is (expected[0] == "")
 
 
 def _rewrite(directory: Path) -> None:
