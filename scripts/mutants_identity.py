@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 EPOCHS = "flexkv_sglang/epochs.py"
+POOLS = "flexkv_sglang/pools.py"
+OF_POOLS = "tests/test_weight_updates_of_pools.py"
 
 IDENTITY = (
     (
@@ -46,6 +48,41 @@ IDENTITY = (
         "settings=dict(self.settings)",
         "settings={}",
         "tests/test_keys.py",
+    ),
+    (
+        "only KV gets the name of the new weights",
+        POOLS,
+        "for pool, now in zip(pools, told, strict=True):",
+        "for pool, now in zip(pools[:1], told[:1], strict=True):",
+        OF_POOLS,
+    ),
+    (
+        "namespaces of new weights are opened under calls of before",
+        POOLS,
+        "if not alone or not self._unsettled or self._away:",
+        "if not self._unsettled or self._away:",
+        OF_POOLS,
+    ),
+    (
+        "a pool that comes during an update is opened at once",
+        POOLS,
+        "if not alone or not self._unsettled or self._away:",
+        "if not alone or not self._unsettled:",
+        OF_POOLS,
+    ),
+    (
+        "files of weights that are gone stay",
+        POOLS,
+        "if identity.namespace not in entered:",
+        "if False:",
+        OF_POOLS,
+    ),
+    (
+        "opening one pool removes the files of the others",
+        "backends/retired.py",
+        'fields.get("epoch") not in (None, "", keep)',
+        'fields.get("epoch") not in (None, "")',
+        OF_POOLS,
     ),
 )
 """Fields of ``Mutant``."""

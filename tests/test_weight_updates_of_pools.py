@@ -145,7 +145,9 @@ def test_a_pool_that_comes_after_an_update_leaves_the_others_their_pages(
 def test_a_pool_that_comes_during_an_update_opens_with_the_others(storage: FlexKVStorage) -> None:
     WEIGHTS.begin()
     storage.register_mem_host_pool_v2(Pool(512, seed=7), "draft")
-    assert storage._stores.get("draft") is None
+    for pool in storage._stores._pools.values():
+        assert pool is not None
+        assert pool.store is None
     WEIGHTS.finish(nonce("n"), clean=True)
     assert {_open(storage, n).told.identity.epoch for n in (*POOLS, "draft")} == {"n"}
 
