@@ -57,6 +57,11 @@ class OwnerLock:
         os.close(fd)
         return None
 
+    @property
+    def held(self) -> bool:
+        """Not closed yet."""
+        return self._fd >= 0
+
     def remove_files(self) -> None:
         """Delete everything of this owner, the lock file last. For owners nobody wants any more."""
         for name in os.listdir(self.directory):

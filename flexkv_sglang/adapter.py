@@ -19,30 +19,26 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
 from flexkv_sglang.assembly import prepare_tiers
 from flexkv_sglang.compat import (
-    data_parallel_size,
-    model_identity,
     pool_demand,
     pool_name,
     pool_result,
     transfer_stats,
 )
 from flexkv_sglang.config import FlexKVConfig
+from flexkv_sglang.epochs import WEIGHTS
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import Pages
+from flexkv_sglang.identities import Identities
 from flexkv_sglang.keys import Identity, page_key, page_keys
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.pool_rules import (
-    KV,
-    element_types,
-    is_replicated,
-    written_by_every_rank,
-)
+from flexkv_sglang.pool_rules import KV
 from flexkv_sglang.pool_transfers import PoolAnswer, fetch, read, store, usable, write
 from flexkv_sglang.pools import Described, Pool, PoolStores
 from flexkv_sglang.prefix import Demand, Usable
 from flexkv_sglang.prometheus import export
 from flexkv_sglang.types import PageKey
+from flexkv_sglang.weight_updates import agree_before_attach, install_now
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +89,14 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     def __init__(self, storage_config: Any, _kwargs: Any = None) -> None:
         self._storage_config = storage_config
         self._config = FlexKVConfig.parse(storage_config.extra_config)
+        self._metrics: dict[str, Metrics] = {}  # of a pool, for the life of this store
         self.metrics = self._metrics_of(KV)
         self._prefetch_timeout = PREFETCH_TIMEOUT
         self._logged_at: dict[str, float] = {}
-        self._weights: str | None = None
         logger.info("flexkv: %s", self._config.describe())
+        self._identities = Identities(self._config, storage_config)
         self._stores = PoolStores(self._config, prepare_tiers(self._config), self._describe)
+        install_now()
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Learn the page geometry, open the namespace, recover what is there.
@@ -107,7 +105,11 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         or too large for the disk. A pool without page buffers is not an error: everything misses.
         """
         super().register_mem_pool_host(mem_pool_host)
-        self._stores.anchor(mem_pool_host)
+        agree_before_attach()
+        if not WEIGHTS.settled:
+            logger.warning("flexkv: weights were updated: pages miss until the cache is flushed")
+        self._stores.anchor(mem_pool_host, opens=WEIGHTS.settled)
+        WEIGHTS.attach(self)
 
     @_boundary(lambda self, *a, **k: None)
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
@@ -120,6 +122,16 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """The pools SGLang starts with are known (0.5.23 and later; before, the first call takes that for granted)."""
         self._stores.burst_over()
 
+    @_boundary(lambda self: None)
+    def leave_epoch(self) -> None:
+        """Before a weight update: from now on every page misses and none is written, in all pools."""
+        self._stores.leave()
+
+    @_boundary(lambda self: None)
+    def enter_epoch(self) -> None:
+        """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
+        self._stores.enter()
+
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
         """How long SGLang waits for a prefetch, in seconds and seconds per 1024 tokens: bounds a get."""
         self._prefetch_timeout = (base, per_ki_token)
@@ -128,6 +140,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
 
     def close(self) -> None:
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
+        WEIGHTS.detach(self)
         try:
             self._stores.close()
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
@@ -145,59 +158,23 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         kv = self._stores.get(KV)
         return None if kv is None else kv.pages
 
+    @property
+    def _identity(self) -> Identity | None:
+        """The KV namespace."""
+        kv = self._stores.get(KV)
+        return None if kv is None else kv.told.identity
+
     def _metrics_of(self, name: str) -> Metrics:
-        metrics = Metrics()
-        export(metrics, self._storage_config, name)
-        return metrics
+        if name not in self._metrics:
+            self._metrics[name] = Metrics()
+            export(self._metrics[name], self._storage_config, name)
+        return self._metrics[name]
 
     def _describe(self, name: str, pool: Any, pages: Pages) -> Described:
-        """Who a pool's pages are for, and who writes them."""
-        config = self._storage_config
-        mla = bool(config.is_mla_model)
-        everyone = written_by_every_rank(name, mla=mla)
-        chosen = getattr(config, "is_storage_writer", not mla or config.tp_rank == 0)
-        writers = (
-            (config.tp_size if everyone else getattr(config, "dcp_size", 1))
-            * getattr(config, "pp_size", 1)
-            * getattr(config, "attn_cp_size", 1)
-            * data_parallel_size()
-        )
+        writers, writes = self._identities.writers(name)
         return Described(
-            self._identity_of(name, pool, pages),
-            writers,
-            bool(everyone or chosen),
-            self.metrics if name == KV else self._metrics_of(name),
+            self._identities.of(name, pool, pages), writers, writes, self._metrics_of(name)
         )
-
-    def _identity_of(self, name: str, pool: Any, pages: Pages) -> Identity:
-        config = self._storage_config
-        replicated = is_replicated(name, pool, mla=bool(config.is_mla_model))
-        return Identity(
-            model=self._model(),
-            pool=name,
-            pool_class=type(pool).__name__,
-            dtype=element_types(name, pool),
-            layout=str(pool.layout),
-            page_size=pages.tokens_per_page,
-            buffer_bytes=pages.geometry.lengths,
-            first_layer=int(getattr(pool, "start_layer", 0) or 0),
-            layer_count=int(getattr(pool, "layer_num", 0) or 0),
-            tp=(0, 1) if replicated else (int(config.tp_rank), int(config.tp_size)),
-            pp=(int(getattr(config, "pp_rank", 0)), int(getattr(config, "pp_size", 1))),
-            attn_cp=(
-                int(getattr(config, "attn_cp_rank", 0)),
-                int(getattr(config, "attn_cp_size", 1)),
-            ),
-            dcp=(int(getattr(config, "dcp_rank", 0)), int(getattr(config, "dcp_size", 1))),
-            split_heads=int(getattr(config, "tp_lcm_size", None) or 0),
-            storage_format_tag=str(getattr(pool, "storage_format_tag", None) or ""),
-        )
-
-    def _model(self) -> str:
-        """Names the weights: the same for every pool, and some reads of their files."""
-        if self._weights is None:
-            self._weights = model_identity(self._config.model_id, self._storage_config.model_name)
-        return self._weights
 
     @_boundary(lambda self, keys, *a, **k: 0, moves=True)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:

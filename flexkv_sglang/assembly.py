@@ -12,10 +12,12 @@ from flexkv_sglang.backends.disk_space import total_bytes
 from flexkv_sglang.backends.local_tier import note, noted, open_places, open_tier, prepare_directory
 from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.backends.probe import IoMode
+from flexkv_sglang.backends.retired import remove_folder, remove_unshared
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.hierarchy import Hierarchy
+from flexkv_sglang.keys import Identity
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.pool_rules import Claim, claims_from
 from flexkv_sglang.transfer import PageMover
@@ -94,6 +96,8 @@ def open_hierarchy(
     Raises ``ConfigError``.
     """
     engines: list[CacheEngine] = []
+    for path in {path for modes in prepared for path in modes}:
+        remove_unshared(Path(path).expanduser(), keep=str(fields.get("epoch", "")))
     try:
         for number, share in enumerate(shares):
             engines.append(
@@ -106,6 +110,16 @@ def open_hierarchy(
             engine.close()
         raise
     return Hierarchy(engines, metrics)
+
+
+def reclaim(left: Hierarchy, prepared: Sequence[Mapping[str, IoMode]], old: Identity) -> None:
+    """Delete what ``left``, which is closed and released, kept in ``old``, a namespace it will not be opened in again.
+
+    Raises ``OSError``.
+    """
+    left.discard()
+    for path in {path for modes in prepared for path in modes} if old.epoch else ():
+        remove_folder(Path(path).expanduser() / old.namespace)
 
 
 def _open_engine(  # noqa: PLR0913 - one call, spelled out

@@ -1,24 +1,21 @@
-"""What we ask of the running SGLang beyond its storage interface, in one place.
+"""What differs between releases of SGLang beyond the storage interface, in one place.
 
-Only reads: the served model, and the parallel sizes that the storage config does not carry. Everything
+Where each has what we hook into, its published arguments, and its types for pools. Everything
 here may be absent in another release; then the answer is None and the caller says what follows.
 """
 
 from __future__ import annotations
 
 import importlib
-import logging
-from dataclasses import dataclass, fields
-from pathlib import Path
+import warnings
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
-from flexkv_sglang.fingerprint import directory_fingerprint
 from flexkv_sglang.prefix import ALL_PAGES, Demand, Usable
 
-logger = logging.getLogger(__name__)
-
-_UNKNOWN = (ImportError, AttributeError, ValueError, AssertionError, RuntimeError)
+UNKNOWN = (ImportError, AttributeError, ValueError, AssertionError, RuntimeError)
+"""What a question to a release that does not know the answer may raise."""
 
 ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 ATTACH = "sglang.srt.managers.cache_controller.HiCacheController.attach_storage_backend"
@@ -32,6 +29,13 @@ RUNTIME_CONFIG = (
     "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment.apply_runtime_config"
 )
 """Where the tree takes over the storage settings, from 0.5.20 on."""
+WEIGHT_UPDATERS = (
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",
+    "sglang.srt.managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin",  # older releases
+)
+"""Which class has the scheduler's methods for weight updates, the newest first."""
+RESET = "sglang.srt.managers.cache_controller.HiCacheController.reset"
+"""What the controller does when SGLang flushes its cache."""
 
 
 def pool_name(name: object) -> str:
@@ -39,21 +43,12 @@ def pool_name(name: object) -> str:
     return str(getattr(name, "value", name))
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """The model arguments of the server this process belongs to."""
-
-    path: str
-    revision: str | None
-    load_format: str
-    quantization: str | None
-    random_seed: int | None
-
-
 def resolve(path: str) -> Any:
     """``package.module.Class.attribute``. Raises ``ImportError`` or ``AttributeError``."""
     module, class_name, attribute = path.rsplit(".", 2)
-    return getattr(getattr(importlib.import_module(module), class_name), attribute)
+    with warnings.catch_warnings():  # where they are errors, an import would be cut off half way
+        warnings.simplefilter("ignore")
+        return getattr(getattr(importlib.import_module(module), class_name), attribute)
 
 
 def first_there(*paths: str) -> str | None:
@@ -73,28 +68,13 @@ def server_args() -> Any:
         from sglang.srt.runtime_context import get_server_args  # not in 0.5.14 and before
 
         return get_server_args()
-    except _UNKNOWN:
+    except UNKNOWN:
         pass
     try:
         from sglang.srt.server_args import get_global_server_args
 
         return get_global_server_args()
-    except _UNKNOWN:
-        return None
-
-
-def served_model() -> ServedModel | None:
-    """From SGLang's published server arguments; None outside a server or in an unknown release."""
-    args = server_args()
-    try:
-        return ServedModel(
-            str(args.model_path),
-            args.revision,
-            str(args.load_format),
-            args.quantization,
-            args.random_seed,
-        )
-    except AttributeError:
+    except UNKNOWN:
         return None
 
 
@@ -104,53 +84,6 @@ def data_parallel_size() -> int:
         return max(1, int(server_args().dp_size))
     except (AttributeError, TypeError, ValueError):
         return 1
-
-
-def model_identity(model_id: str | None, model_name: str | None) -> str:
-    """One text that differs whenever the weights differ.
-
-    ``model_id`` (configured) wins. Otherwise a fingerprint of the served checkpoint's files. Without
-    files to look at (weights from a hub that are not in the cache, a test harness) the name and revision
-    have to do, and a warning says so.
-    """
-    if model_id:
-        return f"id:{model_id}"
-    model = served_model()
-    if model is None:
-        logger.warning(
-            "flexkv: the served model's files are unknown here; pages are named after %r only. "
-            "Set model_id to tell checkpoints apart",
-            model_name,
-        )
-        return f"name:{model_name}"
-    extra = f"load_format={model.load_format} quantization={model.quantization}"
-    if model.load_format == "dummy":
-        extra += f" seed={model.random_seed}"
-    directory = _checkpoint_directory(model)
-    fingerprint = directory_fingerprint(directory) if directory is not None else None
-    if fingerprint is None:
-        logger.warning(
-            "flexkv: no local files of %r to fingerprint; pages are named after path and revision. "
-            "Set model_id to tell checkpoints apart",
-            model.path,
-        )
-        return f"path:{model.path}@{model.revision} {extra}"
-    return f"files:{fingerprint} {extra}"
-
-
-def _checkpoint_directory(model: ServedModel) -> Path | None:
-    path = Path(model.path)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        return path.parent
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-    except (ImportError, ValueError, OSError):
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def pool_result(usable: Usable) -> Any:

@@ -54,7 +54,7 @@ class CacheEngine:
         min_free: int | None = None,
         level: int = 0,
     ) -> None:
-        self._tier = tier
+        self._tier = self.files = tier  # public for those who delete them after ``close``
         self._neighbours = neighbours
         self._mover = mover
         self._metrics = metrics

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from flexkv_sglang.backends.huge_pages import huge_pages
+from flexkv_sglang.backends.retired import discard
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.types import PageBuffers, PageKey
@@ -94,6 +95,15 @@ class Hierarchy:
         """Close every tier, also when one fails. Idempotent."""
         for tier in self.tiers:
             tier.close()
+
+    def released(self) -> bool:
+        """After ``close``: no transfer runs any more, the files are nobody's."""
+        return not any(store.lock.held for tier in self.tiers for store in tier.files.stores)
+
+    def discard(self) -> None:
+        """When ``released``: delete every tier's files, unless another process took them over. Raises ``OSError``."""
+        for tier in self.tiers:
+            discard(tier.files)
 
     def register_memory(self, address: int, byte_count: int) -> None:
         """Announce the host pool's memory; see ``PageMover.register_memory``."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from flexkv_sglang.types import PageKey
 
@@ -25,18 +25,23 @@ _KEY_BYTES = 32
 class Identity:
     """Everything beside the tokens that decides a page's bytes.
 
-    ``layout`` is SGLang's host layout (byte order inside a page); ``buffer_bytes`` the sizes of the
-    page's buffers in stored order. Shard fields are (rank, size) pairs; ``tp`` is (0, 1) for pools that
-    all tensor-parallel ranks hold alike (MLA). A data-parallel rank is never part of it: replicas share.
+    ``model`` stands for weights and configuration, ``settings`` for the server arguments that change KV
+    cache; ``epoch`` is empty unless the weights were updated to something that has no name outside this
+    server. ``layout`` is SGLang's host layout (byte order inside a page), ``geometry`` holds head counts and
+    widths, ``buffer_bytes`` the sizes of the page's buffers in stored order. Shard fields are (rank, size)
+    pairs; ``tp`` is (0, 1) for pools that all tensor-parallel ranks hold alike (MLA). A data-parallel
+    rank is never part of it: replicas share.
     """
 
     model: str
+    settings: Mapping[str, str]
     pool: str
     pool_class: str
     dtype: str
     layout: str
     page_size: int
     buffer_bytes: tuple[int, ...]
+    geometry: Mapping[str, int]
     first_layer: int
     layer_count: int
     tp: tuple[int, int]
@@ -45,16 +50,17 @@ class Identity:
     dcp: tuple[int, int]
     split_heads: int
     storage_format_tag: str
+    epoch: str = ""
     format: int = FORMAT
 
     def fields(self) -> dict[str, object]:
         """For NAMESPACE.json: people and tools read it."""
-        return asdict(self)
+        return asdict(replace(self, settings=dict(self.settings), geometry=dict(self.geometry)))
 
     @property
     def namespace(self) -> str:
         """26 characters: base32 of a 128-bit BLAKE2b digest over all fields."""
-        text = json.dumps(asdict(self), sort_keys=True).encode()
+        text = json.dumps(self.fields(), sort_keys=True).encode()
         digest = hashlib.blake2b(text, digest_size=16, person=b"flexkv-ns").digest()
         return base64.b32encode(digest).decode().rstrip("=").lower()
 

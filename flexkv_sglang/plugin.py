@@ -10,6 +10,8 @@ changes a file or a behaviour of SGLang for anybody who does not ask for ``flexk
 3. the hashes of the pages before a batch are passed along, which gives eviction the whole chain, and
    the store is told how long SGLang waits for a prefetch.
 
+``weight_updates`` adds hooks that notice weight updates and cache flushes.
+
 If a target is not there or has other parameters, ``flexkv`` is refused with one clear error instead of
 running without storage. Importing this module costs nothing: no torch, no store.
 """
@@ -49,11 +51,14 @@ def register() -> None:
     """Entry point: register the hooks with SGLang's plug-in framework (0.5.11 and later)."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from flexkv_sglang import weight_updates
+
     HookRegistry.register(ADD_CLI_ARGS, accept_name, HookType.AFTER)
     resolution = first_there(*RESOLVE)
     if resolution is not None:
         HookRegistry.register(resolution, refuse_early, HookType.BEFORE)
     HookRegistry.register(ATTACH, attach, HookType.AROUND)
+    weight_updates.install()
     if first_there(RUNTIME_CONFIG):  # an optimisation: without it each batch is a chain of its own
         HookRegistry.register(RUNTIME_CONFIG, pass_prefix_keys, HookType.BEFORE)
         HookRegistry.register(RUNTIME_CONFIG, tell_prefetch_timeout, HookType.BEFORE)

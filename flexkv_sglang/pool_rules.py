@@ -60,6 +60,11 @@ def written_by_every_rank(name: str, *, mla: bool) -> bool:
     return not mla or name == MAMBA
 
 
+def is_draft(name: str) -> bool:
+    """Is it a pool of the draft model, whose pages depend on both models?"""
+    return name == "draft" or name.startswith("draft_")
+
+
 def element_types(name: str, pool: Any) -> str:
     """The dtype of a pool's bytes; of pools beside KV with those of their parts, which flags may change alone."""
     parts = [

@@ -7,7 +7,10 @@ share if there are others. What was found is remembered beside the KV pages: the
 
 After that nothing raises: a pool that cannot be stored or opened holds nothing, and so what needs it misses.
 
-Threads: any. Calls are made ``in_use``; files are exchanged when none is.
+A weight update moves all pools at once: they ``leave`` their namespaces before it, and ``enter`` those of the new
+weights when no call runs that may have begun with the old ones.
+
+Threads: any; ``leave`` and ``enter``: SGLang's scheduler. Calls are made ``in_use``; files are exchanged when none is.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from flexkv_sglang.assembly import (
     Share,
     check_capacity,
     open_hierarchy,
+    reclaim,
     remember_claims,
     remembered_claims,
 )
@@ -52,6 +56,9 @@ _SETTLE_S = 0.5
 A call may wait for both before it begins; SGLang's threads are given 10 s to end when a backend is detached.
 """
 
+_LEAVE_S = 9.0
+"""How long a weight update waits for calls that run: a little more than the adapter gives one of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Described:
@@ -66,7 +73,8 @@ class Described:
 
 @dataclass(slots=True)
 class Pool:
-    """One host pool that can be stored. ``store`` is None while its files are not open.
+    """One host pool that can be stored. ``store`` is None while its files are not open; ``opened``: what it was last
+    opened as, which is what it is ``told`` unless the weights changed.
 
     ``demand``: what SGLang asked of it last, or is expected to ask.
     """
@@ -77,6 +85,7 @@ class Pool:
     claim: Claim
     demand: Demand
     store: Hierarchy | None = None
+    opened: Identity | None = None
     shares: tuple[Share, ...] = ()
 
     @property
@@ -94,7 +103,7 @@ Describe = Callable[[str, Any, Pages], Described]
 
 
 class PoolStores:
-    """The stores of one attach. ``describe`` is asked once per pool that can be stored."""
+    """The stores of one attach. ``describe`` is asked once per pool that can be stored and per epoch of weights."""
 
     def __init__(
         self, config: FlexKVConfig, prepared: Sequence[Mapping[str, IoMode]], describe: Describe
@@ -107,11 +116,17 @@ class PoolStores:
         self._divided: list[Claim] = []  # what the shares of the open stores assume
         self._unsettled = False
         self._burst_over = False
+        self._away = False  # the weights change, or older KV cache may be left: nothing is open
+        self._left: list[tuple[Identity, Hierarchy]] = []  # closed, their files not yet deleted
         self._gate = Gate()  # shut while files are closed and opened
 
-    def anchor(self, host_pool: Any) -> None:
-        """The KV pool: start anew with it. Raises ``ConfigError`` for settings that cannot work."""
+    def anchor(self, host_pool: Any, *, opens: bool = True) -> None:
+        """The KV pool: start anew with it. Raises ``ConfigError`` for settings that cannot work.
+
+        ``opens``: False as after ``leave``: files are opened by ``enter``.
+        """
         self.close()
+        self._away = not opens
         self._pools, self._host_pools = {}, {KV: host_pool}
         self._burst_over = False
         kv = self._pools[KV] = self._probe(KV, host_pool)
@@ -120,7 +135,7 @@ class PoolStores:
         before = remembered_claims(self.prepared, kv.told.identity.namespace)
         self._divided = before if kv.claim in before else [kv.claim]
         self._unsettled = len(self._divided) > 1
-        if kv.is_marker:  # its pages are few bytes beside others that must still come
+        if kv.is_marker or not opens:  # few bytes beside others that must still come; or not yet
             self._unsettled = True
             check_capacity(self._config, self.prepared)
             return
@@ -159,26 +174,80 @@ class PoolStores:
         with self._gate.shut(_SETTLE_S) as alone:
             kv = self._pools.get(KV)
             pools = [pool for pool in list(self._pools.values()) if pool is not None]
-            if not alone or not self._unsettled or kv is None or (kv.is_marker and len(pools) == 1):
+            if not alone or not self._unsettled or self._away:
+                return
+            self._leave([pool for pool in pools if pool.opened != pool.told.identity])
+            if kv is None or (kv.is_marker and len(pools) == 1) or not self._reclaimed(pools):
                 return
             self._unsettled = False
             claims = sorted((pool.claim for pool in pools), key=lambda claim: claim.name)
             changed = claims != self._divided
-            shares = {pool.name: self._shares(pool, claims) for pool in pools}
+            shares = {
+                pool.name: self._shares(pool, claims) if changed or not pool.shares else pool.shares
+                for pool in pools
+            }
             self._divided = claims
             for pool in pools:
                 if changed and pool.shares != shares[pool.name]:
                     _close(pool)
+                    pool.shares = ()
             for pool in pools:
                 if pool.store is None:
                     self._try_open(pool, shares[pool.name])
             if changed or len(claims) > 1:
                 self._remember(kv, claims)
 
+    def leave(self) -> None:
+        """Weights are about to change: every page misses, none is written. Running calls end in the old namespaces,
+        or, past a bound, in an error."""
+        self._away = True
+        with self._gate.shut(_LEAVE_S):
+            self._leave([pool for pool in list(self._pools.values()) if pool is not None])
+        if not all(store.released() for _, store in self._left):
+            logger.error("flexkv: a transfer hangs in an old namespace: pages miss")
+
+    def _leave(self, pools: Sequence[Pool]) -> None:
+        with ExitStack() as stack:  # all, also when one fails
+            for pool in pools:
+                if pool.store is not None and pool.opened is not None:
+                    self._left.append((pool.opened, pool.store))
+                    stack.callback(_close, pool)
+
+    def enter(self) -> None:
+        """No older KV cache is left: delete the files of the namespaces that were left, open those of the new
+        weights. Both together never exceed ``size``. If calls or transfers of before still run, the first call
+        after them does it. Raises ``ConfigError`` as ``describe`` does; then all stay away."""
+        if not self._away:
+            return
+        pools = [pool for pool in list(self._pools.values()) if pool is not None]
+        told = [
+            self._describe(pool.name, self._host_pools[pool.name], pool.pages) for pool in pools
+        ]
+        for pool, now in zip(pools, told, strict=True):
+            pool.told = now
+        self._away, self._unsettled = False, True
+        self.settle()
+
+    def _reclaimed(self, pools: Sequence[Pool]) -> bool:
+        """Is nothing left of namespaces that were left? Those that are entered again keep their files."""
+        if not all(store.released() for _, store in self._left):
+            return False
+        entered = {pool.told.identity.namespace for pool in pools}
+        try:
+            while self._left:
+                identity, store = self._left[-1]
+                if identity.namespace not in entered:
+                    reclaim(store, self.prepared, identity)
+                self._left.pop()
+        except OSError as exc:
+            self._away = True
+            logger.error("flexkv: old pages cannot be deleted, all miss until a flush: %s", exc)
+        return not self._left
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """The time of one call, in which no file is exchanged. Raises ``TierUnavailableError`` after a bounded wait."""
-        if self._unsettled:
+        if self._unsettled and not self._away:
             self.settle()
         with self._gate.passing(_SETTLE_S):
             yield
@@ -186,7 +255,7 @@ class PoolStores:
     def get(self, name: str) -> Pool | None:
         """The pool of this name if it is open. To be used ``in_use``."""
         pool = self._pools.get(name)
-        return pool if pool is not None and pool.store is not None else None
+        return pool if pool is not None and pool.store is not None and not self._away else None
 
     def sidecars(self) -> list[Demand]:
         """What every registered pool beside KV asks of a prefix, as far as is known."""
@@ -269,7 +338,7 @@ class PoolStores:
         )
         for address, byte_count in pool.pages.memory():
             store.register_memory(address, byte_count)
-        pool.store, pool.shares = store, shares
+        pool.store, pool.opened, pool.shares = store, identity, shares
         sizes = [tier.size for tier in self._config.tiers if tier.size is not None]
         if pool.told.writes and sizes and (pool.told.writers > 1 or len(self._divided) > 1):
             logger.info(

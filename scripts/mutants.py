@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants_identity import IDENTITY
+
 import eviction_mutants
 from mutants_of_pools import MUTANTS as OF_POOLS
 from neighbour_seeds import SEEDS
@@ -268,8 +270,8 @@ MUTANTS = (
     Mutant(
         "the layout is not part of the namespace",
         "flexkv_sglang/keys.py",
-        "text = json.dumps(asdict(self), sort_keys=True)",
-        "text = json.dumps(asdict(self) | {'layout': ''}, sort_keys=True)",
+        "text = json.dumps(self.fields(), sort_keys=True)",
+        "text = json.dumps(self.fields() | {'layout': ''}, sort_keys=True)",
         "tests/test_keys.py",
     ),
     Mutant(
@@ -282,6 +284,7 @@ MUTANTS = (
     *(Mutant(*row) for row in eviction_mutants.ROWS),
     *(Mutant(*fields) for fields in OF_POOLS),
     *(Mutant(*seed) for seed in SEEDS),
+    *(Mutant(*fields) for fields in IDENTITY),
 )
 
 

@@ -58,7 +58,7 @@ MUTANTS = (
     ),
     (
         "pools share a namespace",
-        "flexkv_sglang/adapter.py",
+        "flexkv_sglang/identities.py",
         "pool=name,\n            pool_class=",
         'pool="kv",\n            pool_class=',
         POOL_TESTS,

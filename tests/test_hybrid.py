@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from updating import forget_updates
 
 import hybrid_models
 from flexkv_bed.controller import boot, page_hashes
 from flexkv_bed.tiny_model import write_config
+from flexkv_sglang.epochs import WEIGHTS, Epoch
 from hybrid_models import CASES, MODELS, PAGE, PAGES, HybridRig, prompt
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -254,3 +256,30 @@ def test_sglangs_radix_tree_restores_a_window_and_misses_without_it(
 
 def _fields(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", ["mamba", "draft", "deepseek_v4"])
+@pytest.mark.usefixtures("booted")
+def test_a_weight_update_moves_every_pool_behind_the_controllers_flush(
+    tmp_path: Path, name: str
+) -> None:
+    """The flush is SGLang's own ``HybridCacheController.reset``, hooked."""
+    forget_updates()
+    try:
+        with HybridRig(name, LAYOUT, str(tmp_path)) as rig:
+            assert rig.write(prompt(), seed=5) == PAGES * PAGE
+            WEIGHTS.begin()
+            WEIGHTS.finish(Epoch("", "n"), clean=False)
+            assert rig.prefetch(prompt(), seed=5).hit_pages == 0
+            assert rig.write(prompt(), seed=5) == 0
+            rig.controller.reset()
+            pools = [rig.backend._stores.get(n) for n in ("kv", *rig.model.sidecars)]
+            assert [pool.opened.epoch for pool in pools] == ["n"] * len(pools)
+            assert [pool.store.page_count() for pool in pools] == [0] * len(pools)
+            assert rig.prefetch(prompt(), seed=5).hit_pages == 0
+            assert rig.write(prompt(), seed=6) == PAGES * PAGE
+            fetched = rig.prefetch(prompt(), seed=6)
+            assert (fetched.hit_pages, fetched.kv_pages, fetched.wrong) == (PAGES, PAGES, [])
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.slots")) <= 16e6
+    finally:
+        forget_updates()

@@ -11,12 +11,14 @@ from flexkv_sglang.keys import Identity, page_key, page_keys
 
 IDENTITY = Identity(
     model="0123abcd",
+    settings={"dtype": "auto"},
     pool="kv",
     pool_class="MHATokenToKVPoolHost",
     dtype="torch.bfloat16",
     layout="page_first",
     page_size=16,
     buffer_bytes=(4096, 4096),
+    geometry={"head_num": 2},
     first_layer=0,
     layer_count=4,
     tp=(0, 1),
@@ -28,12 +30,14 @@ IDENTITY = Identity(
 )
 OTHER = {
     "model": "0123abce",
+    "settings": {"dtype": "auto", "quantization": "fp8"},
     "pool": "mamba",
     "pool_class": "MLATokenToKVPoolHost",
     "dtype": "torch.float16",
     "layout": "layer_first",
     "page_size": 32,
     "buffer_bytes": (8192,),
+    "geometry": {"head_num": 4},
     "first_layer": 4,
     "layer_count": 8,
     "tp": (1, 2),
@@ -42,12 +46,13 @@ OTHER = {
     "dcp": (1, 2),
     "split_heads": 4,
     "storage_format_tag": "nope",
+    "epoch": "00ff",
     "format": 2,
 }
 
 
 def test_the_digest_of_a_known_identity() -> None:
-    assert IDENTITY.namespace == "z273kyhb2vz7sdykbcsee6y3we"
+    assert IDENTITY.namespace == "uujg4jv3lwg75xaystqz2ngoui"
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])

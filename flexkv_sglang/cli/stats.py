@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,6 +16,20 @@ from flexkv_sglang.backends.journal import journal_path, recover, stats_path
 from flexkv_sglang.cli.output import emit, human_bytes, human_seconds, table
 from flexkv_sglang.cli.survey import Namespace, Owner, namespaces
 from flexkv_sglang.errors import JournalError
+
+_FINGERPRINT = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24}\b")
+_SHOWN = (
+    "namespace",
+    "model",
+    "pools",
+    "dtype",
+    "layout",
+    "page_size",
+    "tp",
+    "pp",
+    "attn_cp",
+    "dcp",
+)
 
 
 @dataclass(slots=True)
@@ -100,7 +115,7 @@ def _live(owner: Owner) -> dict[str, Any]:
 
 
 def _text(namespace: Namespace, owners: list[OwnerStats]) -> str:
-    lines = [f"{namespace.name}  {_identity(namespace)}".rstrip()]
+    lines = [f"{namespace.name}  {_identity(namespace)}".rstrip(), *_details(namespace)]
     if owners:
         head = ("owner", "state", "pages", "slots", "used", "page", "on disk", "journal", "stats")
         lines.append(table(head, [_row(item) for item in owners]))
@@ -127,8 +142,10 @@ def _row(item: OwnerStats) -> tuple[object, ...]:
 
 
 def _identity(namespace: Namespace) -> str:
+    """What most often differs; fingerprints by their first digits."""
     fields = namespace.fields
     parts = [str(fields[name]) for name in ("model", "dtype", "layout") if name in fields]
+    parts[:1] = [_FINGERPRINT.sub(r"\1", model) for model in parts[:1]]
     if fields.get("pool", "kv") != "kv":
         parts.append(f"pool={fields['pool']}")
     if "page_size" in fields:
@@ -139,6 +156,34 @@ def _identity(namespace: Namespace) -> str:
         if isinstance(fields.get(name), list) and fields[name][1] > 1
     ]
     return " ".join(parts)
+
+
+def _details(namespace: Namespace) -> list[str]:
+    """Every other field of the identity, so that two namespaces can be compared by eye."""
+    fields = {
+        name: value
+        for name, value in sorted(namespace.fields.items())
+        if name not in _SHOWN and value not in ("", {}, 0) and not _is_whole(value)
+    }
+    settings = fields.pop("settings", None)
+    lines = ["  " + " ".join(_named(name, value) for name, value in fields.items())]
+    if isinstance(settings, dict):
+        lines.append("  settings: " + " ".join(f"{k}={v}" for k, v in sorted(settings.items())))
+    return [line for line in lines if line.strip()]
+
+
+def _named(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in sorted(value.items()))
+    if name == "epoch":
+        return f"epoch={value} (weights updated in a running server: of use to nobody else)"
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{name}={text}"
+
+
+def _is_whole(value: object) -> bool:
+    """A shard field of a pool that is not divided."""
+    return value == [0, 1]
 
 
 def _use(counters: dict[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from command import die_after_put, flexkv
 from engines import open_engine, wait_until
 from flexkv_sglang.backends.ownership import owners
+from flexkv_sglang.keys import Identity
 
 PAGE = 8192
 ALL = ("--older-than", "0s")
@@ -59,6 +61,45 @@ def test_stats_says_which_model(tmp_path: Path) -> None:
     )
     line = flexkv("stats", tmp_path).text.splitlines()[0]
     assert line == "ns  id:tiny bf16 page_first pool=mamba page_size=16 tp=1/2"
+
+
+def test_stats_shows_every_field_of_the_identity(tmp_path: Path) -> None:
+    identity = Identity(
+        model=f"config:{'0a' * 16} weights:{'1b' * 16}",
+        settings={"load_format": "auto", "quantization": "fp8"},
+        pool="kv",
+        pool_class="MHATokenToKVPoolHost",
+        dtype="torch.uint8",
+        layout="page_first",
+        page_size=16,
+        buffer_bytes=(4096, 4096),
+        geometry={"head_num": 2, "head_dim": 32},
+        first_layer=4,
+        layer_count=8,
+        tp=(1, 2),
+        pp=(1, 2),
+        attn_cp=(1, 2),
+        dcp=(1, 2),
+        split_heads=4,
+        storage_format_tag="token-major",
+        epoch="ab" * 16,
+    )
+    open_engine(tmp_path, PAGE, 64 * PAGE).close()
+    text = json.dumps({"namespace": identity.namespace, **identity.fields()})
+    (tmp_path / "ns" / "NAMESPACE.json").write_text(text)
+    lines = flexkv("stats", tmp_path).text.splitlines()
+    assert lines[0] == (
+        "ns  config:0a0a0a0a weights:1b1b1b1b torch.uint8 page_first page_size=16 "
+        "tp=1/2 pp=1/2 attn_cp=1/2 dcp=1/2"
+    )
+    assert lines[1] == (
+        f"  buffer_bytes=4096,4096 epoch={'ab' * 16} (weights updated in a running server: of use to "
+        "nobody else) first_layer=4 format=1 head_dim=32 head_num=2 layer_count=8 pool=kv "
+        "pool_class=MHATokenToKVPoolHost split_heads=4 storage_format_tag=token-major"
+    )
+    assert lines[2] == "  settings: load_format=auto quantization=fp8"
+    shown = flexkv("stats", tmp_path, "--json").json["namespaces"][0]["identity"]
+    assert shown == json.loads(text)
 
 
 def test_gc_without_a_selector_only_shows(tmp_path: Path) -> None:

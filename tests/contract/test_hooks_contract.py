@@ -83,3 +83,13 @@ def test_prefix_keys_are_switched_on_where_that_is_possible(seen: dict[str, Any]
     assert seen["resolution"] == (
         "resolve_once" if HAS["resolve_once"] <= release() else "__post_init__"
     )
+
+
+def test_weight_updates_and_flushes_are_noticed(seen: dict[str, Any]) -> None:
+    """What a release has beyond these is in the list by itself."""
+    assert set(seen["update_hooks"]) >= {
+        "update_weights_from_disk",
+        "update_weights_from_tensor",
+        "update_weights_from_distributed",
+        "reset",
+    }

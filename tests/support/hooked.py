@@ -26,7 +26,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
 from flexkv_bed.tiny_model import write_config
-from flexkv_sglang import compat, plugin
+from flexkv_sglang import compat, plugin, weight_updates
 from plain_pool import PAGES, Pool, names, tokens
 from releases import storage_config
 
@@ -174,6 +174,7 @@ def main(place: Path) -> Seen:
         "complaints": complaints.said,
         "misfit": plugin.misfit(),
         "resolution": str(compat.first_there(*compat.RESOLVE)).rpartition(".")[2],
+        "update_hooks": sorted(target.rpartition(".")[2] for target, _ in weight_updates.hooks()),
         "prefix_keys_hook": compat.first_there(compat.RUNTIME_CONFIG) is not None,
         **command_line(),
         "wrong_setting": refusal(model, hicache_storage_backend_extra_config='{"sise": 1}'),

@@ -118,6 +118,7 @@ def boot(model: Path | str, page_size: int = 16, **arguments: Any) -> ServerArgs
         "page_size": page_size,
         "mem_fraction_static": 0.1,
         "skip_tokenizer_init": True,
+        "load_format": "dummy",
         "enable_hierarchical_cache": True,
         "hicache_size": 1,
         "log_level": "warning",

@@ -259,6 +259,11 @@ class Replica:
         """Detach the storage backend at run time. Needs ``--admin-api-key`` among the arguments."""
         return self._request("DELETE", "/hicache/storage-backend")
 
+    def update_weights(self, model: Path, *, flush: bool = True) -> str:
+        """Load other weights from disk into the running server. Needs ``--admin-api-key`` among the arguments."""
+        body = {"model_path": str(model), "flush_cache": flush}
+        return self._request("POST", "/update_weights_from_disk", body)
+
     def metric(self, name: str) -> float:
         """Sum of one series at /metrics over all its labels. Needs ``--enable-metrics`` among the arguments."""
         lines = self._request("GET", "/metrics").splitlines()

@@ -1,0 +1,88 @@
+"""Seeded bugs in what names the weights and in what happens when they change; see ``mutants.py``."""
+
+from __future__ import annotations
+
+EPOCHS = "flexkv_sglang/epochs.py"
+POOLS = "flexkv_sglang/pools.py"
+OF_POOLS = "tests/test_weight_updates_of_pools.py"
+
+IDENTITY = (
+    (
+        "a store opens inside a session of updates",
+        EPOCHS,
+        "return not (self.stale or self._changing or self._session)",
+        "return not (self.stale or self._changing)",
+        "tests/test_epochs.py",
+    ),
+    (
+        "old KV cache is stored under the new weights",
+        EPOCHS,
+        "self.stale = not (clean or self._flushed)",
+        "self.stale = False",
+        "tests/test_epochs.py",
+    ),
+    (
+        "a flush before the weights changed counts",
+        EPOCHS,
+        "self.stale, self._flushed = True, False",
+        "self.stale = True",
+        "tests/test_epochs.py",
+    ),
+    (
+        "changed weights keep their name",
+        EPOCHS,
+        'self.epoch = Epoch("", _nonce(), agreed=False)',
+        'self.epoch = Epoch(self.epoch.content, "", agreed=False)',
+        "tests/test_epochs.py",
+    ),
+    (
+        "an edit of one layer goes unseen",
+        "flexkv_sglang/fingerprint.py",
+        "sorted({*_spread(size, per_file), *tensors.get(name, ())})",
+        "sorted(_spread(size, per_file))",
+        "tests/test_fingerprint.py",
+    ),
+    (
+        "server arguments are no part of the namespace",
+        "flexkv_sglang/keys.py",
+        "settings=dict(self.settings)",
+        "settings={}",
+        "tests/test_keys.py",
+    ),
+    (
+        "only KV gets the name of the new weights",
+        POOLS,
+        "for pool, now in zip(pools, told, strict=True):",
+        "for pool, now in zip(pools[:1], told[:1], strict=True):",
+        OF_POOLS,
+    ),
+    (
+        "namespaces of new weights are opened under calls of before",
+        POOLS,
+        "if not alone or not self._unsettled or self._away:",
+        "if not self._unsettled or self._away:",
+        OF_POOLS,
+    ),
+    (
+        "a pool that comes during an update is opened at once",
+        POOLS,
+        "if not alone or not self._unsettled or self._away:",
+        "if not alone or not self._unsettled:",
+        OF_POOLS,
+    ),
+    (
+        "files of weights that are gone stay",
+        POOLS,
+        "if identity.namespace not in entered:",
+        "if False:",
+        OF_POOLS,
+    ),
+    (
+        "opening one pool removes the files of the others",
+        "backends/retired.py",
+        'fields.get("epoch") not in (None, "", keep)',
+        'fields.get("epoch") not in (None, "")',
+        OF_POOLS,
+    ),
+)
+"""Fields of ``Mutant``."""
