@@ -28,6 +28,7 @@ from flexkv_sglang.compat import (
 )
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.head_groups import HeadGroups
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import Pages
 from flexkv_sglang.keys import Identity, page_key, page_keys
@@ -98,7 +99,8 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self._logged_at: dict[str, float] = {}
         self._weights: str | None = None
         logger.info("flexkv: %s", self._config.describe())
-        self._stores = PoolStores(self._config, prepare_tiers(self._config), self._describe)
+        groups = HeadGroups.of(storage_config)
+        self._stores = PoolStores(self._config, prepare_tiers(self._config), self._describe, groups)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Learn the page geometry, open the namespace, recover what is there.
@@ -171,7 +173,8 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
 
     def _identity_of(self, name: str, pool: Any, pages: Pages) -> Identity:
         config = self._storage_config
-        replicated = is_replicated(name, pool, mla=bool(config.is_mla_model))
+        groups = pages.groups  # of the same bytes for every tensor-parallel size
+        shared = groups.split or is_replicated(name, pool, mla=bool(config.is_mla_model))
         return Identity(
             model=self._model(),
             pool=name,
@@ -182,14 +185,14 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             buffer_bytes=pages.geometry.lengths,
             first_layer=int(getattr(pool, "start_layer", 0) or 0),
             layer_count=int(getattr(pool, "layer_num", 0) or 0),
-            tp=(0, 1) if replicated else (int(config.tp_rank), int(config.tp_size)),
+            tp=(0, 1) if shared else (int(config.tp_rank), int(config.tp_size)),
             pp=(int(getattr(config, "pp_rank", 0)), int(getattr(config, "pp_size", 1))),
             attn_cp=(
                 int(getattr(config, "attn_cp_rank", 0)),
                 int(getattr(config, "attn_cp_size", 1)),
             ),
             dcp=(int(getattr(config, "dcp_rank", 0)), int(getattr(config, "dcp_size", 1))),
-            split_heads=int(getattr(config, "tp_lcm_size", None) or 0),
+            split_heads=groups.lcm,
             storage_format_tag=str(getattr(pool, "storage_format_tag", None) or ""),
         )
 
@@ -333,9 +336,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     @_boundary(lambda self: None)
     def get_stats(self) -> Any:
         """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
-        return transfer_stats(
-            *self.metrics.drain_transfers()
-        )  # KV; other pools count for themselves
+        return transfer_stats(*self.metrics.drain_transfers())  # KV's; other pools have their own
 
     def _read(
         self, pool: Pool | None, keys: list[str], host_indices: Any, deadline: float
