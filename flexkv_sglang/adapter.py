@@ -28,7 +28,7 @@ from flexkv_sglang.compat import (
 )
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.head_groups import HeadGroups
+from flexkv_sglang.head_groups import WHOLE, HeadGroups
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import Pages
 from flexkv_sglang.keys import Identity, page_key, page_keys
@@ -279,8 +279,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     @_boundary(lambda self, *a, **k: None)
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         """Read one flat page into ``target_location`` (a CPU tensor) and return it; None on a miss."""
-        found = self.batch_get([key], [target_location])
-        return found[0]
+        return self.batch_get([key], [target_location])[0]
 
     @_boundary(lambda self, keys, *a, **k: [None] * len(keys), moves=True)
     def batch_get(
@@ -336,7 +335,8 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     @_boundary(lambda self: None)
     def get_stats(self) -> Any:
         """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
-        return transfer_stats(*self.metrics.drain_transfers())  # KV's; other pools have their own
+        groups = WHOLE if self._pages is None else self._pages.groups
+        return transfer_stats(*self.metrics.drain_transfers(), groups.count)  # of KV only
 
     def _read(
         self, pool: Pool | None, keys: list[str], host_indices: Any, deadline: float

@@ -146,6 +146,16 @@ def test_what_another_size_has_stored_is_not_stored_again(tmp_path: Path) -> Non
         assert [store_of(rank, "kv").page_count() for rank in first] == [2 * PAGES, 2 * PAGES]
 
 
+def test_sglangs_stats_count_pages(tmp_path: Path) -> None:
+    whole, keys = whole_model(), names(PAGES)
+    with server(tmp_path, 2) as ranks:
+        write(ranks, whole, keys)
+        assert_read(ranks, whole, keys)
+        for rank in ranks:
+            stats = rank.get_stats()
+            assert (stats.backup_pgs, stats.prefetch_pgs) == ([PAGES], [PAGES])
+
+
 def test_a_page_is_a_hit_only_with_all_its_head_groups(tmp_path: Path) -> None:
     whole, keys = whole_model(), names(PAGES)
     with server(tmp_path, 2) as writers:
