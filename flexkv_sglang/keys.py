@@ -27,7 +27,8 @@ class Identity:
 
     ``layout`` is SGLang's host layout (byte order inside a page); ``buffer_bytes`` the sizes of the
     page's buffers in stored order. Shard fields are (rank, size) pairs; ``tp`` is (0, 1) for pools that
-    all tensor-parallel ranks hold alike (MLA). A data-parallel rank is never part of it: replicas share.
+    all tensor-parallel ranks hold alike (MLA), and for pages that are cut into ``split_heads`` head groups (0: whole
+    pages), whose buffers are those of a group. A data-parallel rank is never part of it: replicas share.
     """
 
     model: str
