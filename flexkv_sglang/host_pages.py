@@ -191,7 +191,8 @@ class HeadGroupPages(HostPages):
             ) from exc
         lengths = {int(length) for length in meta[1]}
         part = whole.lengths[0] // groups.count
-        if len(whole.lengths) != 2 or len(meta[0]) != 2 * groups.count or lengths != {part}:
+        all_of_it = whole.lengths == (part * groups.count,) * 2
+        if not all_of_it or len(meta[0]) != 2 * groups.count or lengths != {part}:
             raise UnsupportedPoolError("its head groups are not K and V, or not all of a page")
         self._half = whole.lengths[0]
         self.geometry = PageGeometry((part, part), (0, 1))
