@@ -27,6 +27,7 @@ from flexkv_sglang.compat import (
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.epochs import WEIGHTS
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.head_groups import WHOLE, HeadGroups
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import Pages
 from flexkv_sglang.identities import Identities
@@ -95,7 +96,8 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self._logged_at: dict[str, float] = {}
         logger.info("flexkv: %s", self._config.describe())
         self._identities = Identities(self._config, storage_config)
-        self._stores = PoolStores(self._config, prepare_tiers(self._config), self._describe)
+        groups = HeadGroups.of(storage_config)
+        self._stores = PoolStores(self._config, prepare_tiers(self._config), self._describe, groups)
         install_now()
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
@@ -253,8 +255,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     @_boundary(lambda self, *a, **k: None)
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         """Read one flat page into ``target_location`` (a CPU tensor) and return it; None on a miss."""
-        found = self.batch_get([key], [target_location])
-        return found[0]
+        return self.batch_get([key], [target_location])[0]
 
     @_boundary(lambda self, keys, *a, **k: [None] * len(keys), moves=True)
     def batch_get(
@@ -310,9 +311,8 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     @_boundary(lambda self: None)
     def get_stats(self) -> Any:
         """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
-        return transfer_stats(
-            *self.metrics.drain_transfers()
-        )  # KV; other pools count for themselves
+        groups = WHOLE if self._pages is None else self._pages.groups
+        return transfer_stats(*self.metrics.drain_transfers(), groups.count)  # of KV only
 
     def _read(
         self, pool: Pool | None, keys: list[str], host_indices: Any, deadline: float

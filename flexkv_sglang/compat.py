@@ -112,13 +112,15 @@ def pool_demand(transfer: Any) -> Demand:
     )
 
 
-def transfer_stats(reads: list[tuple[int, float]], writes: list[tuple[int, float]]) -> Any:
-    """SGLang's ``StorageMetrics`` of transfers given as (pages, GB/s)."""
+def transfer_stats(
+    reads: list[tuple[int, float]], writes: list[tuple[int, float]], per_page: int = 1
+) -> Any:
+    """SGLang's ``StorageMetrics`` of transfers given as (stored, GB/s), where ``per_page`` of them are a page."""
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
     return StorageMetrics(
-        prefetch_pgs=[pages for pages, _ in reads],
-        backup_pgs=[pages for pages, _ in writes],
+        prefetch_pgs=[-(-stored // per_page) for stored, _ in reads],
+        backup_pgs=[-(-stored // per_page) for stored, _ in writes],
         prefetch_bandwidth=[speed for _, speed in reads],
         backup_bandwidth=[speed for _, speed in writes],
     )

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_sglang.head_groups import WHOLE, HeadGroups
 from flexkv_sglang.types import PageBuffers, PageKey
 
 PROBE_FAILURES = (
@@ -76,6 +77,9 @@ class Batch:
 class Pages(Protocol):
     """The pages of one host pool. ``span``: pages that fit one call. Any thread.
 
+    ``groups``: what is stored of a page. ``geometry`` and buffers are those of one group, ``groups.count`` of them
+    per page, page after page.
+
     ``host_indices``: int64 tensor ``[len(keys) * tokens_per_page]``; None where they are not those of so many
     whole pages.
     """
@@ -84,6 +88,7 @@ class Pages(Protocol):
     tokens_per_page: int
     geometry: PageGeometry
     span: int
+    groups: HeadGroups
 
     def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
         """Pages as they are now, to be written."""
@@ -103,6 +108,7 @@ class HostPages:
 
     how = "zero-copy"
     span = 1 << 30
+    groups = WHOLE
 
     def __init__(self, pool: HostPool, first_page_indices: Any) -> None:
         """``first_page_indices``: int64 tensor ``[tokens per page]`` of any page, to learn the geometry."""
@@ -130,11 +136,15 @@ class HostPages:
         """
         if page_count == 0 or int(host_indices.numel()) != page_count * self.tokens_per_page:
             return None
-        meta = self._pool.get_page_buffer_meta(host_indices)
+        meta = self._meta(host_indices)
+        page_count *= self.groups.count
         if meta is None or len(meta[0]) != page_count * len(self._order):
             return None
         addresses = np.array(meta[0], np.uint64).reshape(page_count, len(self._order))
         return PageBuffers(np.ascontiguousarray(addresses[:, self._order]), self._lengths)
+
+    def _meta(self, host_indices: Any) -> tuple[list[int], list[int]] | None:
+        return self._pool.get_page_buffer_meta(host_indices)
 
     def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
         """See ``Pages``."""
@@ -159,6 +169,51 @@ class HostPages:
         self._kept = tensors
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
         return [(address, size) for address, size in storages.items() if size]
+
+
+class HeadGroupPages(HostPages):
+    """Pages in the layout ``page_head``, cut into head groups: K and V of each. Raises ``UnsupportedPoolError``."""
+
+    how = "zero-copy, by head groups"
+
+    def __init__(self, pool: HostPool, first_page_indices: Any, groups: HeadGroups) -> None:
+        obstacle = groups.obstacle(pool.layout)
+        if obstacle is not None:
+            raise UnsupportedPoolError(obstacle)
+        super().__init__(pool, first_page_indices)
+        whole = self.geometry
+        self.groups = groups
+        try:
+            meta = self._meta(first_page_indices)
+        except PROBE_FAILURES as exc:
+            raise UnsupportedPoolError(
+                f"{groups.count} groups per rank: {type(exc).__name__} {exc}"
+            ) from exc
+        lengths = {int(length) for length in meta[1]}
+        part = whole.lengths[0] // groups.count
+        all_of_it = whole.lengths == (part * groups.count,) * 2
+        if not all_of_it or len(meta[0]) != 2 * groups.count or lengths != {part}:
+            raise UnsupportedPoolError("its head groups are not K and V, or not all of a page")
+        self._half = whole.lengths[0]
+        self.geometry = PageGeometry((part, part), (0, 1))
+        self._lengths = np.array(self.geometry.lengths, np.uint64)
+
+    def _meta(self, host_indices: Any) -> tuple[list[int], list[int]]:
+        pool: Any = self._pool
+        found: tuple[list[int], list[int]] = pool.get_split_heads_page_buffer_meta(
+            host_indices, self.groups.count
+        )
+        return found
+
+    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
+        """See ``Pages``. A flat page is K of all heads, then V of all heads."""
+        pages = flat_batch(tensors, len(keys), 2 * self._half)
+        if pages is None:
+            return None
+        steps = np.arange(self.groups.count, dtype=np.uint64) * self._lengths[0]
+        starts = np.stack([steps, steps + np.uint64(self._half)], axis=1)  # [groups, 2]
+        addresses = (pages.buffers.addresses[:, :, None] + starts).reshape(-1, 2)
+        return Batch(PageBuffers(addresses, self._lengths), pages.memory)
 
 
 def tokens_per_page(pool: HostPool) -> int:

@@ -49,7 +49,8 @@ class Identities:
         Raises ``ConfigError`` if nothing tells what the weights are, or a file that an argument names is gone.
         """
         config = self._config
-        replicated = is_replicated(name, pool, mla=self._mla)
+        groups = pages.groups  # of the same bytes for every tensor-parallel size
+        shared = groups.split or is_replicated(name, pool, mla=self._mla)
         draft = is_draft(name)
         return Identity(
             model=model_identity(self._model_id, WEIGHTS.epoch, draft=draft),
@@ -60,17 +61,17 @@ class Identities:
             layout=str(pool.layout),
             page_size=pages.tokens_per_page,
             buffer_bytes=pages.geometry.lengths,
-            geometry=pool_geometry(pool),
+            geometry=pool_geometry(pool, groups.count),
             first_layer=int(getattr(pool, "start_layer", 0) or 0),
             layer_count=int(getattr(pool, "layer_num", 0) or 0),
-            tp=(0, 1) if replicated else (int(config.tp_rank), int(config.tp_size)),
+            tp=(0, 1) if shared else (int(config.tp_rank), int(config.tp_size)),
             pp=(int(getattr(config, "pp_rank", 0)), int(getattr(config, "pp_size", 1))),
             attn_cp=(
                 int(getattr(config, "attn_cp_rank", 0)),
                 int(getattr(config, "attn_cp_size", 1)),
             ),
             dcp=(int(getattr(config, "dcp_rank", 0)), int(getattr(config, "dcp_size", 1))),
-            split_heads=int(getattr(config, "tp_lcm_size", None) or 0),
+            split_heads=groups.lcm,
             storage_format_tag=str(getattr(pool, "storage_format_tag", None) or ""),
             epoch=WEIGHTS.epoch.nonce,
         )

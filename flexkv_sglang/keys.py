@@ -29,8 +29,9 @@ class Identity:
     cache; ``epoch`` is empty unless the weights were updated to something that has no name outside this
     server. ``layout`` is SGLang's host layout (byte order inside a page), ``geometry`` holds head counts and
     widths, ``buffer_bytes`` the sizes of the page's buffers in stored order. Shard fields are (rank, size)
-    pairs; ``tp`` is (0, 1) for pools that all tensor-parallel ranks hold alike (MLA). A data-parallel
-    rank is never part of it: replicas share.
+    pairs; ``tp`` is (0, 1) for pools that all tensor-parallel ranks hold alike (MLA), and for pages that are
+    cut into ``split_heads`` head groups (0: whole pages), whose geometry and buffers are those of a group. A
+    data-parallel rank is never part of it: replicas share.
     """
 
     model: str

@@ -23,13 +23,10 @@ EXISTS_SPAN = 512
 
 def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int, list[PageKey]]:
     """(leading run of stored KV pages, their keys). Most end early: keys are converted as needed."""
-    opened = kv.store
     found: list[PageKey] = []
-    if opened is None:
-        return 0, found
     for start in range(0, len(texts), EXISTS_SPAN):
         span = page_keys(texts[start : start + EXISTS_SPAN])
-        count = opened.prefix(span, promise=promise)
+        count = leading_run(kv, span, promise=promise)
         found += span[:count]
         if count < len(span):
             break
@@ -41,13 +38,13 @@ def usable(stores: PoolStores, kv: Pool, texts: Sequence[str], demands: Sequence
     kv_pages, keys = leading_pages(kv, texts, promise=not demands)
     result = usable_prefixes(kv_pages, _held(stores, keys, demands))
     if demands and result.pages:
-        _promise(kv, keys[: result.pages])
+        leading_run(kv, keys[: result.pages], promise=True)
         for demand in demands:
             pool = stores.get(demand.pool)
             if pool is not None and demand.policy != BLOCK_GROUPS:
                 whole = demand.policy == ALL_PAGES
                 first = 0 if whole else max(0, result.pages - max(1, demand.window))
-                _promise(pool, keys[first : result.pages])
+                leading_run(pool, keys[first : result.pages], promise=True)
     return result
 
 
@@ -59,17 +56,22 @@ def _held(
         opened = pool.store if pool is not None else None
         flags: Sequence[bool] = []
         if pool is not None and opened is not None:
-            run_only = demand.policy == ALL_PAGES
-            flags = [True] * opened.prefix(keys, promise=False) if run_only else opened.holds(keys)
+            if demand.policy == ALL_PAGES:
+                flags = [True] * leading_run(pool, keys, promise=False)
+            else:
+                groups = pool.pages.groups
+                flags = groups.whole(opened.holds(groups.keys(keys)))
             pool.told.metrics.count("asked_pages", len(keys))
             pool.told.metrics.count("found_pages", sum(flags))
         yield demand, flags
 
 
-def _promise(pool: Pool, keys: Sequence[PageKey]) -> None:
-    opened = pool.store
-    if opened is not None:
-        opened.prefix(keys, promise=True)
+def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
+    """How many pages from the first on are there, with all of their head groups."""
+    opened, groups = pool.store, pool.pages.groups
+    return (
+        0 if opened is None else opened.prefix(groups.keys(keys), promise=promise) // groups.count
+    )
 
 
 def read(
@@ -100,7 +102,9 @@ def fetch(pool: Pool, keys: Sequence[PageKey], batch: Batch, deadline: float) ->
     if opened is None:
         return [False] * len(keys)
     with pool.told.metrics.timed("get"):
-        return batch.landed(opened.get(keys, batch.buffers, deadline))
+        groups = pool.pages.groups
+        flags = opened.get(groups.keys(keys), batch.buffers, deadline)
+        return batch.landed(groups.whole(flags))
 
 
 def write(
@@ -132,7 +136,9 @@ def store(
     if opened is None:
         return [False] * len(keys)
     with pool.told.metrics.timed("put"):
-        return opened.put(keys, batch.buffers, parent, deadline)
+        groups = pool.pages.groups
+        stored = groups.keys(keys)
+        return groups.whole(opened.put(stored, batch.buffers, groups.last_key(parent), deadline))
 
 
 def _fits(pool: Pool, keys: Sequence[PageKey], host_indices: Any) -> bool:

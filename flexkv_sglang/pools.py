@@ -33,6 +33,7 @@ from flexkv_sglang.backends.probe import IoMode
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
 from flexkv_sglang.gate import Gate
+from flexkv_sglang.head_groups import WHOLE, HeadGroups
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import Pages, UnsupportedPoolError
 from flexkv_sglang.keys import Identity
@@ -47,6 +48,7 @@ from flexkv_sglang.pool_rules import (
 )
 from flexkv_sglang.prefix import Demand
 from flexkv_sglang.staged_pages import MarkerPages, open_pages
+from flexkv_sglang.types import SECTOR, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +96,8 @@ class Pool:
         return isinstance(self.pages, MarkerPages)
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page."""
+    def slot_payload(self) -> int:
+        """Bytes of what is stored by itself: a page, or one head group of it."""
         return self.pages.geometry.payload_bytes
 
 
@@ -103,14 +105,20 @@ Describe = Callable[[str, Any, Pages], Described]
 
 
 class PoolStores:
-    """The stores of one attach. ``describe`` is asked once per pool that can be stored and per epoch of weights."""
+    """The stores of one attach. ``describe`` is asked once per pool that can be stored and per epoch of weights;
+    ``groups``: how pages are cut where that is possible."""
 
     def __init__(
-        self, config: FlexKVConfig, prepared: Sequence[Mapping[str, IoMode]], describe: Describe
+        self,
+        config: FlexKVConfig,
+        prepared: Sequence[Mapping[str, IoMode]],
+        describe: Describe,
+        groups: HeadGroups = WHOLE,
     ) -> None:
         self._config = config
         self.prepared = prepared
         self._describe = describe
+        self._groups = groups
         self._pools: dict[str, Pool | None] = {}  # None: cannot be stored
         self._host_pools: dict[str, Any] = {}
         self._divided: list[Claim] = []  # what the shares of the open stores assume
@@ -289,7 +297,7 @@ class PoolStores:
 
     def _probe(self, name: str, host_pool: Any) -> Pool | None:
         try:
-            pages = open_pages(host_pool)
+            pages = open_pages(host_pool, self._groups)
         except UnsupportedPoolError as exc:
             logger.error(
                 "flexkv: host pool %s cannot be stored, every page will miss: %s", name, exc
@@ -297,7 +305,8 @@ class PoolStores:
             return None
         told = self._describe(name, host_pool, pages)
         density = dict(self._config.pool_density).get(name, default_density(name))
-        claim = Claim.of(name, pages.geometry.payload_bytes, max(1, told.writers), density)
+        slot_bytes = round_up(pages.geometry.payload_bytes, SECTOR) * pages.groups.count
+        claim = Claim.of(name, slot_bytes, max(1, told.writers), density)
         logger.info(
             "flexkv: host pool %s (%s, %s) is stored by %s",
             name,
@@ -319,7 +328,8 @@ class PoolStores:
             part = part_of(pool.name, claims)
             before = part_of(pool.name, self._divided)
             if pool.name == KV and pool.store is not None and part < before:
-                have = pool.store.tiers[level].slot_count * pool.claim.slot_bytes
+                slot_bytes = round_up(pool.slot_payload, SECTOR)
+                have = pool.store.tiers[level].slot_count * slot_bytes
                 shares.append(Share(int(have * part / before)))  # make room for the others
             else:
                 shares.append(Share(None, part))
@@ -332,7 +342,7 @@ class PoolStores:
             self.prepared,
             identity.namespace,
             identity.fields(),
-            pool.page_bytes,
+            pool.slot_payload,
             shares,
             pool.told.metrics,
         )

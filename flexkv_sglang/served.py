@@ -69,6 +69,7 @@ _POOL_GEOMETRY = (
     "head_group_num",
     "end_layer",
 )
+_HEAD_COUNTS = frozenset({"head_num", "head_group_num"})
 _FROM_ELSEWHERE = ("remote", "remote_instance", "rdma", "ipc_cache", "private")
 """Load formats whose weights are not the files at ``model_path``."""
 
@@ -108,10 +109,11 @@ def kv_settings(*, draft: bool = False) -> dict[str, str]:
     return settings
 
 
-def pool_geometry(pool: Any) -> dict[str, int]:
-    """Those shape fields that this kind of host pool has."""
+def pool_geometry(pool: Any, head_groups: int = 1) -> dict[str, int]:
+    """Those shape fields that this kind of host pool has; heads are those of one of ``head_groups`` groups."""
     found = {name: getattr(pool, name, None) for name in _POOL_GEOMETRY}
-    return {name: int(value) for name, value in found.items() if isinstance(value, int)}
+    shape = {name: int(value) for name, value in found.items() if isinstance(value, int)}
+    return {n: max(1, v // head_groups) if n in _HEAD_COUNTS else v for n, v in shape.items()}
 
 
 def model_identity(model_id: str | None, epoch: Epoch, *, draft: bool = False) -> str:

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from flexkv_sglang.head_groups import WHOLE, HeadGroups
 from flexkv_sglang.host_pages import (
     PROBE_FAILURES,
     Batch,
+    HeadGroupPages,
     HostPages,
     HostPool,
     PageGeometry,
@@ -25,6 +28,8 @@ from flexkv_sglang.host_pages import (
 )
 from flexkv_sglang.types import SECTOR, PageBuffers, PageKey
 
+logger = logging.getLogger(__name__)
+
 STAGING_BYTES = 64 << 20
 """At most this much is copied at a time."""
 
@@ -32,12 +37,22 @@ _MARKER_BYTES = 64
 _MARKER_TAIL = b"flexkv: this page has no bytes".ljust(_MARKER_BYTES - 32, b".")
 
 
-def open_pages(pool: HostPool) -> Pages:
-    """Zero-copy where the pool names its buffers, else flat pages. Raises ``UnsupportedPoolError``: neither."""
+def open_pages(pool: HostPool, groups: HeadGroups = WHOLE) -> Pages:
+    """Zero-copy where the pool names its buffers, else flat pages. Raises ``UnsupportedPoolError``: neither.
+
+    ``groups``: cut the pages like this if the pool can; else they are whole, and the log says so.
+    """
     if getattr(pool, "kv_buffer", pool) is None and getattr(pool, "size_per_token", None) == 0:
         return MarkerPages(pool)
+    first_page = torch.arange(tokens_per_page(pool), dtype=torch.int64)
+    if groups.split:
+        try:
+            return HeadGroupPages(pool, first_page, groups)
+        except UnsupportedPoolError as exc:
+            text = "flexkv: tp_lcm_size=%d has no effect on %s: %s. Servers of other tp_size share none of its pages"
+            logger.warning(text, groups.lcm, type(pool).__name__, exc)
     try:
-        return HostPages(pool, torch.arange(tokens_per_page(pool), dtype=torch.int64))
+        return HostPages(pool, first_page)
     except UnsupportedPoolError as no_buffers:
         try:
             return FlatPages(pool)
@@ -49,6 +64,7 @@ class FlatPages:
     """Pages copied by ``get_data_page`` and ``set_from_flat_data_page``. Raises ``UnsupportedPoolError``."""
 
     how = "flat pages"
+    groups = WHOLE
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
@@ -113,6 +129,7 @@ class MarkerPages:
     """
 
     how = "markers"
+    groups = WHOLE
     span = STAGING_BYTES // _MARKER_BYTES
 
     def __init__(self, pool: HostPool) -> None:

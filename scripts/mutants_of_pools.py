@@ -4,6 +4,7 @@ from __future__ import annotations
 
 FOLD = "flexkv_sglang/prefix.py"
 FOLD_TESTS = "tests/test_prefix.py"
+GROUP_TESTS = "tests/test_head_groups.py"
 POOL_TESTS = "tests/test_pools.py tests/test_pool_transfers.py"
 
 MUTANTS = (
@@ -80,7 +81,7 @@ MUTANTS = (
     (
         "hybrid hits are not promised",
         "flexkv_sglang/pool_transfers.py",
-        "_promise(pool, keys[first : result.pages])",
+        "leading_run(pool, keys[first : result.pages], promise=True)",
         "pass",
         POOL_TESTS,
     ),
@@ -108,8 +109,8 @@ MUTANTS = (
     (
         "a marker is there without a record",
         "flexkv_sglang/pool_transfers.py",
-        "return batch.landed(opened.get(keys, batch.buffers, deadline))",
-        "opened.get(keys, batch.buffers, deadline)\n        return batch.landed([True] * len(keys))",
+        "return batch.landed(groups.whole(flags))",
+        "return batch.landed([True] * len(keys))",
         POOL_TESTS,
     ),
     (
@@ -118,5 +119,33 @@ MUTANTS = (
         "if changed and pool.shares != shares[pool.name]:",
         "if False:",
         POOL_TESTS,
+    ),
+    (
+        "a page is there with one of its head groups",
+        "flexkv_sglang/head_groups.py",
+        "all(flags[i : i + self.count])",
+        "any(flags[i : i + self.count])",
+        GROUP_TESTS,
+    ),
+    (
+        "the chain of head groups breaks between calls",
+        "flexkv_sglang/pool_transfers.py",
+        "groups.last_key(parent)",
+        "parent",
+        GROUP_TESTS,
+    ),
+    (
+        "every rank takes its head groups for the first ones",
+        "flexkv_sglang/head_groups.py",
+        "int(config.tp_rank) * count",
+        "0",
+        GROUP_TESTS,
+    ),
+    (
+        "windows by groups are taken for windows by pages",
+        "flexkv_sglang/pool_transfers.py",
+        "groups.whole(opened.holds(groups.keys(keys)))",
+        "opened.holds(groups.keys(keys))",
+        GROUP_TESTS,
     ),
 )

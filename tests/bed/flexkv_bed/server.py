@@ -255,6 +255,15 @@ class Replica:
         }
         return self._request("PUT", "/hicache/storage-backend", body)
 
+    def set_policies(self, *, write: str | None = None, prefetch: str | None = None) -> str:
+        """Change policies of the attached backend. Needs ``--admin-api-key`` among the arguments."""
+        body = {
+            "hicache_storage_backend": self.settings.backend,
+            "hicache_write_policy": write,
+            "hicache_storage_prefetch_policy": prefetch,
+        }
+        return self._request("PUT", "/hicache/storage-backend", body)
+
     def detach(self) -> str:
         """Detach the storage backend at run time. Needs ``--admin-api-key`` among the arguments."""
         return self._request("DELETE", "/hicache/storage-backend")
