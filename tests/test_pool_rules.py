@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexkv_sglang.compat import pool_name
 from flexkv_sglang.pool_rules import (
     TRAILING_SLOTS_MIN,
     Claim,
@@ -19,7 +20,6 @@ from flexkv_sglang.pool_rules import (
     expected_policy,
     is_replicated,
     part_of,
-    pool_name,
     written_by_every_rank,
 )
 from flexkv_sglang.prefix import ALL_PAGES, TRAILING_PAGES
