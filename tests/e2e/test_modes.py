@@ -229,6 +229,7 @@ def until_idle(change: Callable[[], str], tries: int) -> bool:
     return False
 
 
+@pytest.mark.nightly
 def test_another_tensor_parallel_size_reads_the_pages(tmp_path: Path, model: Path) -> None:
     """Two ranks write head groups, one rank reads them; the layout ``page_head`` and ``tp_lcm_size`` make it so."""
     pages = tmp_path / "pages"
