@@ -54,13 +54,13 @@ def nothing_asked(facts: Facts) -> Finding | None:
     )
     if server is not None and server.metrics:
         requests, prompt, above = _requests(server), _prompt_tokens(server), _above(server)
-        if prompt and above >= _SERVED_ABOVE * prompt:
+        if _is_idle(server):
+            title, remedy = "There was no request yet", "Send some"
+        elif prompt and above >= _SERVED_ABOVE * prompt:
             return served_above(facts)
-        if requests and prompt / requests < threshold:
+        elif requests and prompt / requests < threshold:
             title = "Prompts are shorter than prefetch_threshold"
             remedy = f"SGLang asks for {threshold} tokens or more: lower prefetch_threshold in the extra config"
-        elif not requests:
-            title, remedy = "There was no request yet", "Send some"
     return Finding("nothing_asked", title, f"asked for 0 pages{traffic}", remedy)
 
 
@@ -82,7 +82,7 @@ def served_above(facts: Facts) -> Finding | None:
 
 def nothing_written(facts: Facts) -> Finding | None:
     """No page is stored and none was written."""
-    if facts.pages or facts.count("write_pages") or not facts.groups or not facts.alive:
+    if facts.pages or facts.count("write_pages") or not facts.alive or _is_idle(facts.server):
         return None
     unstored = {
         name: facts.count(f"write_{name}_pages") for name in ("refused", "failed", "declined")
@@ -312,6 +312,11 @@ _NOT_TOLD = (
 
 def _requests(server: Server) -> float:
     return server.total("sglang:num_requests_total")
+
+
+def _is_idle(server: Server | None) -> bool:
+    """Known to have served nothing but the request that SGLang warms up with."""
+    return server is not None and bool(server.metrics) and _requests(server) <= 1
 
 
 def _prompt_tokens(server: Server) -> float:
