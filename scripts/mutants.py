@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import eviction_mutants
+from mutants_of_doctor import MUTANTS as OF_DOCTOR
 from mutants_of_pools import MUTANTS as OF_POOLS
 from neighbour_seeds import SEEDS
 
@@ -281,6 +282,7 @@ MUTANTS = (
     ),
     *(Mutant(*row) for row in eviction_mutants.ROWS),
     *(Mutant(*fields) for fields in OF_POOLS),
+    *(Mutant(*fields) for fields in OF_DOCTOR),
     *(Mutant(*seed) for seed in SEEDS),
 )
 

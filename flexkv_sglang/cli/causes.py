@@ -11,7 +11,7 @@ from typing import Literal
 from flexkv_sglang.cli.facts import Facts, Place
 from flexkv_sglang.cli.machine import NETWORK
 from flexkv_sglang.cli.output import counted, human_bytes, human_seconds
-from flexkv_sglang.cli.server import is_ours
+from flexkv_sglang.cli.server import Server, is_ours
 
 LOW = 0.5
 """A hit rate below this wants an explanation; from here on causes that only lower it are not reported."""
@@ -89,25 +89,32 @@ def unreachable(facts: Facts) -> Finding | None:
 def not_attached(facts: Facts) -> Finding | None:
     """The server answers and has no storage backend, or another."""
     server = facts.server
-    if server is None or server.error or (server.status is None and facts.alive):
+    if server is None or server.error:
         return None
-    name = server.setting("hicache_storage_backend")
-    if not server.flags.get("enable_hierarchical_cache", True):
-        evidence = "enable_hierarchical_cache is false"
-    elif name is None:
-        evidence = "hicache_storage_backend is not set"
-    elif not is_ours(server):
-        evidence = f"hicache_storage_backend is {name!r}"
-    else:
+    evidence = _other_backend(server)
+    if server.status is None and server.holds_slots is not None:  # its flags are those of the start
+        evidence = "" if server.holds_slots else evidence or "sglang:flexkv_slots_total is 0"
+    elif server.status is None and facts.alive:
+        return None  # it may have been attached since, and nobody tells
+    if not evidence:
         return None
-    source = "/server_info" if server.status is None else "/hicache/storage-backend"
     return Finding(
         "not_attached",
         "The server runs without this storage backend",
-        f"{server.url}{source}: {evidence}",
+        f"{server.url}: {evidence}",
         "Start it with --enable-hierarchical-cache --hicache-storage-backend flexkv, or attach it with "
         "PUT /hicache/storage-backend",
     )
+
+
+def _other_backend(server: Server) -> str:
+    """What its settings say against us; "" if nothing."""
+    name = server.setting("hicache_storage_backend")
+    if not server.flags.get("enable_hierarchical_cache", True):
+        return "enable_hierarchical_cache is false"
+    if name is None:
+        return "hicache_storage_backend is not set"
+    return "" if is_ours(server) else f"hicache_storage_backend is {name!r}"
 
 
 def other_path(facts: Facts) -> Finding | None:

@@ -54,6 +54,7 @@ _EXPLAINED_BY = {
         ),
         *("served_above", "corrupt", "late", "failures"),
     },
+    "served_above": {"nothing_written"},
     "failures": {"breaker_open"},
 }
 """A finding -> findings that say more: with one of these it is left out."""

@@ -183,9 +183,13 @@ def look_at_plugin() -> Plugin:
             timeout=_FIT_TIMEOUT_S,
             check=False,
         )
-        return Plugin(**json.loads(done.stdout.splitlines()[-1]))
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError, TypeError) as exc:
-        return Plugin(sglang="?", error=f"importing it failed: {type(exc).__name__}: {exc}")
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        return Plugin(sglang="?", error=f"importing it failed: {exc}")
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        last = said[-1] if said else f"exit status {done.returncode}"
+        return Plugin(sglang="?", error=f"importing it failed: {last}")
+    return Plugin(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def gather(

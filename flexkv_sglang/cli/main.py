@@ -40,7 +40,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     """Apart from the others: that a directory is missing, or may not be read, is an answer here."""
     from flexkv_sglang.cli.doctor import run_doctor
 
-    if arguments.directory is not None and arguments.directory.is_file():
+    try:
+        wrong = arguments.directory is not None and arguments.directory.is_file()
+    except PermissionError:
+        wrong = False
+    if wrong:
         print(f"flexkv: {arguments.directory} is not a directory", file=sys.stderr)
         return 2
     return run_doctor(arguments.directory, arguments.url, as_json=arguments.json)

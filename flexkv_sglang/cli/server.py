@@ -23,6 +23,7 @@ _FLAGS = (
     *("hicache_storage_backend", "hicache_storage_backend_extra_config"),
     *("hicache_storage_prefetch_policy", "hicache_write_policy"),
 )
+_NOT_FOUND = 404
 _STATUS = "/hicache/storage-backend"
 THRESHOLD = 256
 """SGLang's ``prefetch_threshold``, in tokens, when none is configured."""
@@ -60,6 +61,11 @@ class Server:
             for sample in self.metrics
             if sample.name == name and labels.items() <= sample.labels.items()
         )
+
+    @property
+    def holds_slots(self) -> bool | None:
+        """Do its own series say that a store of ours is attached now? None without metrics."""
+        return self.total("sglang:flexkv_slots_total") > 0 if self.metrics else None
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -111,6 +117,8 @@ def ask_server(url: str) -> Server:
             break
         except urllib.error.HTTPError as exc:
             error = f"{path}: HTTP {exc.code} {exc.reason}"
+            if exc.code != _NOT_FOUND:
+                break
         except (OSError, ValueError) as exc:
             return Server(url, f"{path}: {exc}")
     if not isinstance(info, dict):

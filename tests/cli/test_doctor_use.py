@@ -17,7 +17,7 @@ from engines import wait_until
 from faulty_io import Fault, Faults, FaultyIo
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.cli.doctor import diagnose
-from plain_pools import Pool, ask, attach, config, hybrid, names, put, store_of
+from plain_pools import Pool, ask, attach, config, hybrid, names, pool_of, put, store_of
 from recorded_sglang import answers
 
 pytestmark = pytest.mark.sglang
@@ -222,10 +222,11 @@ def test_a_disk_that_fails_now_and_then(tmp_path: Path) -> None:
     with closing(plain(tmp_path)) as storage:
         write(storage, 4)
         assert storage.batch_exists(page_names(4)) == 4
-        _spoil(storage, "read", Fault.EIO)
-        assert read(storage, 4) != [True] * 4
+        _spoil(storage, "write", Fault.EIO)
+        indices = pool_of(storage, "kv").indices(*range(4))
+        assert not all(storage.batch_set_v1(page_names(4, seed=1), indices))
         assert wait_until(lambda: causes(doctor(tmp_path)) == ["failures"])
-        assert "read_failed_pages" in doctor(tmp_path)["failures"].evidence
+        assert "write_failed_pages" in doctor(tmp_path)["failures"].evidence
 
 
 def test_a_tier_that_is_too_small(tmp_path: Path) -> None:

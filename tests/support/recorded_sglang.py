@@ -31,10 +31,12 @@ def answers(
     *,
     key: bool = False,
     detached: bool = False,
+    scraped: bool = True,
 ) -> dict[str, tuple[int, str]]:
     """Path -> (status, body). ``extra``: keys added to the extra config. ``metrics``: start of a line -> its value.
 
     ``key``: we are let in to the backend's status; else 401, as without the admin key. ``detached``: over HTTP.
+    ``scraped``: started with --enable-metrics.
     """
     info = json.loads(recorded("server_info.json"))
     settings = json.loads(info["hicache_storage_backend_extra_config"])
@@ -54,7 +56,7 @@ def answers(
     return {
         "/server_info": (200, json.dumps(info)),
         "/hicache/storage-backend": (200, json.dumps(status)) if key else denied,
-        "/metrics": (200, text),
+        "/metrics": (200, text) if scraped else (404, '{"detail":"Not Found"}'),
     }
 
 
