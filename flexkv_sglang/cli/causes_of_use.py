@@ -217,11 +217,12 @@ def late(facts: Facts) -> Finding | None:
     if not pages or pages < _FEW * found:
         return None
     median = facts.median("get_seconds")
+    took = "unknown" if median is None else _at_most(median)
     modes = {p.disk.mode.engine for p in facts.places if p.disk is not None and p.disk.mode}
     return Finding(
         "late",
         "The disk is too slow for SGLang's prefetch timeout",
-        f"{counted(pages, 'page')} of {found} found came too late; the median get takes up to {median} s; "
+        f"{counted(pages, 'page')} of {found} found came too late; the median get takes {took}; "
         f"I/O here: {', '.join(sorted(modes)) or 'unknown'}",
         "flexkv bench ssd DIR measures the disk. Raise prefetch_timeout_base or prefetch_timeout_per_ki_token in the "
         "extra config, use a faster disk, or several",
@@ -254,7 +255,7 @@ def too_small(facts: Facts) -> Finding | None:
     if not is_low(facts) or not gone or 2 * gone < written + declined:
         return None
     age = facts.median("evicted_age_seconds")
-    when = "" if age is None else f"; half of them unused for at most {human_seconds(age)}"
+    when = "" if age is None else f"; half of them unused for {_at_most(age)}"
     items = [item for group in facts.groups if group.pool == "kv" for item in group.owners]
     slots = sum(item.slots for item in items if item.owner.alive or not facts.alive)
     size = sum(
@@ -336,6 +337,11 @@ def _traffic(server: Server | None) -> str:
         f"; {int(_requests(server))} requests with {int(_prompt_tokens(server))} prompt tokens, of which device memory "
         f"served {device} and host memory {host}"
     )
+
+
+def _at_most(seconds: float) -> str:
+    """The upper bound of a bucket; the last one has none."""
+    return f"at most {human_seconds(seconds)}" if seconds < float("inf") else "longer than measured"
 
 
 def _named(group: Group) -> str:

@@ -43,17 +43,7 @@ CAUSES: tuple[Callable[[Facts], Finding | None], ...] = (
 
 _EXPLAINED_BY = {
     "nothing_asked": {"nothing_written", "served_above"},
-    "prompts_differ": {
-        *(
-            "breaker_open",
-            "disk_full",
-            "hybrid_pool",
-            "other_namespace",
-            "verify_level",
-            "too_small",
-        ),
-        *("served_above", "corrupt", "late", "failures"),
-    },
+    "prompts_differ": {"breaker_open", "hybrid_pool", "verify_level", "too_small", "served_above"},
     "served_above": {"nothing_written"},
     "failures": {"breaker_open"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -113,16 +114,11 @@ def test_two_namespaces_name_the_fields_the_closest_pair_first(tmp_path: Path) -
         with closing(attach(config(tmp_path, model_id="third"), OtherType(page_size=8), {})) as far:
             write(far, 2)
             found = doctor(tmp_path)
-    assert causes(found)[0] == "other_namespace"
-    assert "prompts_differ" not in found
+    assert causes(found) == ["other_namespace", "prompts_differ"]
     assert "3 namespaces" in found["other_namespace"].title
     evidence = found["other_namespace"].evidence.split("; ")
-    assert evidence[0].endswith(
-        " differ in model (id:m and id:other: other weights, quantisation or load format (or one server sets "
-        "model_id and the other does not))"
-    ) or evidence[0].endswith(
-        " differ in model (id:other and id:m: other weights, quantisation or load format (or one server sets "
-        "model_id and the other does not))"
+    assert re.search(
+        r" differ in model \(id:(m|other) and id:(other|m): other weights", evidence[0]
     )
     for text in ("page_size (", "--page-size", "dtype ("):
         assert text in found["other_namespace"].evidence
@@ -153,12 +149,11 @@ def test_pages_with_less_verification_than_a_replica_asks_for(tmp_path: Path) ->
 
 
 def test_a_hybrid_model_that_lacks_the_pages_of_one_pool(tmp_path: Path) -> None:
-    with closing(hybrid(tmp_path / "a")) as storage:
+    with closing(hybrid(tmp_path)) as storage:
         put(storage, names(3), but="mamba")
         assert ask(storage, names(3)).kv_hit_pages == 0
-        assert told(tmp_path, asked_pages=3)
-        found = doctor(tmp_path / "a")
-        assert causes(found) == ["hybrid_pool"]
+        assert wait_until(lambda: causes(doctor(tmp_path)) == ["hybrid_pool"])  # each pool reports
+        found = doctor(tmp_path)
         assert "'mamba'" in found["hybrid_pool"].title
         assert "pool mamba has 0 pages" in found["hybrid_pool"].evidence
         assert "KV has 3 pages, found 0 of 3" in found["hybrid_pool"].evidence
@@ -167,9 +162,8 @@ def test_a_hybrid_model_that_lacks_the_pages_of_one_pool(tmp_path: Path) -> None
 def test_a_hybrid_model_with_a_pool_that_could_not_be_opened(tmp_path: Path) -> None:
     with closing(hybrid(tmp_path, size=3 * 4096)) as storage:
         assert ask(storage, names(2)).kv_hit_pages == 0
-        assert told(tmp_path, asked_pages=2)
+        assert wait_until(lambda: "hybrid_pool" in causes(doctor(tmp_path)))
         found = doctor(tmp_path)
-    assert "hybrid_pool" in causes(found)
     assert "'mamba'" in found["hybrid_pool"].title
     assert "has no files" in found["hybrid_pool"].evidence
 
