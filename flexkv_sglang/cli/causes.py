@@ -216,8 +216,8 @@ def disk_full(facts: Facts) -> Finding | None:
 
 
 def not_running(facts: Facts) -> Finding | None:
-    """Nobody holds an owner. With a good last run it is a note only."""
-    if facts.alive or not facts.groups or (facts.server is not None and facts.server.error):
+    """Nobody holds an owner, or there is none. With a good last run it is a note only."""
+    if facts.alive:
         return None
     at = facts.written_at
     last = "never reported" if at is None else f"{human_seconds(max(0.0, facts.now - at))} old"
@@ -225,7 +225,9 @@ def not_running(facts: Facts) -> Finding | None:
     return Finding(
         "not_running",
         "No server runs on this directory",
-        f"{counted(owners, 'owner')}, no lock is held; the counters are {last}, of the last run of each process",
+        f"{counted(owners, 'owner')}, no lock is held; the counters are {last}, of the last run of each process"
+        if owners
+        else "there are no files of ours in it",
         "Start a server with this path; it adopts what is there. What is said here is about the last run",
         "note" if facts.hit_rate is not None and not is_low(facts) else "cause",
     )

@@ -291,15 +291,17 @@ def unused_hits(facts: Facts) -> Finding | None:
 
 
 def prompts_differ(facts: Facts) -> Finding | None:
-    """Pages are there and little of what is asked for is: prompts have no common start."""
+    """Little of what is asked for is there: prompts have no common start, or pages were cleared."""
     asked, found = facts.count("asked_pages"), facts.count("found_pages")
-    if not asked or not facts.pages or not is_low(facts):
+    if not asked or not is_low(facts):
         return None
+    clears = facts.count("clears", None)
+    cleared = f", cleared {counted(clears, 'time')}" if clears else ""
     hint = "" if facts.server is not None and facts.server.metrics else _NOT_TOLD
     return Finding(
         "prompts_differ",
-        "Pages are stored, but what is asked for is not among them",
-        f"found {found} of {asked} pages asked for; {facts.pages} are stored{_traffic(facts.server)}",
+        "What is asked for is not among the pages that are stored",
+        f"found {found} of {asked} pages asked for; {facts.pages} are stored{cleared}{_traffic(facts.server)}",
         "A time stamp or a user's name at the start of a prompt changes every page after it: put what varies last. "
         f"The first time a prompt is seen it cannot be found.{hint}",
     )

@@ -43,7 +43,21 @@ CAUSES: tuple[Callable[[Facts], Finding | None], ...] = (
 
 _EXPLAINED_BY = {
     "nothing_asked": {"nothing_written", "served_above"},
-    "prompts_differ": {"breaker_open", "hybrid_pool", "verify_level", "too_small", "served_above"},
+    "not_running": {
+        "server_unreachable",
+        "not_attached",
+        "other_path",
+        "no_directory",
+        "no_access",
+    },
+    "prompts_differ": {
+        "nothing_written",
+        "breaker_open",
+        "hybrid_pool",
+        "verify_level",
+        "too_small",
+        "served_above",
+    },
     "served_above": {"nothing_written"},
     "failures": {"breaker_open"},
 }

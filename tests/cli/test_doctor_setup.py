@@ -92,6 +92,12 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     assert causes(doctor(tmp_path / "typo")) == ["no_directory"]
 
 
+def test_a_directory_that_no_server_used(tmp_path: Path) -> None:
+    found = doctor(tmp_path)
+    assert causes(found) == ["not_running"]
+    assert found["not_running"].evidence == "there are no files of ours in it"
+
+
 def _fit(**environment: str) -> Plugin:
     done = subprocess.run(
         [sys.executable, "-P", "-m", "flexkv_sglang.cli.fit"],

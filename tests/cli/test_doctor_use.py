@@ -104,6 +104,17 @@ def test_prompts_that_differ_and_what_device_memory_still_serves(tmp_path: Path)
         assert "--enable-metrics" not in found["prompts_differ"].remedy
 
 
+def test_pages_that_were_cleared(tmp_path: Path) -> None:
+    with closing(plain(tmp_path)) as storage:
+        write(storage, 6)
+        storage.clear()
+        assert storage.batch_exists(page_names(6)) == 0
+        assert told(tmp_path, asked_pages=6, clears=1)
+        found = doctor(tmp_path)
+    assert causes(found) == ["prompts_differ"]
+    assert "0 are stored, cleared 1 time" in found["prompts_differ"].evidence
+
+
 class OtherType(Pool):
     dtype = "torch.float8_e4m3fn"
 
