@@ -21,9 +21,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; ``argv`` without the program's name. Returns the exit code."""
     arguments = _parser().parse_args(argv)
-    if arguments.command == "doctor":
-        return _doctor(arguments)
-    if not arguments.directory.is_dir():
+    if arguments.command != "doctor" and not arguments.directory.is_dir():
         print(f"flexkv: {arguments.directory} is not a directory", file=sys.stderr)
         return 2
     try:
@@ -51,6 +49,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "doctor":
+        return _doctor(arguments)
     if arguments.command == "check":
         from flexkv_sglang.cli.check import run_check
 
