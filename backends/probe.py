@@ -74,17 +74,21 @@ def probe_directory(directory: str, wanted: str = "auto") -> IoMode:
 
 def in_memory(directory: str) -> bool:
     """True on tmpfs: plain copies by several threads beat a ring there, and O_DIRECT means nothing."""
+    return file_system(directory) in ("tmpfs", "ramfs")
+
+
+def file_system(directory: str, mounts: Path = _MOUNTS) -> str:
+    """Its type as the kernel names it, such as "ext4"; "" if that cannot be told. ``mounts``: what is read."""
     device = os.stat(directory).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
-        lines = _MOUNTS.read_text().splitlines()
+        lines = mounts.read_text().splitlines()
     except OSError:
-        return False
-    mounts = (line.split(" - ", 1) for line in lines)
-    return any(
-        left.split()[2] == wanted and right.split()[0] in ("tmpfs", "ramfs")
-        for left, right in mounts
-    )
+        return ""
+    for left, right in (line.split(" - ", 1) for line in lines):
+        if left.split()[2] == wanted:
+            return right.split()[0]
+    return ""
 
 
 def make_engine(kind: str, traffic: Traffic | None = None) -> IoEngine:

@@ -16,11 +16,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants_identity import IDENTITY
+from mutants_of_identity import IDENTITY
 
-import eviction_mutants
+import mutants_of_eviction
+from mutants_of_doctor import MUTANTS as OF_DOCTOR
+from mutants_of_neighbours import SEEDS
 from mutants_of_pools import MUTANTS as OF_POOLS
-from neighbour_seeds import SEEDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
@@ -281,8 +282,9 @@ MUTANTS = (
         "pass",
         "tests/backends/test_local_tier.py",
     ),
-    *(Mutant(*row) for row in eviction_mutants.ROWS),
+    *(Mutant(*row) for row in mutants_of_eviction.ROWS),
     *(Mutant(*fields) for fields in OF_POOLS),
+    *(Mutant(*fields) for fields in OF_DOCTOR),
     *(Mutant(*seed) for seed in SEEDS),
     *(Mutant(*fields) for fields in IDENTITY),
 )

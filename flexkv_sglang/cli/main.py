@@ -1,7 +1,7 @@
 """Arguments and exit codes of ``flexkv``. Commands are imported when they run: ``--help`` needs nothing.
 
 Exit codes: 0 fine, 1 problems found (check: problems that are not repaired; gc: files that could not be
-removed), 2 usage.
+removed; doctor: causes found), 2 usage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; ``argv`` without the program's name. Returns the exit code."""
     arguments = _parser().parse_args(argv)
-    if not arguments.directory.is_dir():
+    if arguments.command != "doctor" and not arguments.directory.is_dir():
         print(f"flexkv: {arguments.directory} is not a directory", file=sys.stderr)
         return 2
     try:
@@ -34,7 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Apart from the others: that a directory is missing, or may not be read, is an answer here."""
+    from flexkv_sglang.cli.doctor import run_doctor
+
+    try:
+        wrong = arguments.directory is not None and arguments.directory.is_file()
+    except PermissionError:
+        wrong = False
+    if wrong:
+        print(f"flexkv: {arguments.directory} is not a directory", file=sys.stderr)
+        return 2
+    return run_doctor(arguments.directory, arguments.url, as_json=arguments.json)
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "doctor":
+        return _doctor(arguments)
     if arguments.command == "check":
         from flexkv_sglang.cli.check import run_check
 
@@ -85,8 +101,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     gc.add_argument("--dry-run", action="store_true", help="say what would be removed")
     gc.add_argument("--yes", action="store_true", help="do not ask")
+    _add_doctor(commands)
     _add_bench(commands)
     return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "why hits are zero, and what to do"
+    doctor = commands.add_parser(
+        "doctor",
+        help=text,
+        description="Says why hits are zero, the likeliest cause first, with numbers and a remedy. "
+        "Run it as the servers' user, in their environment. Writes and removes a file of 4 KiB in DIRECTORY.",
+    )
+    doctor.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        help="a configured 'path' (default: the server's, else ~/.cache/flexkv-sglang)",
+    )
+    doctor.add_argument(
+        "--url", type=_url, help="of a running server, such as http://127.0.0.1:30000"
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -105,6 +142,14 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     ssd.add_argument(
         "--json", action="store_true", help="no table: one JSON object as the last line"
     )
+
+
+def _url(text: str) -> str:
+    if not re.match(r"^https?://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an address such as http://127.0.0.1:30000"
+        )
+    return text.rstrip("/")
 
 
 def _page_bytes(text: str) -> int:

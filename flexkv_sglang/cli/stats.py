@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flexkv_sglang.backends.disk_space import free_bytes
 from flexkv_sglang.backends.journal import journal_path, recover, stats_path
 from flexkv_sglang.cli.output import emit, human_bytes, human_seconds, table
@@ -41,6 +43,7 @@ class OwnerStats:
     slots: int = 0
     payload_bytes: int = 0
     journal_bytes: int = 0
+    checksums: dict[int, int] = field(default_factory=dict)  # ``ChecksumKind`` -> pages
     trouble: str = ""
     live: dict[str, Any] = field(default_factory=dict)
 
@@ -62,7 +65,9 @@ class OwnerStats:
 
 def run_stats(root: Path, *, as_json: bool) -> int:
     """Always exit code 0: trouble with an owner is shown, ``check`` is for judging it."""
-    found = [(item, [_owner(item, owner) for owner in item.owners]) for item in namespaces(root)]
+    found = [
+        (item, [owner_stats(item, owner) for owner in item.owners]) for item in namespaces(root)
+    ]
     free = free_bytes(root)
     total = os.statvfs(root).f_blocks * os.statvfs(root).f_frsize
     lines = [_text(namespace, owners) for namespace, owners in found] or ["no namespaces"]
@@ -91,13 +96,16 @@ def hit_rate(counters: dict[str, int]) -> float | None:
     return counters.get("found_pages", 0) / asked if asked else None
 
 
-def _owner(namespace: Namespace, owner: Owner) -> OwnerStats:
+def owner_stats(namespace: Namespace, owner: Owner) -> OwnerStats:
+    """What its journal and its stats file say. Never raises for what is in them: see ``trouble``."""
     stats = OwnerStats(owner, live=_live(owner))
     try:
         state = recover(owner.directory, owner.name, namespace.name)
         path = journal_path(owner.directory, owner.name, state.header.generation)
         stats.journal_bytes = path.stat().st_size
         stats.pages = len(state.records)
+        kinds, counts = np.unique(state.records["flags"] & 0xFF, return_counts=True)
+        stats.checksums = dict(zip(kinds.tolist(), counts.tolist(), strict=True))
         stats.slots = sum(item.slot_count for item in state.header.files)
         stats.payload_bytes = state.header.files[0].payload_bytes
     except (JournalError, OSError) as exc:

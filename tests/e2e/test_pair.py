@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from asking import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold, prompt
+from command import flexkv
 from engines import wait_until
 from flexkv_bed.server import (
     DYNAMIC_FLEXKV,
@@ -62,6 +63,26 @@ def test_our_series_are_in_sglangs_scrape_and_go_on_after_detach_and_attach(
     assert wait_until(lambda: b.metric("sglang:flexkv_slots_total") > 0)
     assert b.metric("sglang:flexkv_get_seconds_count") > 0
     assert b.metric("sglang:flexkv_exceptions_total") == 0
+
+
+def test_the_doctor_looks_at_real_servers(pair: tuple[Replica, Replica]) -> None:
+    a, b = pair
+    assert_from_storage(b, 12, cold(a, 12))
+    words = ("doctor", "--url", f"http://127.0.0.1:{b.port}", "--json")
+    told = flexkv(*words).json
+    assert str(b.settings.storage) in told["directories"]  # from the server's flags
+    assert told["alive"]
+    assert told["found_pages"] > 0
+    assert told["server"]["flags"]["hicache_storage_backend"] == "flexkv"
+    setup = {"not_attached", "other_path", "server_unreachable", "nothing_written", "failures"}
+    assert not setup & {finding["what"] for finding in told["findings"]}
+    b.detach()
+    try:
+        output = flexkv(*words)
+        assert output.code == 1
+        assert output.json["findings"][0]["what"] == "not_attached"
+    finally:
+        b.attach("flexkv", b.settings.extra_config())
 
 
 def test_wrong_settings_over_http_are_refused_and_the_server_goes_on(
