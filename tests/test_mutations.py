@@ -2,7 +2,9 @@
 
 In each case the served model name, the tokens and the page hashes are the same, and (but for the page size) so
 is the size of a page. Every case ends with the original set-up reading its own pages back, byte for byte: a
-miss before that is due to the mutation. Flipped bits, torn and exchanged slots: ``tests/crash/test_damage.py``.
+miss before that is due to the mutation. Below them the damages: what is right before the damage is delivered,
+the rest is a miss. Every byte of every kind of file: ``tests/crash/test_damage.py``; a sidecar page that is
+missing, evicted or damaged, for all pools of hybrid models: ``tests/test_hybrid.py``.
 """
 
 from __future__ import annotations
@@ -192,6 +194,45 @@ def test_a_directory_copied_from_another_model_is_a_miss(place: Path) -> None:
     (place / "copied" / theirs).rename(place / "copied" / mine)
     assert_miss(place, Setup(), pages="copied")
     assert_hit(place, Setup(model="fine-tune"))
+
+
+def flip_a_bit(slots: bytearray, page: int, size: int) -> None:
+    slots[page * size + size // 2] ^= 0x10
+
+
+def tear(slots: bytearray, page: int, size: int) -> None:
+    slots[page * size + size // 2 : (page + 1) * size] = bytes(size - size // 2)
+
+
+def swap_with_the_next(slots: bytearray, page: int, size: int) -> None:
+    here, there = slice(page * size, (page + 1) * size), slice((page + 1) * size, (page + 2) * size)
+    slots[here], slots[there] = slots[there], slots[here]
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, tear, swap_with_the_next])
+def test_a_damaged_page_ends_the_prefix(
+    place: Path, damage: Callable[[bytearray, int, int], None]
+) -> None:
+    namespace = written(place, Setup())
+    (file,) = (place / "pages" / namespace).glob("*.slots")
+    slots = bytearray(file.read_bytes())
+    damage(slots, 5, int(file.name.split(".")[1]))
+    file.write_bytes(slots)
+    with start(place, Setup()) as rig:
+        fetched = prefetch_pages(rig, TOKENS)
+        assert (fetched.hit_tokens, fetched.completed_tokens) == (len(TOKENS), 5 * 16)
+        assert fetched.same_bytes(expected_rows(rig, 5 * 16, seed=1))
+        assert prefetch_pages(rig, TOKENS).hit_tokens == 5 * 16  # known from now on
+
+
+def test_pages_that_go_between_exists_and_get_are_a_miss(place: Path) -> None:
+    written(place, Setup())
+    with start(place, Setup()) as rig:
+        hashes = page_hashes(TOKENS, 16)
+        assert rig.backend.batch_exists(hashes) == len(hashes)
+        rig.backend.clear()
+        rows = rig.host.alloc(len(TOKENS))
+        assert rig.backend.batch_get_v1(hashes, rows) == [False] * len(hashes)
 
 
 def test_a_directory_copied_from_another_machine_with_the_same_model_is_a_hit(place: Path) -> None:
