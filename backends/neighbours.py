@@ -88,7 +88,7 @@ class Replica:
         self._version = array(
             "Q", bytes(8 * slot_class.slot_count)
         )  # number of the record that says so
-        self._sums = array("Q", bytes(8 * slot_class.slot_count))
+        self._sums = array("Q", [0]) * slot_class.slot_count
         self._kinds = bytearray(slot_class.slot_count)
         self._next_version = 1
         self._apply(state.records)

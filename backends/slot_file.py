@@ -101,7 +101,7 @@ class OwnedStore:
         self.slots = slots
         self.journal = journal
         count = slots.slot_class.slot_count
-        self.sums = array("Q", bytes(8 * count))
+        self.sums = array("Q", [0]) * count
         self.kinds = bytearray(count)
         self.breaker = (
             Breaker()

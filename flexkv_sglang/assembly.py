@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from flexkv_sglang.pool_rules import Claim, claims_from
 from flexkv_sglang.transfer import PageMover
 
 logger = logging.getLogger(__name__)
+
+_MANY_PAGES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,16 @@ def open_hierarchy(
         for engine in engines:
             engine.close()
         raise
+    if sum(engine.page_count() for engine in engines) >= _MANY_PAGES:
+        _give_back_memory()
     return Hierarchy(engines, metrics)
+
+
+def _give_back_memory() -> None:
+    """glibc keeps what was used for loading, 60 bytes per page, unless it is asked (malloc_trim(3))."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def reclaim(left: Hierarchy, prepared: Sequence[Mapping[str, IoMode]], old: Identity) -> None:

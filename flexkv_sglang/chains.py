@@ -19,10 +19,10 @@ class ChainLinks:
     """Parent, number of children and generation per slot."""
 
     def __init__(self, slot_count: int) -> None:
-        self.parent = array("q", b"\xff" * (8 * slot_count))
-        self._parent_generation = array("I", bytes(4 * slot_count))
-        self._generation = array("I", bytes(4 * slot_count))
-        self.children = array("I", bytes(4 * slot_count))
+        self.parent = array("q", [NO_SLOT]) * slot_count
+        self._parent_generation = array("I", [0]) * slot_count
+        self._generation = array("I", [0]) * slot_count
+        self.children = array("I", [0]) * slot_count
 
     def parent_of(self, slot: int) -> int:
         """Slot of the cached parent page, or -1."""

@@ -69,7 +69,7 @@ class TierIndex:
         self._slot_of: dict[PageKey, int] = {}
         self._key_of: list[PageKey | None] = [None] * slot_count
         self._state = bytearray(slot_count)
-        self._pins = array("I", bytes(4 * slot_count))
+        self._pins = array("I", [0]) * slot_count
         self._links = ChainLinks(slot_count)
         self._policy = policy if policy is not None else Recency(slot_count)
         self._free_slots = FreeSlots(regions if regions is not None else [slot_count])
