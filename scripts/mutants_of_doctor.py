@@ -42,13 +42,6 @@ MUTANTS = (
         USE,
     ),
     (
-        "doctor: a pool without pages is no cause",
-        "flexkv_sglang/cli/causes_of_use.py",
-        "if facts.pages and not pages:",
-        "if False:",
-        USE,
-    ),
-    (
         "doctor: a run-time detach is not seen",
         "flexkv_sglang/cli/server.py",
         "return now[name] if name in now else self.flags.get(name)",
