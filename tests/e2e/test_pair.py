@@ -45,6 +45,12 @@ def test_detach_and_attach_at_run_time(pair: tuple[Replica, Replica]) -> None:
     assert_from_storage(b, 3, first)
 
 
+def reaches(replica: Replica, series: str, value: float) -> None:
+    """More is right, too: a prefetch that SGLang gave up and asked for again reads its pages twice."""
+    seen = f"{series} is {replica.metric(series)} and not {value}"
+    assert wait_until(lambda: replica.metric(series) >= value), (seen, replica.metric(series))
+
+
 def test_our_series_are_in_sglangs_scrape_and_go_on_after_detach_and_attach(
     pair: tuple[Replica, Replica],
 ) -> None:
@@ -53,13 +59,13 @@ def test_our_series_are_in_sglangs_scrape_and_go_on_after_detach_and_attach(
     counted = "sglang:flexkv_neighbour_read_pages_total"
     before = b.metric(counted)
     assert_from_storage(b, 10, cold(a, 10))
-    assert wait_until(lambda: b.metric(counted) == before + pages)
+    reaches(b, counted, before + pages)
     assert wait_until(lambda: b.metric("sglang:flexkv_slots_total") > 0)
     b.detach()
     assert wait_until(lambda: b.metric("sglang:flexkv_slots_total") == 0)
     b.attach("flexkv", b.settings.extra_config())
     assert_from_storage(b, 11, cold(a, 11))
-    assert wait_until(lambda: b.metric(counted) == before + 2 * pages)
+    reaches(b, counted, before + 2 * pages)
     assert wait_until(lambda: b.metric("sglang:flexkv_slots_total") > 0)
     assert b.metric("sglang:flexkv_get_seconds_count") > 0
     assert b.metric("sglang:flexkv_exceptions_total") == 0
@@ -172,11 +178,11 @@ def test_a_memory_tier_and_the_thread_fallback_can_be_attached(
         replica.attach("flexkv", extra)
     try:
         a.flush_cache()
-        first = a.generate(prompt(10))
+        first = a.generate(prompt(13))
         wait_written(disk, {})
         wait_written(memory, {})
         b.flush_cache()
-        assert_from_storage(b, 10, first)
+        assert_from_storage(b, 13, first)
     finally:
         for replica in pair:
             replica.detach()
