@@ -75,13 +75,18 @@ def test_the_doctor_looks_at_real_servers(pair: tuple[Replica, Replica]) -> None
     a, b = pair
     assert_from_storage(b, 12, cold(a, 12))
     words = ("doctor", "--url", f"http://127.0.0.1:{b.port}", "--json")
-    assert wait_until(lambda: flexkv(*words).json["found_pages"] > 0)  # written every two seconds
+    setup = {"not_attached", "other_path", "server_unreachable", "nothing_written", "failures"}
+
+    def settled() -> bool:
+        """Series and files are up to two seconds old; other tests detach and attach."""
+        now = flexkv(*words).json
+        return now["found_pages"] > 0 and not setup & {each["what"] for each in now["findings"]}
+
+    assert wait_until(settled), flexkv(*words).text
     told = flexkv(*words).json
     assert str(b.settings.storage) in told["directories"]  # from the server's flags
     assert told["alive"]
     assert told["server"]["flags"]["hicache_storage_backend"] == "flexkv"
-    setup = {"not_attached", "other_path", "server_unreachable", "nothing_written", "failures"}
-    assert not setup & {finding["what"] for finding in told["findings"]}
     b.detach()
     try:
         output = flexkv(*words)
