@@ -5,6 +5,7 @@ FlexKVError
     TierError                the world failed; the engine counts it and answers "miss"
         TierUnavailableError     nothing could be tried
         PageCorruptError         length, key or checksum mismatch
+    PeerError                another node, or the way to it; the same treatment
     JournalError             a journal or snapshot cannot be written or is not ours
 """
 
@@ -30,6 +31,10 @@ class TierUnavailableError(TierError):
 
 class PageCorruptError(TierError):
     """Bytes on the medium are not the bytes that were committed."""
+
+
+class PeerError(FlexKVError):
+    """Another node did not answer in time, or not what was asked."""
 
 
 class JournalError(FlexKVError):
