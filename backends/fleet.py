@@ -17,6 +17,7 @@ from typing import NewType, Protocol
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.share_settings import ShareConfig as ShareConfig
 from flexkv_sglang.types import U64, PageKey
 
 PROTOCOL = 1
@@ -185,43 +186,3 @@ def namespace_bytes(name: str) -> bytes:
 def namespace_name(digest: bytes) -> str:
     """The name of a namespace's 16 bytes."""
     return base64.b32encode(digest).decode().rstrip("=").lower()
-
-
-@dataclass(frozen=True, slots=True)
-class ShareConfig:
-    """Settings of sharing between nodes; ``config.py`` parses them, docs/OPERATING.md explains them.
-
-    Sizes in bytes, times in seconds. ``listen``: "host:port" or "auto" (loopback without secret, else the
-    address this node reaches Redis or its first peer from; port 0 or missing: any). ``peers``: "host:port" of
-    agents, for sharing without Redis. ``recompute_tokens_per_s``: 0: unknown, remote pages are always taken.
-    """
-
-    redis_url: str | None = None
-    redis_password_file: str | None = None
-    peers: tuple[str, ...] = ()
-    cluster_id: str = "default"
-    nid: str | None = None
-    listen: str = "auto"
-    advertise: str | None = None
-    secret_file: str | None = None
-    auth: str = "curve"
-    insecure: bool = False
-    pod: str = ""
-    engine: str = "zmq"
-    promote: bool = True
-    recompute_tokens_per_s: float = 0.0
-    heartbeat_s: float = 2.0
-    node_ttl_s: float = 6.0
-    remote_deadline_s: float = 0.25
-    serve_inflight: int = 256 << 20
-    serve_inflight_peer: int = 64 << 20
-    serve_depth: int = 8
-    publish_flush_s: float = 0.01
-    replica_ttl_s: float = 30.0
-    agent_linger_s: float = 300.0
-    run_dir: str | None = None
-
-    @property
-    def wanted(self) -> bool:
-        """Is anything to be shared with other nodes?"""
-        return bool(self.redis_url or self.peers)

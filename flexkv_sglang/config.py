@@ -6,13 +6,13 @@ and what is valid. Nothing is read from the environment.
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.settings import choice, parse_size, reject_unknown, size_or_zero, text
+from flexkv_sglang.share_settings import ShareConfig, address_list, parse_share, redis_url
 
 SGLANG_KEYS = frozenset(
     {
@@ -33,21 +33,6 @@ SGLANG_KEYS = frozenset(
     }
 )
 """Keys that belong to SGLang: accepted, and none of our business."""
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
-_SIZE_HELP = 'bytes as a number, or a string such as "200GB", "1.5TB" or "512MiB"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +57,7 @@ class FlexKVConfig:
     ``io_engine``: auto | io_uring | threads | buffered. ``min_free``: bytes left to others on each disk,
     or None (2 % of the file system, at most 1 GiB). ``model_id``: names the weights instead of
     fingerprinting them. ``pool_density``: (name, pages per KV page) of host pools beside KV, for dividing the size.
+    ``share``: with other nodes.
     """
 
     tiers: tuple[TierConfig, ...] = (TierConfig(),)
@@ -81,6 +67,7 @@ class FlexKVConfig:
     min_free: int | None = None
     model_id: str | None = None
     pool_density: tuple[tuple[str, float], ...] = ()
+    share: ShareConfig = ShareConfig()
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any] | None) -> FlexKVConfig:
@@ -88,7 +75,7 @@ class FlexKVConfig:
         given = {
             key: value for key, value in (extra_config or {}).items() if key not in SGLANG_KEYS
         }
-        _reject_unknown(given, [*_TIER_PARSERS, *_PARSERS], "", SGLANG_KEYS)
+        reject_unknown(given, [*_TIER_PARSERS, *_PARSERS], "", SGLANG_KEYS)
         tier = {key: given.pop(key) for key in tuple(given) if key in _TIER_PARSERS}
         if tier and "tiers" in given:
             raise ConfigError(
@@ -96,6 +83,14 @@ class FlexKVConfig:
                 "Valid: either path and size (one tier), or tiers"
             )
         parsed = {key: _PARSERS[key](key, value) for key, value in given.items()}
+        short = {key: parsed.pop(key) for key in tuple(parsed) if key in _SHARE_SHORT}
+        for key in short:
+            if key in (given.get("share") or {}):
+                raise ConfigError(
+                    f"{key}: {given[key]!r} is given twice, also as share.{key}. Valid: one of them"
+                )
+        if short:
+            parsed["share"] = replace(parsed.get("share", ShareConfig()), **short)
         if tier:
             parsed["tiers"] = (_tier("", tier),)
         return cls(**parsed)
@@ -106,42 +101,8 @@ class FlexKVConfig:
         return (
             f"tiers=[{tiers}] verify={self.verify} durability={self.durability} "
             f"io_engine={self.io_engine} model_id={self.model_id or 'fingerprint'} "
-            f"pool_density={dict(self.pool_density) or 'default'}"
+            f"pool_density={dict(self.pool_density) or 'default'} share={self.share.describe()}"
         )
-
-
-def _reject_unknown(
-    given: Mapping[str, Any], valid: list[str], where: str, also: Iterable[str] = ()
-) -> None:
-    unknown = sorted(set(given) - set(valid))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], [*valid, *also], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"{where}{unknown[0]}: unknown key, value {given[unknown[0]]!r}.{hint} Valid keys: "
-            f"{', '.join(valid)}"
-        )
-
-
-def parse_size(key: str, value: object) -> int:
-    """Bytes from a positive number or a string with a unit (powers of 1000: GB; of 1024: GiB)."""
-    if isinstance(value, str):
-        match = _SIZE.match(value)
-        unit = _UNITS.get(match[2].upper()) if match else None
-        if match is None or unit is None:
-            raise ConfigError(f"{key}: {value!r} is not a size. Valid: {_SIZE_HELP}")
-        amount = float(match[1]) * unit
-    elif isinstance(value, int) and not isinstance(value, bool):
-        amount = float(value)
-    else:
-        raise ConfigError(f"{key}: {value!r} is a {type(value).__name__}. Valid: {_SIZE_HELP}")
-    if not 1 <= amount < 2**63:
-        raise ConfigError(f"{key}: {value!r} is out of range. Valid: {_SIZE_HELP}, at least 1 byte")
-    return int(value) if isinstance(value, int) else int(amount)
-
-
-def _size_or_zero(key: str, value: object) -> int:
-    return 0 if value == 0 and not isinstance(value, bool) else parse_size(key, value)
 
 
 def _paths(key: str, value: object) -> tuple[str, ...]:
@@ -155,21 +116,6 @@ def _paths(key: str, value: object) -> tuple[str, ...]:
     if len(set(items)) != len(items):
         raise ConfigError(f"{key}: {value!r} names a directory twice. Valid: different directories")
     return tuple(items)
-
-
-def _choice(*valid: str) -> Callable[[str, object], str]:
-    def parse(key: str, value: object) -> str:
-        if not isinstance(value, str) or value not in valid:
-            raise ConfigError(f"{key}: {value!r}. Valid: {', '.join(valid)}")
-        return value
-
-    return parse
-
-
-def _text(key: str, value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{key}: {value!r}. Valid: a non-empty string")
-    return value
 
 
 def _tier(where: str, given: Mapping[str, Any]) -> TierConfig:
@@ -190,8 +136,8 @@ def _tiers(key: str, value: object) -> tuple[TierConfig, ...]:
         if not isinstance(item, Mapping):
             raise ConfigError(f"{key}[{number}]: {item!r}. Valid: {help_text}")
         given = dict(item)
-        _choice("slots")(where + "type", given.pop("type", "slots"))
-        _reject_unknown(given, ["type", *_TIER_PARSERS], where)
+        choice("slots")(where + "type", given.pop("type", "slots"))
+        reject_unknown(given, ["type", *_TIER_PARSERS], where)
         if "path" not in given:
             raise ConfigError(f"{where}path: missing in {item!r}. Valid: {help_text}")
         tiers.append(_tier(where, given))
@@ -218,10 +164,15 @@ def _densities(key: str, value: object) -> tuple[tuple[str, float], ...]:
 _TIER_PARSERS: dict[str, Callable[[str, object], Any]] = {"path": _paths, "size": parse_size}
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "tiers": _tiers,
-    "verify": _choice("full", "sampled", "off"),
-    "durability": _choice("none", "journal"),
-    "min_free": _size_or_zero,
-    "io_engine": _choice("auto", "io_uring", "threads", "buffered"),
-    "model_id": _text,
+    "verify": choice("full", "sampled", "off"),
+    "durability": choice("none", "journal"),
+    "min_free": size_or_zero,
+    "io_engine": choice("auto", "io_uring", "threads", "buffered"),
+    "model_id": text,
     "pool_density": _densities,
+    "share": parse_share,
+    "redis_url": redis_url,
+    "peers": address_list,
 }
+_SHARE_SHORT = ("redis_url", "peers")
+"""Settings of ``share`` that may be given beside it: often the only ones."""

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexkv_sglang.config import SGLANG_KEYS, FlexKVConfig, parse_size
+from flexkv_sglang.config import SGLANG_KEYS, FlexKVConfig
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.settings import parse_size
 
 
 def test_nothing_given_is_a_working_configuration() -> None:

@@ -1,0 +1,105 @@
+"""Parsers of single settings: each takes the key's name and the value, and raises ``ConfigError`` naming both
+and what is valid. Pure.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flexkv_sglang.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
+_SIZE_HELP = 'bytes as a number, or a string such as "200GB", "1.5TB" or "512MiB"'
+
+
+def reject_unknown(
+    given: Mapping[str, Any], valid: list[str], where: str, also: Iterable[str] = ()
+) -> None:
+    """Keys that are not valid. ``also``: keys to suggest as well; ``where``: what comes before the key."""
+    unknown = sorted(set(given) - set(valid))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [*valid, *also], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"{where}{unknown[0]}: unknown key, value {given[unknown[0]]!r}.{hint} Valid keys: "
+            f"{', '.join(valid)}"
+        )
+
+
+def parse_size(key: str, value: object) -> int:
+    """Bytes from a positive number or a string with a unit (powers of 1000: GB; of 1024: GiB)."""
+    if isinstance(value, str):
+        match = _SIZE.match(value)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise ConfigError(f"{key}: {value!r} is not a size. Valid: {_SIZE_HELP}")
+        amount = float(match[1]) * unit
+    elif isinstance(value, int) and not isinstance(value, bool):
+        amount = float(value)
+    else:
+        raise ConfigError(f"{key}: {value!r} is a {type(value).__name__}. Valid: {_SIZE_HELP}")
+    if not 1 <= amount < 2**63:
+        raise ConfigError(f"{key}: {value!r} is out of range. Valid: {_SIZE_HELP}, at least 1 byte")
+    return int(value) if isinstance(value, int) else int(amount)
+
+
+def size_or_zero(key: str, value: object) -> int:
+    """As ``parse_size``, or 0."""
+    return 0 if value == 0 and not isinstance(value, bool) else parse_size(key, value)
+
+
+def choice(*valid: str) -> Callable[[str, object], str]:
+    """Parser of one of these words."""
+
+    def parse(key: str, value: object) -> str:
+        if not isinstance(value, str) or value not in valid:
+            raise ConfigError(f"{key}: {value!r}. Valid: {', '.join(valid)}")
+        return value
+
+    return parse
+
+
+def text(key: str, value: object) -> str:
+    """A string that is not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{key}: {value!r}. Valid: a non-empty string")
+    return value
+
+
+def flag(key: str, value: object) -> bool:
+    """true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}: {value!r}. Valid: true or false")
+    return value
+
+
+def number(
+    low: float, high: float, unit: str, scale: float = 1.0
+) -> Callable[[str, object], float]:
+    """Parser of a number between ``low`` and ``high`` in ``unit``; the setting is ``scale`` times it."""
+
+    def parse(key: str, value: object) -> float:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not low <= value <= high
+        ):
+            raise ConfigError(f"{key}: {value!r}. Valid: {low:g} to {high:g} {unit}")
+        return value * scale
+
+    return parse
