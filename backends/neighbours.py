@@ -16,8 +16,10 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +71,12 @@ class Replica:
         payload_bytes: int,
         mode: IoMode,
         accepted: frozenset[ChecksumKind],
+        *,
+        observed: bool = False,
     ) -> None:
         self.owner = owner
         self._accepted = accepted
+        self.said: list[tuple[bool, PageKey]] | None = None  # (is it there now?, key), if observed
         self.leases = 0
         self.dropped = False
         self._directory = directory
@@ -92,6 +97,8 @@ class Replica:
         self._kinds = bytearray(slot_class.slot_count)
         self._next_version = 1
         self._apply(state.records)
+        if observed:
+            self.said = [(True, key) for key in self._slot_of]
         self._fd = os.open(
             journal_path(directory, owner, state.header.generation), os.O_RDONLY | os.O_CLOEXEC
         )
@@ -108,6 +115,10 @@ class Replica:
 
     def __len__(self) -> int:
         return len(self._slot_of)
+
+    def keys(self) -> list[PageKey]:
+        """Of all pages it claims."""
+        return list(self._slot_of)
 
     def find(self, key: PageKey) -> NeighbourPage | None:
         """The neighbour's claim on ``key``."""
@@ -197,6 +208,8 @@ class Replica:
         )
         for op, slot, key, total, flags, length in fields:
             self._next_version += 1
+            if self.said is not None:
+                self._tell(op, key)
             if op == Op.PUT and slot < len(self._sums) and self._usable(flags, length):
                 self._slot_of[key] = slot
                 self._version[slot] = self._next_version
@@ -209,8 +222,20 @@ class Replica:
             elif op == Op.CLEAR:
                 self._slot_of.clear()
 
+    def _tell(self, op: int, key: PageKey) -> None:
+        """For an observer, before the record is applied; what it says of a key the observer looks up anew."""
+        assert self.said is not None
+        if op == Op.CLEAR:
+            self.said += [(False, held) for held in self._slot_of]
+        elif op in (Op.PUT, Op.DEL):
+            self.said.append((op == Op.PUT, key))
+
     def _usable(self, flags: int, length: int) -> bool:
         return length == self._payload_bytes and flags & 0xFF in self._accepted
+
+
+Observer = Callable[[bool, list[PageKey]], None]
+"""(are they there now?, keys). A key may be told again without having changed."""
 
 
 class NeighbourStore:
@@ -223,8 +248,12 @@ class NeighbourStore:
         payload_bytes: int,
         own: Iterable[str],
         accepted: frozenset[ChecksumKind],
+        observer: Observer | None = None,
     ) -> None:
+        """``observer`` is told of every page that appears or vanishes, under the lock."""
         self._accepted = accepted
+        self._observer = observer
+        self._departed: list[PageKey] = []  # of owners that were dropped; guarded by _lock
         self._places = list(places)
         self._namespace = namespace
         self._payload_bytes = payload_bytes
@@ -257,6 +286,13 @@ class NeighbourStore:
             for owner in names:
                 if owner not in self._own and (directory, owner) not in self._replicas:
                     self._load(directory, owner, mode)
+        with self._lock:
+            self._poll_locked()
+            departed, self._departed = self._departed, []
+            self._told([(False, key) for key in departed])  # unless another has it by now
+
+    def poll(self) -> None:
+        """Follow the journals of the owners that are known."""
         with self._lock:
             self._poll_locked()
 
@@ -328,7 +364,13 @@ class NeighbourStore:
         for _ in range(_LOAD_TRIES):  # the owner may start a new generation while we read
             try:
                 replica = Replica(
-                    directory, owner, self._namespace, self._payload_bytes, mode, self._accepted
+                    directory,
+                    owner,
+                    self._namespace,
+                    self._payload_bytes,
+                    mode,
+                    self._accepted,
+                    observed=self._observer is not None,
                 )
             except FileNotFoundError:
                 continue
@@ -359,11 +401,24 @@ class NeighbourStore:
         for key, replica in list(self._replicas.items()):
             if not replica.poll():
                 self._drop(key)
+            if replica.said:
+                said, replica.said = replica.said, []
+                self._told(said)
         self._polled_at = time.monotonic()
+
+    def _told(self, said: list[tuple[bool, PageKey]]) -> None:
+        """Tell the observer, in order, how things are now."""
+        if self._observer is None or not said:
+            return
+        now = [(self._find_locked(key) is not None, key) for _, key in said]
+        for present, group in groupby(now, key=itemgetter(0)):
+            self._observer(present, [key for _, key in group])
 
     def _drop(self, key: tuple[Path, str]) -> None:
         replica = self._replicas.pop(key)
         replica.dropped = True
+        if self._observer is not None:  # it may be back at the next scan
+            self._departed += replica.keys()
         self._close_if_unused(replica)
 
     @staticmethod

@@ -7,7 +7,7 @@ and what is valid. Nothing is read from the environment.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flexkv_sglang.errors import ConfigError
@@ -49,6 +49,9 @@ class TierConfig:
         return f"path={','.join(self.path)} size={'auto' if self.size is None else self.size}"
 
 
+_SHARE_DEFAULT = ShareConfig()
+
+
 @dataclass(frozen=True, slots=True)
 class FlexKVConfig:
     """Effective settings of one storage instance. Field docs are the README's configuration table.
@@ -57,7 +60,7 @@ class FlexKVConfig:
     ``io_engine``: auto | io_uring | threads | buffered. ``min_free``: bytes left to others on each disk,
     or None (2 % of the file system, at most 1 GiB). ``model_id``: names the weights instead of
     fingerprinting them. ``pool_density``: (name, pages per KV page) of host pools beside KV, for dividing the size.
-    ``share``: with other nodes.
+    ``share``: with other nodes. ``given``: what was parsed, without SGLang's keys.
     """
 
     tiers: tuple[TierConfig, ...] = (TierConfig(),)
@@ -67,7 +70,8 @@ class FlexKVConfig:
     min_free: int | None = None
     model_id: str | None = None
     pool_density: tuple[tuple[str, float], ...] = ()
-    share: ShareConfig = ShareConfig()
+    share: ShareConfig = _SHARE_DEFAULT
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any] | None) -> FlexKVConfig:
@@ -76,6 +80,7 @@ class FlexKVConfig:
             key: value for key, value in (extra_config or {}).items() if key not in SGLANG_KEYS
         }
         reject_unknown(given, [*_TIER_PARSERS, *_PARSERS], "", SGLANG_KEYS)
+        original = dict(given)
         tier = {key: given.pop(key) for key in tuple(given) if key in _TIER_PARSERS}
         if tier and "tiers" in given:
             raise ConfigError(
@@ -93,7 +98,7 @@ class FlexKVConfig:
             parsed["share"] = replace(parsed.get("share", ShareConfig()), **short)
         if tier:
             parsed["tiers"] = (_tier("", tier),)
-        return cls(**parsed)
+        return cls(**parsed, given=original)
 
     def describe(self) -> str:
         """One line for the log."""

@@ -1,0 +1,208 @@
+"""Agent: the one process per node that shares the node's pages with other nodes.
+
+It follows the journals of the node's rank processes, tells other nodes what is here (``Roster``), keeps the
+replica of what is there (``ReplicaWriter``) for the rank processes, and serves pages (``PageServer``). It owns no
+page and holds no state that could be lost: killed at any moment, it starts again from the journals.
+
+Threads: ``run`` is the process's main thread: it follows journals, and everything periodic; the parts have
+their own. A part that fails is logged, counted, and tried again; nothing but ``ConfigError`` at start ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from flexkv_sglang import __version__
+from flexkv_sglang.backends.change_log import ChangeLog
+from flexkv_sglang.backends.curve import read_secret
+from flexkv_sglang.backends.fleet import NodeInfo
+from flexkv_sglang.backends.local_tier import prepare_directory
+from flexkv_sglang.backends.page_server import PageServer
+from flexkv_sglang.backends.peer_control import ControlClient
+from flexkv_sglang.backends.probe import IoMode
+from flexkv_sglang.backends.replica_writer import ReplicaWriter
+from flexkv_sglang.backends.roster import Roster
+from flexkv_sglang.config import FlexKVConfig
+from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.node_address import listen_address
+from flexkv_sglang.node_pages import NodePages, is_shareable, payload_bytes_of
+from flexkv_sglang.run_dir import RunDir, node_name
+
+logger = logging.getLogger(__name__)
+
+_POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
+_BEAT_S, _SCAN_S = 0.2, 1.0
+_LOG_INTERVAL_S = 60.0
+
+
+class Agent:
+    """Opens everything at construction (``ConfigError``); ``close`` is idempotent.
+
+    ``by_hand``: started by a person, so it stays when no rank process is left.
+    """
+
+    def __init__(self, config: FlexKVConfig, run_dir: RunDir, *, by_hand: bool) -> None:
+        self._run_dir = run_dir
+        self._by_hand = by_hand
+        self._config = config
+        self.metrics = Metrics()
+        self._modes: dict[Path, IoMode] = {}
+        self._refused: dict[str, str] = {}  # directory -> why
+        self._pages: dict[str, NodePages] = {}  # replaced, never changed: other threads read it
+        self._logs: dict[str, ChangeLog] = {}
+        self._logged_at: dict[str, float] = {}
+        self._needed_at = time.monotonic()
+        self._changes = 0
+        run_dir.add_places(config)
+        share = replace(config.share, listen=listen_address(config.share), nid=node_name(config))
+        self._share = share
+        secret = read_secret(share)
+        server = PageServer(
+            share, secret, self.info, self._pages_of, self._log_of, self.metrics.count
+        )
+        self._replica = ReplicaWriter(run_dir.path)
+        self._control = ControlClient(share, secret)
+        self._roster = Roster(
+            share, self.info, self._log_of, self._control, self._replica, self.metrics.count
+        )
+        self._address = share.advertise or ""
+        bound = server.start()
+        self._server = server
+        self._address = self._address or bound
+        self._round("scan", self._scan)
+        self._roster.start()
+
+    def info(self) -> NodeInfo:
+        """What other nodes are told."""
+        return NodeInfo(
+            nid=self._roster.nid,
+            epoch=self._roster.epoch,
+            address=self._address,
+            pod=self._share.pod,
+            namespaces=tuple(sorted(self._pages)),
+            version=__version__,
+        )
+
+    def run(self, stop: threading.Event) -> None:
+        """Until ``stop`` is set, or until no rank process has lived for ``agent_linger_s``."""
+        pause = _POLL_MIN_S
+        due = {"beat": (0.0, _BEAT_S, self._replica.beat), "scan": (0.0, _SCAN_S, self._scan)}
+        while not stop.wait(pause):
+            before = self._changes
+            self._round("journals", self._poll)
+            pause = _POLL_MIN_S if self._changes != before else min(2 * pause, _POLL_MAX_S)
+            now = time.monotonic()
+            for name, (at, interval, act) in due.items():
+                if now >= at:
+                    due[name] = now + interval, interval, act
+                    self._round(name, act)
+            if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
+                logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
+                return
+
+    def close(self) -> None:
+        """Leave the others' lists, stop serving. Bounded, idempotent."""
+        for part in (self._roster, self._server, self._control, self._replica, *self._pages.values()):
+            self._round("close", part.close)
+
+    def _pages_of(self, namespace: str) -> NodePages | None:
+        return self._pages.get(namespace)
+
+    def _log_of(self, namespace: str) -> ChangeLog | None:
+        return self._logs.get(namespace)
+
+    def _poll(self) -> None:
+        for pages in self._pages.values():
+            pages.poll()
+        self._changes = sum(log.last for log in self._logs.values())
+
+    def _scan(self) -> None:
+        """New directories, namespaces and owners; those that are gone; what ``flexkv nodes`` shows."""
+        if self._run_dir.ranks():
+            self._needed_at = time.monotonic()
+        for path, io_engine in self._run_dir.places().items():
+            self._prepare(path, io_engine)
+        found = self._namespaces()
+        for namespace in self._pages.keys() - found.keys():
+            self._forget(namespace)
+        for namespace, payload_bytes in found.items():
+            if namespace not in self._pages:
+                self._serve(namespace, payload_bytes)
+        for pages in self._pages.values():
+            pages.scan()
+        self._roster.wanted_namespaces(set(self._pages))
+        self._replica.tick()
+        self._run_dir.write_status(self._status())
+
+    def _prepare(self, path: str, io_engine: str) -> None:
+        """Prove a directory with real I/O, once. A directory that is lost is tried again at every scan."""
+        directory = Path(path)
+        if directory in self._modes or not directory.is_dir():
+            return
+        try:
+            self._modes[directory] = prepare_directory(path, io_engine)
+        except ConfigError as exc:
+            if self._refused.get(path) != str(exc):
+                self._refused[path] = str(exc)
+                logger.error("flexkv: a directory is not served: %s", exc)
+            return
+        for namespace in tuple(self._pages):  # their pages may lie in the new directory as well
+            self._forget(namespace)
+
+    def _namespaces(self) -> dict[str, int]:
+        """Namespace -> bytes of its pages, of all that have pages to share in some directory."""
+        found: dict[str, int] = {}
+        for directory in self._modes:
+            for folder in directory.glob("?" * 26):
+                if folder.name not in found and is_shareable(folder):
+                    payload_bytes = payload_bytes_of(folder)
+                    if payload_bytes is not None:
+                        found[folder.name] = payload_bytes
+        return found
+
+    def _serve(self, namespace: str, payload_bytes: int) -> None:
+        log = self._logs.get(namespace) or self._roster.open_log(namespace)
+        pages = NodePages(
+            self._modes, namespace, payload_bytes, log, self.metrics, self._share.serve_depth
+        )
+        self._logs = {**self._logs, namespace: log}
+        self._pages = {**self._pages, namespace: pages}
+        logger.info("flexkv: serving namespace %s, pages of %d bytes", namespace, payload_bytes)
+
+    def _forget(self, namespace: str) -> None:
+        pages = self._pages[namespace]
+        self._pages = {name: held for name, held in self._pages.items() if name != namespace}
+        self._logs[namespace].clear()
+        pages.close()
+
+    def _status(self) -> dict[str, object]:
+        return {
+            "written_at": time.time(),
+            "nid": self._roster.nid,
+            "address": self._address,
+            "cluster_id": self._share.cluster_id,
+            "version": __version__,
+            "ranks": self._run_dir.ranks(),
+            "directories": sorted(map(str, self._modes)),
+            "refused": self._refused,
+            "namespaces": {name: len(pages) for name, pages in self._pages.items()},
+            "counters": {name: n for name, n in self.metrics.snapshot().items() if n},
+            **self._roster.status(),
+        }
+
+    def _round(self, name: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as exc:  # noqa: BLE001 - an agent that ends helps nobody
+            self.metrics.count("agent_exceptions")
+            now = time.monotonic()
+            if now - self._logged_at.get(name, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
+                self._logged_at[name] = now
+                level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
+                logger.log(level, "flexkv: agent: %s failed", name, exc_info=True)
