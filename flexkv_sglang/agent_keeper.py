@@ -1,0 +1,102 @@
+"""AgentKeeper: sees to it that an agent lives beside this rank process.
+
+The agent must outlive the server, so it is no descendant of it: SGLang kills those when it ends. A shell starts
+it in the background and exits, and the agent belongs to init. Of several that are started at once, one takes
+the lock and the others end.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import subprocess
+import sys
+import threading
+
+from flexkv_sglang.config import FlexKVConfig
+from flexkv_sglang.run_dir import RunDir, settings_digest
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 5.0
+_PAUSE_MAX_S = 60.0
+_JOIN_S = 2.0
+_SHELL_S = 10.0
+
+
+class AgentKeeper:
+    """``start`` takes this process's rank lock and starts the agent if there is none. Raises ``OSError``."""
+
+    def __init__(self, config: FlexKVConfig, run_dir: RunDir, *, look_s: float = _LOOK_S) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._look_s = look_s
+        self._digest = settings_digest(config.share)
+        self._stop = threading.Event()
+        self._lock = run_dir.take_rank_lock()
+        self._told = False
+        self.usable = True  # False: the agent runs with other settings
+        self._thread = threading.Thread(target=self._run, name="flexkv-agent-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it starts the agent."""
+        self._run_dir.add_places(self._config)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop looking; the agent stays. Idempotent."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_S)
+        self._lock.close()
+        self._lock.path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        pause = 0.0
+        started = 1.0
+        while not self._stop.wait(pause):
+            try:
+                if self._look():
+                    started, pause = 1.0, self._look_s
+                    continue
+                launch_agent(self._config, self._run_dir)
+            except (OSError, subprocess.SubprocessError) as exc:
+                logger.warning("flexkv: the agent cannot be started: %s", exc)
+            started = min(2 * started, _PAUSE_MAX_S)
+            pause = max(started, self._look_s) * random.uniform(0.8, 1.2)
+
+    def _look(self) -> bool:
+        """Does an agent live? Whether its settings are ours is another question."""
+        agent = self._run_dir.agent()
+        if agent is None:
+            return False
+        other = agent.get("settings", self._digest) != self._digest
+        self.usable = not other
+        if other and not self._told:
+            self._told = True
+            logger.error(
+                "flexkv: the agent of %s (pid %s) runs with other settings of share: this process does not share "
+                "with other nodes. Give all servers of a node the same settings, or their own share.run_dir",
+                self._run_dir.path,
+                agent.get("pid"),
+            )
+        return True
+
+
+def launch_agent(config: FlexKVConfig, run_dir: RunDir) -> None:
+    """Start an agent that nobody is the parent of. Raises ``OSError``, ``subprocess.SubprocessError``."""
+    run_dir.write_config(config)
+    command = [sys.executable, "-P", "-m", "flexkv_sglang.cli", "agent"]
+    command += ["--config", str(run_dir.config_path), "--run-dir", str(run_dir.path), "--for-ranks"]
+    with run_dir.log_path.open("ab") as log:
+        subprocess.run(
+            ["/bin/sh", "-c", '"$@" &', "sh", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+            timeout=_SHELL_S,
+            check=True,
+        )
+    logger.info("flexkv: agent started; it writes %s", run_dir.log_path)

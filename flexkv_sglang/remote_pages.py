@@ -1,0 +1,231 @@
+"""RemotePages: pages of one namespace on other nodes, as one rank process sees them.
+
+Looking up is memory only: the replica that this node's agent keeps. Reading asks the other node's agent
+directly. What is found there is a hint; every page is verified before it counts (``PeerClient``). A page that
+was not there after all is not believed in again for a while, so that a request does not wait for it again.
+
+Threads: any.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.fleet import fingerprints, namespace_bytes
+from flexkv_sglang.backends.peer_client import PageOutcome, PeerClient, Pending, RemoteRead
+from flexkv_sglang.backends.replica_reader import Peer, ReplicaReader
+from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.share_settings import ShareConfig
+from flexkv_sglang.types import U64, PageBuffers, PageKey
+
+_RATE_MIN = 100e6
+"""Bytes per second that a remote read is given at least; see ``deadline``."""
+
+_DISBELIEVED_S = 30.0
+_DISBELIEVED_MAX = 1 << 16
+_RUNS_MAX = 8
+_LOST = {PageOutcome.MISS, PageOutcome.CORRUPT, PageOutcome.LATE}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Pages ``start`` to ``stop`` of a request, all at one peer."""
+
+    peer: Peer
+    start: int
+    stop: int
+
+
+class RemoteGet:
+    """A read of some runs that has begun. ``wait`` once."""
+
+    def __init__(self, owner: RemotePages, keys: Sequence[PageKey], started: list[tuple[Run, Pending]]):
+        self._owner = owner
+        self._keys = keys
+        self._started = started
+
+    def wait(self) -> int:
+        """Length of the leading run that arrived whole and right. Nothing is written into targets after."""
+        done, broken = 0, False
+        for run, pending in self._started:
+            outcomes = pending.wait()  # also of runs behind a hole: their targets are the caller's again
+            got = self._owner.ended(run, self._keys[run.start : run.stop], outcomes)
+            if not broken:
+                done += got
+                broken = got < run.stop - run.start
+        return done
+
+
+class RemotePages:
+    """``page_tokens``: tokens of a page, to weigh fetching against computing; 0: do not weigh."""
+
+    def __init__(
+        self,
+        namespace: str,
+        payload_bytes: int,
+        reader: ReplicaReader,
+        client: PeerClient,
+        accepted: frozenset[ChecksumKind],
+        share: ShareConfig,
+        metrics: Metrics,
+        *,
+        page_tokens: int = 0,
+        usable: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._namespace = namespace_bytes(namespace)
+        self._payload_bytes = payload_bytes
+        self._reader = reader
+        self._client = client
+        self._accepted = accepted
+        self._share = share
+        self._metrics = metrics
+        self._page_tokens = page_tokens
+        self._usable = usable
+        self._lock = threading.Lock()  # guards _disbelieved; dict work
+        self._disbelieved: dict[tuple[str, int, PageKey], float] = {}  # until when; the oldest first
+
+    def prefix(self, keys: Sequence[PageKey]) -> int:
+        """Length of the leading run that other nodes hold and that is worth fetching. Memory only."""
+        runs = self._plan(keys)
+        return runs[-1].stop if runs else 0
+
+    def holds(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Per key: does another node claim it? Memory only."""
+        if not keys or not self._ready():
+            return [False] * len(keys)
+        return list(map(bool, self._reader.holds(fingerprints(keys), self._skip)))
+
+    def begin(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> RemoteGet | None:
+        """Start reading the leading run of ``keys`` that other nodes hold into ``targets``; None if there is none.
+
+        The targets are the caller's again when ``wait`` has returned: at the deadline at the latest.
+        """
+        runs = self._plan(keys)
+        if not runs:
+            return None
+        now = time.monotonic()
+        byte_count = runs[-1].stop * self._payload_bytes
+        deadline = min(deadline, now + self._share.remote_deadline_s + byte_count / _RATE_MIN)
+        started = []
+        for run in runs:
+            read = RemoteRead(
+                run.peer.nid,
+                run.peer.epoch,
+                run.peer.address,
+                self._namespace,
+                self._payload_bytes,
+                keys[run.start : run.stop],
+                targets.take(slice(run.start, run.stop)),
+                self._accepted,
+                deadline,
+            )
+            started.append((run, self._client.begin(read)))
+        return RemoteGet(self, keys, started)
+
+    def page_count(self) -> int:
+        """Pages that other nodes claim (one that two have counts twice)."""
+        return self._reader.page_count()
+
+    def ended(self, run: Run, keys: Sequence[PageKey], outcomes: Sequence[PageOutcome]) -> int:
+        """Count what became of a run; returns how many of its pages came, up to the first that did not."""
+        good = 0
+        for outcome in outcomes:
+            if outcome is not PageOutcome.OK:
+                break
+            good += 1
+        self._metrics.count("remote_read_pages", good)
+        self._metrics.count("remote_read_bytes", good * self._payload_bytes)
+        for outcome in PageOutcome:
+            if outcome is not PageOutcome.OK:
+                self._metrics.count(f"remote_{outcome.name.lower()}_pages", outcomes.count(outcome))
+        lost = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome in _LOST]
+        if lost:
+            self._disbelieve(run.peer, lost)
+        return good
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._reader.close()
+
+    def _ready(self) -> bool:
+        if not self._usable():
+            return False
+        self._reader.refresh()
+        return self._reader.alive
+
+    def _skip(self, peer: Peer) -> bool:
+        return not self._client.usable(peer.nid, peer.epoch, peer.address)
+
+    def _plan(self, keys: Sequence[PageKey]) -> list[Run]:
+        """Runs that cover the leading run of ``keys``: the longest at one peer first, and so on."""
+        if not keys or not self._ready():
+            return []
+        fps = fingerprints(keys)
+        runs: list[Run] = []
+        done = 0
+        while done < len(keys) and len(runs) < _RUNS_MAX:
+            run = self._next_run(keys, fps, done)
+            if run is None:
+                break
+            runs.append(run)
+            done = run.stop
+        return self._worthwhile(runs)
+
+    def _next_run(self, keys: Sequence[PageKey], fps: U64, start: int) -> Run | None:
+        excluded: set[str] = set()
+
+        def skip(peer: Peer) -> bool:
+            return peer.nid in excluded or self._skip(peer)
+
+        while True:
+            found = self._reader.run(fps[start:], skip)
+            if found is None:
+                return None
+            peer, count = found
+            believed = self._believed(peer, keys[start : start + count])
+            if believed:
+                return Run(peer, start, start + believed)
+            excluded.add(peer.nid)
+
+    def _worthwhile(self, runs: list[Run]) -> list[Run]:
+        """Leave what would be late, and what is computed sooner than it is fetched, as far as rates are known."""
+        kept: list[Run] = []
+        for run in runs:
+            pages = run.stop - run.start
+            byte_count = pages * self._payload_bytes
+            seconds = self._client.seconds_for(run.peer.nid, byte_count)
+            budget = self._share.remote_deadline_s + byte_count / _RATE_MIN
+            speed = self._share.recompute_tokens_per_s
+            if speed and self._page_tokens and seconds > pages * self._page_tokens / speed:
+                self._metrics.count("remote_left_pages", pages)
+                break
+            fitting = pages if seconds <= budget else int(pages * budget / seconds)
+            if fitting:
+                kept.append(Run(run.peer, run.start, run.start + fitting))
+            if fitting < pages:
+                self._metrics.count("remote_left_pages", pages - fitting)
+                break
+        return kept
+
+    def _believed(self, peer: Peer, keys: Sequence[PageKey]) -> int:
+        """Length of the leading run that this peer has not disappointed with lately."""
+        if not self._disbelieved:
+            return len(keys)
+        now = time.monotonic()
+        with self._lock:
+            for count, key in enumerate(keys):
+                if self._disbelieved.get((peer.nid, peer.epoch, key), 0.0) > now:
+                    return count
+        return len(keys)
+
+    def _disbelieve(self, peer: Peer, keys: Sequence[PageKey]) -> None:
+        until = time.monotonic() + _DISBELIEVED_S
+        with self._lock:
+            for key in keys:
+                self._disbelieved[peer.nid, peer.epoch, key] = until
+            while len(self._disbelieved) > _DISBELIEVED_MAX:
+                del self._disbelieved[next(iter(self._disbelieved))]

@@ -1,0 +1,62 @@
+"""Sharing: what one rank process has for sharing with other nodes; made once per attach, for all host pools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flexkv_sglang.agent_keeper import AgentKeeper
+from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
+from flexkv_sglang.backends.curve import read_secret
+from flexkv_sglang.backends.peer_client import PeerClient
+from flexkv_sglang.backends.replica_reader import ReplicaReader
+from flexkv_sglang.config import FlexKVConfig
+from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.remote_pages import RemotePages
+from flexkv_sglang.run_dir import RunDir
+
+
+class Sharing:
+    """Keeps an agent alive and owns the connections to other nodes' agents. Raises ``ConfigError``."""
+
+    def __init__(self, config: FlexKVConfig, metrics: Metrics) -> None:
+        self._config = config
+        self._run_dir = RunDir.of(config)
+        self._client = PeerClient(config.share, read_secret(config.share), metrics.count)
+        try:
+            self._keeper = AgentKeeper(config, self._run_dir)
+            self._keeper.start()
+        except OSError as exc:
+            self._client.close()
+            raise ConfigError(
+                f"share.run_dir: cannot use {str(self._run_dir.path)!r}: {exc.strerror or exc}"
+            ) from exc
+
+    @classmethod
+    def of(cls, config: FlexKVConfig, metrics: Metrics) -> Sharing | None:
+        """None if nothing is to be shared."""
+        return cls(config, metrics) if config.share.wanted else None
+
+    def pages(
+        self, namespace: str, fields: Mapping[str, object], payload_bytes: int, metrics: Metrics
+    ) -> RemotePages | None:
+        """Other nodes' pages of a namespace; None for weights that have no name outside this server."""
+        if fields.get("epoch"):
+            return None
+        tokens = fields.get("page_size", 0)
+        return RemotePages(
+            namespace,
+            payload_bytes,
+            ReplicaReader(self._run_dir.path, namespace, self._config.share.replica_ttl_s),
+            self._client,
+            ACCEPTED_KINDS[self._config.verify],
+            self._config.share,
+            metrics,
+            page_tokens=tokens if isinstance(tokens, int) else 0,
+            usable=lambda: self._keeper.usable,
+        )
+
+    def close(self) -> None:
+        """The agent stays. Idempotent."""
+        self._keeper.close()
+        self._client.close()
