@@ -38,6 +38,7 @@ from flexkv_sglang.pool_transfers import PoolAnswer, fetch, read, store, usable,
 from flexkv_sglang.pools import Described, Pool, PoolStores
 from flexkv_sglang.prefix import Demand, Usable
 from flexkv_sglang.prometheus import export
+from flexkv_sglang.sharing import Sharing
 from flexkv_sglang.types import PageKey
 from flexkv_sglang.weight_updates import agree_before_attach, install_now
 
@@ -97,7 +98,9 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         logger.info("flexkv: %s", self._config.describe())
         self._identities = Identities(self._config, storage_config)
         groups = HeadGroups.of(storage_config)
-        self._stores = PoolStores(self._config, prepare_tiers(self._config), self._describe, groups)
+        prepared = prepare_tiers(self._config)
+        self._sharing = Sharing.of(self._config, self.metrics)
+        self._stores = PoolStores(self._config, prepared, self._describe, groups, self._sharing)
         install_now()
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
@@ -145,6 +148,8 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         WEIGHTS.detach(self)
         try:
             self._stores.close()
+            if self._sharing is not None:
+                self._sharing.close()
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
             self._report("close", exc)
 

@@ -21,6 +21,7 @@ from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.keys import Identity
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.pool_rules import Claim, claims_from
+from flexkv_sglang.sharing import Sharing
 from flexkv_sglang.transfer import PageMover
 
 logger = logging.getLogger(__name__)
@@ -92,11 +93,12 @@ def open_hierarchy(
     payload_bytes: int,
     shares: Sequence[Share],
     metrics: Metrics,
+    sharing: Sharing | None = None,
 ) -> Hierarchy:
     """Open ``namespace`` in every tier and recover what is there.
 
     ``fields``: what the namespace stands for, for people. ``shares``: per tier, what this process may take.
-    Raises ``ConfigError``.
+    ``sharing``: with other nodes. Raises ``ConfigError``.
     """
     engines: list[CacheEngine] = []
     for path in {path for modes in prepared for path in modes}:
@@ -114,7 +116,12 @@ def open_hierarchy(
         raise
     if sum(engine.page_count() for engine in engines) >= _MANY_PAGES:
         _give_back_memory()
-    return Hierarchy(engines, metrics)
+    remote = None
+    if sharing is not None:
+        remote = sharing.pages(namespace, fields, payload_bytes, metrics)
+    keeps = remote is not None and config.share.promote
+    writes = any(share.byte_count != 0 for share in shares)
+    return Hierarchy(engines, metrics, remote, keep_bytes=payload_bytes if keeps and writes else 0)
 
 
 def _give_back_memory() -> None:

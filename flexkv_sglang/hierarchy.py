@@ -6,6 +6,9 @@ from a lower tier for the second time is put into the tier above, from the host 
 read into, before the call returns (later they are not ours any more).
 
 With one tier (the common case) every call goes straight to it.
+
+Below the lowest tier are other nodes (``remote``): asked for what no tier here has, while the tiers read what
+they have. What comes from there is put into the tiers afterwards, by a thread of ours (``keeping``).
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from itertools import pairwise
 from flexkv_sglang.backends.huge_pages import huge_pages
 from flexkv_sglang.backends.retired import discard
 from flexkv_sglang.engine import CacheEngine
+from flexkv_sglang.keeping import Keeping
 from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.remote_pages import RemoteGet, RemotePages
 from flexkv_sglang.types import PageBuffers, PageKey
 
 logger = logging.getLogger(__name__)
@@ -29,14 +34,34 @@ _HUGE_PAGES_HINT = " (transfers cost less CPU with them: docs/OPERATING.md, 'Hug
 class Hierarchy:
     """``tiers`` (at least one) as one store; owns and closes them. Thread-safe as they are."""
 
-    def __init__(self, tiers: Sequence[CacheEngine], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[CacheEngine],
+        metrics: Metrics,
+        remote: RemotePages | None = None,
+        *,
+        keep_bytes: int = 0,
+    ) -> None:
+        """``keep_bytes``: bytes of a page if pages of other nodes are to be kept here, else 0."""
         assert tiers
         self.tiers = tuple(tiers)
         self._metrics = metrics
+        self._remote = remote
+        self._keeping = Keeping(keep_bytes, self.put, metrics) if keep_bytes else None
         self._seen = [_SeenOnce(max(1024, tier.slot_count)) for tier in self.tiers[:-1]]
 
     def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:
         """Length of the leading run of pages that some tier has. See ``CacheEngine.prefix``."""
+        count = self._local_prefix(keys, promise=promise)
+        while self._remote is not None and count < len(keys):
+            further = self._remote.prefix(keys[count:])
+            if not further:
+                break
+            count += further
+            count += self._local_prefix(keys[count:], promise=promise)
+        return count
+
+    def _local_prefix(self, keys: Sequence[PageKey], *, promise: bool) -> int:
         count = 0
         while count < len(keys):
             start = count
@@ -54,10 +79,53 @@ class Hierarchy:
             if all(flags):
                 break
             flags = [a or b for a, b in zip(flags, tier.holds(keys), strict=True)]
+        if self._remote is not None and not all(flags):
+            flags = [a or b for a, b in zip(flags, self._remote.holds(keys), strict=True)]
         return flags
 
     def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
-        """As ``CacheEngine.get``, from whichever tiers have the pages."""
+        """As ``CacheEngine.get``, from whichever tiers and other nodes have the pages."""
+        if self._remote is None:
+            done = self._get_local(keys, targets, deadline)
+        else:
+            done = self._get_shared(self._remote, keys, targets, deadline)
+        self._metrics.count("read_miss_pages", len(keys) - done)
+        return [True] * done + [False] * (len(keys) - done)
+
+    def _get_shared(
+        self, remote: RemotePages, keys: Sequence[PageKey], targets: PageBuffers, deadline: float
+    ) -> int:
+        """Pages here and pages elsewhere by turns, both at once. A page that is bad here is asked for elsewhere."""
+        done, failed = 0, -1
+        while done < len(keys):
+            here = self._local_prefix(keys[done:], promise=False)
+            split = done + here
+            further = None
+            if split < len(keys):
+                further = remote.begin(keys[split:], targets.take(slice(split, None)), deadline)
+            try:
+                got = self._get_local(keys[done:split], targets.take(slice(done, split)), deadline)
+            finally:
+                came = further.wait() if further is not None else 0  # the targets are ours again
+            done += got
+            if got < here:
+                if done == failed:
+                    break
+                failed = done
+            elif came:
+                self._keep(keys, split, came, targets)
+                done += came
+            else:
+                break
+        return done
+
+    def _keep(self, keys: Sequence[PageKey], start: int, count: int, targets: PageBuffers) -> None:
+        if self._keeping is not None:
+            rows = slice(start, start + count)
+            self._keeping.keep(keys[rows], keys[start - 1] if start else None, targets.take(rows))
+
+    def _get_local(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> int:
+        """Length of the leading run that tiers here delivered."""
         done = 0
         while done < len(keys):
             start = done
@@ -73,8 +141,7 @@ class Hierarchy:
                 done += got
             if done == start:
                 break
-        self._metrics.count("read_miss_pages", len(keys) - done)
-        return [True] * done + [False] * (len(keys) - done)
+        return done
 
     def put(
         self, keys: Sequence[PageKey], sources: PageBuffers, parent: PageKey | None, deadline: float
@@ -93,6 +160,10 @@ class Hierarchy:
 
     def close(self) -> None:
         """Close every tier, also when one fails. Idempotent."""
+        if self._keeping is not None:
+            self._keeping.close()
+        if self._remote is not None:
+            self._remote.close()
         for tier in self.tiers:
             tier.close()
 
@@ -124,6 +195,10 @@ class Hierarchy:
     def neighbour_page_count(self) -> int:
         """Pages that neighbours claim in the lowest tier."""
         return self.tiers[-1].neighbour_page_count()
+
+    def remote_page_count(self) -> int:
+        """Pages that other nodes claim."""
+        return 0 if self._remote is None else self._remote.page_count()
 
     def check(self) -> None:
         """Assert every index's invariants."""

@@ -47,6 +47,7 @@ from flexkv_sglang.pool_rules import (
     part_of,
 )
 from flexkv_sglang.prefix import Demand
+from flexkv_sglang.sharing import Sharing
 from flexkv_sglang.staged_pages import MarkerPages, open_pages
 from flexkv_sglang.types import SECTOR, round_up
 
@@ -106,7 +107,7 @@ Describe = Callable[[str, Any, Pages], Described]
 
 class PoolStores:
     """The stores of one attach. ``describe`` is asked once per pool that can be stored and per epoch of weights;
-    ``groups``: how pages are cut where that is possible."""
+    ``groups``: how pages are cut where that is possible; ``sharing``: with other nodes, not closed with the stores."""
 
     def __init__(
         self,
@@ -114,8 +115,10 @@ class PoolStores:
         prepared: Sequence[Mapping[str, IoMode]],
         describe: Describe,
         groups: HeadGroups = WHOLE,
+        sharing: Sharing | None = None,
     ) -> None:
         self._config = config
+        self._sharing = sharing
         self.prepared = prepared
         self._describe = describe
         self._groups = groups
@@ -345,6 +348,7 @@ class PoolStores:
             pool.slot_payload,
             shares,
             pool.told.metrics,
+            self._sharing,
         )
         for address, byte_count in pool.pages.memory():
             store.register_memory(address, byte_count)

@@ -77,6 +77,10 @@ def _counter(name: str, unit: str, text: str, series: str = "", **labels: str) -
 _HIT = "pages delivered by get, by tier (0 is the fastest)"
 _UNREAD = "pages that were found and could not be delivered, by reason"
 _UNSTORED = "pages given to put and not stored, by reason"
+_UNFETCHED = (
+    "pages that other nodes claim and that did not come, by reason (left: computing them is quicker, or they "
+    "would be late)"
+)
 _RUNNING = "calls that take place now"
 _TROUBLE = "operations that failed as a whole, by operation"
 
@@ -99,6 +103,14 @@ _ALL = (
     _counter("corrupt_pages", "pages", _UNREAD, "unread_pages", reason="corrupt"),
     _counter("neighbour_lost_pages", "pages", _UNREAD, "unread_pages", reason="rewritten"),
     _counter("neighbour_read_pages", "pages", "of the pages read, those that neighbours hold"),
+    _counter("remote_read_pages", "pages", "pages that came from other nodes whole and right"),
+    _counter("remote_read_bytes", "bytes", "bytes of these pages"),
+    *(
+        _counter(f"remote_{reason}_pages", "pages", _UNFETCHED, "unfetched_pages", reason=reason)
+        for reason in ("miss", "busy", "late", "corrupt", "failed", "left")
+    ),
+    _counter("remote_kept_pages", "pages", "pages of other nodes that are stored here as well now"),
+    _counter("remote_unkept_pages", "pages", "pages of other nodes not kept: too many at once"),
     _counter("copied_pages", "pages", "pages moved through the bounce slab: not aligned"),
     _counter("write_present_pages", "pages", "pages given to put that were stored already"),
     _counter("write_refused_pages", "pages", _UNSTORED, "unstored_pages", reason="no_slot"),

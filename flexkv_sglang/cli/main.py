@@ -21,7 +21,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; ``argv`` without the program's name. Returns the exit code."""
     arguments = _parser().parse_args(argv)
-    if arguments.command != "doctor" and not arguments.directory.is_dir():
+    if "directory" in arguments and arguments.command != "doctor" and not arguments.directory.is_dir():
         print(f"flexkv: {arguments.directory} is not a directory", file=sys.stderr)
         return 2
     try:
@@ -51,6 +51,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "doctor":
         return _doctor(arguments)
+    if arguments.command == "agent":
+        from flexkv_sglang.cli.agent import run_agent
+
+        return run_agent(arguments.config, arguments.run_dir, for_ranks=arguments.for_ranks)
+    if arguments.command == "nodes":
+        from flexkv_sglang.cli.nodes import run_nodes
+
+        return run_nodes(arguments.run_dir, as_json=arguments.json)
     if arguments.command == "check":
         from flexkv_sglang.cli.check import run_check
 
@@ -103,7 +111,31 @@ def _parser() -> argparse.ArgumentParser:
     gc.add_argument("--yes", action="store_true", help="do not ask")
     _add_doctor(commands)
     _add_bench(commands)
+    _add_fleet(commands)
     return parser
+
+
+def _add_fleet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    agent = commands.add_parser(
+        "agent",
+        help="share this node's pages with other nodes",
+        description="Runs this node's agent in the foreground until SIGTERM. Rank processes start one by "
+        "themselves; by hand it stays when no server is left. If one runs already, this one ends at once.",
+    )
+    agent.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="the JSON the servers are given"
+    )
+    nodes = commands.add_parser(
+        "nodes",
+        help="which nodes this one shares with",
+        description="What this node's agents see: other nodes, their pages, how far behind, and trouble.",
+    )
+    nodes.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    for parser in (agent, nodes):
+        parser.add_argument(
+            "--run-dir", type=Path, metavar="DIR", help="share.run_dir, if it is configured"
+        )
+    agent.add_argument("--for-ranks", action="store_true", help=argparse.SUPPRESS)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,0 +1,83 @@
+"""``flexkv agent``: runs this node's agent in the foreground. Rank processes start it the same way, in the background."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import resource
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from flexkv_sglang.agent import Agent
+from flexkv_sglang.config import FlexKVConfig
+from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.run_dir import RunDir, settings_digest
+
+logger = logging.getLogger(__name__)
+
+_LOG_BYTES = 1 << 20
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def run_agent(config_path: Path, run_path: Path | None, *, for_ranks: bool) -> int:
+    """Exit code 0 when stopped, not needed any more, or when another agent lives; 2 for a wrong setting."""
+    try:
+        config = _read(config_path)
+        run_dir = RunDir.of(config) if run_path is None else RunDir(run_path)
+        _log_to(run_dir.log_path if for_ranks else None)
+        lock = run_dir.take_agent_lock(settings_digest(config.share))
+        if lock is None:
+            logger.info("flexkv: an agent lives already: %s", run_dir.agent())
+            return 0
+        _raise_file_limit()
+        stop = threading.Event()
+
+        def end(number: int, frame: FrameType | None) -> None:
+            stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+        agent = Agent(config, run_dir, by_hand=not for_ranks)
+    except ConfigError as exc:
+        print(f"flexkv: {exc}", file=sys.stderr)
+        logger.error("flexkv: %s", exc)
+        return 2
+    try:
+        agent.run(stop)
+    finally:
+        agent.close()
+        lock.close()
+    return 0
+
+
+def _read(path: Path) -> FlexKVConfig:
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"--config: {str(path)!r} cannot be read: {exc}") from exc
+    if not isinstance(given, dict):
+        raise ConfigError(f"--config: {str(path)!r} holds {type(given).__name__}. Valid: an object")
+    config = FlexKVConfig.parse(given)
+    if not config.share.wanted:
+        raise ConfigError(
+            f"share: {given.get('share')!r} in {str(path)!r} names no other nodes. "
+            "Valid: redis_url, or peers, or both"
+        )
+    return config
+
+
+def _log_to(path: Path | None) -> None:
+    handler: logging.Handler = logging.StreamHandler()
+    if path is not None:
+        handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
+    logging.basicConfig(level=logging.INFO, format=_FORMAT, handlers=[handler])
+
+
+def _raise_file_limit() -> None:
+    """Many nodes are many sockets."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,83 @@
+"""``flexkv nodes``: which nodes this one shares with, as its agent sees them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from flexkv_sglang.cli.output import emit, human_seconds, table
+from flexkv_sglang.run_dir import RunDir
+
+_STALE_S = 5.0
+
+
+def run_nodes(run_path: Path | None, *, as_json: bool) -> int:
+    """Exit code 0 if every agent of this user lives and hears of others as it should, 1 otherwise."""
+    found = [_facts(path) for path in ([run_path] if run_path else _run_dirs())]
+    lines = [_text(facts) for facts in found]
+    if not found:
+        lines = ["no agent of this user has run here: is share.redis_url or share.peers set?"]
+    healthy = bool(found) and all(facts["alive"] and not facts["trouble"] for facts in found)
+    emit("\n".join(lines), {"agents": found, "ok": healthy}, as_json=as_json)
+    return 0 if healthy else 1
+
+
+def _run_dirs() -> list[Path]:
+    base = Path(f"/dev/shm/flexkv-{os.getuid()}")  # noqa: S108 - as RunDir has it
+    return sorted(path.parent for path in base.glob("*/agent.lock"))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    run_dir = RunDir(path)
+    try:
+        status = json.loads(run_dir.status_path.read_text())
+    except (OSError, ValueError):
+        status = {}
+    agent = run_dir.agent()
+    age = time.time() - status.get("written_at", 0.0)
+    trouble = []
+    if agent is not None and age > _STALE_S:
+        trouble.append("the agent has not reported for a while" if status else "no report yet")
+    for feed, state in status.get("feeds", {}).items():
+        if not state.get("connected"):
+            trouble.append(f"{feed}: not connected: {state.get('last_error')}")
+    trouble += [f"{where}: {why}" for where, why in status.get("refused", {}).items()]
+    return {
+        "run_dir": str(path),
+        "alive": agent is not None,
+        "pid": (agent or {}).get("pid"),
+        "age_s": age,
+        "trouble": trouble,
+        "status": status,
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    status = facts["status"]
+    state = f"agent {facts['pid']}" if facts["alive"] else "NO AGENT"
+    lines = [
+        f"{status.get('nid', '?')}  {state}, {status.get('address', 'no address')}, "
+        f"cluster {status.get('cluster_id', '?')}, {status.get('ranks', 0)} rank processes",
+        f"  run directory {facts['run_dir']}",
+    ]
+    lines += [f"  serves {name}: {pages} pages" for name, pages in status.get("namespaces", {}).items()]
+    lines += [f"  TROUBLE {text}" for text in facts["trouble"]]
+    peers = status.get("peers", [])
+    rows = [
+        [
+            peer.get("nid", ""),
+            peer.get("address", ""),
+            peer.get("state", ""),
+            str(peer.get("pages", 0)),
+            human_seconds(peer.get("lag_s") or 0.0),
+        ]
+        for peer in peers
+    ]
+    if rows:
+        lines.append(table(["node", "address", "state", "pages", "lag"], rows))
+    else:
+        lines.append("  no other node")
+    return "\n".join(lines)
