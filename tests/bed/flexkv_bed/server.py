@@ -20,11 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 
+from flexkv_bed.netns import inside
 from flexkv_bed.storage import memory_of
+
+_T = TypeVar("_T")
 
 Layout = Literal["layer_first", "page_first", "page_first_direct", "page_head"]
 Json = dict[str, Any]
@@ -77,6 +80,11 @@ class Settings:
     through_serve: bool = False
     arguments: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    netns: str | None = None  # network namespace it runs in
+
+    def on_host(self, act: Callable[[], _T]) -> _T:
+        """Call ``act`` where the server's loopback is."""
+        return act() if self.netns is None else inside(self.netns, act)
 
     def extra_config(self) -> Json:
         """The JSON of ``--hicache-storage-backend-extra-config``."""
@@ -89,7 +97,8 @@ class Settings:
         entry = [sys.executable, "-P", "-m", "sglang.launch_server"]
         if self.through_serve:
             entry = [str(Path(sys.executable).with_name("sglang")), "serve"]
-        entry = [*_DIE_WITH_OWNER, *entry]
+        host = [] if self.netns is None else ["ip", "netns", "exec", self.netns]
+        entry = [*_DIE_WITH_OWNER, *host, *entry]
         flags = {
             "model-path": self.model,
             "device": "cpu",
@@ -190,7 +199,7 @@ class Replica:
     def start(self) -> None:
         """Launch the processes; returns at once. The log of an earlier run is kept, the new one follows."""
         assert self._process is None, "this replica runs already"
-        self.port = free_port()
+        self.port = self.settings.on_host(free_port)
         self.settings.log.parent.mkdir(parents=True, exist_ok=True)
         with self.settings.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -330,20 +339,23 @@ class Replica:
 
     def _healthy(self) -> bool:
         try:
-            self._open("GET", "/health", None, 2.0)
+            self._ask("GET", "/health", None, 2.0)
         except OSError:  # refused, reset, timed out, 503 while warming up
             return False
         return True
 
     def _request(self, method: str, path: str, body: Json | None = None) -> str:
         try:
-            return self._open(method, path, body, REQUEST_TIMEOUT_S)
+            return self._ask(method, path, body, REQUEST_TIMEOUT_S)
         except urllib.error.HTTPError as exc:
             with exc:
                 reason = exc.read().decode(errors="replace").strip()
             raise self._failure(f"{method} {path}: HTTP {exc.code}: {reason}") from None
         except OSError as exc:
             raise self._failure(f"{method} {path}: {exc}") from exc
+
+    def _ask(self, method: str, path: str, body: Json | None, timeout_s: float) -> str:
+        return self.settings.on_host(lambda: self._open(method, path, body, timeout_s))
 
     def _open(self, method: str, path: str, body: Json | None, timeout_s: float) -> str:
         headers = {"Content-Type": "application/json"}
