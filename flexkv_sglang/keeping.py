@@ -47,7 +47,8 @@ class Keeping:
         self._metrics = metrics
         self._row_bytes = round_up(payload_bytes, SECTOR)
         self._rows = max(1, _BUFFER_BYTES // self._row_bytes)
-        self._lock = threading.Lock()  # guards _free and making the buffer and the thread
+        self._lock = threading.Lock()  # guards _free, _closed and making the buffer and the thread
+        self._closed = False
         self._free = list(range(self._rows))
         self._memory: mmap.mmap | None = None
         self._base = 0
@@ -58,6 +59,8 @@ class Keeping:
     def keep(self, keys: Sequence[PageKey], parent: PageKey | None, pages: PageBuffers) -> None:
         """Copy these pages, one chain, and store them later. Those that find no room are dropped."""
         with self._lock:
+            if self._closed:
+                return
             if self._thread is None:
                 self._begin(pages)
             count = min(len(keys), len(self._free))
@@ -74,12 +77,11 @@ class Keeping:
 
     def close(self) -> None:
         """Drop what waits, end the thread. Idempotent; bounded by one put."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            while not self._jobs.empty():
-                self._jobs.get_nowait()
+        with self._lock:
+            self._closed = True
+        if self._thread is not None:
             self._jobs.put(None)
-            thread.join(_JOIN_S)
+            self._thread.join(_JOIN_S)
 
     def _begin(self, pages: PageBuffers) -> None:
         self._memory = mmap.mmap(-1, self._rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -90,7 +92,7 @@ class Keeping:
         self._thread.start()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._closed:
             try:
                 done = self._put(job.keys, self._pages(job.rows), job.parent, time.monotonic() + _PUT_S)
                 self._metrics.count("remote_kept_pages", sum(done))

@@ -1,0 +1,113 @@
+"""The run directory: one agent per directory, rank locks, the node's name; all of it among several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexkv_sglang.config import FlexKVConfig
+from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.run_dir import RunDir, node_name, settings_digest
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> FlexKVConfig:
+    given = {
+        "path": str(tmp_path / "pages"),
+        "share": {"peers": ["127.0.0.1:7400"], "run_dir": str(tmp_path / "run")},
+    }
+    return FlexKVConfig.parse(given)
+
+
+def test_one_agent_and_its_settings(config: FlexKVConfig) -> None:
+    run_dir = RunDir.of(config)
+    assert run_dir.agent() is None
+    digest = settings_digest(config.share)
+    lock = run_dir.take_agent_lock(digest)
+    assert lock is not None
+    assert run_dir.take_agent_lock(digest) is None
+    assert run_dir.agent() == {"pid": os.getpid(), "settings": digest}
+    lock.close()
+    assert run_dir.agent() is None
+
+
+def test_a_rank_that_is_killed_is_no_rank_any_more(config: FlexKVConfig, tmp_path: Path) -> None:
+    run_dir = RunDir.of(config)
+    code = (
+        "import sys; from pathlib import Path; from flexkv_sglang.run_dir import RunDir\n"
+        "lock = RunDir(Path(sys.argv[1])).take_rank_lock(); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(run_dir.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        assert run_dir.ranks() == 1
+        child.kill()
+        child.wait()
+    assert run_dir.ranks() == 0
+    assert list((run_dir.path / "ranks").iterdir()) == []
+
+
+def test_places_of_all_configurations(config: FlexKVConfig, tmp_path: Path) -> None:
+    run_dir = RunDir.of(config)
+    run_dir.add_places(config)
+    run_dir.add_places(FlexKVConfig.parse({"path": ["/x/a", "/x/b"], "io_engine": "threads"}))
+    (run_dir.path / "places" / ".half").write_text("{")
+    (run_dir.path / "places" / "0bad").write_text("{")
+    assert run_dir.places() == {
+        str(tmp_path / "pages"): "auto",
+        "/x/a": "threads",
+        "/x/b": "threads",
+    }
+
+
+def test_what_an_agent_is_started_with_is_what_was_given(config: FlexKVConfig) -> None:
+    run_dir = RunDir.of(config)
+    run_dir.write_config(config)
+    assert run_dir.config_path.stat().st_mode & 0o77 == 0  # there may be a password in it
+    assert FlexKVConfig.parse(json.loads(run_dir.config_path.read_text())) == config
+
+
+def test_eight_processes_that_start_at_once_agree_on_the_nodes_name(tmp_path: Path) -> None:
+    code = (
+        "import sys; from flexkv_sglang.config import FlexKVConfig; from flexkv_sglang.run_dir import node_name\n"
+        "print(node_name(FlexKVConfig.parse({'path': sys.argv[1]})))"
+    )
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "new")]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    names = {child.communicate()[0] for child in children}
+    assert len(names) == 1
+    assert names != {""}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["node-id"]
+
+
+def test_other_nodes_have_other_names(tmp_path: Path) -> None:
+    names = {node_name(FlexKVConfig.parse({"path": str(tmp_path / which)})) for which in "ab"}
+    assert len(names) == 2
+
+
+def test_settings_that_differ_without_harm() -> None:
+    def digest(**share: object) -> str:
+        return settings_digest(FlexKVConfig.parse({"share": share}).share)
+
+    assert digest(listen="127.0.0.1:1") == digest(nid="x") == digest()
+    assert digest(cluster_id="blue") != digest()
+    assert digest(secret_file="/s") != digest()  # noqa: S106
+
+
+def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = FlexKVConfig.parse(
+        {"path": str(tmp_path / "p"), "share": {"run_dir": str(tmp_path / "file" / "run")}}
+    )
+    with pytest.raises(ConfigError, match=r"share\.run_dir.*file/run"):
+        RunDir.of(config)
