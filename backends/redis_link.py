@@ -1,0 +1,203 @@
+"""Connections to Redis: what a URL means, and clients that give up soon.
+
+redis-py's defaults wait up to a minute for a server that hangs. Here every command has a short limit and no
+retries; who uses a client tries again by itself. A password is never in a log line, an error or ``str()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from flexkv_sglang.errors import ConfigError
+
+TIMEOUT_S = 0.25
+"""Of connecting and of every command."""
+
+_SCHEMES = {
+    "redis": (False, False),
+    "rediss": (True, False),
+    "redis+sentinel": (False, True),
+    "rediss+sentinel": (True, True),
+}
+_VALID = (
+    "redis://[user[:password]@]host[:port][/db], rediss://... (TLS), "
+    "redis+sentinel://[user[:password]@]host:port,host:port/service[/db], rediss+sentinel://..., "
+    "unix:///path/to/socket; options ?ssl_ca_certs=FILE&ssl_certfile=FILE&ssl_keyfile=FILE"
+    "&ssl_check_hostname=false&sentinel_auth=same&protocol=3"
+)
+_TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname")
+_PASSWORD_BYTES_MAX = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class RedisAddress:
+    """Where Redis is and how to log in. ``hosts``: of the server, or of the sentinels if ``service`` is set."""
+
+    scheme: str
+    hosts: tuple[tuple[str, int], ...]
+    service: str | None = None
+    socket_path: str | None = None
+    db: int = 0
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    password_file: str | None = None
+    tls: dict[str, str] = field(default_factory=dict)
+    sentinel_auth: bool = False
+    protocol: int = 2
+
+    def __str__(self) -> str:
+        """As a URL without password."""
+        if self.socket_path:
+            return f"unix://{self.socket_path}"
+        hosts = ",".join(f"{host}:{port}" for host, port in self.hosts)
+        user = f"{self.user}@" if self.user else ""
+        service = f"/{self.service}" if self.service else ""
+        return f"{self.scheme}://{user}{hosts}{service}/{self.db}"
+
+
+def parse_redis_url(url: str, password_file: str | None = None) -> RedisAddress:
+    """What ``redis_url`` means. Raises ``ConfigError`` that never shows a password."""
+    try:
+        parts = urlsplit(url)
+        login, _, places = parts.netloc.rpartition("@")
+        user, colon, password = login.partition(":")
+        options = dict(
+            parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        )
+        protocol = int(options.pop("protocol", "2"))
+        same = {"same": True, "none": False}[options.pop("sentinel_auth", "none")]
+        login_fields: dict[str, Any] = {
+            "user": unquote(user) or None,
+            "password": unquote(password) if colon else None,
+            "password_file": password_file,
+            "sentinel_auth": same,
+            "protocol": protocol,
+        }
+        if parts.scheme == "unix" and parts.path and not options:
+            return RedisAddress("unix", (), socket_path=parts.path, **login_fields)
+        tls, sentinel = _SCHEMES[parts.scheme]
+        service, db = _service_and_db(parts.path, sentinel)
+        wrong = [name for name in options if not tls or name not in _TLS_OPTIONS]
+        if wrong or protocol not in (2, 3) or (colon and password_file) or parts.fragment:
+            raise ValueError  # noqa: TRY301 - one message for all of them
+        hosts = _hosts(places, 26379 if sentinel else 6379)
+        if not sentinel and len(hosts) > 1:
+            raise ValueError  # noqa: TRY301
+        return RedisAddress(
+            parts.scheme, hosts, service=service, db=db, tls=options, **login_fields
+        )
+    except (ValueError, KeyError):
+        raise ConfigError(
+            f"redis_url: {redacted(url)!r} is not valid"
+            + (" beside redis_password_file (two passwords?)" if password_file else "")
+            + f"; valid: {_VALID}"
+        ) from None
+
+
+def redacted(url: str) -> str:
+    """A URL without user and password, however wrong it may be."""
+    scheme, mark, rest = url.partition("://")
+    return f"{scheme}{mark}***@{rest.rpartition('@')[2]}" if "@" in rest else url
+
+
+def _service_and_db(path: str, sentinel: bool) -> tuple[str | None, int]:
+    names = [name for name in path.split("/") if name]
+    service = names.pop(0) if sentinel else None
+    if len(names) > 1:
+        raise ValueError(path)
+    return service, int(names[0]) if names else 0
+
+
+def _hosts(places: str, default_port: int) -> tuple[tuple[str, int], ...]:
+    found = []
+    for place in places.split(","):
+        one = urlsplit(f"//{place}")
+        if not one.hostname:
+            raise ValueError(place)
+        found.append((one.hostname, one.port or default_port))
+    return tuple(found)
+
+
+class _Login:
+    """Asked by redis-py for every connection: a password file that changes is read anew."""
+
+    def __init__(self, address: RedisAddress) -> None:
+        self._address = address
+
+    def get_credentials(self) -> Sequence[str]:
+        address = self._address
+        password = address.password or ""
+        if address.password_file:
+            path = Path(address.password_file)
+            if path.stat().st_size > _PASSWORD_BYTES_MAX:
+                raise OSError(f"{path} is no password file")
+            password = path.read_text().strip("\r\n")
+        return (address.user, password) if address.user else (password,)
+
+
+class RedisLink:
+    """Makes clients for one address. A client is used by one thread."""
+
+    def __init__(self, address: RedisAddress, timeout_s: float = TIMEOUT_S) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        try:
+            import redis  # noqa: F401 - a node alone needs no Redis
+        except ImportError as error:
+            raise ConfigError(
+                "redis_url: the package redis is missing; valid: pip install 'redis>=5'"
+            ) from error
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What a command may raise when Redis is absent, hangs, or refuses."""
+        import redis
+
+        return (redis.RedisError, OSError)
+
+    def client(self, block_s: float = 0.0) -> Any:
+        """A client whose commands may block for ``block_s`` in the server. Connects at its first command."""
+        import redis
+        from redis import sentinel
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        address = self.address
+        common: dict[str, Any] = {
+            "socket_timeout": self._timeout_s + block_s,
+            "socket_connect_timeout": self._timeout_s,
+            "retry": Retry(NoBackoff(), 0),
+            "protocol": address.protocol,
+        }
+        login: dict[str, Any] = {}
+        if address.user or address.password or address.password_file:
+            login["credential_provider"] = _Login(address)
+        if address.socket_path:
+            del common["socket_connect_timeout"]
+            return redis.Redis(unix_socket_path=address.socket_path, **common, **login)
+        tls = self._tls()
+        if address.service is None:
+            ((host, port),) = address.hosts
+            return redis.Redis(host=host, port=port, db=address.db, **common, **login, **tls)
+        asked = {**common, "socket_timeout": self._timeout_s, **tls}
+        if address.sentinel_auth:
+            asked |= login
+        make: Any = sentinel.Sentinel  # has no types
+        sentinels = make(list(address.hosts), sentinel_kwargs=asked)
+        return sentinels.master_for(address.service, db=address.db, **common, **login, **tls)
+
+    def _tls(self) -> dict[str, Any]:
+        if not self.address.scheme.startswith("rediss"):
+            return {}
+        options: dict[str, Any] = dict(self.address.tls)
+        check = options.pop("ssl_check_hostname", "true").lower() != "false"
+        return {
+            "ssl": True,
+            "ssl_cert_reqs": "required",
+            "ssl_check_hostname": check,
+            **options,
+        }

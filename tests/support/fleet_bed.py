@@ -1,0 +1,186 @@
+"""Nodes of a fleet in one process: real change logs and rosters, sets in memory, questions between them direct."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+
+from flexkv_sglang.backends.change_log import ChangeLogs
+from flexkv_sglang.backends.fleet import (
+    Change,
+    NodeId,
+    NodeInfo,
+    Op,
+    ShareConfig,
+    Snapshot,
+    namespace_name,
+)
+from flexkv_sglang.backends.roster import Roster
+from flexkv_sglang.errors import PeerError
+from flexkv_sglang.types import U64
+
+NS = namespace_name(bytes(range(16)))
+OTHER_NS = namespace_name(bytes(range(1, 17)))
+
+
+def fps(*numbers: int) -> U64:
+    """Fingerprints."""
+    return np.array(numbers, np.uint64)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Poll until it holds. False: it did not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+@dataclass
+class MemorySink:
+    """A ``ReplicaSink`` whose sets are Python sets; fails on demand."""
+
+    peers: dict[NodeId, tuple[int, str, bool]] = field(default_factory=dict)
+    sets: dict[tuple[str, NodeId], set[int]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    error: OSError | None = None
+    _user: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def _used(self, name: str) -> Iterator[None]:
+        assert self._user.acquire(blocking=False), "two threads in the sink"
+        try:
+            self.calls[name] += 1
+            if self.error:
+                raise self.error
+            yield
+        finally:
+            self._user.release()
+
+    def set_peer(self, nid: NodeId, epoch: int, address: str, up: bool) -> None:
+        with self._used("set_peer"):
+            self.peers[nid] = (epoch, address, up)
+
+    def remove_peer(self, nid: NodeId) -> None:
+        with self._used("remove_peer"):
+            self.peers.pop(nid, None)
+
+    def reset(self, namespace: str, nid: NodeId, snapshot: Snapshot) -> None:
+        with self._used("reset"):
+            self.sets[namespace, nid] = set(snapshot.fps.tolist())
+
+    def apply(self, namespace: str, nid: NodeId, op: Op, keys: U64) -> None:
+        with self._used("apply"):
+            held = self.sets[namespace, nid]
+            self.sets[namespace, nid] = {
+                Op.ADD: held.union(keys.tolist()),
+                Op.DROP: held.difference(keys.tolist()),
+            }.get(op, set())
+
+    def drop(self, namespace: str, nid: NodeId) -> None:
+        with self._used("drop"):
+            self.sets.pop((namespace, nid), None)
+
+    def beat(self) -> None:
+        with self._used("beat"):
+            pass
+
+    def tick(self) -> None:
+        with self._used("tick"):
+            pass
+
+
+class Wires:
+    """Who can be asked at which address; a ``PeerControl`` for all. ``cut``: addresses that do not answer."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.cut: set[str] = set()
+        self.asked: Counter[str] = Counter()
+
+    def _at(self, address: str, what: str) -> Node:
+        self.asked[what] += 1
+        if address in self.cut or address not in self.nodes:
+            raise PeerError(f"{address} does not answer")
+        return self.nodes[address]
+
+    def hello(self, address: str, timeout_s: float) -> NodeInfo:
+        return self._at(address, "hello").own_info()
+
+    def poll(
+        self, address: str, namespace: str, epoch: int, last: int, timeout_s: float
+    ) -> list[Change] | None:
+        log = self._at(address, "poll").logs.find(namespace)
+        return None if log is None else log.since(epoch, last)
+
+    def snapshot(self, address: str, namespace: str, timeout_s: float) -> Snapshot:
+        log = self._at(address, "snapshot").logs.find(namespace)
+        if log is None:
+            raise PeerError("unknown namespace")
+        return log.snapshot()
+
+
+class Node:
+    """One node: its own changes, its roster, what it knows of others."""
+
+    def __init__(
+        self, share: ShareConfig, wires: Wires, nid: str, logs: ChangeLogs | None = None
+    ) -> None:
+        self.logs = logs or ChangeLogs(outbox=bool(share.redis_url))
+        self.logs.log(NS)
+        self.first_nid = NodeId(nid)
+        self.address = f"{nid}:1"
+        self.share = share
+        self.sink = MemorySink()
+        self.counts: Counter[str] = Counter()
+        self.wires = wires
+        self.roster = Roster(share, self.info, self.logs.find, wires, self.sink, self._count)
+        wires.nodes[self.address] = self
+        self.roster.wanted_namespaces({NS})
+
+    def _count(self, name: str, amount: int) -> None:
+        self.counts[name] += amount
+
+    def info(self) -> NodeInfo:
+        return NodeInfo(
+            self.first_nid, self.logs.epoch, self.address, self.share.pod, self.logs.namespaces()
+        )
+
+    def own_info(self) -> NodeInfo:
+        return self.roster.own_info()
+
+    def start(self) -> Node:
+        self.roster.start()
+        return self
+
+    def knows(self, other: Node, namespace: str = NS) -> bool:
+        """Is the replica of ``other`` what it has?"""
+        log = other.logs.find(namespace)
+        assert log is not None
+        mine = self.sink.sets.get((namespace, other.roster.nid))
+        return mine == set(log.snapshot().fps.tolist()) and self.sees(other)
+
+    def sees(self, other: Node) -> bool:
+        """Is ``other`` up here?"""
+        return self.sink.peers.get(other.roster.nid, (0, "", False))[2]
+
+    def __enter__(self) -> Node:
+        return self.start()
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.roster.close()
+        self.wires.nodes.pop(self.address, None)
