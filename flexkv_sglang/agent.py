@@ -13,31 +13,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from flexkv_sglang import __version__
-from flexkv_sglang.backends.change_log import ChangeLog
-from flexkv_sglang.backends.curve import read_secret
-from flexkv_sglang.backends.fleet import NodeInfo
+from flexkv_sglang.backends.change_log import ChangeLogs, OwnChanges
+from flexkv_sglang.backends.curve import load_secret
+from flexkv_sglang.backends.fleet import NodeId, NodeInfo
 from flexkv_sglang.backends.local_tier import prepare_directory
 from flexkv_sglang.backends.page_server import PageServer
-from flexkv_sglang.backends.peer_control import ControlClient
+from flexkv_sglang.backends.peer_control import WirePeerControl
 from flexkv_sglang.backends.probe import IoMode
 from flexkv_sglang.backends.replica_writer import ReplicaWriter
 from flexkv_sglang.backends.roster import Roster
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.node_address import listen_address
 from flexkv_sglang.node_pages import NodePages, is_shareable, payload_bytes_of
 from flexkv_sglang.run_dir import RunDir, node_name
 
 logger = logging.getLogger(__name__)
 
 _POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
-_BEAT_S, _SCAN_S = 0.2, 1.0
+_SCAN_S = 1.0
 _LOG_INTERVAL_S = 60.0
 
 
@@ -55,34 +54,39 @@ class Agent:
         self._modes: dict[Path, IoMode] = {}
         self._refused: dict[str, str] = {}  # directory -> why
         self._pages: dict[str, NodePages] = {}  # replaced, never changed: other threads read it
-        self._logs: dict[str, ChangeLog] = {}
+        self._counts: Counter[str] = Counter()
+        self._counts_lock = threading.Lock()
         self._logged_at: dict[str, float] = {}
         self._needed_at = time.monotonic()
         self._changes = 0
+        self._share = share = config.share
+        self._nid = NodeId(node_name(config))
+        self._logs = ChangeLogs(outbox=share.redis_url is not None)
+        secret = load_secret(share)
         run_dir.add_places(config)
-        share = replace(config.share, listen=listen_address(config.share), nid=node_name(config))
-        self._share = share
-        secret = read_secret(share)
-        server = PageServer(
-            share, secret, self.info, self._pages_of, self._log_of, self.metrics.count
-        )
+        self._address = ""
+        self._server = PageServer(share, secret, self.info, self._pages_of, self._logs.find)
         self._replica = ReplicaWriter(run_dir.path)
-        self._control = ControlClient(share, secret)
+        self._control = WirePeerControl(share, secret)
         self._roster = Roster(
-            share, self.info, self._log_of, self._control, self._replica, self.metrics.count
+            share, self._own, self._logs.find, self._control, self._replica, self._count
         )
-        self._address = share.advertise or ""
-        bound = server.start()
-        self._server = server
-        self._address = self._address or bound
         self._round("scan", self._scan)
+        self._address = self._server.start()
         self._roster.start()
 
     def info(self) -> NodeInfo:
-        """What other nodes are told."""
+        """What other nodes are told, with the name this node has by now."""
+        return self._roster.own_info()
+
+    def _count(self, name: str, amount: int = 1) -> None:
+        with self._counts_lock:
+            self._counts[name] += amount
+
+    def _own(self) -> NodeInfo:
         return NodeInfo(
-            nid=self._roster.nid,
-            epoch=self._roster.epoch,
+            nid=self._nid,
+            epoch=self._logs.epoch,
             address=self._address,
             pod=self._share.pod,
             namespaces=tuple(sorted(self._pages)),
@@ -92,16 +96,15 @@ class Agent:
     def run(self, stop: threading.Event) -> None:
         """Until ``stop`` is set, or until no rank process has lived for ``agent_linger_s``."""
         pause = _POLL_MIN_S
-        due = {"beat": (0.0, _BEAT_S, self._replica.beat), "scan": (0.0, _SCAN_S, self._scan)}
+        scan_at = 0.0
         while not stop.wait(pause):
             before = self._changes
             self._round("journals", self._poll)
             pause = _POLL_MIN_S if self._changes != before else min(2 * pause, _POLL_MAX_S)
             now = time.monotonic()
-            for name, (at, interval, act) in due.items():
-                if now >= at:
-                    due[name] = now + interval, interval, act
-                    self._round(name, act)
+            if now >= scan_at:
+                scan_at = now + _SCAN_S
+                self._round("scan", self._scan)
             if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
                 logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
                 return
@@ -114,13 +117,10 @@ class Agent:
     def _pages_of(self, namespace: str) -> NodePages | None:
         return self._pages.get(namespace)
 
-    def _log_of(self, namespace: str) -> ChangeLog | None:
-        return self._logs.get(namespace)
-
     def _poll(self) -> None:
         for pages in self._pages.values():
             pages.poll()
-        self._changes = sum(log.last for log in self._logs.values())
+        self._changes = sum(pages.changes for pages in self._pages.values())
 
     def _scan(self) -> None:
         """New directories, namespaces and owners; those that are gone; what ``flexkv nodes`` shows."""
@@ -137,7 +137,6 @@ class Agent:
         for pages in self._pages.values():
             pages.scan()
         self._roster.wanted_namespaces(set(self._pages))
-        self._replica.tick()
         self._run_dir.write_status(self._status())
 
     def _prepare(self, path: str, io_engine: str) -> None:
@@ -167,40 +166,40 @@ class Agent:
         return found
 
     def _serve(self, namespace: str, payload_bytes: int) -> None:
-        log = self._logs.get(namespace) or self._roster.open_log(namespace)
+        log = self._logs.log(namespace)
         pages = NodePages(
             self._modes, namespace, payload_bytes, log, self.metrics, self._share.serve_depth
         )
-        self._logs = {**self._logs, namespace: log}
         self._pages = {**self._pages, namespace: pages}
         logger.info("flexkv: serving namespace %s, pages of %d bytes", namespace, payload_bytes)
 
     def _forget(self, namespace: str) -> None:
         pages = self._pages[namespace]
         self._pages = {name: held for name, held in self._pages.items() if name != namespace}
-        self._logs[namespace].clear()
+        self._logs.remove(namespace)
         pages.close()
 
     def _status(self) -> dict[str, object]:
         return {
+            **self._roster.status(),
             "written_at": time.time(),
-            "nid": self._roster.nid,
             "address": self._address,
             "cluster_id": self._share.cluster_id,
             "version": __version__,
             "ranks": self._run_dir.ranks(),
             "directories": sorted(map(str, self._modes)),
-            "refused": self._refused,
-            "namespaces": {name: len(pages) for name, pages in self._pages.items()},
+            "refused_directories": self._refused,
+            "served_pages": {name: len(pages) for name, pages in self._pages.items()},
             "counters": {name: n for name, n in self.metrics.snapshot().items() if n},
-            **self._roster.status(),
+            "sharing": dict(self._counts),
+            "served": dict(self._server.counts),
         }
 
     def _round(self, name: str, act: Callable[[], None]) -> None:
         try:
             act()
         except Exception as exc:  # noqa: BLE001 - an agent that ends helps nobody
-            self.metrics.count("agent_exceptions")
+            self._count("agent_exceptions")
             now = time.monotonic()
             if now - self._logged_at.get(name, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
                 self._logged_at[name] = now

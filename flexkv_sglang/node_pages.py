@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexkv_sglang.backends.change_log import ChangeLog
+from flexkv_sglang.backends.change_log import OwnChanges
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.fleet import MISSING, PageStatus, ServedPage, fingerprints
 from flexkv_sglang.backends.io import IoEngine
@@ -45,13 +45,14 @@ class NodePages:
         places: Mapping[Path, IoMode],
         namespace: str,
         payload_bytes: int,
-        log: ChangeLog,
+        log: OwnChanges,
         metrics: Metrics,
         depth: int,
     ) -> None:
         self.payload_bytes = payload_bytes
         self.namespace = namespace
         self._log = log
+        self.changes = 0  # how often something was told; for whoever polls
         self._metrics = metrics
         self._hidden: dict[PageKey, None] = {}  # the oldest first
         self._store = NeighbourStore(
@@ -111,6 +112,7 @@ class NodePages:
         self._store.close()
 
     def _changed(self, present: bool, keys: list[PageKey]) -> None:
+        self.changes += 1
         if present:
             for key in keys:
                 self._hidden.pop(key, None)  # written anew

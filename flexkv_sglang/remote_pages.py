@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet import fingerprints, namespace_bytes
-from flexkv_sglang.backends.peer_client import PageOutcome, PeerClient, Pending, RemoteRead
+from flexkv_sglang.backends.peer_client import PeerClient
+from flexkv_sglang.backends.remote_read import PageOutcome, Pending, RemoteRead
 from flexkv_sglang.backends.replica_reader import Peer, ReplicaReader
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.share_settings import ShareConfig
@@ -117,7 +118,6 @@ class RemotePages:
                 run.peer.epoch,
                 run.peer.address,
                 self._namespace,
-                self._payload_bytes,
                 keys[run.start : run.stop],
                 targets.take(slice(run.start, run.stop)),
                 self._accepted,
@@ -138,9 +138,8 @@ class RemotePages:
                 break
             good += 1
         self._metrics.count("remote_read_pages", good)
-        self._metrics.count("remote_read_bytes", good * self._payload_bytes)
         for outcome in PageOutcome:
-            if outcome is not PageOutcome.OK:
+            if outcome not in (PageOutcome.OK, PageOutcome.SKIPPED):
                 self._metrics.count(f"remote_{outcome.name.lower()}_pages", outcomes.count(outcome))
         lost = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome in _LOST]
         if lost:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from flexkv_sglang.agent_keeper import AgentKeeper
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
-from flexkv_sglang.backends.curve import read_secret
 from flexkv_sglang.backends.peer_client import PeerClient
 from flexkv_sglang.backends.replica_reader import ReplicaReader
 from flexkv_sglang.config import FlexKVConfig
@@ -22,7 +21,7 @@ class Sharing:
     def __init__(self, config: FlexKVConfig, metrics: Metrics) -> None:
         self._config = config
         self._run_dir = RunDir.of(config)
-        self._client = PeerClient(config.share, read_secret(config.share), metrics.count)
+        self._client = PeerClient(config.share, metrics.count)
         try:
             self._keeper = AgentKeeper(config, self._run_dir)
             self._keeper.start()

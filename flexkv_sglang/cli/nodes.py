@@ -41,10 +41,10 @@ def _facts(path: Path) -> dict[str, Any]:
     trouble = []
     if agent is not None and age > _STALE_S:
         trouble.append("the agent has not reported for a while" if status else "no report yet")
-    for feed, state in status.get("feeds", {}).items():
-        if not state.get("connected"):
-            trouble.append(f"{feed}: not connected: {state.get('last_error')}")
-    trouble += [f"{where}: {why}" for where, why in status.get("refused", {}).items()]
+    for feed in status.get("feeds", []):
+        if not feed.get("connected"):
+            trouble.append(f"{feed.get('feed')}: not connected: {feed.get('last_error')}")
+    trouble += [f"{where}: {why}" for where, why in status.get("refused_directories", {}).items()]
     return {
         "run_dir": str(path),
         "alive": agent is not None,
@@ -63,7 +63,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"cluster {status.get('cluster_id', '?')}, {status.get('ranks', 0)} rank processes",
         f"  run directory {facts['run_dir']}",
     ]
-    lines += [f"  serves {name}: {pages} pages" for name, pages in status.get("namespaces", {}).items()]
+    lines += [f"  serves {name}: {pages} pages" for name, pages in status.get("served_pages", {}).items()]
     lines += [f"  TROUBLE {text}" for text in facts["trouble"]]
     peers = status.get("peers", [])
     rows = [
