@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
+from typing import Any, cast
 
 import numpy as np
+import redis
 
 from flexkv_sglang.backends.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet import (
@@ -22,6 +25,7 @@ from flexkv_sglang.backends.fleet import (
     Snapshot,
     namespace_name,
 )
+from flexkv_sglang.backends.redis_entries import encode_change, encode_info, member_keys, stream_key
 from flexkv_sglang.backends.roster import Roster
 from flexkv_sglang.errors import PeerError
 from flexkv_sglang.types import U64
@@ -52,6 +56,7 @@ class MemorySink:
     peers: dict[NodeId, tuple[int, str, bool]] = field(default_factory=dict)
     sets: dict[tuple[str, NodeId], set[int]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
+    was_down: set[NodeId] = field(default_factory=set)
     error: OSError | None = None
     _user: threading.Lock = field(default_factory=threading.Lock)
 
@@ -69,6 +74,8 @@ class MemorySink:
     def set_peer(self, nid: NodeId, epoch: int, address: str, up: bool) -> None:
         with self._used("set_peer"):
             self.peers[nid] = (epoch, address, up)
+            if not up:
+                self.was_down.add(nid)
 
     def remove_peer(self, nid: NodeId) -> None:
         with self._used("remove_peer"):
@@ -184,3 +191,47 @@ class Node:
     ) -> None:
         self.roster.close()
         self.wires.nodes.pop(self.address, None)
+
+
+class HandNode:
+    """A node that a test plays by hand: its entry and its stream in Redis say what the test wants."""
+
+    def __init__(
+        self, client: redis.Redis, wires: Wires, nid: str, cluster_id: str = "default"
+    ) -> None:
+        self.client = client
+        self.nid = NodeId(nid)
+        self.logs = ChangeLogs()
+        self.log = self.logs.log(NS)
+        self.roster = SimpleNamespace(nid=self.nid)
+        self._cluster_id = cluster_id
+        wires.nodes[f"{nid}:1"] = cast(Node, self)
+
+    def own_info(self) -> NodeInfo:
+        return NodeInfo(self.nid, self.logs.epoch, f"{self.nid}:1", "", (NS,))
+
+    def beat(self, entry: bytes | None = None, ahead_s: float = 3600.0) -> None:
+        """Be in the list for ``ahead_s`` seconds more than the expiry."""
+        live, nodes, version = member_keys(self._cluster_id)
+        self.client.zadd(live, {self.nid: (time.time() + ahead_s) * 1000})
+        self.client.hset(nodes, self.nid, entry or encode_info(self.own_info()))
+        self.client.set(version, os.urandom(8))
+
+    def write(self, *changes: Change, entry_id: str = "*") -> None:
+        """Append to the stream."""
+        key = stream_key(self._cluster_id, NS, self.nid)
+        for change in changes:
+            self.client.xadd(key, cast(Any, encode_change(change)), id=entry_id)
+
+    def take(self) -> list[Change]:
+        """What is to be written; whether the test does so is up to it."""
+        found = self.log.pending(1000)
+        if found:
+            self.log.published(found[-1].epoch, found[-1].first + found[-1].numbers - 1)
+        return found
+
+    def added(self, *numbers: int) -> Change:
+        """Have more pages; the change that says so."""
+        self.log.add(fps(*numbers))
+        (change,) = self.take()
+        return change

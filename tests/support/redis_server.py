@@ -39,6 +39,7 @@ class RedisServer:
         self._kind = kind
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
+        self._clients: list[redis.Redis] = []
 
     def start(self) -> RedisServer:
         """Start, and wait until it answers (or refuses, which is an answer)."""
@@ -81,8 +82,9 @@ class RedisServer:
             self._process = None
 
     def client(self, **options: Any) -> redis.Redis:
-        """A client for the test's own use."""
-        return redis.Redis(port=self.port, protocol=2, **options)
+        """A client for the test's own use; closed with the server."""
+        self._clients.append(redis.Redis(port=self.port, protocol=2, **options))
+        return self._clients[-1]
 
     def __enter__(self) -> RedisServer:
         return self.start()
@@ -94,3 +96,5 @@ class RedisServer:
         _trace: TracebackType | None,
     ) -> None:
         self.kill()
+        for client in self._clients:
+            client.close()
