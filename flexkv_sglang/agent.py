@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexkv_sglang import __version__
-from flexkv_sglang.backends.change_log import ChangeLogs, OwnChanges
+from flexkv_sglang.backends.change_log import ChangeLogs
 from flexkv_sglang.backends.curve import load_secret
 from flexkv_sglang.backends.fleet import NodeId, NodeInfo
 from flexkv_sglang.backends.local_tier import prepare_directory
@@ -111,7 +111,13 @@ class Agent:
 
     def close(self) -> None:
         """Leave the others' lists, stop serving. Bounded, idempotent."""
-        for part in (self._roster, self._server, self._control, self._replica, *self._pages.values()):
+        for part in (
+            self._roster,
+            self._server,
+            self._control,
+            self._replica,
+            *self._pages.values(),
+        ):
             self._round("close", part.close)
 
     def _pages_of(self, namespace: str) -> NodePages | None:
@@ -198,7 +204,7 @@ class Agent:
     def _round(self, name: str, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as exc:  # noqa: BLE001 - an agent that ends helps nobody
+        except Exception as exc:
             self._count("agent_exceptions")
             now = time.monotonic()
             if now - self._logged_at.get(name, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:

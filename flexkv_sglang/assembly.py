@@ -85,7 +85,7 @@ def _key_name(config: FlexKVConfig, number: int) -> str:
     return "size" if len(config.tiers) == 1 else f"tiers[{number}].size"
 
 
-def open_hierarchy(
+def open_hierarchy(  # noqa: PLR0913 - one call, spelled out
     config: FlexKVConfig,
     prepared: Sequence[Mapping[str, IoMode]],
     namespace: str,

@@ -23,7 +23,7 @@ from flexkv_sglang.backends.retired import discard
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.keeping import Keeping
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.remote_pages import RemoteGet, RemotePages
+from flexkv_sglang.remote_pages import RemotePages
 from flexkv_sglang.types import PageBuffers, PageKey
 
 logger = logging.getLogger(__name__)

@@ -84,7 +84,9 @@ class Keeping:
             self._thread.join(_JOIN_S)
 
     def _begin(self, pages: PageBuffers) -> None:
-        self._memory = mmap.mmap(-1, self._rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(
+            -1, self._rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         self._memory.madvise(mmap.MADV_DONTFORK)
         self._base = np.frombuffer(self._memory, np.uint8).ctypes.data
         self._lengths = pages.lengths
@@ -94,7 +96,9 @@ class Keeping:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None and not self._closed:
             try:
-                done = self._put(job.keys, self._pages(job.rows), job.parent, time.monotonic() + _PUT_S)
+                done = self._put(
+                    job.keys, self._pages(job.rows), job.parent, time.monotonic() + _PUT_S
+                )
                 self._metrics.count("remote_kept_pages", sum(done))
             except Exception:
                 self._metrics.count("upkeep_exceptions")

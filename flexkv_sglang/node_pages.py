@@ -161,7 +161,7 @@ class NodePages:
             return [Outcome.FAILED] * len(claims)
 
 
-def _take_all(position: int, parts: list[tuple[int, int]]) -> bool:
+def _take_all(_position: int, _parts: list[tuple[int, int]]) -> bool:
     return True
 
 

@@ -44,7 +44,9 @@ class Run:
 class RemoteGet:
     """A read of some runs that has begun. ``wait`` once."""
 
-    def __init__(self, owner: RemotePages, keys: Sequence[PageKey], started: list[tuple[Run, Pending]]):
+    def __init__(
+        self, owner: RemotePages, keys: Sequence[PageKey], started: list[tuple[Run, Pending]]
+    ):
         self._owner = owner
         self._keys = keys
         self._started = started
@@ -53,7 +55,9 @@ class RemoteGet:
         """Length of the leading run that arrived whole and right. Nothing is written into targets after."""
         done, broken = 0, False
         for run, pending in self._started:
-            outcomes = pending.wait()  # also of runs behind a hole: their targets are the caller's again
+            outcomes = (
+                pending.wait()
+            )  # also of runs behind a hole: their targets are the caller's again
             got = self._owner.ended(run, self._keys[run.start : run.stop], outcomes)
             if not broken:
                 done += got
@@ -64,7 +68,7 @@ class RemoteGet:
 class RemotePages:
     """``page_tokens``: tokens of a page, to weigh fetching against computing; 0: do not weigh."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one call, spelled out
         self,
         namespace: str,
         payload_bytes: int,
@@ -87,7 +91,9 @@ class RemotePages:
         self._page_tokens = page_tokens
         self._usable = usable
         self._lock = threading.Lock()  # guards _disbelieved; dict work
-        self._disbelieved: dict[tuple[str, int, PageKey], float] = {}  # until when; the oldest first
+        self._disbelieved: dict[
+            tuple[str, int, PageKey], float
+        ] = {}  # until when; the oldest first
 
     def prefix(self, keys: Sequence[PageKey]) -> int:
         """Length of the leading run that other nodes hold and that is worth fetching. Memory only."""
@@ -100,7 +106,9 @@ class RemotePages:
             return [False] * len(keys)
         return list(map(bool, self._reader.holds(fingerprints(keys), self._skip)))
 
-    def begin(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> RemoteGet | None:
+    def begin(
+        self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float
+    ) -> RemoteGet | None:
         """Start reading the leading run of ``keys`` that other nodes hold into ``targets``; None if there is none.
 
         The targets are the caller's again when ``wait`` has returned: at the deadline at the latest.

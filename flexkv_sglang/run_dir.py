@@ -29,7 +29,7 @@ from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.share_settings import ShareConfig
 
-_MEMORY = Path("/dev/shm")  # noqa: S108 - not a temporary file: mode 0700, named by user
+_MEMORY = Path("/dev/shm")
 _NODE_ID = "node-id"
 _ASKED_S = 0.02
 _LOCAL = ("listen", "advertise", "run_dir", "nid")
@@ -87,7 +87,9 @@ class RunDir:
 
     def add_places(self, config: FlexKVConfig) -> None:
         """Have the agent serve this configuration's directories. Raises ``OSError``."""
-        places = sorted(str(Path(path).expanduser().absolute()) for t in config.tiers for path in t.path)
+        places = sorted(
+            str(Path(path).expanduser().absolute()) for t in config.tiers for path in t.path
+        )
         text = json.dumps({"paths": places, "io_engine": config.io_engine})
         name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         _write(self.path / "places" / name, text)

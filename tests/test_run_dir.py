@@ -101,7 +101,7 @@ def test_settings_that_differ_without_harm() -> None:
 
     assert digest(listen="127.0.0.1:1") == digest(nid="x") == digest()
     assert digest(cluster_id="blue") != digest()
-    assert digest(secret_file="/s") != digest()  # noqa: S106
+    assert digest(secret_file="/s") != digest()
 
 
 def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``flexkv agent``: runs this node's agent in the foreground. Rank processes start it the same way, in the background."""
+"""``flexkv agent``: runs this node's agent in the foreground; rank processes start it the same way."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_agent(config_path: Path, run_path: Path | None, *, for_ranks: bool) -> i
         _raise_file_limit()
         stop = threading.Event()
 
-        def end(number: int, frame: FrameType | None) -> None:
+        def end(_number: int, _frame: FrameType | None) -> None:
             stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):

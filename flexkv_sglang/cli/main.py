@@ -21,7 +21,11 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; ``argv`` without the program's name. Returns the exit code."""
     arguments = _parser().parse_args(argv)
-    if "directory" in arguments and arguments.command != "doctor" and not arguments.directory.is_dir():
+    if (
+        "directory" in arguments
+        and arguments.command != "doctor"
+        and not arguments.directory.is_dir()
+    ):
         print(f"flexkv: {arguments.directory} is not a directory", file=sys.stderr)
         return 2
     try:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.cli.output import emit, human_seconds, table
+from flexkv_sglang.cli.output import emit, table
 from flexkv_sglang.run_dir import RunDir
 
 _STALE_S = 5.0
@@ -26,7 +26,7 @@ def run_nodes(run_path: Path | None, *, as_json: bool) -> int:
 
 
 def _run_dirs() -> list[Path]:
-    base = Path(f"/dev/shm/flexkv-{os.getuid()}")  # noqa: S108 - as RunDir has it
+    base = Path(f"/dev/shm/flexkv-{os.getuid()}")
     return sorted(path.parent for path in base.glob("*/agent.lock"))
 
 
@@ -41,9 +41,11 @@ def _facts(path: Path) -> dict[str, Any]:
     trouble = []
     if agent is not None and age > _STALE_S:
         trouble.append("the agent has not reported for a while" if status else "no report yet")
-    for feed in status.get("feeds", []):
-        if not feed.get("connected"):
-            trouble.append(f"{feed.get('feed')}: not connected: {feed.get('last_error')}")
+    trouble += [
+        f"{feed.get('kind')} {feed.get('address')}: not connected: {feed.get('last_error')}"
+        for feed in status.get("feeds", [])
+        if not feed.get("connected")
+    ]
     trouble += [f"{where}: {why}" for where, why in status.get("refused_directories", {}).items()]
     return {
         "run_dir": str(path),
@@ -58,26 +60,22 @@ def _facts(path: Path) -> dict[str, Any]:
 def _text(facts: dict[str, Any]) -> str:
     status = facts["status"]
     state = f"agent {facts['pid']}" if facts["alive"] else "NO AGENT"
+    where = f"{status.get('address', 'no address')}, cluster {status.get('cluster_id', '?')}"
     lines = [
-        f"{status.get('nid', '?')}  {state}, {status.get('address', 'no address')}, "
-        f"cluster {status.get('cluster_id', '?')}, {status.get('ranks', 0)} rank processes",
+        f"{status.get('nid', '?')}  {state}, {where}, {status.get('ranks', 0)} rank processes",
         f"  run directory {facts['run_dir']}",
     ]
-    lines += [f"  serves {name}: {pages} pages" for name, pages in status.get("served_pages", {}).items()]
+    lines += [
+        f"  serves {name}: {pages} pages" for name, pages in status.get("served_pages", {}).items()
+    ]
     lines += [f"  TROUBLE {text}" for text in facts["trouble"]]
     peers = status.get("peers", [])
     rows = [
-        [
-            peer.get("nid", ""),
-            peer.get("address", ""),
-            peer.get("state", ""),
-            str(peer.get("pages", 0)),
-            human_seconds(peer.get("lag_s") or 0.0),
-        ]
+        [peer["nid"], peer["address"], peer["state"], str(peer["pages"]), str(peer["behind"])]
         for peer in peers
     ]
     if rows:
-        lines.append(table(["node", "address", "state", "pages", "lag"], rows))
+        lines.append(table(["node", "address", "state", "pages", "behind"], rows))
     else:
         lines.append("  no other node")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,13 +25,13 @@ GRACE_S = 0.6
 
 
 @pytest.fixture
-def pair(redis_server: RedisServer, make_node: MakeNode) -> Iterator[tuple[Node, Rank, Node, Rank]]:
+def pair(redis_server: RedisServer, make_node: MakeNode) -> tuple[Node, Rank, Node, Rank]:
     """Node a with pages 1 that node b knows of; b keeps nothing."""
     a, b = (make_node(name, redis_url=redis_server.url, promote=False) for name in "ab")
     writer, reader = a.rank(), b.rank()
     writer.put(1, PAGES)
     assert eventually(lambda: reader.prefix(1, PAGES) == PAGES), (b.status(), b.agent_log())
-    yield a, writer, b, reader
+    return a, writer, b, reader
 
 
 def reads_all(reader: Rank, seed: int = 1) -> bool:

@@ -58,7 +58,11 @@ class Story:
             self.h3_storage_tokens_after_h1_stopped,
             self.storage_tokens_after_heal,
         }
-        return shared == {self.reusable_tokens} and self.storage_tokens_while_cut == 0 and self.outputs_equal
+        return (
+            shared == {self.reusable_tokens}
+            and self.storage_tokens_while_cut == 0
+            and self.outputs_equal
+        )
 
 
 class Fleet:
@@ -177,7 +181,9 @@ def ask(narrator: Narrator, replica: Replica, host: str, seed: int) -> Answer:
 def start(narrator: Narrator, fleet: Fleet, host: str) -> Replica:
     replica = fleet.replicas[host]
     replica.start()
-    with narrator.during(f"    starting a server on {host} ({fleet.cluster.address(host)})") as waiting:
+    with narrator.during(
+        f"    starting a server on {host} ({fleet.cluster.address(host)})"
+    ) as waiting:
         replica.wait_ready(waiting=waiting)
     return replica
 
@@ -236,7 +242,9 @@ def run(narrator: Narrator, fleet: Fleet) -> Story:
 def tell(narrator: Narrator, work: Path) -> Story:
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster(("redis", *HOSTS)))
-        with narrator.during("0. three hosts and a Redis in network namespaces, a tiny random Llama"):
+        with narrator.during(
+            "0. three hosts and a Redis in network namespaces, a tiny random Llama"
+        ):
             model = make_tiny_model(work / "model")
             stack.enter_context(redis_server(cluster, work / "redis"))
         fleet = Fleet(cluster, model, work)

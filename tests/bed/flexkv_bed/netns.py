@@ -99,7 +99,9 @@ class Cluster:
             _ip("-n", name, "link", "set", "eth0", "up")
 
     def _down(self) -> None:
-        names = subprocess.run(["ip", "netns", "list"], capture_output=True, timeout=_COMMAND_S, check=False)
+        names = subprocess.run(
+            ["ip", "netns", "list"], capture_output=True, timeout=_COMMAND_S, check=False
+        )
         for line in names.stdout.decode().splitlines():
             name = line.split()[0] if line.split() else ""
             if name.startswith(f"{self._prefix}-"):
