@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 SECRET_BYTES_MIN, SECRET_BYTES_MAX = 32, 4096
 LOOPBACK = "127.0.0.1"
+DEFAULT_PORT = 7400
+"""Without Redis the port must be known beforehand: others name it in ``peers``."""
+
 _DOMAIN = b"fk1"
 _ZAP = "inproc://zeromq.zap.01"
 
@@ -149,7 +152,7 @@ class Door:
 def listen_address(share: ShareConfig, secret: Secret | None) -> tuple[str, int]:
     """(host, port) to bind; port 0: any. Raises ``ConfigError`` for a place that would be open to strangers."""
     if share.listen == "auto":
-        host, port = (LOOPBACK if secret is None else _outward_host(share)), 0
+        host, port = _auto_host(share, secret), 0 if share.redis_url else DEFAULT_PORT
     else:
         host, port = split_address(share.listen, "share.listen")
     if _is_loopback(host):
@@ -170,6 +173,20 @@ def listen_address(share: ShareConfig, secret: Secret | None) -> tuple[str, int]
             "pages are served at %s without a secret: whoever can reach it may read them", host
         )
     return host, port
+
+
+def _auto_host(share: ShareConfig, secret: Secret | None) -> str:
+    """Loopback as long as strangers could read pages."""
+    host = _outward_host(share)
+    if _is_loopback(host) or secret is not None or share.insecure:
+        return host
+    logger.warning(
+        "other machines cannot read pages from this one, because share.secret_file is not set: listening on %s,"
+        " not on %s",
+        LOOPBACK,
+        host,
+    )
+    return LOOPBACK
 
 
 def advertised(share: ShareConfig, host: str, port: int) -> str:
