@@ -18,7 +18,8 @@ from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet import fingerprints, namespace_bytes
 from flexkv_sglang.backends.peer_client import PeerClient
 from flexkv_sglang.backends.remote_read import PageOutcome, Pending, RemoteRead
-from flexkv_sglang.backends.replica_reader import Peer, ReplicaReader
+from flexkv_sglang.backends.replica_files import Peer
+from flexkv_sglang.backends.replica_reader import ReplicaReader
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.share_settings import ShareConfig
 from flexkv_sglang.types import U64, PageBuffers, PageKey
@@ -29,7 +30,8 @@ _RATE_MIN = 100e6
 _DISBELIEVED_S = 30.0
 _DISBELIEVED_MAX = 1 << 16
 _RUNS_MAX = 8
-_LOST = {PageOutcome.MISS, PageOutcome.CORRUPT, PageOutcome.LATE}
+_LOST = {PageOutcome.MISS, PageOutcome.CORRUPT}
+"""Not LATE: a peer that hangs has a breaker, and when it answers again its pages are there."""
 
 
 @dataclass(frozen=True, slots=True)

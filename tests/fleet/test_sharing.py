@@ -149,7 +149,7 @@ def test_an_agent_with_other_settings_is_not_used(
     second = a.rank()
     assert eventually(lambda: "other settings of share" in second.log_text())
     assert second.put(1, 4) == 4
-    assert first.get(1, 4)["pages"] == 4  # neighbours need no agent
+    assert eventually(lambda: first.get(1, 4)["pages"] == 4)  # neighbours need no agent
 
 
 def test_two_clusters_on_one_redis(redis_server: RedisServer, make_node: MakeNode) -> None:
