@@ -20,6 +20,13 @@ from flexkv_sglang.backends.redis_entries import encode_change, encode_info, mem
 from flexkv_sglang.backends.redis_feed import streams_of
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter waits: nothing here depends on how long they are."""
+    monkeypatch.setattr(redis_feed, "BLOCK_S", 0.1)
+    monkeypatch.setattr("flexkv_sglang.backends.snapshot_queue.JITTER_S", 0.05)
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
     with RedisServer(tmp_path / "redis") as server:
@@ -28,7 +35,7 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def share(server: RedisServer) -> ShareConfig:
-    return ShareConfig(redis_url=server.url, heartbeat_s=0.2, node_ttl_s=1.0)
+    return ShareConfig(redis_url=server.url, heartbeat_s=0.1, node_ttl_s=0.6)
 
 
 def both_know(one: Node, two: Node, seconds: float = 10.0) -> bool:
@@ -343,7 +350,7 @@ def test_clocks_of_this_machine_may_jump(
         for number, jump in enumerate((-1e6, 1e6, 0.0)):
             monkeypatch.setattr(time, "time", lambda jump=jump: 1.7e9 + jump)
             beats = one.counts["share_beats"]
-            assert eventually(lambda beats=beats: one.counts["share_beats"] > beats + 5)  # type: ignore[misc]
+            assert eventually(lambda beats=beats: one.counts["share_beats"] > beats + 3)  # type: ignore[misc]
             one.logs.log(NS).add(fps(number))
             assert both_know(one, two)
     assert not one.sink.was_down
