@@ -1,0 +1,50 @@
+"""Memory that pages are served from: one preallocated piece, handed out in runs. First fit; free runs are joined.
+
+A run goes back only when nothing reads it any more: the page server asks ZeroMQ's tracker. Threads: one.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_left
+
+import numpy as np
+
+from flexkv_sglang.types import SECTOR, round_up
+
+
+class ServeSlabs:
+    """``byte_count`` bytes at ``address`` (4096-aligned). ``free_bytes`` may lie in several runs."""
+
+    def __init__(self, byte_count: int) -> None:
+        self.byte_count = round_up(byte_count, SECTOR)
+        self._map = mmap.mmap(-1, self.byte_count)
+        self.memory = memoryview(self._map)
+        self.address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
+        self._free: list[tuple[int, int]] = [(0, self.byte_count)]  # (offset, length), ascending
+        self.free_bytes = self.byte_count
+
+    def take(self, byte_count: int) -> int | None:
+        """Offset of a run of ``byte_count`` bytes (a multiple of 4096); None: there is none now."""
+        assert byte_count % SECTOR == 0, byte_count
+        for place, (offset, length) in enumerate(self._free):
+            if length >= byte_count:
+                rest = (offset + byte_count, length - byte_count)
+                self._free[place : place + 1] = [rest] if rest[1] else []
+                self.free_bytes -= byte_count
+                return offset
+        return None
+
+    def give(self, offset: int, byte_count: int) -> None:
+        """A run is free again."""
+        place = bisect_left(self._free, (offset, 0))
+        start, end = offset, offset + byte_count
+        if place < len(self._free):
+            assert end <= self._free[place][0], "given twice"
+            if end == self._free[place][0]:
+                end += self._free.pop(place)[1]
+        if place and sum(self._free[place - 1]) == start:
+            place -= 1
+            start = self._free.pop(place)[0]
+        self._free.insert(place, (start, end - start))
+        self.free_bytes += byte_count
