@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet_bed import NS, OTHER_NS, HandNode, Node, Wires, eventually, fps
-from redis_server import RedisServer
 
+from fleet_bed import NS, OTHER_NS, HandNode, Node, Wires, eventually, fps
 from flexkv_sglang.backends import redis_feed
 from flexkv_sglang.backends.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet import Change, Op, ShareConfig
 from flexkv_sglang.backends.redis_entries import encode_change, encode_info, member_keys, stream_key
 from flexkv_sglang.backends.redis_feed import streams_of
+from redis_server import RedisServer
 
 
 @pytest.fixture(autouse=True)
