@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,12 +91,11 @@ def test_redis_killed_and_back_empty(
     assert "b" not in one.sink.was_down
 
 
-@pytest.mark.parametrize("pause", [signal.SIGSTOP])
-def test_redis_hangs(server: RedisServer, share: ShareConfig, pause: signal.Signals) -> None:
+def test_redis_hangs(server: RedisServer, share: ShareConfig) -> None:
     wires = Wires()
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         assert both_know(one, two)
-        server.signal(pause)
+        server.signal(signal.SIGSTOP)
         one.logs.log(NS).add(fps(1, 2))
         before = one.counts["share_redis_errors"]
         assert eventually(lambda: one.counts["share_redis_errors"] > before + 2)
@@ -381,6 +381,18 @@ def test_a_replica_that_cannot_be_written_is_written_later(
     node.sink.error = None
     assert knows(node, hand)
     assert node.counts["share_thread_errors"] == 0
+
+
+def test_after_close_nothing_is_written(scene: tuple[Node, HandNode]) -> None:
+    node, hand = scene
+    node.roster.close()
+    calls = node.sink.calls.copy()
+    hand.write(hand.added(4))
+    node.roster.changed(NS, hand.nid, [Change(hand.logs.epoch, 4, Op.ADD, fps(4))])
+    node.roster.listed("redis", [])
+    node.roster.wanted_namespaces(())
+    assert node.sink.calls == calls
+    assert not [thread.name for thread in threading.enumerate() if "flexkv-r" in thread.name]
 
 
 def test_shapes_of_an_answer() -> None:
