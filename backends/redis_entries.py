@@ -12,14 +12,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flexkv_sglang.backends.fleet import CHANGE_KEYS, PROTOCOL, Change, NodeId, NodeInfo, Op
+from flexkv_sglang.backends.fleet import (
+    CHANGE_KEYS,
+    PROTOCOL,
+    Change,
+    NodeId,
+    NodeInfo,
+    Op,
+    namespace_bytes,
+)
 
 PREFIX = "fk1"
 ENTRY_BYTES_MAX = 65536
 NAMESPACES_MAX = 1024
 _NUMBER_MAX = 1 << 62
 _NAME = re.compile(r"[\w.-]{1,96}", re.ASCII)
-_NAMESPACE = re.compile(r"[a-z2-7]{26}")
 _ADDRESS = re.compile(r"[\w.:\[\]-]{3,128}", re.ASCII)
 _LETTERS = {Op.ADD: b"A", Op.DROP: b"D", Op.CLEAR: b"C", Op.KEEP: b"K"}
 _OPS = {letter: op for op, letter in _LETTERS.items()}
@@ -89,9 +96,18 @@ def is_sound(info: NodeInfo) -> bool:
         and bool(_ADDRESS.fullmatch(info.address))
         and len(info.pod) <= 128
         and len(info.namespaces) <= NAMESPACES_MAX
-        and all(_NAMESPACE.fullmatch(name) for name in info.namespaces)
+        and all(is_namespace(name) for name in info.namespaces)
         and len(info.engines) <= 16
     )
+
+
+def is_namespace(name: str) -> bool:
+    """May this be a namespace's name?"""
+    try:
+        namespace_bytes(name)
+    except ValueError:
+        return False
+    return True
 
 
 def encode_change(change: Change) -> dict[bytes, bytes]:

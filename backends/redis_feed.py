@@ -108,7 +108,10 @@ class RedisFeed:
         self._written_at: dict[str, float] = {}
         self._cursors: dict[bytes, bytes] = {}
         self._heard_at: dict[bytes, float] = {}
-        self._read_anew = False
+        self._emptied = (
+            0  # how often Redis was found without our entry; written by the writing thread
+        )
+        self._read_since = 0
         self._threads = [
             Worker("flexkv-redis-beat", self._write, lambda: host.count("share_thread_errors")),
             Worker("flexkv-redis-read", self._read, lambda: host.count("share_thread_errors")),
@@ -189,7 +192,7 @@ class RedisFeed:
             self._infos = [info for info in found if info is not None]
         lost = former == b"" and self._beaten_as == own.nid
         if lost:  # flushed, failed over or away for long: others have yet to come back
-            self._read_anew = True
+            self._emptied += 1
             self._host.count("share_redis_emptied")
         self._beaten_as = own.nid
         hold_s = self._share.node_ttl_s + self._write_outage.retry_max_s if lost else 0.0
@@ -268,7 +271,7 @@ class RedisFeed:
         except self._link.errors as error:
             self._host.count("share_redis_errors")
             self._reading.connection_pool.disconnect()
-            self._read_anew = True
+            self._read_since = -1
             self._threads[1].pause(self._read_outage.failed(error))
             return 0.0
         self._read_outage.worked()
@@ -289,7 +292,8 @@ class RedisFeed:
     def _point(self, keys: list[bytes]) -> None:
         """Where to read each stream on. Ids prove nothing; when they may have gone back, from the beginning."""
         now = time.monotonic()
-        anew, self._read_anew = self._read_anew, False
+        emptied = self._emptied
+        anew, self._read_since = self._read_since != emptied, emptied
         cursors = {}
         for key in keys:
             cursor = self._cursors.get(key, b"0")

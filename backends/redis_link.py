@@ -106,9 +106,9 @@ def redacted(url: str) -> str:
 
 def _service_and_db(path: str, sentinel: bool) -> tuple[str | None, int]:
     names = [name for name in path.split("/") if name]
-    service = names.pop(0) if sentinel else None
-    if len(names) > 1:
+    if len(names) > 1 + sentinel or len(names) < sentinel:
         raise ValueError(path)
+    service = names.pop(0) if sentinel else None
     return service, int(names[0]) if names else 0
 
 

@@ -15,7 +15,14 @@ from dataclasses import replace
 
 from flexkv_sglang.backends.background import Outage, Worker
 from flexkv_sglang.backends.change_log import OwnChanges
-from flexkv_sglang.backends.fleet import Change, NodeId, NodeInfo, PeerControl, ShareConfig
+from flexkv_sglang.backends.fleet import (
+    Change,
+    NodeId,
+    NodeInfo,
+    PeerControl,
+    ShareConfig,
+    Snapshot,
+)
 from flexkv_sglang.backends.follower import Apply, Follower, Forget, Reset, Step
 from flexkv_sglang.backends.members import Member, Members
 from flexkv_sglang.backends.redis_feed import RedisFeed
@@ -109,8 +116,11 @@ class Roster:
 
     def wanted_namespaces(self, namespaces: Iterable[str]) -> None:
         """Namespaces that are present on this node: those of other nodes are followed. May change at any time."""
+        wanted = frozenset(namespaces)
         with self._lock:
-            self._wanted = frozenset(namespaces)
+            if wanted == self._wanted:
+                return
+            self._wanted = wanted
             self._settle()
         self._wake()
 
@@ -362,16 +372,21 @@ class Roster:
         except PeerError as error:
             logger.debug("no snapshot of %s from %s: %s", feed[0], address, error)
         finally:
-            with self._lock:
-                self._queue.done(feed, failed=failed)
-                self.count("share_snapshots_failed" if failed else "share_snapshots")
-                follower = self._followers.get(feed)
-                if follower is not None and not self._closed:
-                    steps = follower.answered(snapshot) if snapshot is not None else []
-                    if steps:
-                        self._snapshot_at[feed] = time.monotonic()
-                    self._do(feed, steps)
+            self._fetched(feed, snapshot, failed)
         return 0.0
+
+    def _fetched(self, feed: Feed, snapshot: Snapshot | None, failed: bool) -> None:
+        self.count("share_snapshots_failed" if failed else "share_snapshots")
+        with self._lock:
+            follower = self._followers.get(feed)
+            steps = follower.answered(snapshot) if follower and snapshot else []
+            self._queue.done(feed, failed=failed, useless=not failed and not steps)
+            if follower is None or self._closed:
+                self._queue.forget(feed)
+                return
+            if steps:
+                self._snapshot_at[feed] = time.monotonic()
+            self._do(feed, steps)
 
 
 def _adder(metrics: Callable[[str, int], None]) -> Callable[..., None]:

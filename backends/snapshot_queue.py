@@ -65,9 +65,11 @@ class SnapshotQueue:
         self._asked[feed] = now
         return feed
 
-    def done(self, feed: Feed, *, failed: bool) -> None:
-        """An answer came, or none."""
+    def done(self, feed: Feed, *, failed: bool, useless: bool = False) -> None:
+        """An answer came, or none, or one that was outdated: peers keep a snapshot for a second."""
         self._busy.discard(feed)
+        if useless:
+            self._renewed.add(feed)
         self._failures[feed] = min(self._failures.get(feed, 0) + 1, 8) if failed else 0
 
     def due_in(self, now: float) -> float:

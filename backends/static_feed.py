@@ -20,6 +20,7 @@ ASK_TIMEOUT_S = 1.0
 POLL_S = 0.02
 """A peer's changes are asked for this often, or less often: ``_POLLS_PER_S`` per node in all."""
 
+POLL_FAILED_S = 0.3
 _POLLS_PER_S = 200
 
 
@@ -67,17 +68,19 @@ class StaticFeed:
         try:
             if time.monotonic() >= self._next_hello:
                 self._hello()
-            asked = self._poll()
         except PeerError as error:
             self._host.count("share_peer_errors")
-            pause = self._outage.failed(error)
-            self._next_hello = 0.0
+            self._thread.pause(self._outage.failed(error))
             if time.monotonic() - self._answered_at >= self._share.node_ttl_s:
                 self._host.listed(self._source, [])
-            self._thread.pause(pause)
             return 0.0
-        self._outage.worked()
-        self._answered_at = time.monotonic()
+        try:
+            asked = self._poll()
+        except PeerError:  # gone, busy, or without that namespace now: the next greeting tells
+            self._host.count("share_peer_errors")
+            self._next_hello = 0.0
+            self._thread.pause(POLL_FAILED_S)
+            return 0.0
         if not asked:
             return max(0.0, self._next_hello - time.monotonic())
         self._thread.pause(max(POLL_S, len(self._host.followed()) / _POLLS_PER_S))
@@ -89,6 +92,8 @@ class StaticFeed:
         if not is_sound(info):
             raise PeerError(f"{self._address} says nothing sound of itself")
         self._info = info
+        self._answered_at = time.monotonic()
+        self._outage.worked()
         own = self._host.own_info()
         self._host.own_name_seen(self._source, info if info.nid == own.nid else None)
         self._host.listed(self._source, [replace(info, address=self._address)])

@@ -25,6 +25,8 @@ from flexkv_sglang.backends.fleet import (
     Snapshot,
     namespace_name,
 )
+from flexkv_sglang.backends.page_server import PageServer
+from flexkv_sglang.backends.peer_control import WirePeerControl
 from flexkv_sglang.backends.redis_entries import encode_change, encode_info, member_keys, stream_key
 from flexkv_sglang.backends.roster import Roster
 from flexkv_sglang.errors import PeerError
@@ -191,6 +193,47 @@ class Node:
     ) -> None:
         self.roster.close()
         self.wires.nodes.pop(self.address, None)
+
+
+class WireNode:
+    """A node that others reach over the real wire, on loopback."""
+
+    def __init__(self, share: ShareConfig, nid: str) -> None:
+        self.logs = ChangeLogs()
+        self.logs.log(NS)
+        self.nid = NodeId(nid)
+        self.sink = MemorySink()
+        self.counts: Counter[str] = Counter()
+        self.roster: Roster | None = None
+        self.control = WirePeerControl(share, None)
+        self._server = PageServer(share, None, self.own_info, lambda _ns: None, self.logs.find)
+        self.address = self._server.start()
+
+    def own_info(self) -> NodeInfo:
+        nid = self.roster.nid if self.roster else self.nid
+        return NodeInfo(nid, self.logs.epoch, self.address, "", self.logs.namespaces())
+
+    def meet(self, share: ShareConfig) -> None:
+        """Begin to follow."""
+        self.roster = Roster(
+            share, self.own_info, self.logs.find, self.control, self.sink, self._count
+        )
+        self.roster.wanted_namespaces({NS})
+        self.roster.start()
+
+    def _count(self, name: str, amount: int) -> None:
+        self.counts[name] += amount
+
+    def holds(self, nid: str) -> set[int] | None:
+        """The replica of a node that is up."""
+        up = self.sink.peers.get(NodeId(nid), (0, "", False))[2]
+        return self.sink.sets.get((NS, NodeId(nid))) if up else None
+
+    def close(self) -> None:
+        if self.roster:
+            self.roster.close()
+        self.control.close()
+        self._server.close()
 
 
 class HandNode:

@@ -31,12 +31,12 @@ class RedisServer:
     """One server on loopback. ``arguments``: further lines of its configuration. Does not start by itself."""
 
     def __init__(
-        self, directory: Path, *arguments: str, port: int = 0, kind: str = "redis-server"
+        self, directory: Path, *arguments: str, port: int = 0, sentinel: bool = False
     ) -> None:
         self.directory = directory
         self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._kind = kind
+        self._sentinel = sentinel
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._clients: list[redis.Redis] = []
@@ -50,13 +50,13 @@ class RedisServer:
         ]
         if not any("tls-port" in line for line in self._arguments):
             lines.append(f"port {self.port}\n")
-        if self._kind == "redis-server":
+        if not self._sentinel:
             lines.append('save ""\nappendonly no\n')
         config = self.directory / f"{self.port}.conf"
         config.write_text("".join(lines))
-        log = (self.directory / f"{self.port}.log").open("ab")
-        self._process = subprocess.Popen([self._kind, str(config)], stdout=log, stderr=log)
-        log.close()
+        command = ["redis-server", str(config), *(["--sentinel"] if self._sentinel else [])]
+        with (self.directory / f"{self.port}.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
         deadline = time.monotonic() + 10
         while True:
             try:
