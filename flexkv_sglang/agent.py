@@ -15,9 +15,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from flexkv_sglang import __version__
 from flexkv_sglang.backends.change_log import ChangeLogs
 from flexkv_sglang.backends.curve import load_secret
 from flexkv_sglang.backends.fleet import NodeId, NodeInfo
@@ -38,6 +38,16 @@ logger = logging.getLogger(__name__)
 _POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
 _SCAN_S = 1.0
 _LOG_INTERVAL_S = 60.0
+
+
+def _version() -> str:
+    try:
+        return version("flexkv-sglang")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return ""
+
+
+_VERSION = _version()
 
 
 class Agent:
@@ -90,7 +100,7 @@ class Agent:
             address=self._address,
             pod=self._share.pod,
             namespaces=tuple(sorted(self._pages)),
-            version=__version__,
+            version=_VERSION,
         )
 
     def run(self, stop: threading.Event) -> None:
@@ -111,14 +121,10 @@ class Agent:
 
     def close(self) -> None:
         """Leave the others' lists, stop serving. Bounded, idempotent."""
-        for part in (
-            self._roster,
-            self._server,
-            self._control,
-            self._replica,
-            *self._pages.values(),
-        ):
-            self._round("close", part.close)
+        ends: list[Callable[[], object]] = [self._roster.close, self._server.close]
+        ends += [self._control.close, self._replica.close]
+        for end in (*ends, *(pages.close for pages in self._pages.values())):
+            self._round("close", end)
 
     def _pages_of(self, namespace: str) -> NodePages | None:
         return self._pages.get(namespace)
@@ -191,7 +197,7 @@ class Agent:
             "written_at": time.time(),
             "address": self._address,
             "cluster_id": self._share.cluster_id,
-            "version": __version__,
+            "version": _VERSION,
             "ranks": self._run_dir.ranks(),
             "directories": sorted(map(str, self._modes)),
             "refused_directories": self._refused,
@@ -201,7 +207,7 @@ class Agent:
             "served": dict(self._server.counts),
         }
 
-    def _round(self, name: str, act: Callable[[], None]) -> None:
+    def _round(self, name: str, act: Callable[[], object]) -> None:
         try:
             act()
         except Exception as exc:

@@ -20,7 +20,8 @@ from flexkv_sglang.backends.fleet import MISSING, PageStatus, ServedPage, finger
 from flexkv_sglang.backends.io import IoEngine
 from flexkv_sglang.backends.journal import generations, journal_path
 from flexkv_sglang.backends.local_tier import noted
-from flexkv_sglang.backends.neighbours import NeighbourPage, NeighbourStore
+from flexkv_sglang.backends.neighbour import NeighbourPage
+from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.backends.ownership import owners
 from flexkv_sglang.backends.probe import IoMode, make_engine
 from flexkv_sglang.backends.records import HEADER_BYTES, JOURNAL_MAGIC, Header

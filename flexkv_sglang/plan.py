@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.neighbours import NeighbourPage, NeighbourStore
+from flexkv_sglang.backends.neighbour import NeighbourPage
+from flexkv_sglang.backends.neighbours import NeighbourStore
 from flexkv_sglang.local_pages import LocalPages
 from flexkv_sglang.types import PageKey, SlotId
 

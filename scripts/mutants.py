@@ -16,10 +16,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants_of_identity import IDENTITY
-
 import mutants_of_eviction
 from mutants_of_doctor import MUTANTS as OF_DOCTOR
+from mutants_of_identity import IDENTITY
 from mutants_of_neighbours import SEEDS
 from mutants_of_pools import MUTANTS as OF_POOLS
 

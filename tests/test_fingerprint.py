@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_checkpoint, write_safetensors
 
+from checkpoints import write_checkpoint, write_safetensors
 from flexkv_sglang import fingerprint
 from flexkv_sglang.fingerprint import (
     FILE_READS,

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from updating import forget_updates
 
 import hybrid_models
 from flexkv_bed.controller import boot, page_hashes
 from flexkv_bed.tiny_model import write_config
 from flexkv_sglang.epochs import WEIGHTS, Epoch
 from hybrid_models import CASES, MODELS, PAGE, PAGES, HybridRig, prompt
+from updating import forget_updates
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 

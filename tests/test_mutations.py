@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from updating import Updates, forget_updates
 
+from checkpoints import write_checkpoint
 from flexkv_bed.controller import (
     Geometry,
     Rig,
@@ -35,6 +34,7 @@ from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.epochs import Epoch
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.served import kv_settings, model_identity
+from updating import Updates, forget_updates
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 

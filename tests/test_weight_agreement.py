@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import agreeing
 import pytest
+
+import agreeing
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 

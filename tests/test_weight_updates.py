@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import write_checkpoint
-from updating import Runner, Updates, forget_updates
 
+from checkpoints import write_checkpoint
 from engines import wait_until
 from flexkv_bed.controller import (
     Geometry,
@@ -30,6 +29,7 @@ from flexkv_bed.controller import (
 )
 from flexkv_sglang import weight_updates
 from flexkv_sglang.epochs import WEIGHTS, Epoch
+from updating import Runner, Updates, forget_updates
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from updating import forget_updates
 
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.epochs import WEIGHTS, Epoch
 from plain_pools import Pool, ask, hybrid, names, pool_of, put, store_of, transfer
+from updating import forget_updates
 
 pytestmark = pytest.mark.sglang
 

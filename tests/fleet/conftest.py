@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fleet_nodes import Node
 from redis_server import RedisServer
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fleet_nodes import Node, Rank, eventually
 
+from fleet_nodes import Node, Rank, eventually
 from flexkv_bed.cluster_demo import redis_server
 from flexkv_bed.netns import Cluster, UnavailableError
 

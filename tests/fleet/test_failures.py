@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from fleet_nodes import Node, Rank, eventually
 from redis_server import ACL, RedisServer
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from fleet_nodes import Node, eventually
 from redis_server import RedisServer, free_port
 
