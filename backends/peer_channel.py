@@ -161,6 +161,7 @@ class PeerChannel:
             self._cancel_unwanted(out.pending)
             return
         if page.length != out.pending.page_bytes:
+            out.pending.fail(place, PageOutcome.FAILED)
             link.fail(f"wire: a page of {page.length} bytes, not {out.pending.page_bytes}")
             return
         outcome = out.pending.deliver(place, page, frame)
