@@ -67,6 +67,7 @@ def test_a_reader_beyond_its_share_is_told_busy_at_once() -> None:
         assert (busy.rid, busy.index, busy.status) == (3, 0, BUSY)
         assert peer.hear() == wire.End(3, 1)
         other.say(read(4, keys[:10]))  # of all memory, six are left
+        until(lambda: server._pages.held_bytes == 64 << 10)
         valve.open.set()
         heard = peer.hear_all()
         assert [page.status for page in heard[:-1]] == [OK] * 8
