@@ -62,6 +62,7 @@ class Link:
         largest = max(MESSAGE_BYTES_MIN, page_bytes + 4096)
         self.sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self.sock.linger = 0
+        self.sock.ipv6 = "[" in address
         self.sock.maxmsgsize = largest
         self.sock.rcvhwm = QUEUE_MESSAGES
         self.sock.sndhwm = QUEUE_MESSAGES

@@ -19,7 +19,7 @@ from flexkv_sglang.types import SECTOR, round_up
 QUEUE_MAX = 32
 """Requests of one reader that are not answered yet."""
 
-TURN_BYTES, TURN_PAGES = 4 << 20, 32
+TURN_BYTES, TURN_PAGES = 2 << 20, 32
 
 
 @dataclass(eq=False, slots=True)
