@@ -52,6 +52,10 @@ class Failpoint(IntEnum):
     # close
     CLOSE_SYNCED = 70
     CLOSE_RECORDED = 71
+    # a file of the membership replica: whole under its temporary name, in place, made known
+    REPLICA_WRITTEN = 80
+    REPLICA_RENAMED = 81
+    REPLICA_KNOWN = 82
 
 
 Hook = Callable[[Failpoint, int, bytes | memoryview], None]
