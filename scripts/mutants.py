@@ -20,6 +20,7 @@ from mutants_of_identity import IDENTITY
 
 import mutants_of_eviction
 from mutants_of_doctor import MUTANTS as OF_DOCTOR
+from mutants_of_feed import MUTANTS as OF_FEED
 from mutants_of_neighbours import SEEDS
 from mutants_of_pools import MUTANTS as OF_POOLS
 
@@ -283,6 +284,7 @@ MUTANTS = (
         "tests/backends/test_local_tier.py",
     ),
     *(Mutant(*row) for row in mutants_of_eviction.ROWS),
+    *(Mutant(*fields) for fields in OF_FEED),
     *(Mutant(*fields) for fields in OF_POOLS),
     *(Mutant(*fields) for fields in OF_DOCTOR),
     *(Mutant(*seed) for seed in SEEDS),
