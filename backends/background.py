@@ -44,7 +44,7 @@ class Outage:
         if self._failures == 0 or now - self._said_at >= REPEAT_LOG_S:
             self._said_at = now
             logger.warning(
-                "%s does not answer, trying again: %s (%d attempts, %.0f s)",
+                "flexkv: %s does not answer, trying again: %s (%d attempts, %.0f s)",
                 self._partner,
                 self.last_error,
                 self._failures + 1,
@@ -58,7 +58,7 @@ class Outage:
         """Note a success."""
         if self._failures:
             lasted = time.monotonic() - self.since
-            logger.info("%s answers again after %.1f s", self._partner, lasted)
+            logger.info("flexkv: %s answers again after %.1f s", self._partner, lasted)
         if self._failures or not self.connected:
             self.since, self.connected = time.monotonic(), True
         self._failures = 0
@@ -123,5 +123,5 @@ class Worker:
             self._failed()
             if time.monotonic() - self._said_at >= REPEAT_LOG_S:
                 self._said_at = time.monotonic()
-                logger.exception("%s failed and goes on", self._thread.name)
+                logger.exception("flexkv: %s failed and goes on", self._thread.name)
             return 1.0

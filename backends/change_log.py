@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from flexkv_sglang.backends.fingerprint_set import EMPTY, FingerprintSet
 from flexkv_sglang.backends.fleet import CHANGE_KEYS, Change, Op, Snapshot
-from flexkv_sglang.types import U64, BoolArray
+from flexkv_sglang.types import U64
 
 OUTBOX_KEYS = 1 << 20
 """Fingerprints that may wait for Redis, per namespace (8 MiB)."""
@@ -23,79 +24,7 @@ OUTBOX_KEYS = 1 << 20
 RING_CHANGES = 4096
 """Changes kept for ``since``, per namespace: at most 16 MiB of fingerprints."""
 
-_MERGE_KEYS = 1 << 16
 _ENDED_MAX = 1024
-_NOTHING: U64 = np.empty(0, np.uint64)
-
-
-def _among(fps: U64, base: U64) -> BoolArray:
-    """Which of ``fps`` are in the sorted array ``base``?"""
-    if not len(base):
-        return np.zeros(len(fps), np.bool_)
-    at = np.minimum(np.searchsorted(base, fps), len(base) - 1)
-    return np.asarray(base[at] == fps, np.bool_)
-
-
-class _Held:
-    """The set: a sorted array that is replaced, never changed, and what came and went since."""
-
-    def __init__(self) -> None:
-        self._base = _NOTHING
-        self._added: set[int] = set()
-        self._removed: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._base) + len(self._added) - len(self._removed)
-
-    def has(self, fps: U64) -> BoolArray:
-        """Which are in the set? bool ``[n]``."""
-        found = _among(fps, self._base)
-        if self._added or self._removed:
-            for position, fp in enumerate(fps.tolist()):
-                if fp in self._added:
-                    found[position] = True
-                elif fp in self._removed:
-                    found[position] = False
-        return found
-
-    def add(self, fps: U64) -> None:
-        """Put distinct fingerprints in that are not there."""
-        for fp in fps.tolist():
-            if fp in self._removed:
-                self._removed.discard(fp)
-            else:
-                self._added.add(fp)
-        self._merge_if_large()
-
-    def drop(self, fps: U64) -> None:
-        """Take distinct fingerprints out that are there."""
-        for fp in fps.tolist():
-            if fp in self._added:
-                self._added.discard(fp)
-            else:
-                self._removed.add(fp)
-        self._merge_if_large()
-
-    def clear(self) -> None:
-        """Take everything out."""
-        self._base = _NOTHING
-        self._added, self._removed = set(), set()
-
-    def sorted(self) -> U64:
-        """All, sorted; nobody may write to it."""
-        if self._added or self._removed:
-            gone = np.sort(np.fromiter(self._removed, np.uint64, len(self._removed)))
-            new = np.sort(np.fromiter(self._added, np.uint64, len(self._added)))
-            base = self._base[~_among(self._base, gone)] if len(gone) else self._base
-            base = np.insert(base, np.searchsorted(base, new), new)
-            base.flags.writeable = False
-            self._base = base
-            self._added, self._removed = set(), set()
-        return self._base
-
-    def _merge_if_large(self) -> None:
-        if len(self._added) + len(self._removed) > _MERGE_KEYS:
-            self.sorted()
 
 
 class ChangeLogs:
@@ -169,7 +98,7 @@ class OwnChanges:
     def __init__(self, node: ChangeLogs, last: int) -> None:
         self._node = node
         self._lock = node.lock
-        self._held = _Held()  # guarded by _lock, like the rest
+        self._held = FingerprintSet()  # guarded by _lock, like the rest
         self._last = last
         self._ring: deque[Change] = deque(maxlen=node.ring_changes)
         self._outbox: deque[Change] = deque()
@@ -192,7 +121,7 @@ class OwnChanges:
         """This node has no pages any more."""
         with self._lock:
             self._held.clear()
-            self._append(Op.CLEAR, _NOTHING)
+            self._append(Op.CLEAR, EMPTY)
             wake = self._wake
         if wake:
             wake()
@@ -217,7 +146,7 @@ class OwnChanges:
     def snapshot(self) -> Snapshot:
         """All pages now. ``fps`` is shared: nobody may write to it."""
         with self._lock:
-            return Snapshot(self._node.epoch_locked, self._last, self._held.sorted())
+            return Snapshot(self._node.epoch_locked, self._last, self._held.snapshot())
 
     def listen(self, wake: Callable[[], None]) -> None:
         """``wake`` is called after every change, by whoever made it, and must not block."""
@@ -247,7 +176,7 @@ class OwnChanges:
         with self._lock:
             if self._outbox:
                 return None
-            return Change(self._node.epoch_locked, self._last + 1, Op.KEEP, _NOTHING)
+            return Change(self._node.epoch_locked, self._last + 1, Op.KEEP, EMPTY)
 
     @property
     def last_locked(self) -> int:
@@ -263,15 +192,12 @@ class OwnChanges:
     def _note(self, op: Op, fps: U64) -> None:
         wake = None
         for start in range(0, len(fps), CHANGE_KEYS):
-            some = distinct(fps[start : start + CHANGE_KEYS])
+            some = fps[start : start + CHANGE_KEYS]
             with self._lock:
-                there = self._held.has(some)
-                some = some[there] if op is Op.DROP else some[~there]
-                if not len(some):
-                    continue
-                (self._held.drop if op is Op.DROP else self._held.add)(some)
-                self._append(op, some)
-                wake = self._wake
+                real = self._held.drop(some) if op is Op.DROP else self._held.add(some)
+                if len(real):
+                    self._append(op, real)
+                    wake = self._wake
         if wake:
             wake()
 
@@ -291,12 +217,6 @@ class OwnChanges:
 def new_epoch() -> int:
     """64 random bits, never 0."""
     return secrets.randbits(64) or 1
-
-
-def distinct(fps: U64) -> U64:
-    """``fps`` without repetitions, in their order."""
-    _values, first = np.unique(fps, return_index=True)
-    return fps.copy() if len(first) == len(fps) else fps[np.sort(first)]
 
 
 def after(change: Change, last: int) -> Change:

@@ -23,8 +23,8 @@ from flexkv_sglang.backends.fleet import (
 )
 
 PREFIX = "fk1"
-ENTRY_BYTES_MAX = 65536
-NAMESPACES_MAX = 1024
+ENTRY_BYTES_MAX = 128 << 10
+NAMESPACES_MAX = 2048
 _NUMBER_MAX = 1 << 62
 _NAME = re.compile(r"[\w.-]{1,96}", re.ASCII)
 _ADDRESS = re.compile(r"[\w.:\[\]-]{3,128}", re.ASCII)
@@ -56,7 +56,7 @@ def encode_info(info: NodeInfo) -> bytes:
         "addr": [info.address],
         "engines": list(info.engines),
         "pod": info.pod,
-        "ns": sorted(info.namespaces),
+        "ns": sorted(info.namespaces)[:NAMESPACES_MAX],
         "ver": info.version,
     }
     return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()

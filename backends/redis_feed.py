@@ -253,7 +253,7 @@ class RedisFeed:
         try:
             self._writing.zadd(live, {nid: 1})  # the next beat of anybody finds it expired
         except self._link.errors as error:
-            logger.info("did not leave the list of members: %s", type(error).__name__)
+            logger.info("flexkv: did not leave the list of members: %s", type(error).__name__)
 
     # --- the reading thread ---
 

@@ -106,7 +106,7 @@ class Roster:
             part.stop()
         ended = [part.join(deadline) for part in parts]
         if not all(ended):
-            logger.warning("a thread of sharing has not ended in %.1f s", CLOSE_S)
+            logger.warning("flexkv: a thread of sharing has not ended in %.1f s", CLOSE_S)
 
     @property
     def nid(self) -> NodeId:
@@ -184,7 +184,7 @@ class Roster:
             if beats < (_NAME_BEATS if own > info.epoch else 2 * _NAME_BEATS):
                 if beats == _NAME_BEATS:
                     logger.error(
-                        "node %s: the agent at %s has the same nid and should take another one",
+                        "flexkv: node %s: the agent at %s has the same nid and should take another one",
                         self._nid,
                         info.address,
                     )
@@ -194,7 +194,7 @@ class Roster:
             self._nid = NodeId(f"{former[:91]}-{own & 0xFFFF:04x}")
             self.count("share_renamed")
             logger.error(
-                "node %s: the agent at %s has the same nid; this one is %s from now on",
+                "flexkv: node %s: the agent at %s has the same nid; this one is %s from now on",
                 former,
                 info.address,
                 self._nid,

@@ -9,18 +9,13 @@ A bug is applied to a copy of the tree, so a run that is interrupted leaves noth
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-import mutants_of_eviction
-from mutants_of_doctor import MUTANTS as OF_DOCTOR
-from mutants_of_identity import IDENTITY
-from mutants_of_neighbours import SEEDS
-from mutants_of_pools import MUTANTS as OF_POOLS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
@@ -42,6 +37,16 @@ class Mutant:
 INDEX = "flexkv_sglang/index.py"
 EVICTION = "flexkv_sglang/eviction.py"
 CHAINS = "flexkv_sglang/chains.py"
+
+
+def _elsewhere() -> list[Mutant]:
+    """The tables of ``mutants_of_*.py`` beside this file: their ``MUTANTS``, rows of (name, file, old, new, tests)."""
+    found: list[Mutant] = []
+    for path in sorted(Path(__file__).parent.glob("mutants_of_*.py")):
+        found += [Mutant(*row) for row in importlib.import_module(path.stem).MUTANTS]
+    return found
+
+
 MUTANTS = (
     Mutant(
         "evict a pinned page",
@@ -185,7 +190,7 @@ MUTANTS = (
     ),
     Mutant(
         "a neighbour's less verified pages are believed",
-        "backends/neighbours.py",
+        "backends/neighbour.py",
         "length == self._payload_bytes and flags & 0xFF in self._accepted",
         "length == self._payload_bytes",
         ENGINE,
@@ -281,11 +286,7 @@ MUTANTS = (
         "pass",
         "tests/backends/test_local_tier.py",
     ),
-    *(Mutant(*row) for row in mutants_of_eviction.ROWS),
-    *(Mutant(*fields) for fields in OF_POOLS),
-    *(Mutant(*fields) for fields in OF_DOCTOR),
-    *(Mutant(*seed) for seed in SEEDS),
-    *(Mutant(*fields) for fields in IDENTITY),
+    *_elsewhere(),
 )
 
 
@@ -318,6 +319,10 @@ def check() -> int:
     stale = [m for m in MUTANTS if (ROOT / m.file).read_text().count(m.old) != 1]
     for mutant in stale:
         print(f"mutant {mutant.name!r} does not fit {mutant.file} any more")
+    told = f"{len(MUTANTS)} seeded bugs"
+    if told not in (ROOT / "README.md").read_text():
+        print(f"README.md does not say {told!r}")
+        return 1
     return 1 if stale else 0
 
 

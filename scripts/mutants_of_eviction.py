@@ -6,7 +6,7 @@ INDEX = "flexkv_sglang/index.py"
 EVICTION = "flexkv_sglang/eviction.py"
 MODEL = "tests/test_index_model.py"
 
-ROWS = (
+MUTANTS = (
     (
         "ghosts are forgotten",
         EVICTION,

@@ -6,7 +6,7 @@ EPOCHS = "flexkv_sglang/epochs.py"
 POOLS = "flexkv_sglang/pools.py"
 OF_POOLS = "tests/test_weight_updates_of_pools.py"
 
-IDENTITY = (
+MUTANTS = (
     (
         "a store opens inside a session of updates",
         EPOCHS,

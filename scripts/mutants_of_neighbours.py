@@ -23,7 +23,7 @@ MOVE = """\
                     done[row] = outcome is Outcome.DONE
 """
 
-SEEDS: tuple[tuple[str, str, str, str, str], ...] = (
+MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("no tombstone before a rewrite", ENGINE, TOMBSTONE, "", STRESS),
     ("tombstone after the rewrite", ENGINE, TOMBSTONE + MOVE, MOVE + TOMBSTONE, STRESS),
     (

@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from delay_proxy import DelayProxy
-from page_sources import MemorySource, PageMemory, keys_of
-from serving import EPOCH, NID, ServerProcess, begin, reading, serving, until
 
+from delay_proxy import DelayProxy
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.peer_health import PeerHealth
 from flexkv_sglang.backends.remote_read import PageOutcome
 from flexkv_sglang.types import PageKey
+from page_sources import MemorySource, PageMemory, keys_of
+from serving import EPOCH, NID, ServerProcess, begin, reading, serving, until
 
 OK, MISS, BUSY, LATE = PageOutcome.OK, PageOutcome.MISS, PageOutcome.BUSY, PageOutcome.LATE
 CORRUPT, FAILED, SKIPPED = PageOutcome.CORRUPT, PageOutcome.FAILED, PageOutcome.SKIPPED

@@ -261,7 +261,9 @@ def test_rubbish_in_redis_is_counted_and_skipped(scene: tuple[Node, HandNode]) -
     live, nodes, version = member_keys("default")
     sound = encode_info(hand.own_info())
     for number, entry in enumerate(
-        [b"", b"[]", b"null", b"{" * 100_000, sound.replace(b'"proto":1', b'"proto":2'), sound.replace(b"h:1", b"h 1"),
+        [b"", b"[]", b"null", b"{" * 100_000, b" " * 200_000,
+         sound.replace(b'"proto":1', b'"proto":2'),
+         sound.replace(b"h:1", b"h 1"),
          sound.replace(NS.encode(), b"../../etc/passwd"), sound[:-1]]
     ):  # fmt: skip
         hand.client.hset(nodes, f"bad{number}", entry)  # type: ignore[arg-type]

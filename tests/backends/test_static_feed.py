@@ -17,6 +17,8 @@ import pytest
 
 from fleet_bed import NS, WireNode, eventually, fps
 from flexkv_sglang.backends.fleet import ShareConfig
+from flexkv_sglang.backends.replica_reader import ReplicaReader
+from flexkv_sglang.backends.replica_writer import ReplicaWriter
 from redis_server import RedisServer, free_port
 
 logger = logging.getLogger(__name__)
@@ -119,6 +121,33 @@ def test_redis_and_static_peers_at_once(pair: tuple[WireNode, WireNode], tmp_pat
         one.logs.log(NS).drop(fps(1))
         assert eventually(lambda: two.holds("a") == {2, 3})
         assert not two.sink.was_down
+
+
+def test_ranks_find_the_pages_of_other_nodes_in_the_replica(
+    pair: tuple[WireNode, WireNode], tmp_path: Path
+) -> None:
+    one, two = pair
+    two.sink = writer = ReplicaWriter(tmp_path / "run")  # type: ignore[assignment]
+    pages = np.random.default_rng(1).integers(0, 1 << 63, 100_000, np.uint64)
+    one.logs.log(NS).add(pages)
+    reader = ReplicaReader(tmp_path / "run", NS, 30.0)
+    wanted = pages[:128]
+
+    def found() -> tuple[str, int] | None:
+        reader.refresh()
+        run = reader.run(wanted, lambda peer: False)
+        return (run[0].address, run[1]) if run else None
+
+    two.meet(replace(SHARE, peers=(one.address,)))
+    assert eventually(lambda: found() == (one.address, 128))
+    assert reader.alive
+    one.logs.log(NS).drop(wanted[50:60])
+    assert eventually(lambda: found() == (one.address, 50))
+    one.close()
+    assert eventually(lambda: found() is None)
+    reader.close()
+    two.close()
+    writer.close()
 
 
 class Child:

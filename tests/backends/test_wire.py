@@ -6,14 +6,14 @@ import struct
 
 import numpy as np
 import pytest
-from page_sources import keys_of
-from serving import EPOCH, NAME, NID, SPACE
-from wire_fuzz import CHANGES, SNAPSHOT, answers, fuzz_decoders, fuzz_server, requests
 
 from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet import Change, NodeInfo, Op, PageStatus, Snapshot
 from flexkv_sglang.backends.wire_decode import decode_answer, decode_request
+from page_sources import keys_of
+from serving import EPOCH, NAME, NID, SPACE
+from wire_fuzz import CHANGES, SNAPSHOT, answers, fuzz_decoders, fuzz_server, requests
 
 KEYS = tuple(keys_of(128))
 

@@ -105,11 +105,21 @@ class Rank:
         for row, page in zip(memory.rows, keys, strict=True):
             row[:] = content(page, self._payload_bytes)
         parent = key(seed, start - 1) if start else None
-        return {"done": sum(self.store.put(keys, memory.buffers, parent, time.monotonic() + 8))}
+        done = sum(self.store.put(keys, memory.buffers, parent, time.monotonic() + 8))
+        return {"done": done, "at": time.monotonic()}
 
     def prefix(self, seed: int, pages: int) -> dict[str, Any]:
         """How many pages can be had?"""
         return {"pages": self.store.prefix(chain(seed, pages))}
+
+    def await_prefix(self, seed: int, pages: int, seconds: float = 10.0) -> dict[str, Any]:
+        """Wait until so many pages can be had; ``at``: when that was seen, ``time.monotonic()`` s."""
+        keys, until = chain(seed, pages), time.monotonic() + seconds
+        while self.store.prefix(keys) < pages:
+            if time.monotonic() > until:
+                return {"at": None}
+            time.sleep(0.0005)
+        return {"at": time.monotonic()}
 
     def get(self, seed: int, pages: int, seconds: float = 5.0) -> dict[str, Any]:
         """Read pages; ``wrong``: those reported True whose bytes are not theirs."""
