@@ -22,6 +22,7 @@ import mutants_of_eviction
 from mutants_of_doctor import MUTANTS as OF_DOCTOR
 from mutants_of_neighbours import SEEDS
 from mutants_of_pools import MUTANTS as OF_POOLS
+from mutants_of_replica import SEEDS as OF_REPLICA
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
@@ -287,6 +288,7 @@ MUTANTS = (
     *(Mutant(*fields) for fields in OF_DOCTOR),
     *(Mutant(*seed) for seed in SEEDS),
     *(Mutant(*fields) for fields in IDENTITY),
+    *(Mutant(*seed) for seed in OF_REPLICA),
 )
 
 

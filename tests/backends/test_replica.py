@@ -181,6 +181,10 @@ def test_a_set_of_another_tenancy_is_not_taken(shm_path: Path, writer: ReplicaWr
     reader._follow_sets(table, time.monotonic_ns())
     reader._make_view()
     assert reader.run(other, nobody) is None
+    # it has read of the new node, and not yet of its set
+    assert reader._follow_entries(table)
+    reader._make_view()
+    assert reader.run(fps, nobody) is None
     let_look(reader)
     assert reader.run(other, nobody) == (Peer(0, B, 7, "b:1"), 5)
     assert reader.run(fps, nobody) is None
