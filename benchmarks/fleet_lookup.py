@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -115,23 +116,39 @@ class Fleet:
         return done
 
 
-def timed(fleet: Fleet) -> dict[str, tuple[float, float, float]]:
-    """By case: median, 99th percentile, pages found on average. Microseconds."""
-    times: dict[str, list[float]] = {}
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one case, in us. ``cpu``: time of this thread on a core, without what others took from it."""
+
+    us_p50: float
+    us_p99: float
+    cpu_us_p50: float
+    cpu_us_p99: float
+    found: float
+
+
+def timed(fleet: Fleet) -> dict[str, Timing]:
+    """Every case, interleaved."""
+    times: dict[str, list[tuple[float, float]]] = {}
     found: dict[str, int] = {}
     questions = fleet.questions()
     for _, (case, ask) in itertools.product(range(ROUNDS), questions.items()):
         for _ in range(CALLS):
             fps = ask()
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), time.thread_time()
             count = fleet.look_up(fps)
-            times.setdefault(case, []).append((time.perf_counter() - begin) * 1e6)
+            spent = time.perf_counter() - begin, time.thread_time() - cpu
+            times.setdefault(case, []).append(spent)
             found[case] = found.get(case, 0) + count
-    calls = ROUNDS * CALLS
-    return {
-        case: (statistics.median(t), sorted(t)[int(calls * 0.99)], found[case] / calls)
-        for case, t in times.items()
-    }
+    return {case: timing(t, found[case]) for case, t in times.items()}
+
+
+def timing(spent: list[tuple[float, float]], found: int) -> Timing:
+    """Sum up (wall, CPU) seconds of calls."""
+    figures = []
+    for column in zip(*spent, strict=True):
+        figures += [statistics.median(column) * 1e6, sorted(column)[int(len(column) * 0.99)] * 1e6]
+    return Timing(*(round(figure, 1) for figure in (*figures, found / len(spent))))
 
 
 def watch(run_dir: Path, pipe: Connection) -> None:
@@ -211,10 +228,8 @@ def measure(run_dir: Path, count: int, pages: int) -> list[dict[str, object]]:
     seen = visibility(fleet, run_dir)
     shared["visible_us_p50"], shared["visible_us_p99"] = round(seen[0], 1), round(seen[1], 1)
     for changed, figures in ((False, before), (True, timed(fleet))):
-        for case, (median, tail, found) in figures.items():
-            row: dict[str, object] = {"case": case, "changes": changed, "found": round(found, 1)}
-            row |= {"us_p50": round(median, 1), "us_p99": round(tail, 1)}
-            rows.append(row | shared)
+        for case, figure in figures.items():
+            rows.append({"case": case, "changes": changed, **asdict(figure), **shared})
     calls = network_calls(fleet)
     return [row | {"network_calls": calls} for row in rows]
 

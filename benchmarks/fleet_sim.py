@@ -148,9 +148,9 @@ def one_node(place: Path, nodes: int, pages: int, rate: float) -> dict[str, obje
         "catch_up_ms_per_peer": round(statistics.median(fleet.reset_s) * 1e3, 1),
         "catch_up_s_all_peers": round(sum(fleet.reset_s) * peers / real, 2),
         "apply_core_share": round(cpu * peers / real, 4),
-        **{f"{case} us_p50": round(figures[0], 1) for case, figures in look_ups.items()},
-        **{f"{case} us_p99": round(figures[1], 1) for case, figures in look_ups.items()},
-        **{f"{case} changing us_p50": round(figures[0], 1) for case, figures in after.items()},
+        **{f"{case} us_p50": timing.us_p50 for case, timing in look_ups.items()},
+        **{f"{case} us_p99": timing.us_p99 for case, timing in look_ups.items()},
+        **{f"{case} changing us_p50": timing.us_p50 for case, timing in after.items()},
     }
 
 

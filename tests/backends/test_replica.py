@@ -6,9 +6,11 @@ import logging
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -441,3 +443,35 @@ def test_files_that_are_damaged_are_no_sets(shm_path: Path, writer: ReplicaWrite
         assert open_set(place) is None
     place.path.write_bytes(whole)
     assert open_set(place) is not None
+
+
+def test_a_set_file_is_what_the_documents_say(shm_path: Path, writer: ReplicaWriter) -> None:
+    """Read by hand, after docs/DATA_FILE.md."""
+    fps = pages(1000)
+    fill(writer, A, fps)
+    new, gone = pages(1), fps[5:6]
+    writer.apply(SPACE, A, Op.ADD, new)
+    writer.apply(SPACE, A, Op.DROP, gone)
+    data = (shm_path / SPACE / "p0.1.set").read_bytes()
+    magic, version, slot, generation, _, count, buckets, records, crc = struct.unpack_from(
+        "<8sIIQQQIII", data
+    )
+    assert (magic, version, slot, generation, count) == (b"FKFPSET1", 1, 0, 1, 1000)
+    assert crc == zlib.crc32(data[:48])
+    fps_at = -(-(64 + 4 * (buckets + 1)) // 64) * 64
+    heads_at = -(-(fps_at + 8 * count) // 64) * 64
+    records_at = heads_at + 32 * records
+    assert len(data) == records_at + 16 * records
+    starts = struct.unpack_from(f"<{buckets + 1}I", data, 64)
+    stored = struct.unpack_from(f"<{count}Q", data, fps_at)
+    assert list(stored) == fps.tolist()
+    for at, fp in enumerate(stored):
+        bucket = fp >> (65 - buckets.bit_length())
+        assert starts[bucket] <= at < starts[bucket + 1]
+    heads = struct.unpack_from(f"<{8 * records}I", data, heads_at)
+    for number, fp, op in ((1, int(new[0]), 1), (2, int(gone[0]), 2)):
+        assert heads[fp % (8 * records)] == number
+        found, word = struct.unpack_from("<2Q", data, records_at + 16 * (number - 1))
+        low = word & (1 << 34) - 1
+        check = (fp ^ low ^ generation) * 0xC2B2AE3D27D4EB4F % (1 << 64) >> 34
+        assert (found, low >> 32, word & 0xFFFFFFFF, word >> 34) == (fp, op, 0, check)
