@@ -4,7 +4,8 @@ from __future__ import annotations
 
 SET, FILES = "backends/fingerprint_set.py", "backends/replica_files.py"
 WRITER, READER = "backends/replica_writer.py", "backends/replica_reader.py"
-OF_SET, OF_REPLICA = "tests/backends/test_fingerprint_set.py", "tests/backends/test_replica.py"
+OF_SET = "tests/backends/test_fingerprint_set.py"
+OF_REPLICA = "tests/backends/test_replica.py tests/backends/test_replica_files.py"
 
 SEEDS: tuple[tuple[str, str, str, str, str], ...] = (
     (
