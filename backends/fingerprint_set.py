@@ -14,24 +14,24 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from flexkv_sglang.backends.fleet import Op
 from flexkv_sglang.types import U32, U64, BoolArray
 
 EMPTY: U64 = np.empty(0, np.uint64)
 
-HEADS_PER_RECORD = 4
+HEADS_PER_RECORD = 8
 """Chains of a change table per record it can hold: most look-ups then meet an empty chain."""
 
 _MIN_BUCKETS, _BUCKET_PAGES = 16, 2
 _MIN_RECORDS, _MAX_RECORDS = 1024, 1 << 22
 _PAGES_PER_RECORD = 16
 _WIDEST_WINDOW = 32  # fingerprints that are not spread evenly are searched the usual way
-_FEW = 16  # so many chains are quicker followed one by one
+_FEW = 24  # so many chains are quicker followed one by one
 _MASK = (1 << 64) - 1
-_SPREAD, _STIR = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
-_LOW = np.uint64(0xFFFFFFFF)
+_STIR = 0xC2B2AE3D27D4EB4F
+_STIR_U64, _CHECK_AT, _OP_AT = np.uint64(_STIR), np.uint64(34), np.uint64(32)
+_NUMBER, _NOT_CHECK = np.uint64(0xFFFFFFFF), np.uint64(0x3FFFFFFFF)
 
 
 def bucket_count(count: int) -> int:
@@ -73,7 +73,8 @@ class SortedBase:
         self._shift = 65 - (len(self.starts) - 1).bit_length()
         self._shift_u64 = np.uint64(self._shift)
         widest = int(np.diff(self.starts).max())
-        self._offsets = np.arange(widest, dtype=np.intp) if widest <= _WIDEST_WINDOW else None
+        rows = np.arange(widest, dtype=np.intp)[:, None]
+        self._offsets = rows if widest <= _WIDEST_WINDOW else None
         self._fps_view, self._starts_view = words(fps), words(self.starts)
 
     def __len__(self) -> int:
@@ -96,8 +97,8 @@ class SortedBase:
             return held
         starts = self.starts.take((fps >> self._shift_u64).view(np.int64))
         # what a window holds beyond its bucket is in the base as well: equal is equal
-        window = self.fps.take(starts[:, None] + self._offsets, mode="clip")
-        found: BoolArray = (window == fps[:, None]).any(axis=1)
+        window = self.fps.take(self._offsets + starts, mode="clip")
+        found: BoolArray = np.logical_or.reduce(window == fps, axis=0)
         return found
 
 
@@ -113,7 +114,7 @@ class ChangeTable:
     """
 
     def __init__(self, heads: U32, records: U64, salt: int) -> None:
-        """``heads`` uint32 ``[4 n]``, ``records`` uint64 ``[n, 2]``, ``n`` a power of two; zeros when new."""
+        """``heads`` uint32 ``[8 n]``, ``records`` uint64 ``[n, 2]``, ``n`` a power of two; zeros when new."""
         self._heads, self._records, self._salt = heads, records, salt
         self._mask = len(heads) - 1
         self._mask_u64, self._salt_u64 = np.uint64(self._mask), np.uint64(salt)
@@ -135,7 +136,7 @@ class ChangeTable:
         order = np.argsort(chains, kind="stable")
         again = np.flatnonzero(chains[order[1:]] == chains[order[:-1]])
         earlier[order[again + 1]] = numbers[order[again]]
-        low = earlier.astype(np.uint64) | np.uint64(op << 32)
+        low = earlier.astype(np.uint64) | np.uint64(op) << _OP_AT
         rows = slice(self._used, self._used + len(fps))
         self._records[rows, 0] = fps
         self._records[rows, 1] = low | self._checks(fps, low)
@@ -144,8 +145,7 @@ class ChangeTable:
 
     def _checks(self, fps: U64, low: U64) -> U64:
         """The check bits of records, in place."""
-        mixed = (fps * np.uint64(_SPREAD) ^ low ^ self._salt_u64) * np.uint64(_STIR)
-        return mixed >> np.uint64(34) << np.uint64(34)
+        return (fps ^ low ^ self._salt_u64) * _STIR_U64 >> _CHECK_AT << _CHECK_AT
 
     def latest_one(self, fp: int) -> int:
         """0: nothing is said of ``fp``; else the newest operation on it."""
@@ -157,39 +157,38 @@ class ChangeTable:
         while 0 < number < limit:
             found, word = words[2 * number - 2], words[2 * number - 1]
             low = word & 0x3FFFFFFFF
-            check = ((found * _SPREAD & _MASK) ^ low ^ self._salt) * _STIR & _MASK
-            if check >> 34 != word >> 34:
+            if ((found ^ low ^ self._salt) * _STIR & _MASK) >> 34 != word >> 34:
                 return 0
             if found == fp:
                 return int(low >> 32)
             limit, number = number, word & 0xFFFFFFFF
         return 0
 
-    def latest(self, fps: U64) -> npt.NDArray[np.uint8]:
-        """``latest_one`` of each of ``fps``."""
-        answer = np.zeros(len(fps), np.uint8)
+    def amend(self, fps: U64, held: BoolArray) -> None:
+        """Correct ``held``, what the base says of ``fps``, by what was changed since."""
         numbers = self._heads.take((fps & self._mask_u64).view(np.int64))
         rows = np.flatnonzero(numbers)
-        numbers = numbers[rows].astype(np.int64)
-        limits: npt.NDArray[np.int64] | int = len(self._records) + 1
+        numbers, limit = numbers[rows].astype(np.int64), len(self._records) + 1
+        limits = np.full(len(rows), limit)
         while len(rows) > _FEW:
             found = self._records.take(numbers - 1, axis=0, mode="clip")
-            low = found[:, 1] & np.uint64(0x3FFFFFFFF)
-            whole = found[:, 1] == low | self._checks(found[:, 0], low)
-            whole &= numbers < limits
+            words = found[:, 1]
+            low = words & _NOT_CHECK
+            whole = (words == low | self._checks(found[:, 0], low)) & (numbers < limits)
             hit = whole & (found[:, 0] == fps[rows])
-            answer[rows[hit]] = low[hit] >> np.uint64(32)
-            earlier = (found[:, 1] & _LOW).view(np.int64)
+            held[rows[hit]] = low[hit] >> _OP_AT == Op.ADD
+            earlier = (words & _NUMBER).view(np.int64)
             on = whole & ~hit & (earlier > 0)
             limits, numbers, rows = numbers[on], earlier[on], rows[on]
         for row in rows.tolist():
-            answer[row] = self.latest_one(int(fps[row]))
-        return answer
+            latest = self.latest_one(int(fps[row]))
+            if latest:
+                held[row] = latest == Op.ADD
 
     def written(self) -> tuple[U64, BoolArray]:
         """What this object appended, in order: fingerprints, and whether each was added (else dropped)."""
         records = self._records[: self._used]
-        return records[:, 0], records[:, 1] >> np.uint64(32) & np.uint64(3) == Op.ADD
+        return records[:, 0], records[:, 1] >> _OP_AT & np.uint64(3) == Op.ADD
 
 
 Parts = tuple[SortedBase, ChangeTable]
@@ -199,8 +198,8 @@ Parts = tuple[SortedBase, ChangeTable]
 def parts_hold(parts: Parts, fps: U64) -> BoolArray:
     """For each of ``fps``: is it in the set?"""
     base, changes = parts
-    latest = changes.latest(fps)
-    held: BoolArray = (base.holds(fps) | (latest == Op.ADD)) & (latest != Op.DROP)
+    held = base.holds(fps)
+    changes.amend(fps, held)
     return held
 
 
@@ -228,7 +227,7 @@ def merged(base: U64, fps: U64, added: BoolArray) -> U64:
 
 
 class FingerprintSet:
-    """A set of uint64 fingerprints: 10 to 12 bytes each. One thread at a time changes it; any thread may ask.
+    """A set of uint64 fingerprints: 11 to 13 bytes each. One thread at a time changes it; any thread may ask.
 
     ``make`` turns sorted, distinct fingerprints into the memory the set lives in; it is called at the start
     and whenever the changes no longer fit beside the base.

@@ -180,9 +180,10 @@ class ReplicaReader:
     def _follow_table(self, now: int) -> None:
         """Open the table, or the one that has taken its place."""
         table = self._table
-        if table is not None and not table.retired and now - table.beat_ns < _QUIET_NS:
+        retired = table is not None and table.retired
+        if table is not None and not retired and now - table.beat_ns < _QUIET_NS:
             return
-        if now < self._look_at_ns:
+        if not retired and now < self._look_at_ns:
             return
         self._look_at_ns = now + _LOOK_NS
         found = PeersTable.open(self._run_dir)

@@ -73,7 +73,7 @@ def test_one_and_many_are_answered_alike() -> None:
     changes.append(Op.DROP, rng.choice(pool, 300, replace=False))
     asked = rng.choice(pool, 4000)
     assert base.holds(asked).tolist() == [base.holds_one(fp) for fp in asked.tolist()]
-    assert changes.latest(asked).tolist() == [changes.latest_one(fp) for fp in asked.tolist()]
+    latest_both(changes, asked)
 
 
 def test_what_was_new_comes_once_and_in_order() -> None:
@@ -123,8 +123,12 @@ def table(records: int = 1024, salt: int = 3) -> tuple[ChangeTable, np.ndarray, 
 def latest_both(changes: ChangeTable, fps: U64) -> list[int]:
     """Asked one by one, and (so many that it takes that way) all at once."""
     single = [changes.latest_one(fp) for fp in fps.tolist()]
-    many = np.repeat(fps, 20)
-    assert changes.latest(many).tolist() == np.repeat(single, 20).tolist()
+    for before in (False, True):
+        for times in (1, 40):
+            held = np.full(len(fps) * times, before)
+            changes.amend(np.repeat(fps, times), held)
+            expected = [before if not op else op == Op.ADD for op in single]
+            assert held.tolist() == np.repeat(expected, times).tolist()
     return single
 
 
