@@ -22,6 +22,7 @@ import mutants_of_eviction
 from mutants_of_doctor import MUTANTS as OF_DOCTOR
 from mutants_of_neighbours import SEEDS
 from mutants_of_pools import MUTANTS as OF_POOLS
+from mutants_of_wire import SEEDS as OF_WIRE
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tests/test_index_model.py"
@@ -285,7 +286,7 @@ MUTANTS = (
     *(Mutant(*row) for row in mutants_of_eviction.ROWS),
     *(Mutant(*fields) for fields in OF_POOLS),
     *(Mutant(*fields) for fields in OF_DOCTOR),
-    *(Mutant(*seed) for seed in SEEDS),
+    *(Mutant(*seed) for seed in (*SEEDS, *OF_WIRE)),
     *(Mutant(*fields) for fields in IDENTITY),
 )
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import zmq
-from page_sources import MemorySource, PageMemory, keys_of
-from raw_peer import RawPeer
-from serving import EPOCH, NAME, NID, SPACE, begin, reading, serving, write_secret
 
 from flexkv_sglang.backends import curve, wire
 from flexkv_sglang.backends.fleet import ShareConfig
 from flexkv_sglang.backends.peer_control import WirePeerControl
 from flexkv_sglang.backends.remote_read import PageOutcome
 from flexkv_sglang.errors import ConfigError, PeerError
+from page_sources import MemorySource, PageMemory, keys_of
+from raw_peer import RawPeer
+from serving import EPOCH, NAME, NID, SPACE, begin, reading, serving, write_secret
 
 KEYS = keys_of(3)
 

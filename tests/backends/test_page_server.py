@@ -9,10 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from page_sources import ListedChanges, MemorySource, PageMemory, keys_of
-from raw_peer import RawPeer
-from serving import EPOCH, NAME, NID, SPACE, begin, reading, serving, until
-from wire_fuzz import CHANGES
 
 from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.checksum import page_checksum
@@ -23,6 +19,10 @@ from flexkv_sglang.backends.serve_queue import Reader, Request, ServeQueue
 from flexkv_sglang.backends.serve_slabs import ServeSlabs
 from flexkv_sglang.errors import ConfigError, PeerError
 from flexkv_sglang.types import PageKey
+from page_sources import ListedChanges, MemorySource, PageMemory, keys_of
+from raw_peer import RawPeer
+from serving import EPOCH, NAME, NID, SPACE, begin, reading, serving, until
+from wire_fuzz import CHANGES
 
 OK, BUSY, LATE = PageStatus.OK, PageStatus.BUSY, PageStatus.LATE
 

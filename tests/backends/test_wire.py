@@ -6,14 +6,14 @@ import struct
 
 import numpy as np
 import pytest
-from page_sources import keys_of
-from serving import EPOCH, NAME, NID, SPACE
-from wire_fuzz import CHANGES, SNAPSHOT, answers, fuzz_decoders, fuzz_server, requests
 
 from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet import Change, NodeInfo, Op, PageStatus, Snapshot
 from flexkv_sglang.backends.wire_decode import decode_answer, decode_request
+from page_sources import keys_of
+from serving import EPOCH, NAME, NID, SPACE
+from wire_fuzz import CHANGES, SNAPSHOT, answers, fuzz_decoders, fuzz_server, requests
 
 KEYS = tuple(keys_of(128))
 
@@ -128,6 +128,7 @@ def _part(part: int, parts: int, count: int, data: bytes) -> list[bytes]:
         wire.pack_cancel(1),
         _part(0, 1, 1 << 40, bytes(8)),
         _part(0, 65535, 1 << 27, bytes(8)),
+        _part(0, 65535, 65535 * 131_072, bytes(1 << 20)),
         _part(1, 1, 1, bytes(8)),
         _part(0, 1, 2, bytes(8)),
         [_part(0, 1, 1, bytes(8))[0], bytes([1]) + bytes(7)],

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from page_sources import MemorySource, PageMemory, keys_of
-
 from flexkv_sglang.backends import curve
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet import (
@@ -27,6 +25,7 @@ from flexkv_sglang.backends.fleet import (
 from flexkv_sglang.backends.page_server import PageServer
 from flexkv_sglang.backends.peer_client import PeerClient, RemoteRead
 from flexkv_sglang.backends.remote_read import Pending
+from page_sources import MemorySource, PageMemory, keys_of
 
 NID = NodeId("node-1")
 EPOCH = 77

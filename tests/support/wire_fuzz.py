@@ -9,8 +9,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import zmq
-from page_sources import ListedChanges, MemorySource, PageMemory, keys_of
-from serving import EPOCH, NAME, NID, SPACE, begin, reading, serving
 
 from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.checksum import ChecksumKind
@@ -24,6 +22,8 @@ from flexkv_sglang.backends.fleet import (
 )
 from flexkv_sglang.backends.remote_read import PageOutcome
 from flexkv_sglang.backends.wire_decode import decode_answer, decode_request
+from page_sources import ListedChanges, MemorySource, PageMemory, keys_of
+from serving import EPOCH, NAME, NID, SPACE, begin, reading, serving
 
 Frames = list[bytes]
 KEYS = keys_of(8)
