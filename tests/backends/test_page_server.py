@@ -164,8 +164,10 @@ def test_slow_readers_never_get_another_pages_bytes() -> None:
     with serving(source, small(4 * size, 4 * size)) as (_, address):
         peers = [RawPeer(address) for _ in range(3)]
         rng = random.Random(4)
-        good = 0
-        for rid in range(1, 13):
+        good = rid = 0
+        end = time.monotonic() + 30
+        while good < 40 and time.monotonic() < end:  # BUSY is an answer, too
+            rid += 1
             for peer in peers:
                 first = rng.randrange(40)
                 peer.say(read(rid, keys[first : first + 3], flags=0))
@@ -173,7 +175,7 @@ def test_slow_readers_never_get_another_pages_bytes() -> None:
                 good += _take_slowly(peer, keys, source)
         for peer in peers:
             peer.__exit__(None, None, None)
-        assert good >= 12
+        assert good >= 40
 
 
 def _take_slowly(peer: RawPeer, keys: list[PageKey], source: MemorySource) -> int:

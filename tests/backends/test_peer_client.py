@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+<<<<<<< HEAD
 
 from delay_proxy import DelayProxy
 from flexkv_sglang.backends.checksum import ChecksumKind
@@ -16,6 +18,20 @@ from flexkv_sglang.types import PageKey
 from page_sources import MemorySource, PageMemory, keys_of
 from serving import EPOCH, NID, ServerProcess, begin, reading, serving, until
 
+=======
+import zmq
+
+from delay_proxy import DelayProxy
+from flexkv_sglang.backends import wire
+from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
+from flexkv_sglang.backends.fleet import PageStatus, ShareConfig
+from flexkv_sglang.backends.peer_health import PeerHealth
+from flexkv_sglang.backends.remote_read import PageOutcome, Pending, RemoteRead
+from flexkv_sglang.types import PageKey
+from page_sources import MemorySource, PageMemory, keys_of
+from serving import EPOCH, NID, ServerProcess, begin, reading, serving, until
+
+>>>>>>> wire5
 OK, MISS, BUSY, LATE = PageOutcome.OK, PageOutcome.MISS, PageOutcome.BUSY, PageOutcome.LATE
 CORRUPT, FAILED, SKIPPED = PageOutcome.CORRUPT, PageOutcome.FAILED, PageOutcome.SKIPPED
 
@@ -239,6 +255,23 @@ def test_late_answers_of_a_slow_peer_touch_nothing() -> None:
         assert (memory.bytes == before).all()
 
 
+def test_a_page_that_comes_after_wait_is_not_written() -> None:
+    keys = keys_of(1)
+    page = bytes(4096)
+    memory = PageMemory(1, [4096])
+    full = ChecksumKind.XXH3_64
+    held = np.frombuffer(page, np.uint8)
+    checksum = page_checksum(full, keys[0], [(held.ctypes.data, 4096)])
+    given_up: list[Pending] = []
+    read = RemoteRead(NID, 1, "a:1", bytes(16), keys, memory.buffers, frozenset({full}), 0.0)
+    pending = Pending(read, given_up.append)
+    assert pending.wait() == [LATE]
+    assert given_up == [pending]
+    answer = wire.Page(1, 0, PageStatus.OK, full, 4096, checksum)
+    assert pending.deliver(0, answer, zmq.Frame(page)) is None
+    assert memory.untouched(0)
+
+
 def test_closing_ends_reads() -> None:
     with ServerProcess(4, 4096) as server:
         server.stop()
@@ -251,8 +284,6 @@ def test_closing_ends_reads() -> None:
 
 
 def test_another_cluster_is_left_alone_for_a_minute() -> None:
-    from flexkv_sglang.backends.fleet import ShareConfig
-
     with (
         serving(MemorySource(keys_of(1), 4096)) as (_, address),
         reading(ShareConfig(cluster_id="other")) as client,

@@ -128,6 +128,7 @@ def _part(part: int, parts: int, count: int, data: bytes) -> list[bytes]:
         wire.pack_cancel(1),
         _part(0, 1, 1 << 40, bytes(8)),
         _part(0, 65535, 1 << 27, bytes(8)),
+        _part(0, 65535, 65535 * 131_072, bytes(1 << 20)),
         _part(1, 1, 1, bytes(8)),
         _part(0, 1, 2, bytes(8)),
         [_part(0, 1, 1, bytes(8))[0], bytes([1]) + bytes(7)],
