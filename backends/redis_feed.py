@@ -39,6 +39,7 @@ SILENCE_S = 15.0
 """A stream that says nothing for this long is read from its beginning: its ids may have gone back."""
 
 BLOCK_S = 0.5
+LEAVE_S = 0.2
 FLUSH_MAX_S = 0.1
 _STREAM_MAXLEN, _STREAM_TTL_MS = 4096, 60_000
 _BATCH_CHANGES = 64
@@ -137,7 +138,8 @@ class RedisFeed:
         """Wait for their end; then leave the list of members, so that nobody waits for this node's expiry."""
         ended = [thread.join(deadline) for thread in self._threads]
         if all(ended):
-            if self._write_outage.connected and self._beaten_as is not None:
+            time_left = deadline - time.monotonic() > 2 * LEAVE_S
+            if time_left and self._write_outage.connected and self._beaten_as is not None:
                 self._leave(self._beaten_as)
             self._writing.close()
             self._reading.close()
@@ -186,10 +188,11 @@ class RedisFeed:
         ]
         answer = self._script(keys=list(member_keys(self._share.cluster_id)), args=args)
         self._host.count("share_beats")
-        self._version, former = answer[0], answer[1]
+        former = answer[1]
         if len(answer) > 2:
             found = [decode_info(*pair) for pair in zip(answer[2], answer[3], strict=False)]
             self._infos = [info for info in found if info is not None]
+        self._version = answer[0]
         lost = former == b"" and self._beaten_as == own.nid
         if lost:  # flushed, failed over or away for long: others have yet to come back
             self._emptied += 1
@@ -250,10 +253,13 @@ class RedisFeed:
 
     def _leave(self, nid: NodeId) -> None:
         live, _nodes, _version = member_keys(self._share.cluster_id)
+        client = RedisLink(self._link.address, LEAVE_S).client()
         try:
-            self._writing.zadd(live, {nid: 1})  # the next beat of anybody finds it expired
+            client.zadd(live, {nid: 1})  # the next beat of anybody finds it expired
         except self._link.errors as error:
             logger.info("flexkv: did not leave the list of members: %s", type(error).__name__)
+        finally:
+            client.close()
 
     # --- the reading thread ---
 

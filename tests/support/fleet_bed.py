@@ -206,6 +206,7 @@ class WireNode:
         self.counts: Counter[str] = Counter()
         self.roster: Roster | None = None
         self.control = WirePeerControl(share, None)
+        self.address = ""  # asked for before ``start`` returns
         self._server = PageServer(share, None, self.own_info, lambda _ns: None, self.logs.find)
         self.address = self._server.start()
 
