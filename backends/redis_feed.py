@@ -109,9 +109,7 @@ class RedisFeed:
         self._written_at: dict[str, float] = {}
         self._cursors: dict[bytes, bytes] = {}
         self._heard_at: dict[bytes, float] = {}
-        self._emptied = (
-            0  # how often Redis was found without our entry; written by the writing thread
-        )
+        self._emptied = 0  # times that Redis was found without our entry; the writing thread counts
         self._read_since = 0
         self._threads = [
             Worker("flexkv-redis-beat", self._write, lambda: host.count("share_thread_errors")),
