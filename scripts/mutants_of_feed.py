@@ -9,6 +9,7 @@ MODEL = "tests/backends/test_follower.py"
 LOGS = "tests/backends/test_change_log.py"
 MEMBERS = "tests/backends/test_members.py"
 REDIS = "tests/backends/test_redis_feed.py"
+REPAIR = "tests/backends/test_feed_repair.py"
 LINK = "tests/backends/test_redis_link.py"
 
 MUTANTS = (
@@ -110,7 +111,7 @@ MUTANTS = (
         FEED,
         "now - self._heard_at.setdefault(key, now) > SILENCE_S",
         "now < self._heard_at.setdefault(key, now)",
-        REDIS,
+        REPAIR,
     ),
     (
         "feed: the beat forgets who is silent never",
@@ -138,14 +139,14 @@ MUTANTS = (
         ROSTER,
         "            if not done:\n                follower.gap()\n                break\n",
         "",
-        REDIS,
+        REPAIR,
     ),
     (
         "feed: the sink is written after close",
         ROSTER,
         "        if self._closed:\n            return False\n        try:",
         "        try:",
-        REDIS,
+        REPAIR,
     ),
     (
         "feed: a password is shown",

@@ -27,10 +27,12 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 SHARE = ShareConfig(heartbeat_s=0.2, node_ttl_s=0.8)
 
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.redis_feed.BLOCK_S", 0.1)
-    for name, seconds in (("JITTER_S", 0.05), ("ASK_AGAIN_S", 0.2), ("NEW_EPOCH_S", 0.1)):
+def soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("ASK_AGAIN_S", 0.2), ("NEW_EPOCH_S", 0.1)):
         monkeypatch.setattr(f"flexkv_sglang.backends.snapshot_queue.{name}", seconds)
 
 
