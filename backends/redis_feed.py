@@ -50,11 +50,16 @@ BEAT = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local live, nodes, ver = KEYS[1], KEYS[2], KEYS[3]
-local gone = redis.call('ZRANGE', live, '-inf', now - ARGV[3], 'BYSCORE', 'LIMIT', 0, 4096)
-local changed = #gone > 0
-if changed then
-  redis.call('ZREMRANGEBYSCORE', live, '-inf', now - ARGV[3])
-  redis.call('HDEL', nodes, unpack(gone))
+local changed = false
+local spans = {{'-inf', now - ARGV[3]}, {now + ARGV[3], '+inf'}}
+for i = 1, 2 do
+  local from, to = spans[i][1], spans[i][2]
+  local gone = redis.call('ZRANGE', live, from, to, 'BYSCORE', 'LIMIT', 0, 4096)
+  if #gone > 0 then
+    redis.call('ZREMRANGEBYSCORE', live, from, to)
+    redis.call('HDEL', nodes, unpack(gone))
+    changed = true
+  end
 end
 redis.call('ZADD', live, now, ARGV[1])
 local former = redis.call('HGET', nodes, ARGV[1])
@@ -74,6 +79,7 @@ return {v, former or '', ids, redis.call('HMGET', nodes, unpack(ids))}
 """
 """KEYS: live, nodes, ver. ARGV: nid, entry, ttl ms, version known, members wanted at most.
 
+Expired: who beat longer ago than the ttl, or as far in the future, which the server's clock has left behind.
 Answers {version, own entry before: '=' unchanged, '' there was none} and, if the version is another, ids and entries.
 """
 

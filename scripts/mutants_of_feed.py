@@ -116,8 +116,15 @@ MUTANTS = (
     (
         "feed: the beat forgets who is silent never",
         FEED,
-        "  redis.call('ZREMRANGEBYSCORE', live, '-inf', now - ARGV[3])\n  redis.call('HDEL', nodes, unpack(gone))\n",
+        "    redis.call('ZREMRANGEBYSCORE', live, from, to)\n    redis.call('HDEL', nodes, unpack(gone))\n",
         "",
+        REDIS,
+    ),
+    (
+        "feed: a beat from the future lasts",
+        FEED,
+        "for i = 1, 2 do",
+        "for i = 1, 1 do",
         REDIS,
     ),
     (

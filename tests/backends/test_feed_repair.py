@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("short_waits")
 @pytest.fixture
 def scene(server: RedisServer, share: ShareConfig) -> Iterator[tuple[Node, HandNode]]:
     """A node that follows one that is played by hand, which has pages 1, 2, 3."""
+    share = replace(share, node_ttl_s=1000.0)
     wires = Wires()
     hand = HandNode(server.client(), wires, "h")
     hand.write(hand.added(1, 2, 3))
@@ -119,8 +122,8 @@ def test_rubbish_in_redis_is_counted_and_skipped(scene: tuple[Node, HandNode]) -
          sound.replace(NS.encode(), b"../../etc/passwd"), sound[:-1]]
     ):  # fmt: skip
         hand.client.hset(nodes, f"bad{number}", entry)  # type: ignore[arg-type]
-        hand.client.zadd(live, {f"bad{number}": 1e15})
-    hand.client.zadd(live, {"no entry": 1e15, "../x": 1e15})
+        hand.client.zadd(live, {f"bad{number}": time.time() * 1000})
+    hand.client.zadd(live, {"no entry": time.time() * 1000, "../x": time.time() * 1000})
     hand.client.hset(nodes, "../x", sound)  # type: ignore[arg-type]
     hand.client.set(version, b"changed")
     beats = node.counts["share_beats"]

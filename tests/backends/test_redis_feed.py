@@ -15,7 +15,7 @@ from fleet_bed import NS, OTHER_NS, HandNode, Node, Wires, eventually, fps
 from flexkv_sglang.backends import redis_feed
 from flexkv_sglang.backends.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet import ShareConfig
-from flexkv_sglang.backends.redis_entries import stream_key
+from flexkv_sglang.backends.redis_entries import member_keys, stream_key
 from flexkv_sglang.backends.redis_feed import streams_of
 from redis_server import RedisServer
 
@@ -155,7 +155,7 @@ def test_a_node_that_dies_is_down_after_the_expiry(server: RedisServer, share: S
     wires = Wires()
     hand = HandNode(server.client(), wires, "h")
     with Node(share, wires, "a") as one:
-        hand.beat(ahead_s=0)
+        hand.beat()
         assert eventually(lambda: one.sink.peers.get(hand.nid, (0, "", False))[2])
         assert eventually(lambda: not one.sink.peers[hand.nid][2])
         hand.beat()
@@ -207,6 +207,23 @@ def test_two_clusters_on_one_redis_do_not_meet(server: RedisServer, share: Share
         assert not three.sink.peers
         assert not four.sink.peers
         assert set(one.sink.peers) == {"b"}
+
+
+def test_a_servers_clock_that_went_back_leaves_no_zombies(
+    server: RedisServer, share: ShareConfig
+) -> None:
+    wires = Wires()
+    with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
+        assert both_know(one, two)
+        zombie = HandNode(server.client(), wires, "z")
+        zombie.beat(ahead_s=3600)  # as all are when the clock goes back an hour
+        for node in (one, two):
+            server.client().zadd(member_keys("default")[0], {node.roster.nid: 1e15})
+        assert eventually(lambda: server.client().zcard(member_keys("default")[0]) == 2)
+        beats = one.counts["share_beats"]
+        assert eventually(lambda: one.counts["share_beats"] > beats + 3)
+        assert not one.sink.was_down - {"z"}
+        assert two.sees(one)
 
 
 def test_only_namespaces_present_here_are_followed(server: RedisServer, share: ShareConfig) -> None:
