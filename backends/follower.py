@@ -13,8 +13,8 @@ from flexkv_sglang.backends.change_log import after
 from flexkv_sglang.backends.fleet import Change, Op, Snapshot
 from flexkv_sglang.types import U64
 
-HINT_S = 2.0
-"""After a peer's restart its old set is used for this long while a snapshot is under way."""
+HINT_S = 1.8
+"""After a peer's restart its old set is used for this long while a snapshot is under way: two seconds, with upkeep."""
 
 PARKED_CHANGES = 1024
 """Changes kept while a snapshot is under way (4 MiB at most). The oldest go first: a gap, so another snapshot."""

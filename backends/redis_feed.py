@@ -39,6 +39,7 @@ SILENCE_S = 15.0
 """A stream that says nothing for this long is read from its beginning: its ids may have gone back."""
 
 BLOCK_S = 0.5
+LEAVE_S = 0.2
 FLUSH_MAX_S = 0.1
 _STREAM_MAXLEN, _STREAM_TTL_MS = 4096, 60_000
 _BATCH_CHANGES = 64
@@ -49,11 +50,16 @@ BEAT = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local live, nodes, ver = KEYS[1], KEYS[2], KEYS[3]
-local gone = redis.call('ZRANGE', live, '-inf', now - ARGV[3], 'BYSCORE', 'LIMIT', 0, 4096)
-local changed = #gone > 0
-if changed then
-  redis.call('ZREMRANGEBYSCORE', live, '-inf', now - ARGV[3])
-  redis.call('HDEL', nodes, unpack(gone))
+local changed = false
+local spans = {{'-inf', now - ARGV[3]}, {now + ARGV[3], '+inf'}}
+for i = 1, 2 do
+  local from, to = spans[i][1], spans[i][2]
+  local gone = redis.call('ZRANGE', live, from, to, 'BYSCORE', 'LIMIT', 0, 4096)
+  if #gone > 0 then
+    redis.call('ZREMRANGEBYSCORE', live, from, to)
+    redis.call('HDEL', nodes, unpack(gone))
+    changed = true
+  end
 end
 redis.call('ZADD', live, now, ARGV[1])
 local former = redis.call('HGET', nodes, ARGV[1])
@@ -73,6 +79,7 @@ return {v, former or '', ids, redis.call('HMGET', nodes, unpack(ids))}
 """
 """KEYS: live, nodes, ver. ARGV: nid, entry, ttl ms, version known, members wanted at most.
 
+Expired: who beat longer ago than the ttl, or as far in the future, which the server's clock has left behind.
 Answers {version, own entry before: '=' unchanged, '' there was none} and, if the version is another, ids and entries.
 """
 
@@ -108,9 +115,7 @@ class RedisFeed:
         self._written_at: dict[str, float] = {}
         self._cursors: dict[bytes, bytes] = {}
         self._heard_at: dict[bytes, float] = {}
-        self._emptied = (
-            0  # how often Redis was found without our entry; written by the writing thread
-        )
+        self._emptied = 0  # times that Redis was found without our entry; the writing thread counts
         self._read_since = 0
         self._threads = [
             Worker("flexkv-redis-beat", self._write, lambda: host.count("share_thread_errors")),
@@ -137,7 +142,8 @@ class RedisFeed:
         """Wait for their end; then leave the list of members, so that nobody waits for this node's expiry."""
         ended = [thread.join(deadline) for thread in self._threads]
         if all(ended):
-            if self._write_outage.connected and self._beaten_as is not None:
+            time_left = deadline - time.monotonic() > 2 * LEAVE_S
+            if time_left and self._write_outage.connected and self._beaten_as is not None:
                 self._leave(self._beaten_as)
             self._writing.close()
             self._reading.close()
@@ -186,10 +192,11 @@ class RedisFeed:
         ]
         answer = self._script(keys=list(member_keys(self._share.cluster_id)), args=args)
         self._host.count("share_beats")
-        self._version, former = answer[0], answer[1]
+        former = answer[1]
         if len(answer) > 2:
             found = [decode_info(*pair) for pair in zip(answer[2], answer[3], strict=False)]
             self._infos = [info for info in found if info is not None]
+        self._version = answer[0]
         lost = former == b"" and self._beaten_as == own.nid
         if lost:  # flushed, failed over or away for long: others have yet to come back
             self._emptied += 1
@@ -250,10 +257,13 @@ class RedisFeed:
 
     def _leave(self, nid: NodeId) -> None:
         live, _nodes, _version = member_keys(self._share.cluster_id)
+        client = RedisLink(self._link.address, LEAVE_S).client()
         try:
-            self._writing.zadd(live, {nid: 1})  # the next beat of anybody finds it expired
+            client.zadd(live, {nid: 1})  # the next beat of anybody finds it expired
         except self._link.errors as error:
             logger.info("flexkv: did not leave the list of members: %s", type(error).__name__)
+        finally:
+            client.close()
 
     # --- the reading thread ---
 

@@ -14,8 +14,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from flexkv_sglang.errors import ConfigError
 
-TIMEOUT_S = 0.25
-"""Of connecting and of every command."""
+TIMEOUT_S, CONNECT_TIMEOUT_S = 1.0, 0.5
+"""Of every command: a Redis that is slow for a while is not absent (decision 016). Nobody waits for it but the feed."""
 
 _SCHEMES = {
     "redis": (False, False),
@@ -169,7 +169,7 @@ class RedisLink:
         address = self.address
         common: dict[str, Any] = {
             "socket_timeout": self._timeout_s + block_s,
-            "socket_connect_timeout": self._timeout_s,
+            "socket_connect_timeout": min(CONNECT_TIMEOUT_S, self._timeout_s),
             "retry": Retry(NoBackoff(), 0),
             "protocol": address.protocol,
         }

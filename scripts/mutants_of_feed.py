@@ -9,6 +9,7 @@ MODEL = "tests/backends/test_follower.py"
 LOGS = "tests/backends/test_change_log.py"
 MEMBERS = "tests/backends/test_members.py"
 REDIS = "tests/backends/test_redis_feed.py"
+REPAIR = "tests/backends/test_feed_repair.py"
 LINK = "tests/backends/test_redis_link.py"
 
 MUTANTS = (
@@ -110,13 +111,20 @@ MUTANTS = (
         FEED,
         "now - self._heard_at.setdefault(key, now) > SILENCE_S",
         "now < self._heard_at.setdefault(key, now)",
-        REDIS,
+        REPAIR,
     ),
     (
         "feed: the beat forgets who is silent never",
         FEED,
-        "  redis.call('ZREMRANGEBYSCORE', live, '-inf', now - ARGV[3])\n  redis.call('HDEL', nodes, unpack(gone))\n",
+        "    redis.call('ZREMRANGEBYSCORE', live, from, to)\n    redis.call('HDEL', nodes, unpack(gone))\n",
         "",
+        REDIS,
+    ),
+    (
+        "feed: a beat from the future lasts",
+        FEED,
+        "for i = 1, 2 do",
+        "for i = 1, 1 do",
         REDIS,
     ),
     (
@@ -138,14 +146,14 @@ MUTANTS = (
         ROSTER,
         "            if not done:\n                follower.gap()\n                break\n",
         "",
-        REDIS,
+        REPAIR,
     ),
     (
         "feed: the sink is written after close",
         ROSTER,
         "        if self._closed:\n            return False\n        try:",
         "        try:",
-        REDIS,
+        REPAIR,
     ),
     (
         "feed: a password is shown",

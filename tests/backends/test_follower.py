@@ -154,6 +154,18 @@ class FeedMachine(RuleBasedStateMachine):
             self.replica.take(self.follower.answered(self.old.pop(0)))
 
     @rule()
+    def catch_up(self) -> None:
+        """Beat and a fresh snapshot in one, or the interesting states are seldom reached."""
+        self.beat()
+        if self.follower.wants_snapshot:
+            self.replica.take(self.follower.answered(self.log.snapshot()))
+
+    @rule(keys=KEYS)
+    def add_and_publish(self, keys: list[int]) -> None:
+        self.add(keys)
+        self.publish(1)
+
+    @rule()
     def distrust(self) -> None:
         self.replica.take(self.follower.distrust())
 
@@ -204,6 +216,32 @@ def followed(last: int = 0) -> Follower:
     follower.announced(7, 0.0)
     follower.answered(Snapshot(7, last, np.arange(last, dtype=np.uint64)))
     return follower
+
+
+def test_only_the_new_part_of_an_overlap_is_applied() -> None:
+    follower = followed(3)
+    (step,) = follower.changed(Change(7, 2, Op.ADD, fps(1, 2, 3, 4)))
+    assert isinstance(step, Apply)
+    assert step.fps.tolist() == [3, 4]
+    assert follower.changed(Change(7, 2, Op.ADD, fps(1, 2, 3, 4))) == []
+
+
+def test_a_snapshot_of_another_epoch_is_no_use() -> None:
+    follower = Follower()
+    follower.announced(7, 0.0)
+    assert follower.answered(Snapshot(8, 3, fps(1, 2, 3))) == []
+    assert follower.wants_snapshot
+
+
+def test_a_keep_alive_tells_how_much_is_missing() -> None:
+    follower = followed(3)
+    follower.changed(Change(7, 4, Op.KEEP, fps()))
+    assert not follower.wants_snapshot
+    follower.changed(Change(7, 6, Op.KEEP, fps()))
+    assert follower.wants_snapshot
+    assert follower.behind == 2
+    follower.answered(Snapshot(7, 4, fps(1, 2, 3, 4)))
+    assert follower.wants_snapshot  # 5 is still missing
 
 
 def test_an_old_set_is_a_hint_for_two_seconds() -> None:

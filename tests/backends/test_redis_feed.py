@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,28 +14,12 @@ import pytest
 from fleet_bed import NS, OTHER_NS, HandNode, Node, Wires, eventually, fps
 from flexkv_sglang.backends import redis_feed
 from flexkv_sglang.backends.change_log import ChangeLogs
-from flexkv_sglang.backends.fleet import Change, Op, ShareConfig
-from flexkv_sglang.backends.redis_entries import encode_change, encode_info, member_keys, stream_key
+from flexkv_sglang.backends.fleet import ShareConfig
+from flexkv_sglang.backends.redis_entries import member_keys, stream_key
 from flexkv_sglang.backends.redis_feed import streams_of
 from redis_server import RedisServer
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorter waits: nothing here depends on how long they are."""
-    monkeypatch.setattr(redis_feed, "BLOCK_S", 0.1)
-    monkeypatch.setattr("flexkv_sglang.backends.snapshot_queue.JITTER_S", 0.05)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path / "redis") as server:
-        yield server
-
-
-@pytest.fixture
-def share(server: RedisServer) -> ShareConfig:
-    return ShareConfig(redis_url=server.url, heartbeat_s=0.1, node_ttl_s=0.6)
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def both_know(one: Node, two: Node, seconds: float = 10.0) -> bool:
@@ -86,6 +69,7 @@ def test_redis_killed_and_back_empty(
         assert two.sees(one)
         server.start()
         assert both_know(one, two)
+        assert two.counts["share_snapshots"] == 1  # what waited was published, nothing was lost
         warnings = [record for record in caplog.records if record.levelname == "WARNING"]
         assert len(warnings) <= 4  # two connections of two nodes, one line each
     assert "b" not in one.sink.was_down
@@ -98,14 +82,18 @@ def test_redis_hangs(server: RedisServer, share: ShareConfig) -> None:
         server.signal(signal.SIGSTOP)
         one.logs.log(NS).add(fps(1, 2))
         before = one.counts["share_redis_errors"]
-        assert eventually(lambda: one.counts["share_redis_errors"] > before + 2)
+        assert eventually(lambda: one.counts["share_redis_errors"] > before)
         assert two.sees(one)
         server.signal(signal.SIGCONT)
         assert both_know(one, two)
+        assert two.counts["share_snapshots"] == 1
     assert not one.sink.was_down
 
 
-def test_close_is_bounded_while_redis_hangs(server: RedisServer, share: ShareConfig) -> None:
+def test_close_is_bounded_while_redis_hangs(
+    server: RedisServer, share: ShareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # with the real waits
     wires = Wires()
     one = Node(share, wires, "a").start()
     assert eventually(lambda: one.counts["share_beats"] > 1)
@@ -115,6 +103,28 @@ def test_close_is_bounded_while_redis_hangs(server: RedisServer, share: ShareCon
     one.roster.close()
     assert time.monotonic() - begin < 2.0  # a promise to the agent, not a measurement
     server.signal(signal.SIGCONT)
+
+
+def test_redis_is_slow(tmp_path: Path, share: ShareConfig) -> None:
+    with RedisServer(tmp_path, "enable-debug-command local") as server:
+        share = replace(share, redis_url=server.url)
+        wires = Wires()
+        over = threading.Event()
+
+        def dawdle() -> None:
+            while not over.is_set():
+                server.client().execute_command("DEBUG", "SLEEP", "0.35")
+
+        with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
+            slow = threading.Thread(target=dawdle)
+            slow.start()
+            one.logs.log(NS).add(fps(1))
+            assert both_know(one, two)
+            one.logs.log(NS).drop(fps(1))
+            assert both_know(one, two)
+            over.set()
+            slow.join()
+            assert one.counts["share_redis_errors"] == two.counts["share_redis_errors"] == 0
 
 
 def test_flushall(server: RedisServer, share: ShareConfig) -> None:
@@ -145,61 +155,11 @@ def test_a_node_that_dies_is_down_after_the_expiry(server: RedisServer, share: S
     wires = Wires()
     hand = HandNode(server.client(), wires, "h")
     with Node(share, wires, "a") as one:
-        hand.beat(ahead_s=0)
+        hand.beat()
         assert eventually(lambda: one.sink.peers.get(hand.nid, (0, "", False))[2])
         assert eventually(lambda: not one.sink.peers[hand.nid][2])
         hand.beat()
         assert eventually(lambda: one.sink.peers[hand.nid][2])
-
-
-@pytest.fixture
-def scene(server: RedisServer, share: ShareConfig) -> Iterator[tuple[Node, HandNode]]:
-    """A node that follows one that is played by hand, which has pages 1, 2, 3."""
-    wires = Wires()
-    hand = HandNode(server.client(), wires, "h")
-    hand.write(hand.added(1, 2, 3))
-    hand.beat()
-    with Node(share, wires, "a") as node:
-        assert eventually(lambda: node.knows(hand))  # type: ignore[arg-type]
-        yield node, hand
-
-
-def knows(node: Node, hand: HandNode) -> bool:
-    return eventually(lambda: node.knows(hand))  # type: ignore[arg-type]
-
-
-def test_entries_are_applied_once_and_in_part(scene: tuple[Node, HandNode]) -> None:
-    node, hand = scene
-    first, second = hand.added(4, 5), hand.added(6)
-    overlap = Change(first.epoch, 5, Op.ADD, fps(5, 6, 7))
-    hand.log.add(fps(7))
-    hand.write(first, first, second, first, overlap)
-    assert knows(node, hand)
-    assert node.roster.status()["peers"][0]["pages"] == 7  # type: ignore[index]
-    assert node.counts["share_snapshots"] == 1
-
-
-def test_a_lost_entry_is_a_gap(
-    scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.snapshot_queue.ASK_AGAIN_S", 0.1)
-    node, hand = scene
-    hand.added(4)  # never arrives
-    hand.write(hand.added(5))
-    assert knows(node, hand)
-    assert node.counts["share_snapshots"] >= 2
-
-
-def test_a_lost_tail_is_revealed_by_a_keep_alive(
-    scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.snapshot_queue.ASK_AGAIN_S", 0.1)
-    node, hand = scene
-    hand.added(4)  # never arrives, and nothing comes after it
-    keep = hand.log.keep()
-    assert keep is not None
-    hand.write(keep)
-    assert knows(node, hand)
 
 
 def test_a_quiet_stream_says_how_far_it_goes(
@@ -213,71 +173,6 @@ def test_a_quiet_stream_says_how_far_it_goes(
         assert eventually(lambda: len(server.client().xrange(key)) > 2)
         _entry_id, fields = server.client().xrange(key)[-1]  # type: ignore[index]
         assert fields[b"o"] == b"K"
-
-
-def test_a_stream_whose_ids_went_back_is_read_again(
-    scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(redis_feed, "SILENCE_S", 0.6)
-    node, hand = scene
-    hand.client.delete(stream_key("default", NS, hand.nid))
-    hand.write(hand.added(9), entry_id="1-1")  # far below what was read
-    assert knows(node, hand)
-
-
-def test_another_epoch_is_ignored_until_a_beat_tells_of_it(
-    scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.snapshot_queue.NEW_EPOCH_S", 0.1)
-    node, hand = scene
-    hand.write(Change(hand.logs.epoch ^ 1, 4, Op.DROP, fps(1)))
-    hand.write(hand.added(4))
-    assert knows(node, hand)
-    with hand.logs.lock:
-        hand.logs.renew_locked()
-    hand.log.drop(fps(2))
-    hand.beat()
-    assert knows(node, hand)
-
-
-def test_rubbish_in_redis_is_counted_and_skipped(scene: tuple[Node, HandNode]) -> None:
-    node, hand = scene
-    key = stream_key("default", NS, hand.nid)
-    good = encode_change(Change(hand.logs.epoch, 4, Op.ADD, fps(4)))
-    rubbish = [
-        {b"x": b"y"},
-        {**good, b"e": b"zz"},
-        {**good, b"k": b"1234567"},
-        {**good, b"k": bytes(8 * 513)},
-        {**good, b"q": b"-1"},
-        {**good, b"o": b"Z"},
-        {**good, b"o": b"C"},
-    ]
-    for fields in rubbish:
-        hand.client.xadd(key, fields)  # type: ignore[arg-type]
-    hand.write(hand.added(4))
-    assert knows(node, hand)
-    assert eventually(lambda: node.counts["share_bad_entries"] == len(rubbish))
-    live, nodes, version = member_keys("default")
-    sound = encode_info(hand.own_info())
-    for number, entry in enumerate(
-        [b"", b"[]", b"null", b"{" * 100_000, b" " * 200_000,
-         sound.replace(b'"proto":1', b'"proto":2'),
-         sound.replace(b"h:1", b"h 1"),
-         sound.replace(NS.encode(), b"../../etc/passwd"), sound[:-1]]
-    ):  # fmt: skip
-        hand.client.hset(nodes, f"bad{number}", entry)  # type: ignore[arg-type]
-        hand.client.zadd(live, {f"bad{number}": 1e15})
-    hand.client.zadd(live, {"no entry": 1e15, "../x": 1e15})
-    hand.client.hset(nodes, "../x", sound)  # type: ignore[arg-type]
-    hand.client.set(version, b"changed")
-    beats = node.counts["share_beats"]
-    assert eventually(lambda: node.counts["share_beats"] > beats + 2)
-    assert set(node.sink.peers) == {hand.nid}
-    hand.client.delete(live)
-    hand.client.set(live, b"no set at all")
-    assert eventually(lambda: node.counts["share_redis_errors"] > 0)
-    assert node.sink.peers[hand.nid][2]
 
 
 def test_an_outbox_that_overflows_is_a_new_epoch(server: RedisServer, share: ShareConfig) -> None:
@@ -312,6 +207,23 @@ def test_two_clusters_on_one_redis_do_not_meet(server: RedisServer, share: Share
         assert not three.sink.peers
         assert not four.sink.peers
         assert set(one.sink.peers) == {"b"}
+
+
+def test_a_servers_clock_that_went_back_leaves_no_zombies(
+    server: RedisServer, share: ShareConfig
+) -> None:
+    wires = Wires()
+    with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
+        assert both_know(one, two)
+        zombie = HandNode(server.client(), wires, "z")
+        zombie.beat(ahead_s=3600)  # as all are when the clock goes back an hour
+        for node in (one, two):
+            server.client().zadd(member_keys("default")[0], {node.roster.nid: 1e15})
+        assert eventually(lambda: server.client().zcard(member_keys("default")[0]) == 2)
+        beats = one.counts["share_beats"]
+        assert eventually(lambda: one.counts["share_beats"] > beats + 3)
+        assert not one.sink.was_down - {"z"}
+        assert two.sees(one)
 
 
 def test_only_namespaces_present_here_are_followed(server: RedisServer, share: ShareConfig) -> None:
@@ -356,45 +268,6 @@ def test_clocks_of_this_machine_may_jump(
             one.logs.log(NS).add(fps(number))
             assert both_know(one, two)
     assert not one.sink.was_down
-
-
-def test_sets_that_lie_are_asked_for_again(
-    scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.snapshot_queue.ASK_AGAIN_S", 0.1)
-    node, hand = scene
-    node.roster.reported_misses(NS, hand.nid, 15)
-    assert node.counts["share_distrusted"] == 0
-    node.roster.reported_misses(NS, hand.nid, 16)
-    assert node.counts["share_distrusted"] == 1
-    assert eventually(lambda: node.counts["share_snapshots"] >= 2)
-    assert knows(node, hand)
-
-
-def test_a_replica_that_cannot_be_written_is_written_later(
-    scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.snapshot_queue.ASK_AGAIN_S", 0.1)
-    node, hand = scene
-    node.sink.error = OSError(28, "No space left on device")
-    hand.write(hand.added(4))
-    assert eventually(lambda: node.counts["share_replica_errors"] > 0)
-    hand.write(hand.added(5))
-    node.sink.error = None
-    assert knows(node, hand)
-    assert node.counts["share_thread_errors"] == 0
-
-
-def test_after_close_nothing_is_written(scene: tuple[Node, HandNode]) -> None:
-    node, hand = scene
-    node.roster.close()
-    calls = node.sink.calls.copy()
-    hand.write(hand.added(4))
-    node.roster.changed(NS, hand.nid, [Change(hand.logs.epoch, 4, Op.ADD, fps(4))])
-    node.roster.listed("redis", [])
-    node.roster.wanted_namespaces(())
-    assert node.sink.calls == calls
-    assert not [thread.name for thread in threading.enumerate() if "flexkv-r" in thread.name]
 
 
 def test_shapes_of_an_answer() -> None:

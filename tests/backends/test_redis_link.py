@@ -11,7 +11,6 @@ import pytest
 import redis
 
 from fleet_bed import NS, Node, Wires, eventually, fps
-from flexkv_sglang.backends import redis_feed
 from flexkv_sglang.backends.fleet import ShareConfig
 from flexkv_sglang.backends.redis_link import RedisAddress, RedisLink, parse_redis_url, redacted
 from flexkv_sglang.errors import ConfigError
@@ -20,10 +19,7 @@ from redis_server import ACL, RedisServer, free_port
 SECRET = "correct-horse"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_feed, "BLOCK_S", 0.1)
-    monkeypatch.setattr("flexkv_sglang.backends.snapshot_queue.JITTER_S", 0.05)
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def meet(share: ShareConfig) -> None:

@@ -27,10 +27,12 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 SHARE = ShareConfig(heartbeat_s=0.2, node_ttl_s=0.8)
 
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.redis_feed.BLOCK_S", 0.1)
-    for name, seconds in (("JITTER_S", 0.05), ("ASK_AGAIN_S", 0.2), ("NEW_EPOCH_S", 0.1)):
+def soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("ASK_AGAIN_S", 0.2), ("NEW_EPOCH_S", 0.1)):
         monkeypatch.setattr(f"flexkv_sglang.backends.snapshot_queue.{name}", seconds)
 
 
@@ -200,18 +202,20 @@ def follow_from_another_process(node: WireNode, tmp_path: Path, way: str) -> Non
         alone = replace(SHARE, peers=(node.address,))
         with Child(share if way == "redis" else alone, "b") as child:
             waits = visible_after_ms(node, child)
-            logger.info("%s: visible after %.1f ms (median), %.1f (p99)", way, waits[50], waits[98])
+            logger.info(
+                "%s: visible after %.1f ms (median), %.1f (longest)", way, waits[30], waits[-1]
+            )
         assert way == "static" or eventually(lambda: node.holds("b") is None)
 
 
 def visible_after_ms(node: WireNode, child: Child) -> list[float]:
-    """How long each of 100 pages took to be in the other process's replica, sorted."""
+    """How long each of 60 pages took to be in the other process's replica, sorted."""
     assert eventually(lambda: child.ask(peer="a")["held"] == 200_000)
     added: dict[int, float] = {}
-    for number in range(100):
+    for number in range(60):
         added[number] = time.monotonic()
         node.logs.log(NS).add(fps(number))
         time.sleep(0.003 * (number % 7))  # at all phases of whatever has a period
-    assert eventually(lambda: child.ask(peer="a")["held"] == 200_100)
+    assert eventually(lambda: child.ask(peer="a")["held"] == 200_060)
     seen = child.ask(peer="a", seen=True)["seen"]
     return sorted((seen[str(number)] - added[number]) * 1000 for number in added)

@@ -206,6 +206,7 @@ class WireNode:
         self.counts: Counter[str] = Counter()
         self.roster: Roster | None = None
         self.control = WirePeerControl(share, None)
+        self.address = ""  # asked for before ``start`` returns
         self._server = PageServer(share, None, self.own_info, lambda _ns: None, self.logs.find)
         self.address = self._server.start()
 
@@ -253,8 +254,8 @@ class HandNode:
     def own_info(self) -> NodeInfo:
         return NodeInfo(self.nid, self.logs.epoch, f"{self.nid}:1", "", (NS,))
 
-    def beat(self, entry: bytes | None = None, ahead_s: float = 3600.0) -> None:
-        """Be in the list for ``ahead_s`` seconds more than the expiry."""
+    def beat(self, entry: bytes | None = None, ahead_s: float = 0.0) -> None:
+        """Be in the list until the expiry, as if it were ``ahead_s`` seconds later."""
         live, nodes, version = member_keys(self._cluster_id)
         self.client.zadd(live, {self.nid: (time.time() + ahead_s) * 1000})
         self.client.hset(nodes, self.nid, entry or encode_info(self.own_info()))
