@@ -4,10 +4,10 @@ from __future__ import annotations
 
 SET, FILES = "backends/fingerprint_set.py", "backends/replica_files.py"
 WRITER, READER = "backends/replica_writer.py", "backends/replica_reader.py"
-MUTANTS = "tests/backends/test_fingerprint_set.py"
+OF_SET = "tests/backends/test_fingerprint_set.py"
 OF_REPLICA = "tests/backends/test_replica.py tests/backends/test_replica_files.py"
 
-SEEDS: tuple[tuple[str, str, str, str, str], ...] = (
+MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "replica: a half written record counts",
         SET,

@@ -8,17 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-<<<<<<< HEAD
-
-from delay_proxy import DelayProxy
-from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.peer_health import PeerHealth
-from flexkv_sglang.backends.remote_read import PageOutcome
-from flexkv_sglang.types import PageKey
-from page_sources import MemorySource, PageMemory, keys_of
-from serving import EPOCH, NID, ServerProcess, begin, reading, serving, until
-
-=======
 import zmq
 
 from delay_proxy import DelayProxy
@@ -31,7 +20,6 @@ from flexkv_sglang.types import PageKey
 from page_sources import MemorySource, PageMemory, keys_of
 from serving import EPOCH, NID, ServerProcess, begin, reading, serving, until
 
->>>>>>> wire5
 OK, MISS, BUSY, LATE = PageOutcome.OK, PageOutcome.MISS, PageOutcome.BUSY, PageOutcome.LATE
 CORRUPT, FAILED, SKIPPED = PageOutcome.CORRUPT, PageOutcome.FAILED, PageOutcome.SKIPPED
 
