@@ -12,6 +12,8 @@ import random
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.run_dir import RunDir, settings_digest
@@ -19,15 +21,24 @@ from flexkv_sglang.run_dir import RunDir, settings_digest
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 5.0
+_IDLE_S = 1.0
 _PAUSE_MAX_S = 60.0
 _JOIN_S = 2.0
 _SHELL_S = 10.0
 
 
 class AgentKeeper:
-    """``start`` takes this process's rank lock and starts the agent if there is none. Raises ``OSError``."""
+    """Takes this process's rank lock. Raises ``OSError``. ``idle`` is called every second, by the thread."""
 
-    def __init__(self, config: FlexKVConfig, run_dir: RunDir, *, look_s: float = _LOOK_S) -> None:
+    def __init__(
+        self,
+        config: FlexKVConfig,
+        run_dir: RunDir,
+        idle: Callable[[], None] = lambda: None,
+        *,
+        look_s: float = _LOOK_S,
+    ) -> None:
+        self._idle = idle
         self._config = config
         self._run_dir = run_dir
         self._look_s = look_s
@@ -52,18 +63,31 @@ class AgentKeeper:
         self._lock.path.unlink(missing_ok=True)
 
     def _run(self) -> None:
-        pause = 0.0
-        started = 1.0
-        while not self._stop.wait(pause):
+        look_at, started = 0.0, 1.0
+        while not self._stop.is_set():
+            if time.monotonic() >= look_at:
+                pause = self._look_s
+                if self._looked():
+                    started = 1.0
+                else:
+                    started = min(2 * started, _PAUSE_MAX_S)
+                    pause = max(started, self._look_s) * random.uniform(0.8, 1.2)
+                look_at = time.monotonic() + pause
+            self._stop.wait(_IDLE_S)
             try:
-                if self._look():
-                    started, pause = 1.0, self._look_s
-                    continue
-                launch_agent(self._config, self._run_dir)
-            except (OSError, subprocess.SubprocessError) as exc:
-                logger.warning("flexkv: the agent cannot be started: %s", exc)
-            started = min(2 * started, _PAUSE_MAX_S)
-            pause = max(started, self._look_s) * random.uniform(0.8, 1.2)
+                self._idle()
+            except Exception:
+                logger.warning("flexkv: the replica cannot be followed", exc_info=True)
+
+    def _looked(self) -> bool:
+        """True if an agent lives; else one was started, or could not be."""
+        try:
+            if self._look():
+                return True
+            launch_agent(self._config, self._run_dir)
+        except (OSError, subprocess.SubprocessError) as exc:
+            logger.warning("flexkv: the agent cannot be started: %s", exc)
+        return False
 
     def _look(self) -> bool:
         """Does an agent live? Whether its settings are ours is another question."""

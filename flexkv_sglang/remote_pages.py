@@ -92,6 +92,7 @@ class RemotePages:
         self._metrics = metrics
         self._page_tokens = page_tokens
         self._usable = usable
+        self.closed = False
         self._lock = threading.Lock()  # guards _disbelieved; dict work
         self._disbelieved: dict[
             tuple[str, int, PageKey], float
@@ -156,12 +157,18 @@ class RemotePages:
             self._disbelieve(run.peer, lost)
         return good
 
+    def follow(self) -> None:
+        """Take in what the agent says now. Once a second at least, or files it has replaced stay in memory."""
+        if not self.closed:
+            self._reader.refresh()
+
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent. Nothing is found any more."""
+        self.closed = True
         self._reader.close()
 
     def _ready(self) -> bool:
-        if not self._usable():
+        if self.closed or not self._usable():
             return False
         self._reader.refresh()
         return self._reader.alive

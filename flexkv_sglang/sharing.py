@@ -20,10 +20,13 @@ class Sharing:
 
     def __init__(self, config: FlexKVConfig, metrics: Metrics) -> None:
         self._config = config
+        self._opened: list[
+            RemotePages
+        ] = []  # replaced, never changed: the keeper's thread reads it
         self._run_dir = RunDir.of(config)
         self._client = PeerClient(config.share, metrics.count)
         try:
-            self._keeper = AgentKeeper(config, self._run_dir)
+            self._keeper = AgentKeeper(config, self._run_dir, self._follow)
             self._keeper.start()
         except OSError as exc:
             self._client.close()
@@ -43,7 +46,7 @@ class Sharing:
         if fields.get("epoch"):
             return None
         tokens = fields.get("page_size", 0)
-        return RemotePages(
+        pages = RemotePages(
             namespace,
             payload_bytes,
             ReplicaReader(self._run_dir.path, namespace, self._config.share.replica_ttl_s),
@@ -54,6 +57,13 @@ class Sharing:
             page_tokens=tokens if isinstance(tokens, int) else 0,
             usable=lambda: self._keeper.usable,
         )
+        self._opened = [*(held for held in self._opened if not held.closed), pages]
+        return pages
+
+    def _follow(self) -> None:
+        """Let go of files that the agent has replaced, also while nobody looks anything up."""
+        for pages in self._opened:
+            pages.follow()
 
     def close(self) -> None:
         """The agent stays. Idempotent."""

@@ -216,5 +216,5 @@ def test_two_nodes_of_one_name(redis_server: RedisServer, make_node: MakeNode) -
     reader = b.rank()
     writer.put(1, PAGES)
     assert eventually(lambda: reads_all(reader), 30), (a.status(), b.status(), b.agent_log())
-    names = {a.status()["nid"], b.status()["nid"]}
-    assert len(names) == 2
+    assert eventually(lambda: a.status().get("nid") != b.status().get("nid"))
+    assert eventually(lambda: reads_all(reader)), (a.status(), b.status())
