@@ -81,7 +81,7 @@ class PageServer:
             self._door = curve.Door(self._context, self._secret)
         self._router = self._open_router()
         try:
-            self._router.bind(f"tcp://{curve.join_address(self._host, self._port or 0)}")
+            self._router.bind(f"tcp://{curve.join_address(self._host, self._port)}")
         except zmq.ZMQError as error:
             self._close_sockets()
             raise ConfigError(
