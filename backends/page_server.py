@@ -176,6 +176,10 @@ class PageServer:
                 self._dispatch(routing, decode_request(frames))
             except wire.WireError:
                 self.counts["invalid_messages"] += 1
+            except Exception:
+                # ours or the agent's: one message is lost, not the server
+                logger.exception("a message could not be answered")
+                self.counts["errors"] += 1
 
     def _dispatch(self, routing: bytes, ask: wire.Request) -> None:
         reader = self._readers.get(routing)
