@@ -81,7 +81,7 @@ class PageServer:
             self._door = curve.Door(self._context, self._secret)
         self._router = self._open_router()
         try:
-            self._router.bind(f"tcp://{curve.join_address(self._host, self._port or 0)}")
+            self._router.bind(f"tcp://{curve.join_address(self._host, self._port)}")
         except zmq.ZMQError as error:
             self._close_sockets()
             raise ConfigError(
@@ -176,6 +176,10 @@ class PageServer:
                 self._dispatch(routing, decode_request(frames))
             except wire.WireError:
                 self.counts["invalid_messages"] += 1
+            except Exception:
+                # ours or the agent's: one message is lost, not the server
+                logger.exception("a message could not be answered")
+                self.counts["errors"] += 1
 
     def _dispatch(self, routing: bytes, ask: wire.Request) -> None:
         reader = self._readers.get(routing)

@@ -70,7 +70,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         PAGES,
         "            while frames and frames[0][0].done:",
         "            while frames:",
-        f"{SERVER}::test_slow_readers_never_get_another_pages_bytes",
+        f"{SERVER}::test_memory_that_has_not_left_is_not_used_again",
     ),
     (
         "wire: the budget is in seconds",

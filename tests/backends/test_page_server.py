@@ -178,6 +178,26 @@ def test_slow_readers_never_get_another_pages_bytes() -> None:
         assert good >= 40
 
 
+def test_memory_that_has_not_left_is_not_used_again() -> None:
+    """A reader takes nothing from its socket; another asks for as much as there is meanwhile."""
+    keys = keys_of(48)
+    size = 1 << 20
+    source = MemorySource(keys, size)
+    with (
+        serving(source, small(32 * size, 24 * size)) as (server, address),
+        RawPeer(address, queue=1) as slow,
+        RawPeer(address) as quick,
+    ):
+        slow.say(read(1, keys[:24]))
+        until(lambda: server.counts["pages_sent"] == 24)
+        for rid in range(1, 4):
+            quick.say(read(rid, keys[24:]))
+            _take_slowly(quick, keys, source)
+        for key in keys[:24]:
+            assert slow.sock.poll(10_000)
+            assert slow.sock.recv_multipart()[1] == source.pages[key]
+
+
 def _take_slowly(peer: RawPeer, keys: list[PageKey], source: MemorySource) -> int:
     """Read a whole answer; pages that came, each compared by its checksum under some key."""
     good = 0
@@ -233,6 +253,25 @@ def test_a_failing_source_is_a_miss_and_the_server_lives() -> None:
         assert [page.status for page in peer.hear_all()[:-1]] == [PageStatus.MISS]
         peer.say(read(2, keys[:1]))
         assert [page.status for page in peer.hear_all()[:-1]] == [OK]
+
+
+def test_a_failing_callable_costs_one_message() -> None:
+    """The agent's answers are asked for in the server's loop; a bug there must not end it."""
+    keys = keys_of(1)
+    source = MemorySource(keys, 4096)
+    failures = [RuntimeError("a bug")]
+
+    def sources(name: str) -> MemorySource:
+        if failures:
+            raise failures.pop()
+        return source
+
+    with serving(source) as (server, address), RawPeer(address) as peer:
+        server._pages._sources = sources
+        peer.say(read(1, keys))
+        peer.say(read(2, keys))
+        assert [answer.rid for answer in peer.hear_all()] == [2, 2]
+        assert server.counts["errors"] == 1
 
 
 def test_checksums_are_those_of_the_source() -> None:

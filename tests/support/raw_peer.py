@@ -11,12 +11,15 @@ from flexkv_sglang.backends.wire_decode import decode_answer
 
 
 class RawPeer:
-    """Connected to ``address``; greets unless told otherwise."""
+    """Connected to ``address``; greets unless told otherwise. ``queue``: messages it takes unread, 0: all."""
 
-    def __init__(self, address: str, *, greet: bool = True, cluster_id: str = "default") -> None:
+    def __init__(
+        self, address: str, *, greet: bool = True, cluster_id: str = "default", queue: int = 0
+    ) -> None:
         self._context = zmq.Context()
         self.sock = self._context.socket(zmq.DEALER)
         self.sock.linger = 0
+        self.sock.rcvhwm = queue
         self.sock.connect(f"tcp://{address}")
         if greet:
             self.say(wire.pack_hello(wire.Hello(bytes(16), cluster_id)))
