@@ -7,13 +7,14 @@ the lock and the others end.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.run_dir import RunDir, settings_digest
@@ -46,6 +47,7 @@ class AgentKeeper:
         self._stop = threading.Event()
         self._lock = run_dir.take_rank_lock()
         self._told = False
+        self._reported = ""
         self.usable = True  # False: the agent runs with other settings
         self._thread = threading.Thread(target=self._run, name="flexkv-agent-keeper", daemon=True)
 
@@ -53,6 +55,13 @@ class AgentKeeper:
         """Start the thread; it starts the agent."""
         self._run_dir.add_places(self._config)
         self._thread.start()
+
+    def report(self, fields: Mapping[str, object]) -> None:
+        """For ``flexkv nodes``: what this rank process thinks of other nodes. Raises ``OSError``."""
+        text = json.dumps(fields, sort_keys=True)
+        if text != self._reported:
+            self._lock.write(text)
+            self._reported = text
 
     def close(self) -> None:
         """Stop looking; the agent stays. Idempotent."""

@@ -162,6 +162,10 @@ class RemotePages:
         if not self.closed:
             self._reader.refresh()
 
+    def peers(self) -> Sequence[Peer]:
+        """Other nodes that are up."""
+        return () if self.closed else self._reader.peers()
+
     def close(self) -> None:
         """Idempotent. Nothing is found any more."""
         self.closed = True

@@ -147,6 +147,19 @@ class RunDir:
                 path.unlink(missing_ok=True)
         return count
 
+    def breakers(self) -> dict[str, dict[str, str]]:
+        """Rank process -> nodes that it does not ask for a while, and why. Of those that live."""
+        found = {}
+        for path in sorted((self.path / "ranks").glob("*.lock")):
+            try:
+                if RunLock.is_held(path):
+                    found[path.stem] = dict(
+                        json.loads(path.read_text() or "{}").get("breakers", {})
+                    )
+            except (OSError, ValueError):
+                continue  # it has ended, or is writing
+        return found
+
 
 class RunLock:
     """A held ``flock``: ends with the process, however that ends."""

@@ -61,9 +61,12 @@ class Sharing:
         return pages
 
     def _follow(self) -> None:
-        """Let go of files that the agent has replaced, also while nobody looks anything up."""
+        """Let go of files that the agent has replaced, also while nobody looks anything up; tell of open breakers."""
+        states: dict[str, str] = {}
         for pages in self._opened:
             pages.follow()
+            states |= {peer.nid: self._client.is_open(peer.nid) for peer in pages.peers()}
+        self._keeper.report({"breakers": {nid: why for nid, why in states.items() if why}})
 
     def close(self) -> None:
         """The agent stays. Idempotent."""

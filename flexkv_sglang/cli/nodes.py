@@ -53,6 +53,7 @@ def _facts(path: Path) -> dict[str, Any]:
         "pid": (agent or {}).get("pid"),
         "age_s": age,
         "trouble": trouble,
+        "breakers": run_dir.breakers(),
         "status": status,
     }
 
@@ -71,11 +72,21 @@ def _text(facts: dict[str, Any]) -> str:
     lines += [f"  TROUBLE {text}" for text in facts["trouble"]]
     peers = status.get("peers", [])
     rows = [
-        [peer["nid"], peer["address"], peer["state"], str(peer["pages"]), str(peer["behind"])]
+        [
+            *(peer[name] for name in ("nid", "address", "state", "pages", "behind")),
+            _breaker(facts, peer["nid"]),
+        ]
         for peer in peers
     ]
     if rows:
-        lines.append(table(["node", "address", "state", "pages", "behind"], rows))
+        lines.append(table(["node", "address", "state", "pages", "behind", "breaker"], rows))
     else:
         lines.append("  no other node")
     return "\n".join(lines)
+
+
+def _breaker(facts: dict[str, Any], nid: str) -> str:
+    """Do the rank processes of this node ask that one?"""
+    ranks = facts["breakers"]
+    reasons = [states[nid] for states in ranks.values() if nid in states]
+    return f"open in {len(reasons)} of {len(ranks)}: {reasons[0]}" if reasons else "closed"

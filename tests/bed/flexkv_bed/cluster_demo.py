@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flexkv_bed.demo import Narrator, stop, work_directory
 from flexkv_bed.netns import Cluster, UnavailableError
@@ -105,14 +106,18 @@ class Fleet:
             },
         }
 
-    def nodes(self, host: str) -> dict[str, dict[str, object]]:
-        """Peers of a host's agent, as ``flexkv nodes`` has them."""
+    def nodes(self, host: str) -> dict[str, dict[str, Any]]:
+        """Peers of a host's agent, as ``flexkv nodes`` has them; ``breaker``: why a rank does not ask it, or ""."""
         command = [sys.executable, "-P", "-m", "flexkv_sglang.cli", "nodes", "--json", "--run-dir"]
         done = subprocess.run(
             [*command, str(self.work / host / "run")], capture_output=True, timeout=30, check=False
         )
         (agent,) = json.loads(done.stdout)["agents"]
-        return {peer["nid"]: peer for peer in agent["status"].get("peers", [])}
+        open_at: dict[str, str] = {}
+        for states in agent["breakers"].values():
+            open_at |= states
+        peers = agent["status"].get("peers", [])
+        return {peer["nid"]: {**peer, "breaker": open_at.get(peer["nid"], "")} for peer in peers}
 
     def wait_pages(self, narrator: Narrator, host: str, peer: str, pages: int) -> float:
         """Until ``host`` knows of so many pages at ``peer``. Returns the seconds that took."""
@@ -120,7 +125,8 @@ class Fleet:
         with narrator.during(f"waiting until {host} knows of {pages} pages at {peer}") as waiting:
             while (waited := time.monotonic() - begin) < _WAIT_S:
                 seen = self.nodes(host).get(peer, {})
-                if seen.get("state") == "up" and int(str(seen.get("pages", 0))) >= pages:
+                up = seen.get("state") == "up" and not seen["breaker"]
+                if up and seen["pages"] >= pages:
                     return waited
                 waiting(waited)
                 time.sleep(0.1)
