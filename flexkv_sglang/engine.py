@@ -384,7 +384,7 @@ class CacheEngine:
             return
         self._neighbours.close()
         try:
-            with self._pages.publishing(time.monotonic() + _PUBLISH_S):  # nor may a record be on its way
+            with self._pages.publishing(time.monotonic() + _PUBLISH_S):  # no record on its way
                 self._tier.close()
         except TierError as exc:
             self._trouble("close", exc)

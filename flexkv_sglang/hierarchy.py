@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 
 from flexkv_sglang.backends.huge_pages import huge_pages
@@ -93,8 +94,9 @@ class Hierarchy:
 
     def close(self) -> None:
         """Close every tier, also when one fails. Idempotent."""
-        for tier in self.tiers:
-            tier.close()
+        with ExitStack() as stack:
+            for tier in self.tiers:
+                stack.callback(tier.close)
 
     def released(self) -> bool:
         """After ``close``: no transfer runs any more, the files are nobody's."""

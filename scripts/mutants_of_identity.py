@@ -59,15 +59,15 @@ IDENTITY = (
     (
         "namespaces of new weights are opened under calls of before",
         POOLS,
-        "if not alone or not self._unsettled or self._away:",
-        "if not self._unsettled or self._away:",
+        "if not alone or not self._unsettled or self._away",
+        "if not self._unsettled or self._away",
         OF_POOLS,
     ),
     (
         "a pool that comes during an update is opened at once",
         POOLS,
-        "if not alone or not self._unsettled or self._away:",
-        "if not alone or not self._unsettled:",
+        "if not alone or not self._unsettled or self._away",
+        "if not alone or not self._unsettled",
         OF_POOLS,
     ),
     (

@@ -27,6 +27,7 @@ KEYS = names(4)
 def patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing here is about being late, and every test begins with the weights of the start."""
     monkeypatch.setattr("flexkv_sglang.adapter.READ_SECONDS_MIN", 8.0)
+    monkeypatch.setattr("flexkv_sglang.pools._OPEN_S", 20.0)
     forget_updates()
     yield
     forget_updates()
