@@ -51,6 +51,11 @@ class Pool:
             store.close()
 
     @property
+    def ready(self) -> bool:
+        """Is it open as what it is? Not while it waits to be opened anew; opening may take longer than an update."""
+        return self.store is not None and self.opened == self.told.identity
+
+    @property
     def is_marker(self) -> bool:
         """The pool has no bytes of its own."""
         return isinstance(self.pages, MarkerPages)

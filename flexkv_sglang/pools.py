@@ -254,9 +254,9 @@ class PoolStores:
             yield
 
     def get(self, name: str) -> Pool | None:
-        """The pool of this name if it is open. To be used ``in_use``."""
+        """The pool of this name if it is open for the weights as they are now. To be used ``in_use``."""
         pool = self._pools.get(name)
-        return pool if pool is not None and pool.store is not None and not self._away else None
+        return pool if pool is not None and pool.ready and not self._away else None
 
     def sidecars(self) -> list[Demand]:
         """What every registered pool beside KV asks of a prefix, as far as is known."""

@@ -71,6 +71,13 @@ IDENTITY = (
         OF_POOLS,
     ),
     (
+        "files that were being opened for old weights are used for new ones",
+        "flexkv_sglang/pool.py",
+        "return self.store is not None and self.opened == self.told.identity",
+        "return self.store is not None",
+        OF_POOLS,
+    ),
+    (
         "files of weights that are gone stay",
         POOLS,
         "if identity.namespace not in entered:",
