@@ -179,8 +179,9 @@ class PoolStores:
             if self._owes_clear:
                 self._clear()
             self._remember(kv, claims, division=changed or len(claims) > 1)
-            if self._closed.is_set():  # meanwhile, without us
-                self._close_all()
+            for pool in pools:  # what happened meanwhile did not wait for us
+                if self._closed.is_set() or self._pools.get(pool.name) is not pool:
+                    pool.close()
 
     def leave(self) -> None:
         """Weights are about to change: every page misses, none is written. Running calls end in the old namespaces,
@@ -236,11 +237,11 @@ class PoolStores:
         entered = {pool.told.identity.namespace for pool in pools}
         try:
             while self._left:
-                identity, store = self._left[-1]
-                if identity.namespace not in entered:
-                    reclaim(store, self.prepared, identity)
-                self._left.pop()
+                left = self._left.pop()
+                if left[0].namespace not in entered:
+                    reclaim(left[1], self.prepared, left[0])
         except OSError as exc:
+            self._left.append(left)
             self._away = True
             logger.error("flexkv: old pages cannot be deleted, all miss until a flush: %s", exc)
         return not self._left

@@ -26,8 +26,8 @@ MUTANTS = (
     (
         "what was being opened during a detach stays open",
         POOLS,
-        "            if self._closed.is_set():  # meanwhile, without us\n                self._close_all()",
-        "            pass",
+        "if self._closed.is_set() or self._pools.get(pool.name) is not pool:",
+        "if self._pools.get(pool.name) is not pool:",
         POOL_TESTS,
     ),
     (

@@ -148,6 +148,36 @@ def test_a_disk_that_does_not_open_keeps_no_call_and_no_detach(
     again.close()
 
 
+def test_a_pool_that_is_replaced_while_its_files_are_opened_keeps_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexkv_sglang.pools._OPEN_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.pools._SETTLE_S", 0.05)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        opened = open_hierarchy(*args)
+        if args[3]["pool"] == "mamba" and not go_on.is_set():
+            reached.set()
+            assert go_on.wait(30)
+        return opened
+
+    storage = hybrid(tmp_path, fires=False)
+    monkeypatch.setattr("flexkv_sglang.pools.open_hierarchy", slow)
+    assert storage.batch_exists(names(1)) == 0
+    assert reached.wait(30)
+    old = storage._stores._pools["mamba"]
+    storage.register_mem_host_pool_v2(Pool(512, seed=3), "mamba")
+    go_on.set()
+    storage._stores._opener.join(30)
+    assert old is not None
+    assert old.store is None
+    monkeypatch.setattr("flexkv_sglang.pools._OPEN_S", 20.0)
+    put(storage, names(2))
+    assert ask(storage, names(2)).kv_hit_pages == 2
+    storage.close()
+
+
 def test_a_clear_while_files_are_exchanged_is_not_lost(
     storage: FlexKVStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
