@@ -80,7 +80,7 @@ IDENTITY = (
     (
         "files of weights that are gone stay",
         POOLS,
-        "if identity.namespace not in entered:",
+        "if left[0].namespace not in entered:",
         "if False:",
         OF_POOLS,
     ),

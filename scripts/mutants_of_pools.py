@@ -31,6 +31,13 @@ MUTANTS = (
         POOL_TESTS,
     ),
     (
+        "a pool that was replaced while its files were opened keeps them",
+        POOLS,
+        "if self._closed.is_set() or self._pools.get(pool.name) is not pool:",
+        "if self._closed.is_set():",
+        POOL_TESTS,
+    ),
+    (
         "a pool that cannot be stored leaves no trace",
         POOLS,
         'self._unstored[name] = "it could not be looked at, see the log"',
