@@ -200,6 +200,7 @@ def test_a_call_that_began_before_the_update_never_writes_into_the_new_namespace
     thread.start()
     assert reached.wait(30)
     update(nonce("n"))
+    storage._stores._opener.join(30)
     assert all(storage._stores.get(name) is None for name in POOLS), "not while that call runs"
     go_on.set()
     thread.join(30)
