@@ -28,14 +28,14 @@ from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.epochs import WEIGHTS
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.host_pages import Pages
 from flexkv_sglang.identities import Identities
-from flexkv_sglang.keys import Identity, page_key, page_keys
+from flexkv_sglang.keys import page_key, page_keys
 from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.pool import Described, Pool
 from flexkv_sglang.pool_rules import KV
 from flexkv_sglang.pool_transfers import PoolAnswer, fetch, read, store, usable, write
-from flexkv_sglang.pools import Described, Pool, PoolStores
+from flexkv_sglang.pools import PoolStores
 from flexkv_sglang.prefix import Demand, Usable
 from flexkv_sglang.prometheus import export
 from flexkv_sglang.sharing import Sharing
@@ -50,8 +50,9 @@ PREFETCH_TIMEOUT = (1.0, 0.25)
 READ_SECONDS_MIN = 0.05
 """A get is given at least this long, whatever the prefetch timeout is."""
 
-CALL_SECONDS_MAX = 8.0
-"""... or more than this, the bound of a put. SGLang joins its storage threads for 10 s when a backend is detached."""
+CALL_SECONDS_MAX = 6.0
+"""... or more than this, the bound of a put. With what comes before (``PoolStores.in_use``) and after (the commit) it
+has to be less than the 10 s for which SGLang joins its storage threads when a backend is detached."""
 
 _LOG_INTERVAL_S = 60.0
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -153,24 +154,6 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
             self._report("close", exc)
 
-    @property
-    def _engine(self) -> Hierarchy | None:
-        """The store of KV pages."""
-        kv = self._stores.get(KV)
-        return None if kv is None else kv.store
-
-    @property
-    def _pages(self) -> Any:
-        """The KV pool's pages."""
-        kv = self._stores.get(KV)
-        return None if kv is None else kv.pages
-
-    @property
-    def _identity(self) -> Identity | None:
-        """The KV namespace."""
-        kv = self._stores.get(KV)
-        return None if kv is None else kv.told.identity
-
     def _metrics_of(self, name: str) -> Metrics:
         if name not in self._metrics:
             self._metrics[name] = Metrics()
@@ -210,14 +193,14 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self.metrics.asked(len(keys), found.pages, time.perf_counter() - started)
         return found
 
-    @_boundary(lambda self, keys, *a, **k: [False] * len(keys), moves=True)
+    @_boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
     def batch_get_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
         """Read pages into the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
         return self._read(self._stores.get(KV), keys, host_indices, self._deadline(len(keys)))
 
-    @_boundary(lambda self, keys, *a, **k: [False] * len(keys), moves=True)
+    @_boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
     def batch_set_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
@@ -262,7 +245,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """Read one flat page into ``target_location`` (a CPU tensor) and return it; None on a miss."""
         return self.batch_get([key], [target_location])[0]
 
-    @_boundary(lambda self, keys, *a, **k: [None] * len(keys), moves=True)
+    @_boundary(lambda self, keys, *a, **k: [None] * len(keys or ()), moves=True)
     def batch_get(
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[Any]:
@@ -308,15 +291,17 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         deadline = time.monotonic() + CALL_SECONDS_MAX
         return all(store(kv, written, batch, None, deadline))
 
-    @_boundary(lambda self: None, moves=True)
+    @_boundary(lambda self: None)
     def clear(self) -> None:
-        """Forget every page this process stored in its own namespaces. Other models' pages stay."""
+        """Forget every page this process stored in its own namespaces, also of files that are being exchanged.
+        Other models' pages stay."""
         self._stores.clear()
 
     @_boundary(lambda self: None)
     def get_stats(self) -> Any:
         """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
-        groups = WHOLE if self._pages is None else self._pages.groups
+        kv = self._stores.get(KV)
+        groups = WHOLE if kv is None else kv.pages.groups
         return transfer_stats(*self.metrics.drain_transfers(), groups.count)  # of KV only
 
     def _read(
@@ -378,4 +363,4 @@ def _parent_of(extra_info: Any) -> PageKey | None:
 
 
 def _all_false(transfers: list[Any]) -> dict[str, list[bool]]:
-    return {transfer.name: [False] * len(transfer.keys or []) for transfer in transfers}
+    return {transfer.name: [False] * len(transfer.keys or ()) for transfer in transfers or ()}

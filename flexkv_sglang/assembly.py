@@ -20,7 +20,6 @@ from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.hierarchy import Hierarchy
 from flexkv_sglang.keys import Identity
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.pool_rules import Claim, claims_from
 from flexkv_sglang.sharing import Sharing
 from flexkv_sglang.transfer import PageMover
 
@@ -200,24 +199,28 @@ def _open_engine(  # noqa: PLR0913 - one call, spelled out
     return engine
 
 
-def remembered_claims(prepared: Sequence[Mapping[str, IoMode]], kv_namespace: str) -> list[Claim]:
-    """The pools that shared the disk with this KV namespace when it was last opened; [] if none did."""
+def remembered(prepared: Sequence[Mapping[str, IoMode]], namespace: str, name: str) -> object:
+    """What ``remember`` left under this name in any directory; None if there is nothing."""
     for modes in prepared:
         for path in modes:
-            claims = claims_from(noted(Path(path).expanduser() / kv_namespace, "pools"))
-            if claims:
-                return claims
-    return []
+            found = noted(Path(path).expanduser() / namespace, name)
+            if found:
+                return found
+    return None
 
 
-def remember_claims(
-    prepared: Sequence[Mapping[str, IoMode]], kv_namespace: str, claims: Sequence[Claim]
+def remember(
+    prepared: Sequence[Mapping[str, IoMode]], namespace: str, facts: Mapping[str, object]
 ) -> None:
-    """Note them in the NAMESPACE.json of the KV pages, so that the next start divides the disk at once."""
+    """Add ``facts`` to the namespace's NAMESPACE.json, for the next start and for people. What is empty and was not
+    there stays away."""
     for modes in prepared:
         for path in modes:
-            try:
-                directory = Path(path).expanduser() / kv_namespace
-                note(directory, "pools", [claim.fields() for claim in claims])
-            except (OSError, ValueError) as exc:
-                logger.warning("flexkv: the division is not remembered in %s: %s", path, exc)
+            directory = Path(path).expanduser() / namespace
+            for name, fact in facts.items():
+                if (noted(directory, name) or type(fact)()) == fact:
+                    continue
+                try:
+                    note(directory, name, fact)
+                except (OSError, ValueError) as exc:
+                    logger.warning("flexkv: %s is not noted in %s: %s", name, path, exc)

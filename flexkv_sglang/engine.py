@@ -384,7 +384,8 @@ class CacheEngine:
             return
         self._neighbours.close()
         try:
-            self._tier.close()
+            with self._pages.publishing(time.monotonic() + _PUBLISH_S):  # no record on its way
+                self._tier.close()
         except TierError as exc:
             self._trouble("close", exc)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 
 from flexkv_sglang.backends.huge_pages import huge_pages
@@ -160,12 +161,13 @@ class Hierarchy:
 
     def close(self) -> None:
         """Close every tier, also when one fails. Idempotent."""
-        if self._keeping is not None:
-            self._keeping.close()
-        if self._remote is not None:
-            self._remote.close()
-        for tier in self.tiers:
-            tier.close()
+        with ExitStack() as stack:  # the last in is the first out: whoever puts pages ends before the tiers
+            for tier in self.tiers:
+                stack.callback(tier.close)
+            if self._remote is not None:
+                stack.callback(self._remote.close)
+            if self._keeping is not None:
+                stack.callback(self._keeping.close)
 
     def released(self) -> bool:
         """After ``close``: no transfer runs any more, the files are nobody's."""

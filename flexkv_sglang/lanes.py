@@ -15,6 +15,7 @@ import numpy as np
 
 from flexkv_sglang.backends.io import IoEngine
 from flexkv_sglang.backends.traffic import Traffic
+from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.types import round_up
 
 MakeEngine = Callable[[str, Traffic], IoEngine]
@@ -59,10 +60,13 @@ class Lane:
         self._abandoned: list[IoEngine] = []  # hold transfers that do not end
         self._memory: list[tuple[int, int]] = []
         self._slab: Slab | None = None
+        self._closed = False
 
     def engine(self, kind: str) -> IoEngine:
-        """The engine of this kind, made at first use."""
+        """The engine of this kind, made at first use. Raises ``TierUnavailableError`` after ``close``."""
         with self._guard:
+            if self._closed:  # the numbers of closed files may be others' by now
+                raise TierUnavailableError("transfers are closed")
             if kind not in self._engines:
                 engine = self._engines[kind] = self._make(kind, self._traffic)
                 regions = self._memory if self._slab is None else [*self._memory, self._slab.region]
@@ -100,6 +104,7 @@ class Lane:
     def close(self) -> bool:
         """Close every engine; False if one still runs."""
         with self._guard:
+            self._closed = True
             engines = [*self._engines.values(), *self._abandoned]
         ended = [engine.close() for engine in engines]  # each, also after a False
         return all(ended)

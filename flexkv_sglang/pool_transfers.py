@@ -13,7 +13,8 @@ from typing import Any
 
 from flexkv_sglang.host_pages import Batch
 from flexkv_sglang.keys import page_keys
-from flexkv_sglang.pools import Pool, PoolStores
+from flexkv_sglang.pool import Pool
+from flexkv_sglang.pools import PoolStores
 from flexkv_sglang.prefix import ALL_PAGES, BLOCK_GROUPS, Demand, Usable, usable_prefixes
 from flexkv_sglang.types import PageKey
 

@@ -16,9 +16,10 @@ Threads: any; ``leave`` and ``enter``: SGLang's scheduler. Calls are made ``in_u
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from flexkv_sglang.assembly import (
@@ -26,29 +27,30 @@ from flexkv_sglang.assembly import (
     check_capacity,
     open_hierarchy,
     reclaim,
-    remember_claims,
-    remembered_claims,
+    remember,
+    remembered,
 )
 from flexkv_sglang.backends.probe import IoMode
 from flexkv_sglang.config import FlexKVConfig
-from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.errors import ConfigError, FlexKVError, TierUnavailableError
 from flexkv_sglang.gate import Gate
 from flexkv_sglang.head_groups import WHOLE, HeadGroups
 from flexkv_sglang.hierarchy import Hierarchy
-from flexkv_sglang.host_pages import Pages, UnsupportedPoolError
+from flexkv_sglang.host_pages import UnsupportedPoolError
 from flexkv_sglang.keys import Identity
-from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.pool import Describe, Pool
 from flexkv_sglang.pool_rules import (
     KV,
     Claim,
+    claims_from,
     default_density,
     divide,
     expected_policy,
     part_of,
 )
-from flexkv_sglang.prefix import Demand
+from flexkv_sglang.prefix import POLICIES, Demand
 from flexkv_sglang.sharing import Sharing
-from flexkv_sglang.staged_pages import MarkerPages, open_pages
+from flexkv_sglang.staged_pages import open_pages
 from flexkv_sglang.types import SECTOR, round_up
 
 logger = logging.getLogger(__name__)
@@ -59,50 +61,11 @@ _SETTLE_S = 0.5
 A call may wait for both before it begins; SGLang's threads are given 10 s to end when a backend is detached.
 """
 
+_OPEN_S = 1.0
+"""How long a call waits for files that are opened because of it. A disk may never answer: it goes on alone."""
+
 _LEAVE_S = 9.0
 """How long a weight update waits for calls that run: a little more than the adapter gives one of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """What the adapter knows of a pool. ``writers``: rank processes of the server that write it; ``writes``: is
-    this one of them?"""
-
-    identity: Identity
-    writers: int
-    writes: bool
-    metrics: Metrics
-
-
-@dataclass(slots=True)
-class Pool:
-    """One host pool that can be stored. ``store`` is None while its files are not open; ``opened``: what it was last
-    opened as, which is what it is ``told`` unless the weights changed.
-
-    ``demand``: what SGLang asked of it last, or is expected to ask.
-    """
-
-    name: str
-    pages: Pages
-    told: Described
-    claim: Claim
-    demand: Demand
-    store: Hierarchy | None = None
-    opened: Identity | None = None
-    shares: tuple[Share, ...] = ()
-
-    @property
-    def is_marker(self) -> bool:
-        """The pool has no bytes of its own."""
-        return isinstance(self.pages, MarkerPages)
-
-    @property
-    def slot_payload(self) -> int:
-        """Bytes of what is stored by itself: a page, or one head group of it."""
-        return self.pages.geometry.payload_bytes
-
-
-Describe = Callable[[str, Any, Pages], Described]
 
 
 class PoolStores:
@@ -130,6 +93,12 @@ class PoolStores:
         self._away = False  # the weights change, or older KV cache may be left: nothing is open
         self._left: list[tuple[Identity, Hierarchy]] = []  # closed, their files not yet deleted
         self._gate = Gate()  # shut while files are closed and opened
+        self._policies = set(POLICIES)  # and those that were complained about
+        self._closed = threading.Event()
+        self._owes_clear = False  # a clear that found files closed
+        self._unstored: dict[str, str] = {}  # registered pools that hold nothing, and why
+        self._opener = threading.Thread()  # settles for calls
+        self._opener_guard = threading.Lock()
 
     def anchor(self, host_pool: Any, *, opens: bool = True) -> None:
         """The KV pool: start anew with it. Raises ``ConfigError`` for settings that cannot work.
@@ -137,15 +106,19 @@ class PoolStores:
         ``opens``: False as after ``leave``: files are opened by ``enter``.
         """
         self.close()
+        self._owes_clear = False
+        self._closed.clear()
         self._away = not opens
         self._pools, self._host_pools = {}, {KV: host_pool}
-        self._burst_over = False
+        self._burst_over, self._unstored = False, {}
         kv = self._pools[KV] = self._probe(KV, host_pool)
         if kv is None:
             return
-        before = remembered_claims(self.prepared, kv.told.identity.namespace)
+        namespace = kv.told.identity.namespace
+        before = claims_from(remembered(self.prepared, namespace, "pools"))
         self._divided = before if kv.claim in before else [kv.claim]
-        self._unsettled = len(self._divided) > 1
+        others = remembered(self.prepared, namespace, "unstored")
+        self._unsettled = len(self._divided) > 1 or bool(others)
         if kv.is_marker or not opens:  # few bytes beside others that must still come; or not yet
             self._unsettled = True
             check_capacity(self._config, self.prepared)
@@ -164,10 +137,11 @@ class PoolStores:
             return
         self._host_pools[name] = host_pool
         old, self._pools[name] = self._pools.get(name), None
+        self._unstored[name] = "it could not be looked at, see the log"
         self._unsettled = True
         if old is not None:
             with self._gate.shut(_SETTLE_S):
-                _close(old)
+                old.close()
         self._pools[name] = self._probe(name, host_pool)
         if self._burst_over:
             self.settle()
@@ -185,7 +159,7 @@ class PoolStores:
         with self._gate.shut(_SETTLE_S) as alone:
             kv = self._pools.get(KV)
             pools = [pool for pool in list(self._pools.values()) if pool is not None]
-            if not alone or not self._unsettled or self._away:
+            if not alone or not self._unsettled or self._away or self._closed.is_set():
                 return
             self._leave([pool for pool in pools if pool.opened != pool.told.identity])
             if kv is None or (kv.is_marker and len(pools) == 1) or not self._reclaimed(pools):
@@ -200,13 +174,17 @@ class PoolStores:
             self._divided = claims
             for pool in pools:
                 if changed and pool.shares != shares[pool.name]:
-                    _close(pool)
+                    pool.close()
                     pool.shares = ()
             for pool in pools:
                 if pool.store is None:
                     self._try_open(pool, shares[pool.name])
-            if changed or len(claims) > 1:
-                self._remember(kv, claims)
+            if self._owes_clear:
+                self._clear()
+            self._remember(kv, claims, division=changed or len(claims) > 1)
+            for pool in pools:  # what happened meanwhile did not wait for us
+                if self._closed.is_set() or self._pools.get(pool.name) is not pool:
+                    pool.close()
 
     def leave(self) -> None:
         """Weights are about to change: every page misses, none is written. Running calls end in the old namespaces,
@@ -222,7 +200,7 @@ class PoolStores:
             for pool in pools:
                 if pool.store is not None and pool.opened is not None:
                     self._left.append((pool.opened, pool.store))
-                    stack.callback(_close, pool)
+                    stack.callback(pool.close)
 
     def enter(self) -> None:
         """No older KV cache is left: delete the files of the namespaces that were left, open those of the new
@@ -237,7 +215,23 @@ class PoolStores:
         for pool, now in zip(pools, told, strict=True):
             pool.told = now
         self._away, self._unsettled = False, True
-        self.settle()
+        self._settle_within(_LEAVE_S)
+
+    def _settle_within(self, seconds: float) -> None:
+        """``settle`` in another thread, which goes on if it takes longer."""
+        with self._opener_guard:
+            if not self._opener.is_alive():
+                self._opener = threading.Thread(
+                    target=self._settle_alone, name="flexkv-opener", daemon=True
+                )
+                self._opener.start()
+        self._opener.join(seconds)
+
+    def _settle_alone(self) -> None:
+        try:
+            self.settle()
+        except Exception as exc:  # the end of a thread: calls go on to miss
+            logger.error("flexkv: files could not be opened", exc_info=exc)
 
     def _reclaimed(self, pools: Sequence[Pool]) -> bool:
         """Is nothing left of namespaces that were left? Those that are entered again keep their files."""
@@ -246,11 +240,11 @@ class PoolStores:
         entered = {pool.told.identity.namespace for pool in pools}
         try:
             while self._left:
-                identity, store = self._left[-1]
-                if identity.namespace not in entered:
-                    reclaim(store, self.prepared, identity)
-                self._left.pop()
+                left = self._left.pop()
+                if left[0].namespace not in entered:
+                    reclaim(left[1], self.prepared, left[0])
         except OSError as exc:
+            self._left.append(left)
             self._away = True
             logger.error("flexkv: old pages cannot be deleted, all miss until a flush: %s", exc)
         return not self._left
@@ -259,14 +253,14 @@ class PoolStores:
     def in_use(self) -> Iterator[None]:
         """The time of one call, in which no file is exchanged. Raises ``TierUnavailableError`` after a bounded wait."""
         if self._unsettled and not self._away:
-            self.settle()
+            self._settle_within(_OPEN_S)
         with self._gate.passing(_SETTLE_S):
             yield
 
     def get(self, name: str) -> Pool | None:
-        """The pool of this name if it is open. To be used ``in_use``."""
+        """The pool of this name if it is open for the weights as they are now. To be used ``in_use``."""
         pool = self._pools.get(name)
-        return pool if pool is not None and pool.store is not None and not self._away else None
+        return pool if pool is not None and pool.ready and not self._away else None
 
     def sidecars(self) -> list[Demand]:
         """What every registered pool beside KV asks of a prefix, as far as is known."""
@@ -279,13 +273,25 @@ class PoolStores:
     def learn(self, demand: Demand) -> None:
         """SGLang asked for this: the widest window it ever asked for is what a prefix may need."""
         pool = self._pools.get(demand.pool)
+        if demand.policy not in self._policies:
+            self._policies.add(demand.policy)
+            text = "flexkv: host pool %s: hit policy %r is not known: no prefix is found"
+            logger.error(text, demand.pool, demand.policy)
         if pool is not None and pool.demand != demand:
             same = pool.demand.policy == demand.policy
             window = max(pool.demand.window, demand.window) if same else demand.window
             pool.demand = replace(demand, window=window)
 
     def clear(self) -> None:
-        """Forget every page of this process in all of its namespaces."""
+        """Forget every page of this process in all of its namespaces; of files that are closed now, when they open."""
+        try:
+            with self.in_use():
+                self._owes_clear = self._away or self._unsettled
+                self._clear()
+        except TierUnavailableError:  # they are being opened
+            self._owes_clear = self._unsettled = True
+
+    def _clear(self) -> None:
         for pool in list(self._pools.values()):
             if pool is not None and pool.store is not None:
                 pool.store.clear()
@@ -293,18 +299,23 @@ class PoolStores:
     def close(self) -> None:
         """Close all stores, also when one fails; they stay closed. Idempotent."""
         self._unsettled = False
-        with self._gate.shut(_SETTLE_S), ExitStack() as stack:
+        self._closed.set()
+        with self._gate.shut(_SETTLE_S):
+            self._close_all()
+
+    def _close_all(self) -> None:
+        with ExitStack() as stack:
             for pool in list(self._pools.values()):
                 if pool is not None:
-                    stack.callback(_close, pool)
+                    stack.callback(pool.close)
 
     def _probe(self, name: str, host_pool: Any) -> Pool | None:
         try:
             pages = open_pages(host_pool, self._groups)
         except UnsupportedPoolError as exc:
-            logger.error(
-                "flexkv: host pool %s cannot be stored, every page will miss: %s", name, exc
-            )
+            text = "flexkv: host pool %s cannot be stored, every page will miss: %s"
+            logger.error(text, name, exc)
+            self._unstored[name] = str(exc)
             return None
         told = self._describe(name, host_pool, pages)
         density = dict(self._config.pool_density).get(name, default_density(name))
@@ -353,6 +364,7 @@ class PoolStores:
         for address, byte_count in pool.pages.memory():
             store.register_memory(address, byte_count)
         pool.store, pool.opened, pool.shares = store, identity, shares
+        self._unstored.pop(pool.name, None)
         sizes = [tier.size for tier in self._config.tiers if tier.size is not None]
         if pool.told.writes and sizes and (pool.told.writers > 1 or len(self._divided) > 1):
             logger.info(
@@ -368,17 +380,14 @@ class PoolStores:
         try:
             self._open(pool, shares)
         except (FlexKVError, OSError, ValueError) as exc:
-            logger.error(
-                "flexkv: host pool %s is not stored, what needs it misses: %s", pool.name, exc
-            )
+            text = "flexkv: host pool %s is not stored, what needs it misses: %s"
+            logger.error(text, pool.name, exc)
+            self._unstored[pool.name] = str(exc)
 
-    def _remember(self, kv: Pool, claims: list[Claim]) -> None:
-        namespace = kv.told.identity.namespace
-        if kv.store is not None and remembered_claims(self.prepared, namespace) != claims:
-            remember_claims(self.prepared, namespace, claims)
-
-
-def _close(pool: Pool) -> None:
-    store, pool.store = pool.store, None
-    if store is not None:
-        store.close()
+    def _remember(self, kv: Pool, claims: list[Claim], *, division: bool) -> None:
+        """For the next start (how the size is divided) and for people (what is not stored, and why)."""
+        facts: dict[str, object] = {"unstored": self._unstored}
+        if division:
+            facts["pools"] = [claim.fields() for claim in claims]
+        if kv.store is not None:
+            remember(self.prepared, kv.told.identity.namespace, facts)

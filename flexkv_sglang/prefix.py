@@ -15,6 +15,8 @@ TRAILING_PAGES = "trailing_pages"
 BLOCK_GROUPS = "block_groups"
 """SGLang's hit policies, as text."""
 
+POLICIES = (ALL_PAGES, TRAILING_PAGES, BLOCK_GROUPS)
+
 
 def leading_run(flags: Sequence[bool]) -> int:
     """Number of True values before the first False."""

@@ -5,9 +5,59 @@ from __future__ import annotations
 FOLD = "flexkv_sglang/prefix.py"
 FOLD_TESTS = "tests/test_prefix.py"
 GROUP_TESTS = "tests/test_head_groups.py"
-POOL_TESTS = "tests/test_pools.py tests/test_pool_transfers.py"
+POOLS = "flexkv_sglang/pools.py"
+POOL_TESTS = "tests/test_pools.py tests/test_pools_in_trouble.py tests/test_pool_transfers.py"
 
 MUTANTS = (
+    (
+        "a clear that finds files closed is lost",
+        POOLS,
+        "            if self._owes_clear:\n                self._clear()",
+        "            pass",
+        POOL_TESTS,
+    ),
+    (
+        "a call opens files itself, however long that takes",
+        POOLS,
+        "self._settle_within(_OPEN_S)",
+        "self.settle()",
+        POOL_TESTS,
+    ),
+    (
+        "what was being opened during a detach stays open",
+        POOLS,
+        "if self._closed.is_set() or self._pools.get(pool.name) is not pool:",
+        "if self._pools.get(pool.name) is not pool:",
+        POOL_TESTS,
+    ),
+    (
+        "a pool that was replaced while its files were opened keeps them",
+        POOLS,
+        "if self._closed.is_set() or self._pools.get(pool.name) is not pool:",
+        "if self._closed.is_set():",
+        POOL_TESTS,
+    ),
+    (
+        "a pool that cannot be stored leaves no trace",
+        POOLS,
+        'self._unstored[name] = "it could not be looked at, see the log"',
+        "pass",
+        POOL_TESTS,
+    ),
+    (
+        "transfers begin after close",
+        "flexkv_sglang/lanes.py",
+        "            if self._closed:  # the numbers of closed files may be others' by now",
+        "            if False:",
+        "tests/test_transfer.py",
+    ),
+    (
+        "files are closed under a record",
+        "flexkv_sglang/engine.py",
+        "with self._pages.publishing(time.monotonic() + _PUBLISH_S):  # no record on its way",
+        "if True:",
+        "tests/test_failures.py",
+    ),
     (
         "a missing sidecar page does not end the prefix",
         FOLD,
@@ -115,7 +165,7 @@ MUTANTS = (
     ),
     (
         "pools beside KV come on top of the size",
-        "flexkv_sglang/pools.py",
+        POOLS,
         "if changed and pool.shares != shares[pool.name]:",
         "if False:",
         POOL_TESTS,

@@ -27,7 +27,7 @@ from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.host_pages import HostPages
-from plain_pool import HALF, PAGE_SIZE, PAGES, Pool, names, tokens
+from plain_pools import HALF, KV_PAGES, PAGE_SIZE, KVPool, names, store_of, tokens
 
 pytestmark = pytest.mark.sglang
 
@@ -39,7 +39,7 @@ def config(place: Path, **extra: Any) -> HiCacheStorageConfig:
 
 def make(place: Path, pool: Any = None, **extra: Any) -> FlexKVStorage:
     storage = FlexKVStorage(config(place, **extra), {})
-    storage.register_mem_pool_host(pool if pool is not None else Pool(seed=1))
+    storage.register_mem_pool_host(pool if pool is not None else KVPool(seed=1))
     return storage
 
 
@@ -53,16 +53,18 @@ def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
 @pytest.mark.parametrize("count", [1, 5, 127, 128, 129, 300])
 def test_any_batch_length_round_trips_between_two_instances(tmp_path: Path, count: int) -> None:
     writer = make(tmp_path)
-    order = np.random.default_rng(2).permutation(PAGES)[:count].tolist()
+    order = np.random.default_rng(2).permutation(KV_PAGES)[:count].tolist()
     assert writer.batch_set_v1(names(count), tokens(*order)) == [True] * count
-    target = Pool()
+    target = KVPool()
     reader = make(tmp_path, target)
     assert reader.batch_exists(names(count)) == count
     assert reader.batch_get_v1(names(count), tokens(*range(count))) == [True] * count
     source = writer.mem_pool_host.pages
     assert np.array_equal(target.pages[:count], source[order])
-    assert np.array_equal(target.pages[PAGES : PAGES + count], source[[PAGES + p for p in order]])
-    assert (target.pages[count:PAGES] == 0xA5).all()
+    assert np.array_equal(
+        target.pages[KV_PAGES : KV_PAGES + count], source[[KV_PAGES + p for p in order]]
+    )
+    assert (target.pages[count:KV_PAGES] == 0xA5).all()
     writer.close()
     reader.close()
 
@@ -99,14 +101,14 @@ def test_the_generic_interface_reads_what_zero_copy_wrote_and_back(tmp_path: Pat
     storage.batch_set_v1(names(2), tokens(0, 1))
     flat = torch.zeros(2 * HALF // 2, dtype=torch.bfloat16)
     assert storage.get(names(1)[0], flat) is flat
-    expected = np.concatenate([pool.pages[0], pool.pages[PAGES]])
+    expected = np.concatenate([pool.pages[0], pool.pages[KV_PAGES]])
     assert np.array_equal(flat.view(torch.uint8).numpy(), expected)
     got = storage.batch_get([*names(2), names(3)[2]], [torch.zeros_like(flat) for _ in range(3)])
     assert [page is not None for page in got] == [True, True, False]
     other = torch.from_numpy(np.random.default_rng(3).integers(0, 256, 2 * HALF, dtype=np.uint8))
     assert storage.set(names(1, 9)[0], other)
     assert storage.batch_get_v1(names(1, 9), tokens(7)) == [True]
-    assert np.array_equal(np.concatenate([pool.pages[7], pool.pages[PAGES + 7]]), other.numpy())
+    assert np.array_equal(np.concatenate([pool.pages[7], pool.pages[KV_PAGES + 7]]), other.numpy())
     assert not storage.set(names(1, 8)[0], other[:100])  # not a page
     assert storage.get(names(1)[0], None) is None
     assert storage.batch_set([], []) is True
@@ -117,7 +119,7 @@ def test_prefix_keys_make_one_chain_of_two_batches(storage: FlexKVStorage) -> No
     every = names(4)
     storage.batch_set_v1(every[:2], tokens(0, 1))
     storage.batch_set_v1(every[2:], tokens(2, 3), HiCacheStorageExtraInfo(prefix_keys=every[:2]))
-    engine: Any = storage._engine
+    engine = store_of(storage)
     index = engine.tiers[0]._pages.index
     found = [index.find(bytes.fromhex(name)) for name in every]
     assert [index.parent_slot(slot) for slot in found] == [-1, *found[:3]]
@@ -145,7 +147,7 @@ def test_an_exception_in_the_engine_is_a_miss_of_the_right_shape(
     def explode(*_args: object, **_more: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(storage._engine, method, explode)
+    monkeypatch.setattr(store_of(storage), method, explode)
     page = torch.zeros(HALF, dtype=torch.bfloat16)
     with caplog.at_level(logging.ERROR):
         for _ in range(2):
@@ -187,7 +189,7 @@ def test_after_close_everything_misses_and_close_again_is_fine(tmp_path: Path) -
 def test_a_pool_without_page_buffers_misses_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Logical(Pool):
+    class Logical(KVPool):
         def get_page_buffer_meta(self, indices: torch.Tensor) -> Any:
             return None
 
@@ -209,11 +211,11 @@ def test_the_real_factory_makes_it_and_the_failure_injector_wraps_it(tmp_path: P
         "class_name": "FlexKVStorage",
         "interface_v1": 1,
     }
-    storage = StorageBackendFactory.create_backend("dynamic", config(tmp_path, **extra), Pool())
+    storage = StorageBackendFactory.create_backend("dynamic", config(tmp_path, **extra), KVPool())
     assert isinstance(storage, FlexKVStorage)
     assert isinstance(storage, HiCacheStorage)
     wrapped = HiCacheStorageFailureInjector(storage, 0.0, 1.0)
-    wrapped.register_mem_pool_host(Pool(seed=1))
+    wrapped.register_mem_pool_host(KVPool(seed=1))
     assert wrapped.batch_set_v1(names(1), tokens(0)) == [False]
     wrapped._failure_prob = 0.0
     assert wrapped.batch_set_v1(names(1), tokens(0)) == [True]
@@ -245,22 +247,20 @@ def test_size_is_shared_by_the_ranks_that_write(tmp_path: Path) -> None:
     mha = config(tmp_path, size=64 * 2 * HALF)
     mha.tp_size, mha.pp_size = 4, 2
     storage = FlexKVStorage(mha)
-    storage.register_mem_pool_host(Pool())
-    assert storage._engine is not None
-    assert storage._engine.tiers[0].slot_count == 8
+    storage.register_mem_pool_host(KVPool())
+    assert store_of(storage).tiers[0].slot_count == 8
     storage.close()
     reading = config(tmp_path, size=64 * 2 * HALF)
     reading.tp_rank, reading.tp_size, reading.is_mla_model = 1, 2, True
     reader = FlexKVStorage(reading)
-    reader.register_mem_pool_host(Pool())
-    assert reader._engine is not None
-    assert reader._engine.tiers[0].slot_count == 0
+    reader.register_mem_pool_host(KVPool())
+    assert store_of(reader).tiers[0].slot_count == 0
     writing = config(tmp_path, size=64 * 2 * HALF)
     writing.tp_size, writing.is_mla_model = 2, True
     writer = FlexKVStorage(writing)
-    writer.register_mem_pool_host(Pool(seed=1))
+    writer.register_mem_pool_host(KVPool(seed=1))
     assert writer.batch_set_v1(names(3), tokens(0, 1, 2)) == [True] * 3
-    reader._engine.tiers[0]._neighbours.scan()
+    store_of(reader).tiers[0]._neighbours.scan()
     assert (
         reader.batch_get_v1(names(3), tokens(0, 1, 2)) == [True] * 3
     )  # rank 1 reads what rank 0 wrote
@@ -281,7 +281,7 @@ def test_size_is_shared_by_the_ranks_that_write(tmp_path: Path) -> None:
 def test_pages_of_another_identity_are_not_seen(tmp_path: Path, change: dict[str, Any]) -> None:
     storage = make(tmp_path)
     storage.batch_set_v1(names(3), tokens(0, 1, 2))
-    other = Pool()
+    other = KVPool()
     for name, value in change.items():
         setattr(other, name, value)
     stranger = make(tmp_path, other)
@@ -297,7 +297,7 @@ def test_pages_of_another_identity_are_not_seen(tmp_path: Path, change: dict[str
 
 
 def test_layer_first_buffers_are_stored_k_before_v() -> None:
-    class LayerFirst(Pool):
+    class LayerFirst(KVPool):
         layout = "layer_first"
 
         def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -311,7 +311,7 @@ def test_layer_first_buffers_are_stored_k_before_v() -> None:
 
 def test_a_get_is_bounded_by_the_prefetch_timeout(tmp_path: Path) -> None:
     storage = FlexKVStorage(config(tmp_path))
-    storage.register_mem_pool_host(Pool())
+    storage.register_mem_pool_host(KVPool())
 
     def seconds(pages: int) -> float:
         return storage._deadline(pages) - time.monotonic()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import flexkv_sglang.upkeep as upkeep_module
-from engines import keys, open_hierarchy_on, page_memory, soon, wait_until
+from engines import keys, open_engine, open_hierarchy_on, page_memory, soon, wait_until
 from flexkv_sglang.assembly import open_hierarchy, prepare_tiers, undivided
 from flexkv_sglang.backends.io import IoBatch
 from flexkv_sglang.config import FlexKVConfig, TierConfig
@@ -258,3 +258,21 @@ def _noted(events: list[str], place: Any, name: str) -> Callable[..., Any]:
         return real(*args)
 
     return call
+
+
+def test_close_does_not_come_between_a_record_and_its_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that hangs keeps its files: their numbers must not become another's under it."""
+    monkeypatch.setattr("flexkv_sglang.engine._PUBLISH_S", 0.05)
+    engine = open_engine(tmp_path, PAGE, 64 * PAGE)
+    _, buffers = page_memory(4, PAGE, seed=1)
+    assert all(engine.put(keys(4), buffers, None, soon()))
+    (store,) = engine.files.stores
+    with engine._pages.publishing(soon()):  # as if a commit were under way
+        engine.close()
+        assert store.slots.fd >= 0
+        assert store.lock.held
+    engine.close()
+    assert store.slots.fd < 0
+    assert not store.lock.held

@@ -34,6 +34,7 @@ from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.epochs import Epoch
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.served import kv_settings, model_identity
+from plain_pools import stored
 from updating import Updates, forget_updates
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -85,7 +86,7 @@ def written(place: Path, setup: Setup) -> str:
     """Write the prompt; the namespace."""
     with start(place, setup) as rig:
         assert write_pages(rig, TOKENS, seed=1).completed_tokens == len(TOKENS)
-        return str(rig.backend._identity.namespace)
+        return str(stored(rig.backend).told.identity.namespace)
 
 
 def assert_miss(place: Path, setup: Setup, pages: str = "pages") -> None:
@@ -172,7 +173,7 @@ def test_a_data_parallel_rank_is_no_mutation(place: Path) -> None:
         config = dataclasses.replace(rig.controller.storage_config, dp_rank=1)
         other = FlexKVStorage(config, {})
         other.register_mem_pool_host(rig.host)
-        assert other._identity == rig.backend._identity
+        assert stored(other).told.identity == stored(rig.backend).told.identity
         other.close()
 
 

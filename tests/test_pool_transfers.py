@@ -39,6 +39,7 @@ pytestmark = pytest.mark.sglang
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here is about being late."""
     monkeypatch.setattr("flexkv_sglang.adapter.READ_SECONDS_MIN", 8.0)
+    monkeypatch.setattr("flexkv_sglang.pools._OPEN_S", 20.0)
 
 
 @pytest.fixture

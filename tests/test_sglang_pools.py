@@ -29,6 +29,7 @@ from flexkv_bed.controller import (
 from flexkv_bed.tiny_model import write_config
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.transfer import plan_move
+from plain_pools import stored
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -36,6 +37,12 @@ CASES = pool_matrix.combinations()
 COPIED_THOUGH_ALIGNED = {
     "aligned-mla-layer_first-1"
 }  # 160 bytes per layer: no buffer starts on a sector
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is about being late."""
+    monkeypatch.setattr("flexkv_sglang.adapter.READ_SECONDS_MIN", 5.0)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,7 @@ def _planned_direct(rig: Rig) -> bool:
     """What the planner says of every page of the host pool."""
     backend = rig.backend
     pages = rig.host.size // rig.geometry.page_size
-    buffers = backend._pages.buffers(torch.arange(pages * rig.geometry.page_size), pages)
+    buffers = stored(backend).pages.buffers(torch.arange(pages * rig.geometry.page_size), pages)
     mode = next(iter(backend._stores.prepared[0].values()))
     assert mode.o_direct
     direct = plan_move(buffers, [mode] * pages).direct
@@ -96,10 +103,10 @@ def _planned_direct(rig: Rig) -> bool:
 def _all_announced(rig: Rig) -> bool:
     """Every buffer of every page lies in the memory that I/O engines may pin."""
     pages = rig.host.size // rig.geometry.page_size
-    buffers = rig.backend._pages.buffers(torch.arange(pages * rig.geometry.page_size), pages)
+    buffers = stored(rig.backend).pages.buffers(torch.arange(pages * rig.geometry.page_size), pages)
     inside = [
         (buffers.addresses >= start) & (buffers.addresses + buffers.lengths <= start + size)
-        for start, size in rig.backend._pages.memory()
+        for start, size in stored(rig.backend).pages.memory()
     ]
     return bool(inside) and bool(np.logical_or.reduce(inside).all())
 

@@ -13,6 +13,7 @@ import pytest
 from engines import page_memory, soon
 from flexkv_sglang.backends.probe import IoMode, probe_directory
 from flexkv_sglang.backends.slot_file import Extents
+from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.transfer import Outcome, PageMover, plan_move
 from flexkv_sglang.types import SECTOR, PageBuffers, round_up
@@ -207,3 +208,22 @@ def test_pages_not_begun_in_time_are_late_and_not_inspected(fd: int, mode: IoMod
         assert outcomes == [Outcome.LATE] * 2
     assert not asked
     mover.close()
+
+
+def test_nothing_moves_after_close_also_in_a_direction_that_was_never_used(
+    fd: int, mode: IoMode
+) -> None:
+    """A call that is late knows numbers of files that are closed by now, and may be another's."""
+    extents = Extents(np.full(1, fd, np.int32), np.zeros(1, np.uint64), (mode,))
+    _source, sources = page_memory(1, SECTOR, seed=13)
+    target, targets = page_memory(1, SECTOR)
+    mover = PageMover(SECTOR, Metrics())
+    assert mover.write(extents, sources, soon(), lambda *_: True) == [Outcome.DONE]
+    assert mover.close()
+    for move, buffers in ((mover.write, sources), (mover.read, targets)):
+        with pytest.raises(TierUnavailableError):
+            move(extents, buffers, soon(), lambda *_: True)
+    mover.abandon()
+    with pytest.raises(TierUnavailableError):
+        mover.read(extents, targets, soon(), lambda *_: True)
+    assert (target == 0xA5).all()

@@ -29,6 +29,7 @@ from flexkv_bed.controller import (
 )
 from flexkv_sglang import weight_updates
 from flexkv_sglang.epochs import WEIGHTS, Epoch
+from plain_pools import stored
 from updating import Runner, Updates, forget_updates
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -255,7 +256,7 @@ def test_weights_that_nothing_names_are_never_met_again(
         assert not hit(rig, round_ - 1)
         write_pages(rig, TOKENS, seed=round_)
         assert hit(rig, round_)
-        seen.add(rig.backend._identity.namespace)
+        seen.add(stored(rig.backend).told.identity.namespace)
         assert slot_bytes(tmp_path) <= SIZE
     assert len(seen) == 2
     assert len(folders(tmp_path)) <= 2, "empty folders of weights that are gone do not pile up"
@@ -285,7 +286,7 @@ def test_attaching_after_an_update_does_not_open_the_old_namespace(
         assert not hit(late, 1)
         write_pages(late, TOKENS, seed=2)
         assert hit(late, 2)
-        assert late.backend._identity.epoch
+        assert stored(late.backend).told.identity.epoch
 
 
 def test_attaching_before_the_flush_that_an_update_needs_stores_nothing(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flexkv_sglang import FlexKVStorage
+from flexkv_sglang.assembly import open_hierarchy
 from flexkv_sglang.epochs import WEIGHTS, Epoch
 from plain_pools import Pool, ask, hybrid, names, pool_of, put, store_of, transfer
 from updating import forget_updates
@@ -27,6 +28,7 @@ KEYS = names(4)
 def patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing here is about being late, and every test begins with the weights of the start."""
     monkeypatch.setattr("flexkv_sglang.adapter.READ_SECONDS_MIN", 8.0)
+    monkeypatch.setattr("flexkv_sglang.pools._OPEN_S", 20.0)
     forget_updates()
     yield
     forget_updates()
@@ -198,6 +200,7 @@ def test_a_call_that_began_before_the_update_never_writes_into_the_new_namespace
     thread.start()
     assert reached.wait(30)
     update(nonce("n"))
+    storage._stores._opener.join(30)
     assert all(storage._stores.get(name) is None for name in POOLS), "not while that call runs"
     go_on.set()
     thread.join(30)
@@ -205,6 +208,43 @@ def test_a_call_that_began_before_the_update_never_writes_into_the_new_namespace
     assert storage.batch_exists(KEYS) == 0
     assert {_open(storage, name).told.identity.epoch for name in POOLS} == {"n"}
     assert found(storage) == {name: [False] * len(KEYS) for name in POOLS}
+
+
+def test_files_that_were_being_opened_for_the_old_weights_are_not_used_for_the_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes longer to open Mamba's files than the whole update takes."""
+    for name in ("_LEAVE_S", "_SETTLE_S", "_OPEN_S"):
+        monkeypatch.setattr(f"flexkv_sglang.pools.{name}", 0.05)
+    before = hybrid(tmp_path)
+    put(before, KEYS)
+    before.close()
+    storage = hybrid(tmp_path, fires=False)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        opened = open_hierarchy(*args)
+        if args[3]["pool"] == "mamba" and not args[3]["epoch"]:
+            reached.set()
+            assert go_on.wait(30)
+        return opened
+
+    monkeypatch.setattr("flexkv_sglang.pools.open_hierarchy", slow)
+    assert storage.batch_exists(KEYS) == 0
+    assert reached.wait(30)
+    update(nonce("n"))
+    go_on.set()
+    storage._stores._opener.join(30)
+    monkeypatch.setattr("flexkv_sglang.pools._OPEN_S", 20.0)
+    mamba = pool_of(storage, "mamba")
+    with storage._stores._gate.passing(30):  # a call that began a moment ago
+        assert storage._stores.get("mamba") is None
+    last = transfer("mamba", KEYS[3:], mamba.indices(10))
+    assert storage.batch_get_v2([last]) == {"mamba": [False]}
+    put(storage, KEYS)
+    assert ask(storage, KEYS).kv_hit_pages == len(KEYS)
+    assert {_open(storage, name).opened.epoch for name in POOLS} == {"n"}
+    storage.close()
 
 
 def test_calls_of_all_pools_in_flight_during_updates_give_right_pages_or_none(

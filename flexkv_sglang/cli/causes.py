@@ -228,7 +228,9 @@ def not_running(facts: Facts) -> Finding | None:
         f"{counted(owners, 'owner')}, no lock is held; the counters are {last}, of the last run of each process"
         if owners
         else "there are no files of ours in it",
-        "Start a server with this path; it adopts what is there. What is said here is about the last run",
+        "Start a server with this path; it adopts what is there. What is said here is about the last run"
+        if owners
+        else "Start a server with this path. If one runs, its log says 'host pool kv cannot be stored', and why",
         "note" if facts.hit_rate is not None and not is_low(facts) else "cause",
     )
 

@@ -172,8 +172,12 @@ def hybrid_pool(facts: Facts) -> Finding | None:
         if isinstance(claim, dict) and "name" in claim
     } - {"kv"}
     live = [group for group in facts.groups if group.alive or not facts.alive]
-    for name in sorted(wanted | {group.pool for group in live} - {"kv"}):
+    noted = [group.namespace.fields.get("unstored") for group in live if group.pool == "kv"]
+    unstored = {k: v for found in noted if isinstance(found, dict) for k, v in found.items()}
+    for name in (*unstored, *sorted(wanted | {group.pool for group in live} - {"kv"})):
         evidence = _pool_trouble(facts, name, [group for group in live if group.pool == name])
+        if name in unstored:
+            evidence = f"it is not stored: {unstored[name]}; {evidence}".removesuffix("; ")
         if evidence:
             return Finding(
                 "hybrid_pool",

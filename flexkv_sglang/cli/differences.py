@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-_NOT_IDENTITY = ("namespace", "pools")
+_NOT_IDENTITY = ("namespace", "pools", "unstored")
 _SHARDS = ("tp", "pp", "attn_cp", "dcp")
 _OF_STAGE = ("first_layer", "layer_count", "buffer_bytes")  # follow from the pipeline stage
 

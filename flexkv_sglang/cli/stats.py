@@ -24,6 +24,7 @@ _SHOWN = (
     "namespace",
     "model",
     "pools",
+    "unstored",
     "dtype",
     "layout",
     "page_size",
@@ -175,6 +176,9 @@ def _details(namespace: Namespace) -> list[str]:
     }
     settings = fields.pop("settings", None)
     lines = ["  " + " ".join(_named(name, value) for name, value in fields.items())]
+    unstored = namespace.fields.get("unstored")
+    if isinstance(unstored, dict):
+        lines += [f"  pool {name} is not stored: {why}" for name, why in sorted(unstored.items())]
     if isinstance(settings, dict):
         lines.append("  settings: " + " ".join(f"{k}={v}" for k, v in sorted(settings.items())))
     return [line for line in lines if line.strip()]

@@ -176,7 +176,18 @@ def test_a_hybrid_model_with_a_pool_that_could_not_be_opened(tmp_path: Path) -> 
         assert wait_until(lambda: "hybrid_pool" in causes(doctor(tmp_path)))
         found = doctor(tmp_path)
     assert "'mamba'" in found["hybrid_pool"].title
+    assert "it is not stored: size: " in found["hybrid_pool"].evidence
     assert "has no files" in found["hybrid_pool"].evidence
+
+
+def test_a_hybrid_model_with_a_pool_that_cannot_be_stored(tmp_path: Path) -> None:
+    """The log said it once, at the start; NAMESPACE.json of the KV pages says it on."""
+    with closing(attach(config(tmp_path), Pool(seed=1), {"mamba": object()})) as storage:
+        assert storage.batch_exists(names(2)) == 0
+        assert wait_until(lambda: "hybrid_pool" in causes(doctor(tmp_path)))
+        found = doctor(tmp_path)
+    assert "'mamba'" in found["hybrid_pool"].title
+    assert found["hybrid_pool"].evidence.startswith("it is not stored: it could not be looked at")
 
 
 def test_a_healthy_hybrid_model(tmp_path: Path) -> None:

@@ -57,9 +57,10 @@ def test_stats_says_which_model(tmp_path: Path) -> None:
     open_engine(tmp_path, PAGE, 64 * PAGE).close()
     (tmp_path / "ns" / "NAMESPACE.json").write_text(
         '{"model": "id:tiny", "dtype": "bf16", "layout": "page_first", "page_size": 16, "tp": [1, 2], '
-        '"pool": "mamba"}'
+        '"pool": "mamba", "unstored": {"swa": "no flat pages"}}'
     )
-    line = flexkv("stats", tmp_path).text.splitlines()[0]
+    line, *details = flexkv("stats", tmp_path).text.splitlines()
+    assert "  pool swa is not stored: no flat pages" in details
     assert line == "ns  id:tiny bf16 page_first pool=mamba page_size=16 tp=1/2"
 
 

@@ -28,7 +28,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 
 from flexkv_sglang import FlexKVStorage
-from plain_pool import PAGES, Pool, names, tokens
+from plain_pools import KV_PAGES, KVPool, names, tokens
 from releases import (
     DYNAMIC,
     HAS,
@@ -64,7 +64,7 @@ def made_by_factory(place: Path, pool: Any) -> FlexKVStorage:
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
-    made = made_by_factory(tmp_path, Pool(seed=1))
+    made = made_by_factory(tmp_path, KVPool(seed=1))
     yield made
     made.close()
 
@@ -129,9 +129,9 @@ def test_a_config_without_the_newer_fields_will_do(tmp_path: Path) -> None:
         **{name: KNOWN_FIELDS[name] for name in OLDEST_FIELDS}, extra_config=extra(tmp_path)
     )
     writer = FlexKVStorage(old, {})
-    writer.register_mem_pool_host(Pool(seed=1))
+    writer.register_mem_pool_host(KVPool(seed=1))
     assert writer.batch_set_v1(names(3), tokens(0, 1, 2)) == [True] * 3
-    reader = made_by_factory(tmp_path, Pool())
+    reader = made_by_factory(tmp_path, KVPool())
     assert reader.batch_exists(names(3)) == 3
     assert reader.batch_get_v1(names(3), tokens(0, 1, 2)) == [True] * 3
     writer.close()
@@ -144,10 +144,10 @@ def test_a_config_without_the_newer_fields_will_do(tmp_path: Path) -> None:
 def test_shards_of_a_page_are_kept_apart(tmp_path: Path, shard: tuple[str, str]) -> None:
     rank, size = shard
     writer = FlexKVStorage(config(tmp_path, **{size: 2}), {})
-    writer.register_mem_pool_host(Pool(seed=1))
+    writer.register_mem_pool_host(KVPool(seed=1))
     assert writer.batch_set_v1(names(2), tokens(0, 1)) == [True] * 2
     other = FlexKVStorage(config(tmp_path, **{size: 2, rank: 1}), {})
-    other.register_mem_pool_host(Pool())
+    other.register_mem_pool_host(KVPool())
     assert other.batch_exists(names(2)) == 0
     writer.close()
     other.close()
@@ -155,13 +155,13 @@ def test_shards_of_a_page_are_kept_apart(tmp_path: Path, shard: tuple[str, str])
 
 def test_a_rank_that_does_not_write_mla_pages_owns_no_files(tmp_path: Path) -> None:
     reader = FlexKVStorage(config(tmp_path, is_mla_model=True, tp_rank=1, tp_size=2), {})
-    reader.register_mem_pool_host(Pool())
+    reader.register_mem_pool_host(KVPool())
     assert not list(tmp_path.rglob("*.slots"))
     reader.close()
 
 
 def test_pages_go_out_and_back_through_the_zero_copy_interface(tmp_path: Path) -> None:
-    source, target = Pool(seed=1), Pool()
+    source, target = KVPool(seed=1), KVPool()
     writer = made_by_factory(tmp_path, source)
     first, second = names(5)[:2], names(5)[2:]
     assert writer.batch_set_v1(first, tokens(0, 1), HiCacheStorageExtraInfo()) == [True] * 2
@@ -172,14 +172,14 @@ def test_pages_go_out_and_back_through_the_zero_copy_interface(tmp_path: Path) -
     assert reader.batch_exists(names(6)) == 5
     done = reader.batch_get_v1(names(6), tokens(0, 1, 2, 3, 4, 5), HiCacheStorageExtraInfo())
     assert done == [True] * 5 + [False]
-    rows = [*range(5), *range(PAGES, PAGES + 5)]
+    rows = [*range(5), *range(KV_PAGES, KV_PAGES + 5)]
     assert np.array_equal(target.pages[rows], source.pages[rows])
     writer.close()
     reader.close()
 
 
 def test_pages_go_out_and_back_through_the_generic_interface(storage: FlexKVStorage) -> None:
-    pool: Pool = storage.mem_pool_host
+    pool: KVPool = storage.mem_pool_host
     written = [pool.get_data_page(4 * page) for page in range(3)]
     assert storage.batch_set(names(3), written) is True
     assert storage.exists(names(1)[0])

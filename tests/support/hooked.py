@@ -27,7 +27,7 @@ from sglang.srt.server_args import ServerArgs
 
 from flexkv_bed.tiny_model import write_config
 from flexkv_sglang import compat, plugin, weight_updates
-from plain_pool import PAGES, Pool, names, tokens
+from plain_pools import KV_PAGES, KVPool, names, tokens
 from releases import storage_config
 
 Seen = dict[str, Any]
@@ -52,7 +52,7 @@ class Complaints(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def controller(pool: Pool) -> Any:
+def controller(pool: KVPool) -> Any:
     """What ``attach_storage_backend`` and the transfer functions use of a controller."""
     made = object.__new__(HiCacheController)
     made.enable_storage = False
@@ -122,7 +122,7 @@ def command_line() -> Seen:
 
 def transfers(place: Path) -> Seen:
     """Attach by our name, then write and read through the functions that the controller chose."""
-    made = controller(source := Pool(seed=1))
+    made = controller(source := KVPool(seed=1))
     made.attach_storage_backend(
         storage_backend="flexkv",
         prefetch_threshold=4,
@@ -144,8 +144,8 @@ def transfers(place: Path) -> Seen:
     answer = made.page_get_func(
         operation, [*last, *names(5)[4:]], tokens(10, 11, 12, 13), HiCacheStorageExtraInfo()
     )
-    rows, target = [*range(1, 4), *range(PAGES + 1, PAGES + 4)], [10, 11, 12]
-    both = [*target, *(PAGES + page for page in target)]
+    rows, target = [*range(1, 4), *range(KV_PAGES + 1, KV_PAGES + 4)], [10, 11, 12]
+    both = [*target, *(KV_PAGES + page for page in target)]
     seen = {
         "attached": [type(storage).__name__, made.storage_backend_type, *functions],
         "stored": bool(stored),
@@ -154,7 +154,7 @@ def transfers(place: Path) -> Seen:
         "generic_stored": bool(made._generic_page_set(names(1, 9), tokens(5))),
     }
     made._generic_page_get(operation, names(1, 9), tokens(20))
-    same = np.array_equal(source.pages[[20, PAGES + 20]], source.pages[[5, PAGES + 5]])
+    same = np.array_equal(source.pages[[20, KV_PAGES + 20]], source.pages[[5, KV_PAGES + 5]])
     (space,) = place.rglob("NAMESPACE.json")
     storage.close()
     return {

@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolHitPolicy, PoolTransfer
 
-from engines import keys
+from engines import keys, page_memory
 from flexkv_sglang import FlexKVStorage
 
 PAGES = 320
 MAMBA_PAGE = 3 * 4096
+
+PAGE_SIZE = 4
+KV_PAGES = 300
+HALF = 8192
 
 
 class Pool:
@@ -67,6 +71,47 @@ class LogicalPool(Pool):
         return None
 
 
+class KVPool:
+    """page_first MHA with K and V apart, and all that SGLang's controller asks of it.
+
+    K of all pages, then V; ``HALF`` bytes of each per page. ``seed``: random bytes, else 0xA5 poison.
+    """
+
+    layout, dtype, page_size = "page_first", torch.bfloat16, PAGE_SIZE
+    start_layer, layer_num = 0, 2
+    size = logical_size = KV_PAGES * PAGE_SIZE
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.pages, buffers = page_memory(2 * KV_PAGES, HALF, seed=seed)
+        self._base = int(buffers.addresses[0, 0])
+
+    def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
+        """SGLang's zero-copy question: addresses and lengths, one index per token."""
+        assert len(indices) % PAGE_SIZE == 0
+        starts = [self._base + token // PAGE_SIZE * HALF for token in indices.tolist()[::PAGE_SIZE]]
+        return [a for k in starts for a in (k, k + KV_PAGES * HALF)], [HALF] * 2 * len(starts)
+
+    def get_data_page(self, index: int, flat: bool = True) -> torch.Tensor:
+        """A copy of one page, bfloat16 ``[HALF]``; ``index`` is its first token."""
+        page = int(index) // PAGE_SIZE
+        both = torch.from_numpy(self.pages[[page, KV_PAGES + page]].reshape(-1))
+        return both.view(torch.bfloat16)
+
+    def get_dummy_flat_data_page(self) -> torch.Tensor:
+        """Memory for one page."""
+        return torch.zeros(HALF, dtype=torch.bfloat16)
+
+    def set_from_flat_data_page(self, index: int, data_page: torch.Tensor) -> None:
+        """Put one page where its first token is ``index``."""
+        page = int(index) // PAGE_SIZE
+        self.pages[[page, KV_PAGES + page]] = data_page.view(torch.uint8).numpy().reshape(2, HALF)
+
+
+def tokens(*pages: int) -> torch.Tensor:
+    """Token indices of these pages of a ``KVPool``, int64."""
+    return torch.cat([torch.arange(p * PAGE_SIZE, (p + 1) * PAGE_SIZE) for p in pages])
+
+
 def config(place: Path, rank: int = 0, ranks: int = 1, mla: bool = False, **extra: Any) -> Any:
     """SGLang's storage config for one tensor-parallel rank."""
     defaults = {"path": str(place), "size": "16MB", "model_id": "m"}
@@ -116,11 +161,16 @@ def pool_of(storage: FlexKVStorage, name: str) -> Any:
     return storage.registered_pools[name]
 
 
-def store_of(storage: FlexKVStorage, name: str) -> Any:
-    """The open store of a pool."""
+def stored(storage: FlexKVStorage, name: str = "kv") -> Any:
+    """The ``Pool`` of this name, which is open."""
     pool = storage._stores.get(name)
-    assert pool is not None
-    return pool.store
+    assert pool is not None, name
+    return pool
+
+
+def store_of(storage: FlexKVStorage, name: str = "kv") -> Any:
+    """The open store of a pool."""
+    return stored(storage, name).store
 
 
 def put(storage: FlexKVStorage, keys: list[str], *, but: str = "") -> None:
