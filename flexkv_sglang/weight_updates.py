@@ -33,6 +33,9 @@ _NOT_NOW = (
 _NO_FILES = "Failed to get "
 """The same of one model runner: no such checkpoint. Runners before it in the list have loaded theirs."""
 
+_NOT_FLUSHED = "Weights were updated, but "
+"""How its message begins when the load is done and requests keep it from flushing. It may hide a draft's failure."""
+
 _AS_BEFORE = "as before"
 
 _installed = False
@@ -99,7 +102,9 @@ def around_disk(original: Callable[..., Any], manager: Any, request: Any) -> Any
     path, load_format = request.model_path, getattr(request, "load_format", None)
     before = _content(path, load_format)
     result = _changing(original, manager, request)
-    after = _content(path, load_format) if result.success else ""
+    message = str(getattr(result, "message", ""))
+    kept = message.startswith(_NOT_FLUSHED) and _one_runner(manager)
+    after = _content(path, load_format) if result.success or kept else ""
     _guarded(lambda: _finish(manager, result, before if before == after else ""))
     return result
 
