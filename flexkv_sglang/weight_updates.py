@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flexkv_sglang.compat import RESET, WEIGHT_UPDATERS, first_there, server_args
+from flexkv_sglang.compat import RESET, UNKNOWN, WEIGHT_UPDATERS, first_there, server_args
 from flexkv_sglang.epochs import WEIGHTS, Epoch
 from flexkv_sglang.served import loaded_content
 
@@ -169,16 +169,21 @@ def agree(group: Any, content: str, clean: bool) -> tuple[Epoch, bool]:
 
 
 def agree_before_attach() -> None:
-    """Weights were changed while no store was attached: ranks agree now. SGLang attaches on all of them."""
-    if WEIGHTS.epoch.agreed:
-        return
+    """Weights were changed before the first store: ranks agree now. SGLang attaches on all of them; what may fail
+    on one of them comes later."""
+    WEIGHTS.wanted = True
+    if not WEIGHTS.epoch.agreed:
+        WEIGHTS.epoch, _ = agree(_group(), WEIGHTS.epoch.content, clean=False)
+
+
+def _group() -> Any:
+    """That of SGLang's barriers after an update; None outside a server."""
     try:
         from sglang.srt.runtime_context import get_parallel
 
-        group = get_parallel().tp_group.cpu_group
-    except (ImportError, AttributeError, ValueError, AssertionError, RuntimeError):
-        group = None
-    WEIGHTS.epoch, _ = agree(group, WEIGHTS.epoch.content, clean=False)
+        return get_parallel().tp_group.cpu_group
+    except UNKNOWN:
+        return None
 
 
 def _changing(
@@ -198,7 +203,7 @@ def _finish(manager: Any, result: Any, content: str = "") -> None:
         _refused(manager)
         return
     clean = _holds_no_cache(manager)
-    if WEIGHTS.attached:
+    if WEIGHTS.wanted:
         epoch, clean = agree(getattr(manager, "tp_cpu_group", None), content, clean)
     else:
         epoch = Epoch(content, "" if content else secrets.token_hex(16), agreed=False)
@@ -212,7 +217,7 @@ def _finish(manager: Any, result: Any, content: str = "") -> None:
 
 def _refused(manager: Any) -> None:
     """On every rank, or do weights differ between ranks now? Only an exchange tells."""
-    if not WEIGHTS.attached:
+    if not WEIGHTS.wanted:
         WEIGHTS.unchanged()
         return
     group = getattr(manager, "tp_cpu_group", None)
