@@ -90,6 +90,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
     """
 
     def __init__(self, storage_config: Any, _kwargs: Any = None) -> None:
+        agree_before_attach()  # before anything that may fail on one rank
         self._storage_config = storage_config
         self._config = FlexKVConfig.parse(storage_config.extra_config)
         self._metrics: dict[str, Metrics] = {}  # of a pool, for the life of this store
@@ -111,7 +112,6 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         or too large for the disk. A pool without page buffers is not an error: everything misses.
         """
         super().register_mem_pool_host(mem_pool_host)
-        agree_before_attach()
         if not WEIGHTS.settled:
             logger.warning("flexkv: weights were updated: pages miss until the cache is flushed")
         self._stores.anchor(mem_pool_host, opens=WEIGHTS.settled)

@@ -63,7 +63,20 @@ def first_there(*paths: str) -> str | None:
 
 
 def server_args() -> Any:
-    """SGLang's published server arguments; None outside a server or in an unknown release."""
+    """SGLang's server arguments as it has resolved them; None outside a server or in an unknown release.
+
+    From 0.5.23 on the published record holds what the user wrote. What SGLang made of it (the local path of a
+    model, defaults that follow from others) lies beside it.
+    """
+    record = _published()
+    try:
+        from sglang.srt.arg_groups.model_override_base import resolved_view
+    except UNKNOWN:
+        return record
+    return None if record is None else resolved_view(record)
+
+
+def _published() -> Any:
     try:
         from sglang.srt.runtime_context import get_server_args  # not in 0.5.14 and before
 

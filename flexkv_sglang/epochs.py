@@ -49,16 +49,14 @@ class Weights:
     def __init__(self) -> None:
         self.epoch = Epoch()
         self.stale = False
+        self.wanted = (
+            False  # was a store ever asked for? The same on all ranks, unlike whether there is one
+        )
         self._changing = False
         self._session = False
         self._before = (self.epoch, self.stale)
         self._flushed = False
         self._stores: weakref.WeakSet[EpochStore] = weakref.WeakSet()
-
-    @property
-    def attached(self) -> bool:
-        """Is there a store?"""
-        return bool(self._stores)
 
     @property
     def settled(self) -> bool:

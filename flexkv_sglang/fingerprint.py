@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _IGNORED = (
     "chat_template",
     "generation_config",
     "preprocessor_config",
+    "trainer_state",
 )
 _INDEX = ".index.json"
 """Which tensor lies in which file: belongs to the weights, not to the configuration."""
@@ -46,6 +48,7 @@ _SAMPLE_BYTES = 4096
 _WHOLE_FILE_MAX = 64 << 20
 _HEADER_MAX = 100 << 20  # the format's own limit
 _LENGTH = struct.Struct("<Q")
+_SPLIT = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,11 @@ class Checkpoint:
     weights: str | None
 
 
-def checkpoint(directory: Path) -> Checkpoint:
+def checkpoint(directory: Path, only: str | None = None) -> Checkpoint:
     """Fingerprint of a checkpoint directory (its top level). Raises ``OSError`` if something cannot be read.
 
+    ``only``: the weights are this one file of it (GGUF: other quantisations lie beside it), or the parts of
+    a split one.
     100 GB of weights cost well under a second: the number of reads does not depend on the size.
     """
     names = sorted(name for name in os.listdir(directory) if (directory / name).is_file())
@@ -67,6 +72,8 @@ def checkpoint(directory: Path) -> Checkpoint:
     ]
     indexes = [name for name in configs if name.endswith(_INDEX)]
     weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
+    if only is not None:
+        indexes, weights = [], [name for name in names if _whole(name) == _whole(only)]
     return Checkpoint(
         _config_digest(directory, [name for name in configs if name not in indexes]),
         _weights_digest(directory, weights, indexes),
@@ -79,6 +86,11 @@ def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         digest.update(file.read(_WHOLE_FILE_MAX))
     return digest.hexdigest()
+
+
+def _whole(name: str) -> str:
+    """A GGUF file's name without the number of the part."""
+    return _SPLIT.sub(r"-of-\1", name)
 
 
 def _config_digest(directory: Path, names: Sequence[str]) -> str | None:

@@ -161,7 +161,9 @@ class Hierarchy:
 
     def close(self) -> None:
         """Close every tier, also when one fails. Idempotent."""
-        with ExitStack() as stack:  # the last in is the first out: whoever puts pages ends before the tiers
+        with (
+            ExitStack() as stack
+        ):  # the last in is the first out: whoever puts pages ends before the tiers
             for tier in self.tiers:
                 stack.callback(tier.close)
             if self._remote is not None:

@@ -9,13 +9,14 @@ from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.epochs import WEIGHTS
 from flexkv_sglang.host_pages import Pages
 from flexkv_sglang.keys import Identity
+from flexkv_sglang.kv_settings import kv_settings
 from flexkv_sglang.pool_rules import (
     element_types,
     is_draft,
     is_replicated,
     written_by_every_rank,
 )
-from flexkv_sglang.served import kv_settings, model_identity, pool_geometry
+from flexkv_sglang.served import model_identity, pool_geometry
 
 
 class Identities:

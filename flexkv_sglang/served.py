@@ -1,61 +1,22 @@
-"""What the server this process belongs to serves: which weights, with which settings that change KV cache.
+"""What the server this process belongs to serves: which weights, in pools of which shape.
 
-Only reads SGLang's published arguments and the files they name. A name that another release does not have
+Only reads SGLang's resolved arguments and the files they name. A name that another release does not have
 reads as absent.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.compat import UNKNOWN, server_args
+from flexkv_sglang.compat import server_args
 from flexkv_sglang.epochs import Epoch
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.fingerprint import Checkpoint, checkpoint, file_digest
+from flexkv_sglang.fingerprint import Checkpoint, checkpoint
 
 logger = logging.getLogger(__name__)
-
-KV_SETTINGS = (
-    "load_format",
-    "model_loader_extra_config",
-    "custom_weight_loader",
-    "model_impl",
-    "json_model_override_args",
-    "context_length",  # some models scale their rotary embedding by it
-    "dtype",
-    "quantization",
-    "quantization_param_path",  # scaling factors of an fp8 KV cache
-    "kv_cache_dtype",  # host pools of both fp8 types say uint8
-    "qsa_indexer_dtype",
-    "enable_deepseek_v4_fp4_indexer",
-    "mamba_ssm_dtype",
-    "enable_int8_mamba_checkpoint",
-    "modelopt_quant",
-    "modelopt_checkpoint_restore_path",
-    "quantize_and_serve",
-    "torchao_config",
-    "rl_quant_profile",
-    "decrypted_config_file",
-    "enable_page_major_kv_layout",
-)
-"""Server arguments that change the bytes of a page, beside those that shape the host pool."""
-
-DRAFT_SETTINGS = (
-    "speculative_algorithm",
-    "speculative_draft_load_format",
-    "speculative_draft_model_quantization",
-    "speculative_draft_kv_cache_dtype",
-    "speculative_draft_window_size",
-    "uno_lora_path",
-)
-"""Those that change the bytes of a draft model's pages as well."""
-
-KV_ENVIRONMENT = ("SGLANG_USE_HND_KVCACHE", "SGLANG_AITER_KV_CACHE_LAYOUT")
-"""SGLang's own switches of the byte order in device memory, which reaches the host pool as it is."""
 
 _POOL_GEOMETRY = (
     "head_num",
@@ -73,10 +34,7 @@ _HEAD_COUNTS = frozenset({"head_num", "head_group_num"})
 _FROM_ELSEWHERE = ("remote", "remote_instance", "rdma", "ipc_cache", "private")
 """Load formats whose weights are not the files at ``model_path``."""
 
-_FILES = ("quantization_param_path", "decrypted_config_file", "rl_quant_profile")
-_ABSENT = (None, False, "", "{}")
-
-_started_with: dict[Path, Checkpoint] = {}
+_started_with: dict[tuple[str, str | None], Checkpoint] = {}
 """Checkpoints as they were when first asked for: their files may be replaced while the weights stay."""
 
 
@@ -87,26 +45,6 @@ class ServedModel:
     path: str
     revision: str | None
     load_format: str
-
-
-def kv_settings(*, draft: bool = False) -> dict[str, str]:
-    """Server arguments that change page bytes, those that are set. Files are named by their content.
-
-    ``draft``: for a pool of the draft model. Raises ``ConfigError`` if a file cannot be read.
-    """
-    args = server_args()
-    names = KV_SETTINGS + (DRAFT_SETTINGS if draft else ())
-    found = {name: value for name in names if (value := getattr(args, name, None)) not in _ABSENT}
-    if _plain(getattr(args, "load_format", None)) == "dummy":
-        found["random_seed"] = args.random_seed
-    settings = {name: _text(name, value) for name, value in found.items()}
-    settings.update(_environment())
-    if getattr(args, "enable_lora", False) or getattr(args, "lora_paths", None):
-        _check_adapters_are_in_the_page_hash()
-    adapters = _adapters(getattr(args, "lora_paths", None))
-    if adapters:
-        settings["lora_paths"] = adapters
-    return settings
 
 
 def pool_geometry(pool: Any, head_groups: int = 1) -> dict[str, int]:
@@ -128,22 +66,27 @@ def model_identity(model_id: str | None, epoch: Epoch, *, draft: bool = False) -
     target = _named(model_id, _target(args), epoch.content)
     if not draft:
         return target
-    return f"{target} draft {_named(model_id, _draft(args), '')}"
+    own = _draft(args)
+    if own == _target(args):
+        return f"{target} draft {target}"
+    # SGLang loads new weights into both; those that a draft of its own path does not have stay as they are.
+    updated = " updated" if epoch.content else ""
+    return f"{target} draft {_named(model_id, own, '')}{updated}"
 
 
 def loaded_content(path: str, load_format: str | None) -> str:
     """Fingerprint of weights just loaded from ``path``; "" if there are no local files to look at."""
     args = server_args()
-    directory = _directory(ServedModel(path, getattr(args, "revision", None), ""))
+    model = ServedModel(path, getattr(args, "revision", None), "")
     try:
-        weights = None if directory is None else checkpoint(directory).weights
+        found = _fingerprint(model, None)  # SGLang reads an update from the usual cache
     except OSError as exc:
         logger.warning("flexkv: cannot fingerprint %r: %s", path, exc)
         return ""
-    if weights is None:
+    if found is None or found.weights is None:
         return ""
     usual = load_format in (None, "auto", getattr(args, "load_format", None))
-    return weights if usual else f"{weights}+{load_format}"
+    return found.weights if usual else f"{found.weights}+{load_format}"
 
 
 def _named(model_id: str | None, model: ServedModel | None, content: str) -> str:
@@ -158,17 +101,34 @@ def _started(model: ServedModel | None) -> Checkpoint:
         raise _nothing_to_look_at("the served model is unknown to this release of SGLang")
     if model.load_format in _FROM_ELSEWHERE:
         raise _nothing_to_look_at(f"load_format {model.load_format!r} takes weights from elsewhere")
-    directory = _directory(model)
-    if directory is None:
-        raise _nothing_to_look_at(f"there are no local files of {model.path!r}")
+    if getattr(server_args(), "weight_cache_mode", None) == "client":
+        raise _nothing_to_look_at("weight_cache_mode 'client' takes weights from another process")
+    found = _started_with.get((model.path, model.revision))
     try:
-        found = _started_with.get(directory) or checkpoint(directory)
+        found = found or _fingerprint(model, getattr(server_args(), "download_dir", None))
     except OSError as exc:
-        raise _nothing_to_look_at(f"{directory} cannot be read: {exc}") from exc
+        raise _nothing_to_look_at(f"{model.path!r} cannot be read: {exc}") from exc
+    if found is None:
+        raise _nothing_to_look_at(f"there are no local files of {model.path!r}")
     if found.weights is None and model.load_format != "dummy":
-        raise _nothing_to_look_at(f"{directory} holds no weight files")
-    _started_with[directory] = found
+        raise _nothing_to_look_at(f"{model.path!r} holds no weight files")
+    _started_with[model.path, model.revision] = found
     return found
+
+
+def _fingerprint(model: ServedModel, download_dir: str | None) -> Checkpoint | None:
+    """Of the files SGLang loads, hub models from ``download_dir``; None if there are none. Raises ``OSError``."""
+    path = Path(model.path)
+    if path.is_file():
+        return checkpoint(path.parent, only=path.name)
+    directory = directory_of(model)
+    if path.is_dir() or not download_dir:
+        return None if directory is None else checkpoint(directory)
+    downloaded = _snapshot(model, download_dir)  # the configuration is read from the usual cache
+    if downloaded is None:
+        return None
+    config = checkpoint(directory or downloaded).config
+    return Checkpoint(config, checkpoint(downloaded).weights)
 
 
 def _nothing_to_look_at(why: str) -> ConfigError:
@@ -180,7 +140,7 @@ def _nothing_to_look_at(why: str) -> ConfigError:
 
 def _target(args: Any) -> ServedModel | None:
     try:
-        return ServedModel(str(args.model_path), args.revision, _plain(args.load_format))
+        return ServedModel(str(args.model_path), args.revision, plain(args.load_format))
     except AttributeError:
         return None
 
@@ -193,10 +153,11 @@ def _draft(args: Any) -> ServedModel | None:
         return target
     revision = getattr(args, "speculative_draft_model_revision", None)
     load_format = getattr(args, "speculative_draft_load_format", None) or target.load_format
-    return ServedModel(str(path), revision, _plain(load_format))
+    return ServedModel(str(path), revision, plain(load_format))
 
 
-def _directory(model: ServedModel) -> Path | None:
+def directory_of(model: ServedModel) -> Path | None:
+    """Where its files lie, a hub model in the usual cache; None if nowhere on this machine."""
     path = Path(model.path)
     if path.is_dir():
         return path
@@ -211,69 +172,19 @@ def _directory(model: ServedModel) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _text(name: str, value: Any) -> str:
-    if name not in _FILES:
-        return _plain(value)
+def _snapshot(model: ServedModel, download_dir: str) -> Path | None:
+    """The folder below ``--download-dir`` that holds a model of the hub."""
     try:
-        return f"file:{file_digest(Path(value))}"
-    except OSError as exc:
-        raise ConfigError(f"{name}: {value!r} cannot be read: {exc}. Valid: a file") from exc
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(
+            model.path, revision=model.revision, cache_dir=download_dir, local_files_only=True
+        )
+    except (ImportError, ValueError, OSError):
+        return None
+    return Path(found)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """Enumerations by their value, whether SGLang has turned the text into one yet or not."""
     return str(getattr(value, "value", value))
-
-
-def _environment() -> dict[str, str]:
-    try:
-        from sglang.srt.environ import envs
-    except UNKNOWN:
-        return {}
-    found = {name: getattr(envs, name).get() for name in KV_ENVIRONMENT if hasattr(envs, name)}
-    usual = (*_ABSENT, "nhd")
-    return {name: str(value) for name, value in found.items() if value not in usual}
-
-
-def _check_adapters_are_in_the_page_hash() -> None:
-    try:
-        from sglang.srt.mem_cache.utils import storage_namespace_seed  # noqa: F401
-    except ImportError as exc:
-        raise ConfigError(
-            "enable_lora: this release of SGLang leaves the adapter out of its page hash, so pages of "
-            "different adapters would be exchanged. Valid: false, or a newer SGLang"
-        ) from exc
-
-
-def _adapters(given: Any) -> str:
-    """Digest of the LoRA adapters of the command line.
-
-    SGLang's page hash names those by name and path, which stay when their content changes. Adapters that
-    are loaded later get a random id.
-    """
-    if not given:
-        return ""
-    named = given.items() if isinstance(given, Mapping) else (_adapter(item) for item in given)
-    parts = []
-    for name, path in sorted(named):
-        directory = _directory(ServedModel(path, None, ""))
-        try:
-            found = None if directory is None else checkpoint(directory)
-        except OSError as exc:
-            raise ConfigError(f"lora_paths: {path!r} cannot be read: {exc}") from exc
-        if found is None or found.weights is None:
-            raise ConfigError(
-                f"lora_paths: {path!r} has no local files to tell it from another adapter of that name. "
-                "Valid: a directory, or an adapter loaded at run time"
-            )
-        parts.append(f"{name}={found.config}/{found.weights}")
-    return " ".join(parts)
-
-
-def _adapter(item: Any) -> tuple[str, str]:
-    if isinstance(item, str):
-        name, found, path = item.partition("=")
-        return name, path if found else name
-    if isinstance(item, Mapping):
-        return str(item["lora_name"]), str(item["lora_path"])
-    return str(item.lora_name), str(item.lora_path)

@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flexkv_sglang.compat import RESET, WEIGHT_UPDATERS, first_there, server_args
+from flexkv_sglang.compat import RESET, UNKNOWN, WEIGHT_UPDATERS, first_there, server_args
 from flexkv_sglang.epochs import WEIGHTS, Epoch
 from flexkv_sglang.served import loaded_content
 
@@ -32,6 +32,9 @@ _NOT_NOW = (
 
 _NO_FILES = "Failed to get "
 """The same of one model runner: no such checkpoint. Runners before it in the list have loaded theirs."""
+
+_NOT_FLUSHED = "Weights were updated, but "
+"""How its message begins when the load is done and requests keep it from flushing. It may hide a draft's failure."""
 
 _AS_BEFORE = "as before"
 
@@ -99,7 +102,9 @@ def around_disk(original: Callable[..., Any], manager: Any, request: Any) -> Any
     path, load_format = request.model_path, getattr(request, "load_format", None)
     before = _content(path, load_format)
     result = _changing(original, manager, request)
-    after = _content(path, load_format) if result.success else ""
+    message = str(getattr(result, "message", ""))
+    kept = message.startswith(_NOT_FLUSHED) and _one_runner(manager)
+    after = _content(path, load_format) if result.success or kept else ""
     _guarded(lambda: _finish(manager, result, before if before == after else ""))
     return result
 
@@ -164,16 +169,21 @@ def agree(group: Any, content: str, clean: bool) -> tuple[Epoch, bool]:
 
 
 def agree_before_attach() -> None:
-    """Weights were changed while no store was attached: ranks agree now. SGLang attaches on all of them."""
-    if WEIGHTS.epoch.agreed:
-        return
+    """Weights were changed before the first store: ranks agree now. SGLang attaches on all of them; what may fail
+    on one of them comes later."""
+    WEIGHTS.wanted = True
+    if not WEIGHTS.epoch.agreed:
+        WEIGHTS.epoch, _ = agree(_group(), WEIGHTS.epoch.content, clean=False)
+
+
+def _group() -> Any:
+    """That of SGLang's barriers after an update; None outside a server."""
     try:
         from sglang.srt.runtime_context import get_parallel
 
-        group = get_parallel().tp_group.cpu_group
-    except (ImportError, AttributeError, ValueError, AssertionError, RuntimeError):
-        group = None
-    WEIGHTS.epoch, _ = agree(group, WEIGHTS.epoch.content, clean=False)
+        return get_parallel().tp_group.cpu_group
+    except UNKNOWN:
+        return None
 
 
 def _changing(
@@ -193,7 +203,7 @@ def _finish(manager: Any, result: Any, content: str = "") -> None:
         _refused(manager)
         return
     clean = _holds_no_cache(manager)
-    if WEIGHTS.attached:
+    if WEIGHTS.wanted:
         epoch, clean = agree(getattr(manager, "tp_cpu_group", None), content, clean)
     else:
         epoch = Epoch(content, "" if content else secrets.token_hex(16), agreed=False)
@@ -207,7 +217,7 @@ def _finish(manager: Any, result: Any, content: str = "") -> None:
 
 def _refused(manager: Any) -> None:
     """On every rank, or do weights differ between ranks now? Only an exchange tells."""
-    if not WEIGHTS.attached:
+    if not WEIGHTS.wanted:
         WEIGHTS.unchanged()
         return
     group = getattr(manager, "tp_cpu_group", None)

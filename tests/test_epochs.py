@@ -138,7 +138,7 @@ def test_stores_that_are_gone_are_not_told(weights: Weights, store: Store) -> No
     assert store.told == []
     assert other.told == ["leave", "enter"]
     del other
-    assert not weights.attached
+    assert not weights._stores
 
 
 def test_a_flush_of_a_settled_process_tells_stores_that_could_not_open_earlier(

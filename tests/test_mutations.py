@@ -33,7 +33,8 @@ from flexkv_bed.controller import (
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.epochs import Epoch
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.served import kv_settings, model_identity
+from flexkv_sglang.kv_settings import kv_settings
+from flexkv_sglang.served import model_identity
 from plain_pools import stored
 from updating import Updates, forget_updates
 
@@ -130,10 +131,6 @@ MUTATIONS: dict[str, tuple[Setup, Setup]] = {
     "scaling factors": (
         Setup({"quantization_param_path": "@scales.json"}),
         Setup({"quantization_param_path": "@other-scales.json"}),
-    ),
-    "dummy seed": (
-        Setup({"load_format": "dummy", "random_seed": 1}),
-        Setup({"load_format": "dummy", "random_seed": 2}),
     ),
     "quantization": (Setup(), Setup({"quantization": "w8a8_int8"})),
 }
@@ -286,7 +283,7 @@ def test_adapters_of_the_command_line_are_told_apart_by_content(place: Path) -> 
 @pytest.mark.parametrize(
     ("prepare", "reason"),
     [
-        (lambda place: boot(place / "model", load_format="remote_instance"), "from elsewhere"),
+        (lambda place: _from_another_server(place / "model"), "from elsewhere"),
         (lambda place: boot(_config_only(place), load_format="auto"), "holds no weight files"),
     ],
 )
@@ -315,6 +312,16 @@ def test_draft_pools_depend_on_both_models(place: Path) -> None:
     assert draft.startswith(target + " draft ")
     changed = model_identity(None, Epoch("abc"), draft=True)
     assert changed != draft
+
+
+def _from_another_server(model: Path) -> None:
+    boot(
+        model,
+        load_format="remote_instance",
+        remote_instance_weight_loader_seed_instance_ip="127.0.0.1",
+        remote_instance_weight_loader_seed_instance_service_port=1,
+        remote_instance_weight_loader_send_weights_group_ports=[2],
+    )
 
 
 def _config_only(place: Path) -> Path:

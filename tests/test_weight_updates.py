@@ -29,6 +29,7 @@ from flexkv_bed.controller import (
 )
 from flexkv_sglang import weight_updates
 from flexkv_sglang.epochs import WEIGHTS, Epoch
+from flexkv_sglang.fingerprint import checkpoint
 from plain_pools import stored
 from updating import Runner, Updates, forget_updates
 
@@ -213,15 +214,17 @@ def test_without_a_flush_old_kv_cache_is_never_stored_under_the_new_name(
     assert hit(rig, 2)
 
 
-def test_a_flush_refused_by_running_requests_leaves_storage_off(
+def test_a_flush_refused_by_running_requests_leaves_storage_off_and_the_name_of_the_weights(
     updates: Updates, checkpoints: tuple[Path, Path]
 ) -> None:
+    """SGLang calls that a failed update, but the weights are those of the checkpoint."""
     updates.busy = True
     assert not updates.disk(checkpoints[1]).success
     assert write_pages(updates.rig, TOKENS, seed=1).completed_tokens == 0
     updates.busy = False
     updates.flush()
     assert write_pages(updates.rig, TOKENS, seed=2).completed_tokens == len(TOKENS)
+    assert WEIGHTS.epoch == Epoch(checkpoint(checkpoints[1]).weights or "")
 
 
 def test_trainers_that_flush_before_they_send_the_weights_need_no_second_flush(

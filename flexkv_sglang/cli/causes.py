@@ -219,18 +219,22 @@ def not_running(facts: Facts) -> Finding | None:
     """Nobody holds an owner, or there is none. With a good last run it is a note only."""
     if facts.alive:
         return None
+    owners = sum(len(group.owners) for group in facts.groups)
+    if not owners:
+        return Finding(
+            "not_running",
+            "There is nothing of ours in this directory",
+            ", ".join(str(place.path) for place in facts.places),
+            "If a server runs with it, its log says 'host pool kv cannot be stored', and why. Else compare it with 'path' "
+            "in the server's log ('flexkv: path=...')",
+        )
     at = facts.written_at
     last = "never reported" if at is None else f"{human_seconds(max(0.0, facts.now - at))} old"
-    owners = sum(len(group.owners) for group in facts.groups)
     return Finding(
         "not_running",
         "No server runs on this directory",
-        f"{counted(owners, 'owner')}, no lock is held; the counters are {last}, of the last run of each process"
-        if owners
-        else "there are no files of ours in it",
-        "Start a server with this path; it adopts what is there. What is said here is about the last run"
-        if owners
-        else "Start a server with this path. If one runs, its log says 'host pool kv cannot be stored', and why",
+        f"{counted(owners, 'owner')}, no lock is held; the counters are {last}, of the last run of each process",
+        "Start a server with this path; it adopts what is there. What is said here is about the last run",
         "note" if facts.hit_rate is not None and not is_low(facts) else "cause",
     )
 

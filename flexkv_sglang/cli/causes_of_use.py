@@ -40,28 +40,32 @@ _UNUSED = {
 
 def nothing_asked(facts: Facts) -> Finding | None:
     """SGLang never asked storage: no traffic, prompts too short, or host memory answers."""
-    if not facts.alive or facts.count("asked_pages"):
-        return None
     server = facts.server
+    if not facts.alive or (facts.count("asked_pages") and not _is_idle(server)):
+        return None
+    known = server is not None and server.config is not None
     threshold = server.threshold if server is not None and not server.error else THRESHOLD
+    unless = "" if known else f", {THRESHOLD} unless configured"
     traffic = _traffic(server)
     title, remedy = (
         "SGLang has not asked storage for anything yet",
         (
-            f"It asks when at least {threshold} tokens (prefetch_threshold) of a prompt are not in device or host "
-            "memory. Give --url and run the server with --enable-metrics to see which it is"
+            f"It asks when enough tokens of a prompt (prefetch_threshold{unless or f': {threshold}'}) are not in "
+            "device or host memory. Give --url and run the server with --enable-metrics to see which it is"
         ),
     )
     if server is not None and server.metrics:
         requests, prompt, above = _requests(server), _prompt_tokens(server), _above(server)
         if _is_idle(server):
-            title, remedy = "There was no request yet", "Send some"
+            title = "There was no request yet, or only the one SGLang warms up with"
+            remedy = "Send some. The first time a prompt is seen it cannot be found"
         elif prompt and above >= _SERVED_ABOVE * prompt:
             return served_above(facts)
         elif requests and prompt / requests < threshold:
             title = "Prompts are shorter than prefetch_threshold"
             remedy = f"SGLang asks for {threshold} tokens or more: lower prefetch_threshold in the extra config"
-    return Finding("nothing_asked", title, f"asked for 0 pages{traffic}", remedy)
+    asked = facts.count("asked_pages")
+    return Finding("nothing_asked", title, f"asked for {counted(asked, 'page')}{traffic}", remedy)
 
 
 def served_above(facts: Facts) -> Finding | None:
@@ -340,8 +344,8 @@ def _traffic(server: Server | None) -> str:
         return ""
     device, host = (int(server.total(_CACHED, cache_source=name)) for name in ("device", "host"))
     return (
-        f"; {int(_requests(server))} requests with {int(_prompt_tokens(server))} prompt tokens, of which device memory "
-        f"served {device} and host memory {host}"
+        f"; {counted(int(_requests(server)), 'request')} with {int(_prompt_tokens(server))} prompt tokens, "
+        f"of which device memory served {device} and host memory {host}"
     )
 
 

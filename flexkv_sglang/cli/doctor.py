@@ -51,6 +51,7 @@ _EXPLAINED_BY = {
         "no_access",
     },
     "prompts_differ": {
+        "nothing_asked",
         "nothing_written",
         "breaker_open",
         "hybrid_pool",
@@ -144,7 +145,7 @@ def _looked_at(facts: Facts) -> list[str]:
         lines.append(f"looked at {server.url}: SGLang {server.flags.get('version')}, {metrics}")
     if plugin.sglang is not None:
         lines.append(f"SGLang {plugin.sglang} here, plug-in {_fit(facts)}")
-    elif not facts.alive:
+    elif not facts.alive and not any(place.trouble for place in facts.places):
         lines.append("SGLang is not installed in this environment: the plug-in was not looked at")
     limit = "no limit" if machine.memlock is None else human_bytes(machine.memlock)
     lines.append(

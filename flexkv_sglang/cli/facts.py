@@ -195,13 +195,16 @@ def look_at_plugin() -> Plugin:
 def gather(
     paths: Iterable[Path], server: Server | None, plugin: Plugin | None, now: float
 ) -> Facts:
-    """Look at everything. ``plugin``: None to ask the SGLang of this environment, if nobody is alive."""
+    """Look at everything. ``plugin``: None to ask the SGLang of this environment, unless a server holds a directory
+    or may hold one that cannot be read."""
     config = server.config if server is not None else None
     places = tuple(look_at_place(path.expanduser(), config) for path in paths)
     facts = Facts(now, places, plugin or Plugin(), look_at_machine(None), server)
     if facts.alive:  # a live store is proof that the plug-in was loaded where it counts
         pid = next((int(run["pid"]) for run in facts.runs() if "pid" in run), None)
         return replace(facts, machine=look_at_machine(pid))
+    if any(place.trouble for place in places):
+        return facts
     return replace(facts, plugin=plugin or look_at_plugin())
 
 
