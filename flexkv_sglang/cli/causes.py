@@ -225,8 +225,8 @@ def not_running(facts: Facts) -> Finding | None:
             "not_running",
             "There is nothing of ours in this directory",
             ", ".join(str(place.path) for place in facts.places),
-            "If a server runs with it, its log says 'host pool kv cannot be stored', and why. Else compare it with 'path' "
-            "in the server's log ('flexkv: path=...')",
+            "If a server runs with it, its log says 'host pool kv cannot be stored', and why. Else compare it "
+            "with 'path' in the server's log ('flexkv: path=...')",
         )
     at = facts.written_at
     last = "never reported" if at is None else f"{human_seconds(max(0.0, facts.now - at))} old"
