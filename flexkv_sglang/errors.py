@@ -6,6 +6,7 @@ FlexKVError
         TierUnavailableError     nothing could be tried
         PageCorruptError         length, key or checksum mismatch
     JournalError             a journal or snapshot cannot be written or is not ours
+    KernelArgumentError      a copy kernel was asked for what it cannot do; nothing was launched
 """
 
 
@@ -34,3 +35,7 @@ class PageCorruptError(TierError):
 
 class JournalError(FlexKVError):
     """A journal or snapshot cannot be written, or does not belong to us."""
+
+
+class KernelArgumentError(FlexKVError, ValueError):
+    """Shapes, dtypes, devices, strides or page ids that a kernel cannot take. Raised before any launch."""
