@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import kernel_phases
 import kernels
+from flexkv_sglang.triton_kernels.ops import PtrTable
 from kernel_cases import GEOMETRIES, Device, Geometry, Pool, Timing
 from kernel_phases import Run, WrongBytesError
 
@@ -74,7 +76,9 @@ def test_a_wrong_byte_ends_the_run_without_speeds(
 ) -> None:
     whole = getattr(kernel_phases, broken)
 
-    def off_by_one(table, ids, blocks, **options):  # type: ignore[no-untyped-def]
+    def off_by_one(
+        table: PtrTable, ids: torch.Tensor, blocks: torch.Tensor, **options: Any
+    ) -> None:
         whole(table, (ids + 1) % table.page_count, blocks, **options)
 
     monkeypatch.setattr(kernel_phases, broken, off_by_one)
@@ -87,7 +91,7 @@ def test_a_wrong_byte_ends_the_run_without_speeds(
 def test_a_write_outside_of_the_pages_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = kernel_phases.scatter_pages
 
-    def careless(table, ids, blocks, **options):  # type: ignore[no-untyped-def]
+    def careless(table: PtrTable, ids: torch.Tensor, blocks: torch.Tensor, **options: Any) -> None:
         whole(table, ids, blocks, **options)
         free = sorted(set(range(table.page_count)) - set(ids.tolist()))
         table.pages(0)[free[0]] ^= 1
