@@ -13,6 +13,8 @@ from flexkv_sglang.triton_kernels.ops import PtrTable
 
 CHUNKS_MAX = 16384
 """One copy per chunk takes microseconds each: that many are enough to know the rate."""
+CHUNKS_MAX_CPU = 64
+"""There only: does it run?"""
 STREAM_ORDER = 1
 """cudaMemcpySrcAccessOrderStream."""
 
@@ -104,7 +106,8 @@ def _pairs(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(chunk in the pool, its place in a block)"""
     width = table.chunk_bytes
-    count = max(1, min(len(ids), CHUNKS_MAX // table.buffer_count))
+    most = CHUNKS_MAX if table.device.type == "cuda" else CHUNKS_MAX_CPU
+    count = max(1, min(len(ids), most // table.buffer_count))
     pages = [table.pages(j) for j in range(table.buffer_count)]
     return [
         (page[number], blocks[row, j * width : (j + 1) * width])

@@ -69,6 +69,8 @@ def measure(run: Run) -> dict[str, Any]:
     with torch.inference_mode():
         for phase in (measure_ceilings, measure_copies, measure_quotas, measure_staging):
             phase(run)
+    if not run.device.is_gpu:
+        return {"ceilings": run.ceilings}  # nothing to judge
     return {"targets": judge(run.rows), "ceilings": run.ceilings}
 
 
@@ -107,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to see that it runs")
     parser.add_argument("--mib", type=int, default=4096, help="payload of one pass")
     parser.add_argument("--reps", type=int, default=5)
-    parser.add_argument("--matmul", type=int, default=8192)
+    parser.add_argument("--matmul", type=int, help="side of the matrices: 8192, on a CPU 64")
     parser.add_argument("--out", type=Path, help="CSV; a picture of the same name is put beside it")
     options = parser.parse_args(arguments)
     if options.device != "cpu" and not torch.cuda.is_available():
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         Device(options.device),
         options.mib << 20,
         options.reps,
-        options.matmul,
+        options.matmul or (64 if options.device == "cpu" else 8192),
         GEOMETRIES,
         PAGE_SIZES,
     )
