@@ -7,6 +7,7 @@ FlexKVError
         PageCorruptError         length, key or checksum mismatch
     PeerError                another node, or the way to it; the same treatment
     JournalError             a journal or snapshot cannot be written or is not ours
+    KernelArgumentError      a copy kernel was asked for what it cannot do; nothing was launched
 """
 
 
@@ -39,3 +40,7 @@ class PeerError(FlexKVError):
 
 class JournalError(FlexKVError):
     """A journal or snapshot cannot be written, or does not belong to us."""
+
+
+class KernelArgumentError(FlexKVError, ValueError):
+    """Shapes, dtypes, devices, strides or page ids that a kernel cannot take. Raised before any launch."""
