@@ -19,7 +19,10 @@ from flexkv_sglang.backends.huge_pages import huge_pages
 from flexkv_sglang.backends.retired import discard
 from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.types import PageBuffers, PageKey
+from flexkv_sglang.types import PageBuffers, PageKey, SlotId
+
+Held = tuple[int, SlotId]
+"""Where a page is kept by ``hold``: (number of the tier, slot)."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,28 @@ class Hierarchy:
             flags = [a or b for a, b in zip(flags, tier.holds(keys), strict=True)]
         return flags
 
+    def hold(self, keys: Sequence[PageKey]) -> list[Held | None]:
+        """Keep those of these pages that this process has: none is evicted before ``release``. Memory only.
+
+        Per key where it is kept, in the fastest tier that has it; None: here it is not, though a neighbour may have it.
+        """
+        held: list[Held | None] = [None] * len(keys)
+        for level, tier in enumerate(self.tiers):
+            absent = [position for position, place in enumerate(held) if place is None]
+            if not absent:
+                break
+            slots = tier.local.hold([keys[position] for position in absent])
+            for position, slot in zip(absent, slots, strict=True):
+                held[position] = None if slot is None else (level, slot)
+        return held
+
+    def release(self, held: Sequence[Held]) -> None:
+        """Undo ``hold``, once per page; also after ``close``."""
+        for level, tier in enumerate(self.tiers):
+            slots = [slot for where, slot in held if where == level]
+            if slots:
+                tier.local.unpin(slots)
+
     def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
         """As ``CacheEngine.get``, from whichever tiers have the pages."""
         done = 0
@@ -77,12 +102,18 @@ class Hierarchy:
         return [True] * done + [False] * (len(keys) - done)
 
     def put(
-        self, keys: Sequence[PageKey], sources: PageBuffers, parent: PageKey | None, deadline: float
+        self,
+        keys: Sequence[PageKey],
+        sources: PageBuffers,
+        parent: PageKey | None,
+        deadline: float,
+        *,
+        own: bool = False,
     ) -> list[bool]:
         """As ``CacheEngine.put``, into every tier. True where one of them has the page now."""
         results = [False] * len(keys)
         for tier in reversed(self.tiers):  # the lowest first: it is the one that lasts
-            flags = tier.put(keys, sources, parent, deadline)
+            flags = tier.put(keys, sources, parent, deadline, own=own)
             results = [a or b for a, b in zip(results, flags, strict=True)]
         return results
 
