@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from linking import same, side
-from plain_pool import names
 
 from flexkv_bed.controller import Geometry, boot
 from flexkv_bed.tiny_model import write_config
+from plain_pool import names
 
 pytestmark = [pytest.mark.sglang]
 

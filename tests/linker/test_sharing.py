@@ -5,12 +5,10 @@ SGLang's own host pool (``page_first_direct``), controller and copy routines are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from linking import SIZE, Side, same, side
-from plain_pool import names
 
 from engines import wait_until
 from flexkv_bed.controller import (
@@ -24,6 +22,7 @@ from flexkv_bed.controller import (
     write_pages,
 )
 from flexkv_bed.tiny_model import write_config
+from plain_pool import names
 
 pytestmark = [pytest.mark.sglang]
 
@@ -40,9 +39,8 @@ NAMES = [f"{g.kind}-{g.page_size}-{g.head_dim}" for g in GEOMETRIES]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _booted(tmp_path_factory: pytest.TempPathFactory) -> None:
     boot(write_config(tmp_path_factory.mktemp("model")))
-    yield
 
 
 def rig(geometry: Geometry, place: Path) -> Rig:
@@ -70,7 +68,9 @@ def test_a_linker_reads_what_hicache_wrote(tmp_path: Path, geometry: Geometry) -
         keys = page_hashes(tokens, geometry.page_size)
         assert linker.find(keys) == list(range(1, PAGES + 1))
         assert linker.restore(keys, 3, 1, 7, 2)
-        assert same(linker.rows(3, 1, 7, 2), expected_rows(_shape(geometry, linker), len(tokens), 5))
+        assert same(
+            linker.rows(3, 1, 7, 2), expected_rows(_shape(geometry, linker), len(tokens), 5)
+        )
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=NAMES)

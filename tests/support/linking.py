@@ -34,7 +34,10 @@ class Side:
     @property
     def buffers(self) -> list[torch.Tensor]:
         """Bytes of each device buffer, a row per token: K of each layer, then V; or the one of each MLA layer."""
-        kept = getattr(self.device, "kv_buffer", None) or [*self.device.k_buffer, *self.device.v_buffer]
+        kept = getattr(self.device, "kv_buffer", None) or [
+            *self.device.k_buffer,
+            *self.device.v_buffer,
+        ]
         return [buffer.view(buffer.shape[0], -1).view(torch.uint8) for buffer in kept]
 
     def fill(self, seed: int) -> None:
