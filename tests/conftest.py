@@ -63,6 +63,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="servers with one disk, with a memory tier above it, or without io_uring",
     )
     parser.addoption(
+        "--kernels-on",
+        default="reference",
+        choices=["reference", "interpreter", "cuda"],
+        help="what serves tests/kernels: torch, Triton's interpreter (TRITON_INTERPRET=1), or a GPU",
+    )
+    parser.addoption(
         "--sglang-version",
         help="the release whose files must be first on the path (tests/contract)",
     )

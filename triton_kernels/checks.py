@@ -131,8 +131,7 @@ def _copy(
     first, count, offset_bytes, quota = span
     pieces, piece_bytes, stride_bytes, limit = unit
     count = check_range(table, first, count)
-    if quota is not None and quota < 1:
-        raise KernelArgumentError(f"quota is {quota}, must be at least 1 or None")
+    check_quota(quota)
     if offset_bytes < 0 or offset_bytes % table.align:
         raise KernelArgumentError(
             f"offset_bytes is {offset_bytes}, must be a multiple of {table.align} and not negative"
@@ -157,6 +156,12 @@ def _copy(
     )
 
 
+def check_quota(quota: int | None) -> None:
+    """``None`` or a number of programs."""
+    if quota is not None and quota < 1:
+        raise KernelArgumentError(f"quota is {quota}, must be at least 1 or None")
+
+
 def check_range(table: PtrTable, first: int, count: int | None) -> int:
     """The number of buffers from ``first`` on: ``count``, or all that are left."""
     wanted = table.buffer_count - first if count is None else count
@@ -175,3 +180,30 @@ def check_place(table: PtrTable, blocks: torch.Tensor) -> None:
     start = blocks.data_ptr()
     if count and table.overlaps(start, start + (count - 1) * blocks.stride(0) + width):
         raise KernelArgumentError("blocks lie in one of the buffers")
+
+
+def check_apart(one: torch.Tensor, other: torch.Tensor) -> None:
+    """What is read and what is written share no bytes."""
+    if overlap(one, other):
+        raise KernelArgumentError("source and target lie in each other")
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Do the blocks of the two share bytes? Columns of one larger tensor count as apart only by their columns."""
+    if 0 in (one.numel(), other.numel()):
+        return False
+    spans = [
+        (
+            blocks.data_ptr(),
+            blocks.data_ptr() + (len(blocks) - 1) * blocks.stride(0) + blocks.shape[1],
+        )
+        for blocks in (one, other)
+    ]
+    (first, last), (start, end) = spans
+    if first >= end or start >= last:
+        return False
+    stride: int = one.stride(0)
+    if stride != other.stride(0) or len(one) == 1:
+        return True
+    apart: int = (other.data_ptr() - one.data_ptr()) % stride
+    return bool(apart < one.shape[1] or apart + other.shape[1] > stride)

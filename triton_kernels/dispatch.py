@@ -1,4 +1,4 @@
-"""Which implementation serves a device: the Triton kernels or plain torch. triton is imported here and nowhere else."""
+"""Which implementation serves a device: the Triton kernels or plain torch. Nobody else looks for triton."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from types import ModuleType
 
 import torch
 
-from flexkv_sglang.triton_kernels import reference
 
-LAUNCH = "flexkv_sglang.triton_kernels.launch"
+def kernels(device: torch.device, module: str) -> ModuleType | None:
+    """The module of this folder with the kernels, or ``None`` where the torch reference serves.
+
+    Only here are modules imported that import triton.
+    """
+    if runs_kernels(device):
+        return importlib.import_module(f"flexkv_sglang.triton_kernels.{module}")
+    return None
 
 
-def implementation(device: torch.device) -> ModuleType:
-    """The module with ``gather`` and the others: kernels on CUDA and HIP when triton is there, torch otherwise."""
-    if device.type == "cuda" and has_triton():
-        return importlib.import_module(LAUNCH)
-    return reference
+def runs_kernels(device: torch.device) -> bool:
+    """Kernels run on CUDA and HIP devices when triton is there."""
+    return device.type == "cuda" and has_triton()
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from flexkv_sglang.triton_kernels import checks, dispatch
+from flexkv_sglang.triton_kernels import checks, dispatch, reference
 from flexkv_sglang.triton_kernels.table import PtrTable
 
 __all__ = [
@@ -54,7 +54,7 @@ def gather_pages(
     span = (first, count, offset_bytes, quota)
     copy = checks.pages(table, page_ids, blocks, span, distinct=False, trusted=trusted_ids)
     if len(blocks):
-        dispatch.implementation(table.device).gather(copy)
+        (dispatch.kernels(table.device, "launch") or reference).gather(copy)
 
 
 def scatter_pages(
@@ -72,7 +72,7 @@ def scatter_pages(
     span = (first, count, offset_bytes, quota)
     copy = checks.pages(table, page_ids, blocks, span, distinct=True, trusted=trusted_ids)
     if len(blocks):
-        dispatch.implementation(table.device).scatter(copy)
+        (dispatch.kernels(table.device, "launch") or reference).scatter(copy)
 
 
 def gather_tokens(
@@ -94,7 +94,7 @@ def gather_tokens(
     span = (first, count, offset_bytes, quota)
     copy = checks.tokens(table, slot_ids, blocks, span, distinct=False, trusted=trusted_ids)
     if len(blocks):
-        dispatch.implementation(table.device).gather(copy)
+        (dispatch.kernels(table.device, "launch") or reference).gather(copy)
 
 
 def scatter_tokens(
@@ -112,7 +112,7 @@ def scatter_tokens(
     span = (first, count, offset_bytes, quota)
     copy = checks.tokens(table, slot_ids, blocks, span, distinct=True, trusted=trusted_ids)
     if len(blocks):
-        dispatch.implementation(table.device).scatter(copy)
+        (dispatch.kernels(table.device, "launch") or reference).scatter(copy)
 
 
 def warmup(*tables: PtrTable) -> None:
@@ -122,4 +122,4 @@ def warmup(*tables: PtrTable) -> None:
     do where torch serves.
     """
     for table in tables:
-        dispatch.implementation(table.device).prepare(table)
+        (dispatch.kernels(table.device, "launch") or reference).prepare(table)

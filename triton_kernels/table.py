@@ -32,9 +32,9 @@ class PtrTable:
 
     Attributes, read-only: ``row_bytes``, ``row_stride_bytes``, ``row_count``; ``page_size``; ``chunk_bytes``
     (bytes of a page in one buffer), ``page_stride_bytes``, ``page_count``; ``buffer_count``; ``device``; ``dtype``;
-    ``align`` (bytes: 16, or less where rows are no multiple of 16); ``ptrs`` (uint64 ``[buffer_count]`` on the
-    device); ``spacing_bytes`` (distance of one buffer from the next when they are evenly spaced views of one
-    allocation, else ``None``).
+    ``align`` (bytes: 16, or less where rows are no multiple of 16); ``address`` of the first buffer; ``ptrs`` (uint64
+    ``[buffer_count]`` on the device); ``spacing_bytes`` (distance of one buffer from the next when they are evenly
+    spaced views of one allocation, else ``None``).
 
     Keeps the tensors alive. Not valid any more once their memory is remapped (``release_memory_occupation``):
     build it again. Threads: immutable, share it freely. Raises ``KernelArgumentError``.
@@ -66,6 +66,7 @@ class PtrTable:
             raise KernelArgumentError(
                 f"buffers must begin at multiples of {VECTOR_BYTES} bytes: {[hex(a) for a in addresses]}"
             )
+        self.address = addresses[0]
         self.spacing_bytes = _spacing(self.buffers, addresses)
         extent = (self.row_count - 1) * self.row_stride_bytes + self.row_bytes
         self._extents = [(address, address + extent) for address in addresses]
