@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from flexkv_sglang.backends.huge_pages import huge_pages
@@ -73,6 +73,15 @@ class Hierarchy:
             for position, slot in zip(absent, slots, strict=True):
                 held[position] = None if slot is None else (level, slot)
         return held
+
+    def lost(self, held: Mapping[PageKey, Held]) -> list[PageKey]:
+        """Which of the pages that are kept are gone all the same: found to be bad, cleared, on a disk that fails."""
+        gone: list[PageKey] = []
+        for level, tier in enumerate(self.tiers):
+            pages = [(key, slot) for key, (where, slot) in held.items() if where == level]
+            flags = tier.local.still(pages) if pages else []
+            gone += [key for (key, _), flag in zip(pages, flags, strict=True) if not flag]
+        return gone
 
     def release(self, held: Sequence[Held]) -> None:
         """Undo ``hold``, once per page; also after ``close``."""

@@ -180,7 +180,10 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         """Wait until the batch writes no device memory any more; did every layer land? Bounded by its deadline."""
         landed, rids = self._loader.finish(counter_index)
         for rid in rids:
-            self._lookups.loaded(rid)
+            if landed:
+                self._lookups.loaded(rid)
+            else:
+                self._lookups.end(rid)
         return landed
 
     @boundary(lambda self, rid: False)

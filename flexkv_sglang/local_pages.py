@@ -81,6 +81,15 @@ class LocalPages:
             slots += found
         return slots
 
+    def still(self, pages: Sequence[tuple[PageKey, SlotId]]) -> list[bool]:
+        """Per held page: is it READY in its slot to this moment? A pin keeps a slot, not a page found to be bad."""
+        flags: list[bool] = []
+        for start in range(0, len(pages), _SPAN):
+            with self.lock:
+                find = self.index.find
+                flags += [find(key) == slot for key, slot in pages[start : start + _SPAN]]
+        return flags
+
     def unpin(self, slots: Sequence[SlotId]) -> None:
         """Undo ``pin`` or ``hold``."""
         with self.lock:

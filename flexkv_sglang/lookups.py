@@ -92,6 +92,7 @@ class Lookups:
             return []
         with self._lock:
             lease = self._leases.setdefault(rid, _Lease())
+            self._drop_lost(lease)
             if lease.texts != texts:
                 lease.texts, lease.keys = texts, page_keys(texts)
                 self._note_chain(texts)
@@ -116,7 +117,7 @@ class Lookups:
                 lease.loading = True
 
     def loaded(self, rid: str) -> None:
-        """The load is over, well or not."""
+        """The load is over, and well."""
         with self._lock:
             lease = self._leases.get(rid)
             if lease is not None:
@@ -149,6 +150,13 @@ class Lookups:
         """Pages of all pools that are kept now; one kept for two requests counts twice."""
         with self._lock:
             return sum(self._counts.values())
+
+    def _drop_lost(self, lease: _Lease) -> None:
+        for name, pinned in lease.pools.items():
+            gone = [pinned.held.pop(key) for key in pinned.store.lost(pinned.held)]
+            if gone:
+                pinned.store.release(gone)
+                self._counts[name] -= len(gone)
 
     def _note_chain(self, texts: list[str]) -> None:
         if len(self._before) > _CHAIN_MAX:

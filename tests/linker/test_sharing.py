@@ -102,7 +102,7 @@ def test_a_neighbours_pages_are_fetched_in_the_background_and_found_by_a_later_l
     with rig(geometry, tmp_path) as hicache, side(tmp_path, geometry) as linker:
         write_pages(hicache, tokens, seed=5)
         assert linker.find(keys) == []  # not ours: it could be gone when it is loaded
-        wait_until(lambda: len(linker.find(keys)) == PAGES, 20.0)
+        assert wait_until(lambda: len(linker.find(keys)) == PAGES, 20.0)
         hicache.backend.clear()  # the neighbour may forget its pages now
         assert linker.restore(keys, 3, 1, 7, 2)
         assert same(linker.rows(3, 1, 7, 2), expected_rows(hicache, len(tokens), 5))

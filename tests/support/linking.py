@@ -67,7 +67,7 @@ class Side:
 
     def result(self) -> bool:
         """The oldest offload's result, when it is there."""
-        wait_until(lambda: self.linker.num_completed_offloads() > 0, WAIT_S)
+        assert wait_until(lambda: self.linker.num_completed_offloads() > 0, WAIT_S)
         return self.linker.pop_completed_offload()
 
     def find(self, keys: Sequence[str], rid: str = "r") -> list[int]:
