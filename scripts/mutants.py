@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutants_of_identity import IDENTITY
+from mutants_of_linker import MUTANTS as OF_LINKER
 
 import mutants_of_eviction
 from mutants_of_doctor import MUTANTS as OF_DOCTOR
@@ -285,6 +286,7 @@ MUTANTS = (
     *(Mutant(*row) for row in mutants_of_eviction.ROWS),
     *(Mutant(*fields) for fields in OF_POOLS),
     *(Mutant(*fields) for fields in OF_DOCTOR),
+    *(Mutant(*fields) for fields in OF_LINKER),
     *(Mutant(*seed) for seed in SEEDS),
     *(Mutant(*fields) for fields in IDENTITY),
 )

@@ -61,6 +61,16 @@ def test_a_corrupt_page_fails_the_load_and_touches_no_slot(stored: Side, tmp_pat
     assert stored.restore(KEYS, 5, 6, 7)
 
 
+def test_a_page_that_failed_one_request_is_no_hit_for_another_that_leased_it(
+    stored: Side, tmp_path: Path
+) -> None:
+    assert stored.find(KEYS, rid="a") == stored.find(KEYS, rid="b") == [1, 2, 3]
+    for path in slot_files(tmp_path):
+        assert flip_bytes(path)
+    assert stored.restore(KEYS, 5, 6, 7, rid="a") is False
+    assert stored.find(KEYS, rid="b") == []
+
+
 def test_a_page_lost_between_lookup_and_load_fails_the_load(stored: Side) -> None:
     assert stored.find(KEYS) == [1, 2, 3]
     stored.linker._stores.clear()

@@ -106,6 +106,26 @@ def test_pages_of_a_given_up_offload_are_those_from_before(hasty: Side) -> None:
         assert same(hasty.rows(7, 8), wanted)
 
 
+def test_a_given_up_offload_reads_no_further_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five pages, one at a time: the first one was read, the others belong to somebody else by then."""
+    monkeypatch.setattr("flexkv_sglang.staging.LANE_BYTES", {"load": 1, "offload": 1, "promote": 1})
+    keys = names(5, seed=4)
+    with side(tmp_path, Geometry(), Hasty) as replica:
+        wanted = replica.rows(1)
+        gate = hold(replica.linker, "write")
+        begin(replica, keys, 1, 2, 3, 4, 5)
+        assert gate.arrived.wait(WAIT_S)
+        assert replica.result() is False
+        replica.fill(9)
+        gate.go_on.set()
+        assert idle(replica)
+        assert replica.find(keys) == [1]
+        assert replica.restore(keys[:1], 7)
+        assert same(replica.rows(7), wanted)
+
+
 def test_too_much_that_waits_is_refused_in_its_turn(
     replica: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,17 +77,21 @@ def test_a_load_accepted_before_an_update_fails_after_it(stored: Side) -> None:
     assert same(stored.rows(4, 5, 6), before)
 
 
-def test_an_offload_that_waits_is_not_stored_under_the_new_weights(stored: Side) -> None:
-    late = names(2, seed=2)
+def test_an_offload_that_waits_is_not_stored_under_the_new_weights(
+    stored: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexkv_sglang.pools._LEAVE_S", 0.2)
+    early, late = names(2, seed=1), names(2, seed=2)
     gate = hold(stored.linker, "write")
-    for keys in (names(2, seed=1), late):
+    for keys in (early, late):
         assert stored.linker.offload([transfer(keys, stored.tokens(4, 5))])
     assert gate.arrived.wait(WAIT_S)
-    gate.go_on.set()
     WEIGHTS.begin()
     WEIGHTS.finish(NEW, clean=True)
+    gate.go_on.set()
     assert wait_until(lambda: stored.linker.num_completed_offloads() == 2, WAIT_S)
-    assert stored.find(late) == stored.find(names(2, seed=1)) == []
+    assert stored.store(KEYS, 7, 8, 9)  # it is open again
+    assert stored.find(late) == stored.find(early) == []
 
 
 def test_a_linker_made_after_an_update_waits_for_the_flush(tmp_path: Path) -> None:
