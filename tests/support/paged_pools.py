@@ -11,7 +11,7 @@ POISON = 0xA5
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """``buffers`` of ``(pages * page_size, *row)``; ``stack``: views of one tensor; ``gap``: rows left out between two."""
+    """``buffers`` of ``(pages * page_size, *row)``; ``stack``: views of one tensor; ``gap``: rows left out."""
 
     buffers: int
     pages: int
