@@ -19,6 +19,12 @@ from flexkv_sglang.staging import HostShape
 from flexkv_sglang.triton_kernels.layout import BlockLayout, Part
 from flexkv_sglang.triton_kernels.ops import PtrTable, gather_pages, scatter_pages, warmup
 
+QUOTA = 16
+"""Programs (CTAs) of a copy kernel at a time: copies go no faster than PCIe, and the forward pass keeps the rest.
+
+By the design's arithmetic, not yet by a measurement.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class DevicePool:
@@ -69,6 +75,7 @@ class DevicePool:
                 first=run.first,
                 count=run.count,
                 offset_bytes=run.offset_bytes,
+                quota=QUOTA,
                 trusted_ids=True,
             )
 
@@ -85,6 +92,7 @@ class DevicePool:
                 first=run.first,
                 count=run.count,
                 offset_bytes=run.offset_bytes,
+                quota=QUOTA,
                 trusted_ids=True,
             )
 

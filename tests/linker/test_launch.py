@@ -25,6 +25,8 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (  # isort: 
 from sglang.srt.server_args import ServerArgs  # isort: skip
 
 from flexkv_sglang import plugin
+from flexkv_sglang.cli.causes import _other_backend
+from flexkv_sglang.cli.server import Server
 from flexkv_sglang.device_models import device_pools
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.linker import FlexKVLinker
@@ -156,3 +158,24 @@ def test_staging_has_no_attribute_its_host_pool_has_not() -> None:
         ].shape
         assert dataclasses.asdict(shape)["part_bytes"]
         assert all(isinstance(value, int) for value in shape.fields.values())
+
+
+@pytest.mark.parametrize("backend", ["flexkv", "dynamic"])
+def test_the_doctor_knows_a_server_with_our_linker(backend: str) -> None:
+    config: dict[str, Any] = {"path": "/somewhere"}
+    if backend == "dynamic":
+        config = {"linker": "FlexKVLinker", "linker_extra_config": config}
+    flags = {
+        "enable_hierarchical_cache": False,
+        "page_size": 16,
+        "enable_unified_cache_external_linker": True,
+        "unified_cache_external_linker_backend": backend,
+        "unified_cache_external_linker_config": config,
+    }
+    server = Server("http://here", flags=flags)
+    assert _other_backend(server) == ""
+    assert server.config is not None
+    assert server.config.tiers[0].path == ("/somewhere",)
+    assert server.threshold == 16
+    other = Server("http://here", flags={**flags, "unified_cache_external_linker_backend": "mori"})
+    assert _other_backend(other)

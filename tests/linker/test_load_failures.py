@@ -89,6 +89,15 @@ def test_one_lost_page_fails_its_batch_and_no_other(stored: Side) -> None:
     assert same(stored.rows(5, 6), stored.rows(8, 9))
 
 
+def test_two_requests_of_one_batch_may_want_the_same_pages(stored: Side) -> None:
+    for rid, page in (("a", 5), ("b", 8)):
+        slots = stored.tokens(page, page + 1, page + 2)
+        assert stored.linker.load(rid, [transfer(KEYS, slots)])
+    assert stored.linker.finish_layer_wise_loading(stored.linker.start_layer_wise_loading())
+    assert same(stored.rows(5, 6, 7), stored.rows(1, 2, 3))
+    assert same(stored.rows(8, 9, 10), stored.rows(1, 2, 3))
+
+
 def test_a_read_error_fails_the_load(stored: Side) -> None:
     faults_of(stored.linker, "read").next = Fault.BROKEN
     assert stored.restore(KEYS, 5, 6, 7) is False
