@@ -73,9 +73,7 @@ class Lookups:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stores, self._pools, self._promote, self._clock = stores, pools, promote, clock
-        self._lock = (
-            threading.Lock()
-        )  # guards what follows; held for dict work and the index's lock
+        self._lock = threading.Lock()  # guards what follows; held for dict work
         self._leases: dict[str, _Lease] = {}
         self._counts: dict[str, int] = {}  # leased pages per pool
         self._before: dict[str, str] = {}  # page hash -> the one before it; the scheduler's alone
