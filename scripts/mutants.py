@@ -21,6 +21,7 @@ from mutants_of_linker import MUTANTS as OF_LINKER
 
 import mutants_of_eviction
 from mutants_of_doctor import MUTANTS as OF_DOCTOR
+from mutants_of_kernels import MUTANTS as OF_KERNELS
 from mutants_of_neighbours import SEEDS
 from mutants_of_pools import MUTANTS as OF_POOLS
 
@@ -287,6 +288,7 @@ MUTANTS = (
     *(Mutant(*fields) for fields in OF_POOLS),
     *(Mutant(*fields) for fields in OF_DOCTOR),
     *(Mutant(*fields) for fields in OF_LINKER),
+    *(Mutant(*fields) for fields in OF_KERNELS),
     *(Mutant(*seed) for seed in SEEDS),
     *(Mutant(*fields) for fields in IDENTITY),
 )

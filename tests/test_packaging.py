@@ -75,7 +75,11 @@ def test_the_wheel_holds_one_top_level_name_and_no_test_bed(wheel: pathlib.Path)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"flexkv_sglang"}
     assert "flexkv_sglang/backends/ring.py" in names
-    assert "flexkv_sglang/triton_kernels/layout.py" in names
+    kernels = {name for name in names if name.startswith("flexkv_sglang/triton_kernels/")}
+    sources = {path.name for path in (ROOT / "triton_kernels").glob("*.py")}
+    assert "launch.py" in sources
+    assert kernels == {f"flexkv_sglang/triton_kernels/{name}" for name in sources}
+    assert "__init__.py" not in sources
     assert "flexkv_sglang/py.typed" in names
     assert not [name for name in names if "test" in name or "bed" in name]
 
@@ -123,9 +127,14 @@ def test_a_fresh_environment_gets_nothing_but_flexkv_sglang(
     assert "check" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
     (site / "triton_kernels").mkdir()
     (site / "triton_kernels" / "__init__.py").write_text(FOREIGN)
+    (site / "triton_kernels" / "matmul.py").write_text("class PrecisionConfig: pass\n")
     foreign = (
         check.format(absent=False)
         + "import triton_kernels; assert triton_kernels.marker() == 'foreign'\n"
+        + "from triton_kernels.matmul import PrecisionConfig\n"  # what SGLang imports of it
+        + "import flexkv_sglang.triton_kernels.layout as ours\n"
+        + "assert ours.BlockLayout.mla(1, 1, 16).block_bytes == 16\n"
+        + "assert not hasattr(triton_kernels, 'layout')\n"
     )
     for cwd in (tmp_path, ROOT):  # also with our checkout as the working directory
         wanted = (

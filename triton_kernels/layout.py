@@ -9,12 +9,8 @@ as the device pool keeps them. No padding anywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from flexkv_sglang.errors import KernelArgumentError
-
-PAGE_LAYOUTS: Final = ("layer_first", "page_first", "page_first_direct", "page_head")
-"""SGLang's ``--hicache-mem-layout`` values; blocks are byte-equal to ``page_first_direct``."""
 
 
 @dataclass(frozen=True, slots=True)

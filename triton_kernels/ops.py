@@ -8,7 +8,7 @@ All functions
 * check their arguments first and raise ``KernelArgumentError`` before anything is launched;
 * work on the current stream of the calling thread, on the device of the table, and return without waiting for
   it. A worker thread starts on device 0 and the default stream: enter ``torch.cuda.stream(side)`` first. The caller
-  keeps blocks alive and unwritten until an event it records afterwards;
+  keeps blocks, and ids that are in pinned memory, alive and unwritten until an event it records afterwards;
 * look at ids that are on the device, which waits for the stream once; ``trusted_ids=True`` leaves that out. Then
   an id outside of the pool is skipped by the kernels (nothing is read or written for it), and equal ids in a
   scatter are the caller's mistake. Ids on the CPU are always looked at, and copied over.

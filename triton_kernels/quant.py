@@ -2,7 +2,7 @@
 
 What comes back is not what was stored, so such pages need a namespace of their own; nothing in this package uses
 them unless asked. A quantised block (little-endian) holds the codes of all buffers of the table, in its order, one byte
-per value; zeros up to a multiple of 16; then one float32 scale per group, in the same order (``QuantLayout``).
+per value; then one float32 scale per group, in the same order (``QuantLayout``).
 
 ``scale = max(largest finite |value| / largest code, 2**-100)``, ``code = round to even(value / scale)``; largest codes:
 448 and 127. Infinities become the largest code. NaN stays NaN in e4m3 and becomes 0 in int8.
@@ -36,7 +36,7 @@ class QuantLayout:
     @property
     def scales_at(self) -> int:
         """Offset of the first scale in bytes."""
-        return -(-self.buffer_count * self.chunk_values // 16) * 16
+        return self.buffer_count * self.chunk_values
 
     @property
     def chunk_groups(self) -> int:
@@ -77,8 +77,8 @@ def gather_quant(
 ) -> None:
     """Quantise pages into blocks. ``code``: ``"e4m3"`` or ``"int8"``; ``blocks``: uint8 ``(n, >= block_bytes)``.
 
-    ``count`` buffers from ``first`` on; the places of the others in the blocks stay as they are. All else as
-    ``ops.gather_pages``.
+    Blocks begin at multiples of 16 bytes, each of them. ``count`` buffers from ``first`` on; the places of the others
+    in the blocks stay as they are. All else as ``ops.gather_pages``.
     """
     layout = _check_code(table, code, group)
     copy = _copy(table, page_ids, blocks, layout, (first, count, 0, quota), False, trusted_ids)

@@ -69,7 +69,8 @@ class PtrTable:
         self.address = addresses[0]
         self.spacing_bytes = _spacing(self.buffers, addresses)
         extent = (self.row_count - 1) * self.row_stride_bytes + self.row_bytes
-        self._extents = [(address, address + extent) for address in addresses]
+        self._extents = [(address, address + extent) for address in sorted(addresses)]
+        self._end = self._extents[-1][1]
         # uint64 tensors have few operations: built once, never computed with.
         self.ptrs = torch.tensor(addresses, dtype=torch.uint64, device=self.device)
 
@@ -91,6 +92,8 @@ class PtrTable:
 
     def overlaps(self, start: int, end: int) -> bool:
         """Do the bytes ``[start, end)`` belong to one of the buffers?"""
+        if end <= self._extents[0][0] or start >= self._end:
+            return False
         return any(start < last and first < end for first, last in self._extents)
 
     def rows(self, buffer: int) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from flexkv_sglang.errors import KernelArgumentError
 from flexkv_sglang.triton_kernels.exponents import (
@@ -66,6 +68,25 @@ def packed_and_back(
 @pytest.mark.parametrize("quota", [None, 1])
 def test_round_trip(name: str, quota: int | None, device: torch.device) -> None:
     packed_and_back(CASES[name].to(device), quota)
+
+
+@settings(suppress_health_check=list(HealthCheck))  # the fixture says only where to run
+@given(
+    st.lists(st.sampled_from([*range(256)]), min_size=1, max_size=24, unique=True),
+    st.integers(1, 600),
+    st.integers(0, 1 << 30),
+)
+def test_any_mix_of_exponents_comes_back(
+    device: torch.device, used: list[int], eights: int, seed: int
+) -> None:
+    """From one exponent to more than have codes, alike or not in number, in whole and broken tiles."""
+    maker = torch.Generator().manual_seed(seed)
+    weights = torch.rand(len(used), generator=maker) ** 4 + 1e-6
+    picked = torch.multinomial(weights, eights * 8, replacement=True, generator=maker)
+    rest = torch.randint(0, 256, (eights * 8,), generator=maker, dtype=torch.int32)
+    exponent = torch.tensor(used, dtype=torch.int32)[picked]
+    word = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+    packed_and_back(word.to(torch.int16).view(torch.uint8)[None].to(device))
 
 
 def test_the_bytes_are_those_of_the_table_in_the_docs(device: torch.device) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,6 +94,17 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=OPTIONS)
 
 
+def stack_bytes(cubin: bytes) -> int:
+    """Stack and local memory of a binary: where spilled registers would be."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    sizes = re.findall(r"\b(?:STACK|LOCAL):(\d+)", text)
+    return sum(map(int, sizes)) if sizes else -1
+
+
 def report(name: str, kernel: Any, constants: dict[str, Any], target: str) -> dict[str, Any]:
     """One line of the list."""
     asm = compiled(kernel, constants, TARGETS[target]).asm
@@ -99,9 +112,7 @@ def report(name: str, kernel: Any, constants: dict[str, Any], target: str) -> di
     text = asm["ptx" if cuda else "amdgcn"]
     loads, stores, narrow = (len(re.findall(p, text)) for p in (PTX if cuda else GCN))
     if cuda:
-        spilled = len(re.findall(r"\b(?:STL|LDL)\b", asm["sass"])) + len(
-            re.findall(r"\.local\b", text)
-        )
+        spilled = len(re.findall(r"\.local\b", text)) + stack_bytes(asm["cubin"])
     else:
         sizes = re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
         spilled = sum(map(int, sizes)) if sizes else -1
