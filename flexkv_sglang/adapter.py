@@ -9,15 +9,15 @@ Threads: SGLang calls from its prefetch, prefetch I/O, backup and scheduler thre
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
 from flexkv_sglang.assembly import prepare_tiers
+from flexkv_sglang.boundary import Boundary, boundary
 from flexkv_sglang.compat import (
     pool_demand,
     pool_name,
@@ -54,34 +54,8 @@ CALL_SECONDS_MAX = 6.0
 """... or more than this, the bound of a put. With what comes before (``PoolStores.in_use``) and after (the commit) it
 has to be less than the 10 s for which SGLang joins its storage threads when a backend is detached."""
 
-_LOG_INTERVAL_S = 60.0
-_F = TypeVar("_F", bound=Callable[..., Any])
 
-
-def _boundary(miss: Callable[..., Any], *, moves: bool = False) -> Callable[[_F], _F]:
-    """Turn every exception of a method into ``miss(*the method's arguments)``, counted and logged.
-
-    ``moves``: the method uses the stores, which are not exchanged meanwhile.
-    """
-
-    def decorate(method: _F) -> _F:
-        @functools.wraps(method)
-        def guarded(self: FlexKVStorage, *args: Any, **kwargs: Any) -> Any:
-            try:
-                if not moves:
-                    return method(self, *args, **kwargs)
-                with self._stores.in_use():
-                    return method(self, *args, **kwargs)
-            except Exception as exc:  # noqa: BLE001 - the boundary: one failed call must not end SGLang's threads
-                self._report(method.__name__, exc)
-                return miss(self, *args, **kwargs)
-
-        return guarded  # type: ignore[return-value]
-
-    return decorate
-
-
-class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no types
+class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang ships no types
     """HiCache L3 on local SSDs. One instance per SGLang rank process and attach.
 
     The constructor parses the configuration and proves the directories with real I/O (``ConfigError``
@@ -96,7 +70,6 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self._metrics: dict[str, Metrics] = {}  # of a pool, for the life of this store
         self.metrics = self._metrics_of(KV)
         self._prefetch_timeout = PREFETCH_TIMEOUT
-        self._logged_at: dict[str, float] = {}
         logger.info("flexkv: %s", self._config.describe())
         self._identities = Identities(self._config, storage_config)
         groups = HeadGroups.of(storage_config)
@@ -117,23 +90,23 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self._stores.anchor(mem_pool_host, opens=WEIGHTS.settled)
         WEIGHTS.attach(self)
 
-    @_boundary(lambda self, *a, **k: None)
+    @boundary(lambda self, *a, **k: None)
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Called for every pool of a hybrid model, KV included, after ``register_mem_pool_host``."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         self._stores.add(pool_name(host_pool_name), host_pool)
 
-    @_boundary(lambda self, *a, **k: None)
+    @boundary(lambda self, *a, **k: None)
     def on_host_pools_registered(self) -> None:
         """The pools SGLang starts with are known (0.5.23 and later; before, the first call takes that for granted)."""
         self._stores.burst_over()
 
-    @_boundary(lambda self: None)
+    @boundary(lambda self: None)
     def leave_epoch(self) -> None:
         """Before a weight update: from now on every page misses and none is written, in all pools."""
         self._stores.leave()
 
-    @_boundary(lambda self: None)
+    @boundary(lambda self: None)
     def enter_epoch(self) -> None:
         """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
         self._stores.enter()
@@ -166,7 +139,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             self._identities.of(name, pool, pages), writers, writes, self._metrics_of(name)
         )
 
-    @_boundary(lambda self, keys, *a, **k: 0, moves=True)
+    @boundary(lambda self, keys, *a, **k: 0, moves=True)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         """Leading run of pages that are stored here or by a neighbour. Memory only.
 
@@ -174,7 +147,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """
         return self._usable(keys, self._stores.sidecars()).pages
 
-    @_boundary(lambda self, keys, *a, **k: pool_result(Usable([], {})), moves=True)
+    @boundary(lambda self, keys, *a, **k: pool_result(Usable([], {})), moves=True)
     def batch_exists_v2(
         self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
     ) -> Any:
@@ -193,14 +166,14 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self.metrics.asked(len(keys), found.pages, time.perf_counter() - started)
         return found
 
-    @_boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
+    @boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
     def batch_get_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
         """Read pages into the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
         return self._read(self._stores.get(KV), keys, host_indices, self._deadline(len(keys)))
 
-    @_boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
+    @boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
     def batch_set_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
@@ -210,7 +183,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             self._stores.get(KV), keys, host_indices, _parent_of(extra_info), deadline
         )
 
-    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
+    @boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Read pages of several pools. Per pool one bool per key; every pool is in the answer."""
         pages = sum(len(transfer.keys or ()) for transfer in transfers)
@@ -222,7 +195,7 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             answer.add(transfer.name, self._read(pool, keys, transfer.host_indices, deadline))
         return answer.results
 
-    @_boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
+    @boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
     def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Write pages of several pools (SGLang: before the KV pages they go with). Answer: as ``batch_get_v2``."""
         deadline = time.monotonic() + CALL_SECONDS_MAX
@@ -235,17 +208,17 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             answer.add(transfer.name, flags)
         return answer.results
 
-    @_boundary(lambda self, key: False)
+    @boundary(lambda self, key: False)
     def exists(self, key: str) -> bool:
         """True if one page is stored here or by a neighbour."""
         return bool(self.batch_exists([key]))
 
-    @_boundary(lambda self, *a, **k: None)
+    @boundary(lambda self, *a, **k: None)
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         """Read one flat page into ``target_location`` (a CPU tensor) and return it; None on a miss."""
         return self.batch_get([key], [target_location])[0]
 
-    @_boundary(lambda self, keys, *a, **k: [None] * len(keys or ()), moves=True)
+    @boundary(lambda self, keys, *a, **k: [None] * len(keys or ()), moves=True)
     def batch_get(
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[Any]:
@@ -262,14 +235,14 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             tensor if flag else None for tensor, flag in zip(target_locations, done, strict=True)
         ]
 
-    @_boundary(lambda self, *a, **k: False)
+    @boundary(lambda self, *a, **k: False)
     def set(
         self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
     ) -> bool:
         """Write one flat page (a CPU tensor)."""
         return self.batch_set([key], [value])
 
-    @_boundary(lambda self, *a, **k: False, moves=True)
+    @boundary(lambda self, *a, **k: False, moves=True)
     def batch_set(
         self,
         keys: list[str],
@@ -291,13 +264,13 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         deadline = time.monotonic() + CALL_SECONDS_MAX
         return all(store(kv, written, batch, None, deadline))
 
-    @_boundary(lambda self: None)
+    @boundary(lambda self: None)
     def clear(self) -> None:
         """Forget every page this process stored in its own namespaces, also of files that are being exchanged.
         Other models' pages stay."""
         self._stores.clear()
 
-    @_boundary(lambda self: None)
+    @boundary(lambda self: None)
     def get_stats(self) -> Any:
         """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
         kv = self._stores.get(KV)
@@ -343,14 +316,6 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
             "host_indices", ConfigError(f"{pool.name}: {len(keys)} keys with {given} indices")
         )
         return [False] * len(keys)
-
-    def _report(self, what: str, exc: Exception) -> None:
-        self.metrics.count(f"{what}_exceptions")
-        kind = f"{what}:{type(exc).__name__}"
-        now = time.monotonic()
-        if now - self._logged_at.get(kind, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
-            self._logged_at[kind] = now
-            logger.error("flexkv: %s failed, answered as a miss", what, exc_info=exc)
 
 
 def _parent_of(extra_info: Any) -> PageKey | None:

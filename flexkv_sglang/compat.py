@@ -19,6 +19,8 @@ UNKNOWN = (ImportError, AttributeError, ValueError, AssertionError, RuntimeError
 
 ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 ATTACH = "sglang.srt.managers.cache_controller.HiCacheController.attach_storage_backend"
+CREATE_LINKER = "sglang.srt.mem_cache.unified_cache.linker_factory.create_unified_cache_linker"
+"""Where an external linker is made, a function; looked up there at each call."""
 RESOLVE = (
     "sglang.srt.server_args.ServerArgs.resolve_once",
     "sglang.srt.server_args.ServerArgs.__post_init__",  # before 0.5.20: resolution happens here
@@ -49,6 +51,14 @@ def resolve(path: str) -> Any:
     with warnings.catch_warnings():  # where they are errors, an import would be cut off half way
         warnings.simplefilter("ignore")
         return getattr(getattr(importlib.import_module(module), class_name), attribute)
+
+
+def resolve_function(path: str) -> Any:
+    """``package.module.function``. Raises ``ImportError`` or ``AttributeError``."""
+    module, name = path.rsplit(".", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(importlib.import_module(module), name)
 
 
 def first_there(*paths: str) -> str | None:

@@ -59,7 +59,7 @@ class CacheEngine:
         self._mover = mover
         self._metrics = metrics
         self._written_kind = WRITTEN_KIND[verify]
-        self._pages = LocalPages(tier, recovered)
+        self._pages = self.local = LocalPages(tier, recovered)  # public for those who hold pages
         self._watch = CallWatch()
         metrics.count("recovered_pages", self._pages.recovered_count)
         self._ages = SlotAges(tier.slot_count, metrics)
@@ -86,10 +86,7 @@ class CacheEngine:
 
     def find(self, key: PageKey) -> bool:
         """Can this page be read here or at a neighbour?"""
-        with self._pages.lock:
-            if self._pages.index.find(key) is not None:
-                return True
-        return self._neighbours.prefix([key]) == 1
+        return self.holds([key])[0]
 
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
         """``find`` of each: pages behind a hole count as well. Memory only."""
@@ -253,9 +250,15 @@ class CacheEngine:
             self._trouble("tombstone", exc)
 
     def put(
-        self, keys: Sequence[PageKey], sources: PageBuffers, parent: PageKey | None, deadline: float
+        self,
+        keys: Sequence[PageKey],
+        sources: PageBuffers,
+        parent: PageKey | None,
+        deadline: float,
+        *,
+        own: bool = False,
     ) -> list[bool]:
-        """Write the pages that are neither here nor at a neighbour. One bool per key: is it stored now?
+        """Write the pages that are neither here nor, unless ``own``, at a neighbour. Per key: is it stored now?
 
         True also for a page that was declined: it is worth less than what is cached, and answered as if
         it had been written and evicted at once. SGLang drops the rest of an operation at a False.
@@ -264,7 +267,8 @@ class CacheEngine:
         """
         assert len(keys) == len(sources), (len(keys), len(sources))
         started = time.monotonic()
-        held = frozenset(i for i, flag in enumerate(self._neighbours.holds(keys)) if flag)
+        claimed = [] if own else self._neighbours.holds(keys)
+        held = frozenset(i for i, flag in enumerate(claimed) if flag)
         reserved = self._pages.reserve(keys, parent, held)
         results = [True] * len(keys)
         for position in reserved.refused:
@@ -272,10 +276,8 @@ class CacheEngine:
         self._metrics.count("write_refused_pages", len(reserved.refused))
         self._metrics.count("write_declined_pages", len(reserved.declined))
         self._ages.evicted(slot for _, slot in reserved.victims)
-        self._metrics.count(
-            "write_present_pages",
-            len(keys) - len(reserved.granted) - len(reserved.refused) - len(reserved.declined),
-        )
+        absent = len(reserved.granted) + len(reserved.refused) + len(reserved.declined)
+        self._metrics.count("write_present_pages", len(keys) - absent)
         if not reserved.granted:
             return results
         rows = [position for position, _ in reserved.granted]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 
@@ -25,7 +25,10 @@ from flexkv_sglang.engine import CacheEngine
 from flexkv_sglang.keeping import Keeping
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.remote_pages import RemotePages
-from flexkv_sglang.types import PageBuffers, PageKey
+from flexkv_sglang.types import PageBuffers, PageKey, SlotId
+
+Held = tuple[int, SlotId]
+"""Where a page is kept by ``hold``: (number of the tier, slot)."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,37 @@ class Hierarchy:
         if self._remote is not None and not all(flags):
             flags = [a or b for a, b in zip(flags, self._remote.holds(keys), strict=True)]
         return flags
+
+    def hold(self, keys: Sequence[PageKey]) -> list[Held | None]:
+        """Keep those of these pages that this process has: none is evicted before ``release``. Memory only.
+
+        Per key where it is kept, in the fastest tier that has it; None: here it is not, though a neighbour may have it.
+        """
+        held: list[Held | None] = [None] * len(keys)
+        for level, tier in enumerate(self.tiers):
+            absent = [position for position, place in enumerate(held) if place is None]
+            if not absent:
+                break
+            slots = tier.local.hold([keys[position] for position in absent])
+            for position, slot in zip(absent, slots, strict=True):
+                held[position] = None if slot is None else (level, slot)
+        return held
+
+    def lost(self, held: Mapping[PageKey, Held]) -> list[PageKey]:
+        """Which of the pages that are kept are gone all the same: found to be bad, cleared, on a disk that fails."""
+        gone: list[PageKey] = []
+        for level, tier in enumerate(self.tiers):
+            pages = [(key, slot) for key, (where, slot) in held.items() if where == level]
+            flags = tier.local.still(pages) if pages else []
+            gone += [key for (key, _), flag in zip(pages, flags, strict=True) if not flag]
+        return gone
+
+    def release(self, held: Sequence[Held]) -> None:
+        """Undo ``hold``, once per page; also after ``close``."""
+        for level, tier in enumerate(self.tiers):
+            slots = [slot for where, slot in held if where == level]
+            if slots:
+                tier.local.unpin(slots)
 
     def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
         """As ``CacheEngine.get``, from whichever tiers and other nodes have the pages."""
@@ -145,12 +179,18 @@ class Hierarchy:
         return done
 
     def put(
-        self, keys: Sequence[PageKey], sources: PageBuffers, parent: PageKey | None, deadline: float
+        self,
+        keys: Sequence[PageKey],
+        sources: PageBuffers,
+        parent: PageKey | None,
+        deadline: float,
+        *,
+        own: bool = False,
     ) -> list[bool]:
         """As ``CacheEngine.put``, into every tier. True where one of them has the page now."""
         results = [False] * len(keys)
         for tier in reversed(self.tiers):  # the lowest first: it is the one that lasts
-            flags = tier.put(keys, sources, parent, deadline)
+            flags = tier.put(keys, sources, parent, deadline, own=own)
             results = [a or b for a, b in zip(results, flags, strict=True)]
         return results
 

@@ -14,6 +14,7 @@ from flexkv_sglang.pool_rules import (
     element_types,
     is_draft,
     is_replicated,
+    pool_class,
     written_by_every_rank,
 )
 from flexkv_sglang.served import model_identity, pool_geometry
@@ -57,7 +58,7 @@ class Identities:
             model=model_identity(self._model_id, WEIGHTS.epoch, draft=draft),
             settings=self._settings_of(draft),
             pool=name,
-            pool_class=type(pool).__name__,
+            pool_class=pool_class(pool),
             dtype=element_types(name, pool),
             layout=str(pool.layout),
             page_size=pages.tokens_per_page,

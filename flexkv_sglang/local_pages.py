@@ -20,6 +20,8 @@ from flexkv_sglang.index import TierIndex
 from flexkv_sglang.promises import Promises
 from flexkv_sglang.types import PageKey, Reserved, SlotId
 
+_SPAN = 512  # keys looked up under one hold of the lock
+
 
 class LocalPages:
     """What an engine, its plans and its upkeep share. Everything but ``tier`` is guarded as said above."""
@@ -69,8 +71,27 @@ class LocalPages:
             self._end(self._promises.keep(slots))
         return slots
 
+    def hold(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
+        """Pin the READY pages among ``keys`` without using them. Per key its slot; undone by ``unpin``, once each."""
+        slots: list[SlotId | None] = []
+        for start in range(0, len(keys), _SPAN):
+            with self.lock:
+                found = [self.index.find(key) for key in keys[start : start + _SPAN]]
+                self.index.hold([slot for slot in found if slot is not None])
+            slots += found
+        return slots
+
+    def still(self, pages: Sequence[tuple[PageKey, SlotId]]) -> list[bool]:
+        """Per held page: is it READY in its slot to this moment? A pin keeps a slot, not a page found to be bad."""
+        flags: list[bool] = []
+        for start in range(0, len(pages), _SPAN):
+            with self.lock:
+                find = self.index.find
+                flags += [find(key) == slot for key, slot in pages[start : start + _SPAN]]
+        return flags
+
     def unpin(self, slots: Sequence[SlotId]) -> None:
-        """Undo ``pin``."""
+        """Undo ``pin`` or ``hold``."""
         with self.lock:
             self.index.unpin(slots)
 

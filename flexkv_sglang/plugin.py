@@ -1,4 +1,5 @@
-"""Makes ``flexkv`` a valid name for SGLang's ``--hicache-storage-backend``. The only file that bridges SGLang.
+"""Makes ``flexkv`` a valid name for SGLang's ``--hicache-storage-backend`` and
+``--unified-cache-external-linker-backend``. The only file that bridges SGLang.
 
 SGLang loads the entry-point group ``sglang.srt.plugins`` in every process before it parses arguments.
 SGLang knows its storage backends by three hard-coded name lists, so three small hooks are needed; none
@@ -10,6 +11,7 @@ changes a file or a behaviour of SGLang for anybody who does not ask for ``flexk
 3. the hashes of the pages before a batch are passed along, which gives eviction the whole chain, and
    the store is told how long SGLang waits for a prefetch.
 
+For the linker, a fourth: making a linker called ``flexkv`` is making ``dynamic`` with our module and class.
 ``weight_updates`` adds hooks that notice weight updates and cache flushes.
 
 If a target is not there or has other parameters, ``flexkv`` is refused with one clear error instead of
@@ -28,10 +30,12 @@ from typing import Any
 from flexkv_sglang.compat import (
     ADD_CLI_ARGS,
     ATTACH,
+    CREATE_LINKER,
     RESOLVE,
     RUNTIME_CONFIG,
     first_there,
     resolve,
+    resolve_function,
 )
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
@@ -39,11 +43,21 @@ from flexkv_sglang.errors import ConfigError
 NAME = "flexkv"
 MODULE, CLASS = "flexkv_sglang", "FlexKVStorage"
 
+LINKER_MODULE, LINKER_CLASS = "flexkv_sglang.linker", "FlexKVLinker"
+
 _ATTACH_PARAMETERS = ("storage_backend", "storage_backend_extra_config")
+
+_LINKER_PARAMETERS = ("backend", "config")
+_FLAGS = ("hicache_storage_backend", "unified_cache_external_linker_backend")
 
 HELP = (
     "'--hicache-storage-backend dynamic' with module_path 'flexkv_sglang', class_name 'FlexKVStorage', "
     "backend_name 'flexkv' and interface_v1 1 in the extra config needs no hooks"
+)
+
+LINKER_HELP = (
+    "'--unified-cache-external-linker-backend dynamic' with linker 'FlexKVLinker' and linker_module_path "
+    "'flexkv_sglang.linker' in the config needs no hooks"
 )
 
 
@@ -58,6 +72,8 @@ def register() -> None:
     if resolution is not None:
         HookRegistry.register(resolution, refuse_early, HookType.BEFORE)
     HookRegistry.register(ATTACH, attach, HookType.AROUND)
+    if linker_misfit() is None:
+        HookRegistry.register(CREATE_LINKER, create_linker, HookType.AROUND)
     weight_updates.install()
     if first_there(RUNTIME_CONFIG):  # an optimisation: without it each batch is a chain of its own
         HookRegistry.register(RUNTIME_CONFIG, pass_prefix_keys, HookType.BEFORE)
@@ -66,25 +82,28 @@ def register() -> None:
 
 def misfit() -> str | None:
     """Why this SGLang cannot be bridged, or None. Resolves the class that attaches storage backends."""
+    return _misfit(ATTACH, resolve, _ATTACH_PARAMETERS)
+
+
+def linker_misfit() -> str | None:
+    """Why the linker of this SGLang has no shorthand, or None. Older releases have no linkers."""
+    return _misfit(CREATE_LINKER, resolve_function, _LINKER_PARAMETERS)
+
+
+def _misfit(path: str, find: Callable[[str], Any], wanted: tuple[str, ...]) -> str | None:
     try:
-        target = resolve(ATTACH)
+        target = find(path)
     except (ImportError, AttributeError) as exc:
-        return f"{ATTACH} cannot be reached ({type(exc).__name__}: {exc})"
+        return f"{path} cannot be reached ({type(exc).__name__}: {exc})"
     parameters = inspect.signature(inspect.unwrap(target)).parameters
-    missing = [name for name in _ATTACH_PARAMETERS if name not in parameters]
-    if missing:
-        return f"{ATTACH} has no parameter {', '.join(missing)}"
-    return None
+    missing = [name for name in wanted if name not in parameters]
+    return f"{path} has no parameter {', '.join(missing)}" if missing else None
 
 
 def accept_name(result: Any, parser: argparse.ArgumentParser, *_args: Any, **_kwargs: Any) -> Any:
-    """After ``ServerArgs.add_cli_args``: the finished action gets a new list of choices."""
+    """After ``ServerArgs.add_cli_args``: the finished actions get a new list of choices."""
     for action in parser._actions:
-        if (
-            action.dest == "hicache_storage_backend"
-            and action.choices is not None
-            and NAME not in action.choices
-        ):
+        if action.dest in _FLAGS and action.choices is not None and NAME not in action.choices:
             action.choices = [*action.choices, NAME]
     return result
 
@@ -95,6 +114,11 @@ def refuse_early(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     if getattr(server_args, "hicache_storage_backend", None) == NAME:
         _refuse_misfit()
         _check_settings(getattr(server_args, "hicache_storage_backend_extra_config", None))
+    if getattr(server_args, "unified_cache_external_linker_backend", None) == NAME:
+        _refuse("unified_cache_external_linker_backend", linker_misfit(), LINKER_HELP)
+        config = getattr(server_args, "unified_cache_external_linker_config", None)
+        if isinstance(config, dict):  # SGLang says what is wrong with another type
+            FlexKVConfig.parse(config)
 
 
 def attach(original: Callable[..., Any], controller: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,6 +135,19 @@ def attach(original: Callable[..., Any], controller: Any, *args: Any, **kwargs: 
     # The zero-copy functions are chosen by now. A second attach compares this with the name it was asked for.
     controller.storage_backend_type = NAME
     return result
+
+
+def create_linker(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around the function that makes linkers: ``flexkv`` is ``dynamic`` plus our class."""
+    bound = inspect.signature(inspect.unwrap(original)).bind(*args, **kwargs)
+    if bound.arguments.get("backend") == NAME:
+        bound.arguments["backend"] = "dynamic"
+        bound.arguments["config"] = {
+            "linker": LINKER_CLASS,
+            "linker_module_path": LINKER_MODULE,
+            "linker_extra_config": dict(bound.arguments.get("config") or {}),
+        }
+    return original(*bound.args, **bound.kwargs)
 
 
 def pass_prefix_keys(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -131,13 +168,16 @@ def tell_prefetch_timeout(attachment: Any, *_args: Any, **kwargs: Any) -> None:
 
 
 def _refuse_misfit() -> None:
-    reason = misfit()
+    _refuse("hicache_storage_backend", misfit(), HELP)
+
+
+def _refuse(flag: str, reason: str | None, instead: str) -> None:
     if reason is not None:
         import sglang
 
         raise ConfigError(
-            f"hicache_storage_backend: 'flexkv' does not fit SGLang {sglang.__version__}: {reason}. "
-            f"Valid: another release of flexkv-sglang or SGLang; {HELP}"
+            f"{flag}: 'flexkv' does not fit SGLang {sglang.__version__}: {reason}. "
+            f"Valid: another release of flexkv-sglang or SGLang; {instead}"
         )
 
 

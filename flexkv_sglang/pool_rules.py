@@ -65,6 +65,11 @@ def is_draft(name: str) -> bool:
     return name == "draft" or name.startswith("draft_")
 
 
+def pool_class(pool: Any) -> str:
+    """The class of SGLang's host pool whose pages these are. A pool that stands in for one names it."""
+    return str(getattr(pool, "stands_for", None) or type(pool).__name__)
+
+
 def element_types(name: str, pool: Any) -> str:
     """The dtype of a pool's bytes; of pools beside KV with those of their parts, which flags may change alone."""
     parts = [

@@ -142,6 +142,16 @@ def store(
         return groups.whole(opened.put(stored, batch.buffers, groups.last_key(parent), deadline))
 
 
+def store_own(
+    pool: Pool, keys: Sequence[PageKey], batch: Batch, parent: PageKey | None, deadline: float
+) -> list[bool]:
+    """As ``store``, also what a neighbour has."""
+    opened = pool.store
+    if opened is None:
+        return [False] * len(keys)
+    return opened.put(keys, batch.buffers, parent, deadline, own=True)
+
+
 def _fits(pool: Pool, keys: Sequence[PageKey], host_indices: Any) -> bool:
     return host_indices is not None and (
         int(host_indices.numel()) == len(keys) * pool.pages.tokens_per_page

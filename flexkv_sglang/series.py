@@ -56,6 +56,22 @@ CALLS = (
         "batch_set",
     ),
     *("clear", "get_stats", "close", "host_indices", "upkeep"),
+    *("leave_epoch", "enter_epoch", "on_host_pools_registered"),
+    *(
+        "lookup",
+        "load",
+        "start_layer_wise_loading",
+        "finish_layer_wise_loading",
+        "cancel_queued_load",
+    ),
+    *(
+        "offload",
+        "num_completed_offloads",
+        "pop_completed_offload",
+        "reset",
+        "follow_layer",
+        "watch",
+    ),
 )
 """Calls whose failures are counted; ``host_indices``: as many as do not fit the keys."""
 
@@ -97,6 +113,13 @@ _ALL = (
         for level in range(TIERS_MAX)
     ),
     _counter("promoted_pages", "pages", "pages copied to a faster tier on their second hit"),
+    _counter("linker_loads", "batches", "batches of loads a linker has started"),
+    _counter("linker_failed_loads", "batches", "of these, those whose requests SGLang aborted"),
+    _counter("linker_offloads", "offloads", "offloads a linker has accepted"),
+    _counter("linker_failed_offloads", "offloads", "of these, those not stored as a whole"),
+    _counter(
+        "linker_promoted_pages", "pages", "pages of neighbours copied to own files for a linker"
+    ),
     _counter("read_miss_pages", "pages", "pages asked of get and not delivered, for any reason"),
     _counter("read_failed_pages", "pages", _UNREAD, "unread_pages", reason="failed"),
     _counter("read_late_pages", "pages", _UNREAD, "unread_pages", reason="late"),

@@ -43,8 +43,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "what neighbours hold is written again",
         ENGINE,
-        "enumerate(self._neighbours.holds(keys)) if flag)",
-        "enumerate(self._neighbours.holds(keys)) if flag is None)",
+        "claimed = [] if own else self._neighbours.holds(keys)",
+        "claimed: list[bool] = []",
         STRESS,
     ),
     (

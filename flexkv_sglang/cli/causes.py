@@ -110,6 +110,8 @@ def not_attached(facts: Facts) -> Finding | None:
 def _other_backend(server: Server) -> str:
     """What its settings say against us; "" if nothing."""
     name = server.setting("hicache_storage_backend")
+    if server.linked is not None:
+        return ""
     if not server.flags.get("enable_hierarchical_cache", True):
         return "enable_hierarchical_cache is false"
     if name is None:

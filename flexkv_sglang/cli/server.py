@@ -22,6 +22,8 @@ _FLAGS = (
     *("version", "page_size", "enable_hierarchical_cache", "enable_metrics"),
     *("hicache_storage_backend", "hicache_storage_backend_extra_config"),
     *("hicache_storage_prefetch_policy", "hicache_write_policy"),
+    *("enable_unified_cache_external_linker", "unified_cache_external_linker_backend"),
+    "unified_cache_external_linker_config",
 )
 _NOT_FOUND = 404
 _STATUS = "/hicache/storage-backend"
@@ -68,8 +70,21 @@ class Server:
         return self.total("sglang:flexkv_slots_total") > 0 if self.metrics else None
 
     @property
+    def linked(self) -> dict[str, Any] | None:
+        """Settings of our linker, if the server runs with it."""
+        given = self.flags.get("unified_cache_external_linker_config") or {}
+        name = self.flags.get("unified_cache_external_linker_backend")
+        if not self.flags.get("enable_unified_cache_external_linker"):
+            return None
+        if name == "dynamic" and given.get("linker") == "FlexKVLinker":
+            return dict(given.get("linker_extra_config") or {})
+        return dict(given) if name == "flexkv" else None
+
+    @property
     def extra(self) -> dict[str, Any]:
         """The extra config as JSON; {} if there is none, or it is in a file that is not here."""
+        if self.linked is not None:
+            return self.linked
         text = self.setting("hicache_storage_backend_extra_config")
         try:
             if isinstance(text, str) and text.startswith("@"):
@@ -91,15 +106,19 @@ class Server:
 
     @property
     def threshold(self) -> int:
-        """Tokens that must be missing in host memory for storage to be asked."""
+        """Tokens that must be missing in host memory for storage to be asked; a linker is asked for every page."""
         given = self.extra.get("prefetch_threshold", THRESHOLD)
         page = self.flags.get("page_size")
         least = page if isinstance(page, int) else 1
+        if self.linked is not None:
+            return least
         return max(given if isinstance(given, int) else THRESHOLD, least)
 
 
 def is_ours(server: Server) -> bool:
-    """Is flexkv the configured, or attached, backend?"""
+    """Is flexkv the configured, or attached, backend, or the linker?"""
+    if server.linked is not None:
+        return True
     name = server.setting("hicache_storage_backend")
     return name == "flexkv" or (
         name == "dynamic" and server.extra.get("class_name") == "FlexKVStorage"

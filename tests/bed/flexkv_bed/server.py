@@ -24,6 +24,8 @@ from typing import Any, Literal, TypeVar
 
 import psutil
 
+from flexkv_bed.answers import Answer as Answer
+from flexkv_bed.answers import reusable_tokens as reusable_tokens
 from flexkv_bed.netns import inside
 from flexkv_bed.storage import memory_of
 
@@ -46,6 +48,12 @@ DYNAMIC_FLEXKV: Mapping[str, object] = {
 }
 """What the flag ``--hicache-storage-backend dynamic`` needs in the extra config to load flexkv."""
 
+DYNAMIC_LINKER: Mapping[str, object] = {
+    "linker": "FlexKVLinker",
+    "linker_module_path": "flexkv_sglang.linker",
+}
+"""What the flag ``--unified-cache-external-linker-backend dynamic`` needs in its config to load our linker."""
+
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 120.0
@@ -66,7 +74,10 @@ class ServerFailedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a replica is started. ``extra`` None means the usual one for flexkv: threshold, path and a small size."""
+    """How a replica is started. ``extra`` None means the usual one for flexkv: threshold, path and a small size.
+
+    ``linker``: without a host cache, the device pools linked straight to the storage.
+    """
 
     model: Path
     storage: Path
@@ -78,6 +89,7 @@ class Settings:
     io_backend: str | None = None
     prefetch_policy: str = "wait_complete"
     through_serve: bool = False
+    linker: bool = False
     arguments: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     netns: str | None = None  # network namespace it runs in
@@ -107,6 +119,20 @@ class Settings:
             "mem-fraction-static": 0.1,
             "max-total-tokens": 4096,
             "page-size": self.page_size,
+            **(self._linker_flags() if self.linker else self._hicache_flags()),
+        }
+        switches = [
+            "--enable-unified-cache-external-linker"
+            if self.linker
+            else "--enable-hierarchical-cache",
+            "--enable-cache-report",
+            "--sleep-on-idle",
+            *self.arguments,
+        ]
+        return [*entry, *(part for k, v in flags.items() for part in (f"--{k}", str(v))), *switches]
+
+    def _hicache_flags(self) -> Json:
+        return {
             "hicache-size": 1,
             "hicache-write-policy": "write_through",
             "hicache-storage-prefetch-policy": self.prefetch_policy,
@@ -115,13 +141,15 @@ class Settings:
             "hicache-storage-backend": self.backend,
             "hicache-storage-backend-extra-config": json.dumps(self.extra_config()),
         }
-        switches = [
-            "--enable-hierarchical-cache",
-            "--enable-cache-report",
-            "--sleep-on-idle",
-            *self.arguments,
-        ]
-        return [*entry, *(part for k, v in flags.items() for part in (f"--{k}", str(v))), *switches]
+
+    def _linker_flags(self) -> Json:
+        config = self.extra_config()
+        if self.backend == "dynamic":
+            config = {**DYNAMIC_LINKER, "linker_extra_config": config}
+        return {
+            "unified-cache-external-linker-backend": self.backend,
+            "unified-cache-external-linker-config": json.dumps(config),
+        }
 
 
 VARIANTS: dict[str, Json] = {"plain": {}, "memory": {}, "threads": {"io_engine": "threads"}}
@@ -138,27 +166,6 @@ def flexkv_extra(storage: Path, page_size: int = 16) -> Json:
     if variant == "memory":
         return {**extra, "tiers": [{"path": str(memory_of(storage)), "size": "64MiB"}, disk]}
     return {**extra, **disk}
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One greedy completion and where the tokens of its prompt came from."""
-
-    output_ids: tuple[int, ...]
-    text: str
-    prompt_tokens: int
-    device: int
-    host: int
-    storage: int
-
-    @property
-    def computed(self) -> int:
-        return self.prompt_tokens - self.device - self.host - self.storage
-
-
-def reusable_tokens(prompt_tokens: int, page_size: int) -> int:
-    """What SGLang can take from a cache: whole pages, and at least the last token is always computed."""
-    return (prompt_tokens - 1) // page_size * page_size
 
 
 def free_port() -> int:
