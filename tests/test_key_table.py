@@ -1,4 +1,4 @@
-"""KeyTable beside a dict: keys that crowd one place, that begin alike, and that run past the table's end."""
+"""KeyTable beside a dict: keys that share a bucket, that begin alike, that come back."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from flexkv_sglang.key_table import KEY, KeyTable
 from flexkv_sglang.types import NO_SLOT, PageKey
 
 SLOTS = 48
-TAGS = {
-    "spread": lambda rng: rng.getrandbits(31),
-    "one tag": lambda rng: 12345,
-    "tag 0": lambda rng: 0,
-    "one place": lambda rng: (1 << 30) + rng.randrange(1000),
-    "the last places": lambda rng: (1 << 31) - 1 - rng.randrange(1 << 26),
-    "both ends": lambda rng: (rng.randrange(1 << 25) - (1 << 24)) % (1 << 31),
+HASHES = {
+    "spread": lambda rng: rng.getrandbits(64),
+    "one hash": lambda _: 12345,
+    "hash 0": lambda _: 0,
+    "one bucket": lambda rng: (1 << 63) + rng.getrandbits(56),
+    "two buckets": lambda rng: (rng.getrandbits(57) - (1 << 56)) % (1 << 64),
+    "the last bucket": lambda rng: (1 << 64) - 1 - rng.getrandbits(56),
 }
 
 
-def key_of(tag: int, rng: random.Random) -> PageKey:
-    """A key with this tag."""
-    inverse = pow(key_table._FACTOR, -1, 1 << 64)
-    low = rng.getrandbits(3)
-    word = ((tag << 33) + low) * inverse % (1 << 64)
+def key_of(hashed: int, rng: random.Random) -> PageKey:
+    """A key with this hash."""
+    word = hashed * pow(key_table._FACTOR, -1, 1 << 64) % (1 << 64)
     return PageKey(word.to_bytes(8, "little") + rng.randbytes(24))
 
 
@@ -46,7 +44,7 @@ def check(table: KeyTable, expected: dict[PageKey, int], absent: list[PageKey]) 
         assert table.column()[slot].tobytes() == key
 
 
-@pytest.mark.parametrize("kind", TAGS)
+@pytest.mark.parametrize("kind", HASHES)
 def test_any_order_of_calls_gives_what_a_dict_gives(kind: str) -> None:
     rng = random.Random(kind)
     table, expected = KeyTable(SLOTS), dict[PageKey, int]()
@@ -58,22 +56,25 @@ def test_any_order_of_calls_gives_what_a_dict_gives(kind: str) -> None:
             assert table.remove(expected.pop(key)) == key
             gone.append(key)
         else:
-            key = gone.pop() if gone and rng.random() < 0.3 else key_of(TAGS[kind](rng), rng)
+            key = gone.pop() if gone and rng.random() < 0.3 else key_of(HASHES[kind](rng), rng)
             slot = rng.choice([s for s in range(SLOTS) if s not in expected.values()])
             table.put(key, slot)
             expected[key] = slot
         if step % 20 == 0:
-            new = [key_of(TAGS[kind](rng), rng) for _ in range(20)]
+            new = [key_of(HASHES[kind](rng), rng) for _ in range(20)]
             check(table, expected, [*gone[-20:], *new])
     table.clear()
     check(table, {}, list(expected))
+    keys, slots = list(expected)[:20], rng.sample(range(SLOTS), 20)
+    table.load(np.frombuffer(b"".join(keys), KEY), np.array(slots))  # the old links are no trouble
+    check(table, dict(zip(keys, slots, strict=True)), list(expected)[20:])
 
 
-@pytest.mark.parametrize("kind", TAGS)
+@pytest.mark.parametrize("kind", HASHES)
 @pytest.mark.parametrize("count", [0, 1, 30, SLOTS])
 def test_load_gives_what_puts_give_and_drops_repeated_keys(kind: str, count: int) -> None:
     rng = random.Random(kind)
-    keys = [key_of(TAGS[kind](rng), rng) for _ in range(count)]
+    keys = [key_of(HASHES[kind](rng), rng) for _ in range(count)]
     for _ in range(count // 4):
         keys[rng.randrange(count)] = rng.choice(keys)
     slots = rng.sample(range(SLOTS), count)
@@ -84,14 +85,14 @@ def test_load_gives_what_puts_give_and_drops_repeated_keys(kind: str, count: int
     table = KeyTable(SLOTS)
     column = np.frombuffer(b"".join(keys), KEY) if keys else np.zeros(0, KEY)
     assert table.load(column, np.array(slots, np.int64)) == dropped
-    check(table, expected, [key_of(TAGS[kind](rng), rng) for _ in range(20)])
-    for key in list(expected)[::2]:  # places are such that removing works
+    check(table, expected, [key_of(HASHES[kind](rng), rng) for _ in range(20)])
+    for key in list(expected)[::2]:  # what was loaded can be removed
         table.remove(expected.pop(key))
         check(table, expected, [key])
 
 
-def test_a_key_of_another_page_with_the_same_tag_is_not_found() -> None:
-    """Candidates come from 31 bits; what is given out is decided by all 32 bytes."""
+def test_a_key_that_begins_like_another_ones_is_not_found() -> None:
+    """Candidates come from the first eight bytes; what is given out is decided by all 32."""
     rng = random.Random(1)
     here, other = key_of(77, rng), key_of(77, rng)
     twin = PageKey(here[:31] + bytes([here[31] ^ 1]))
@@ -104,7 +105,7 @@ def test_a_key_of_another_page_with_the_same_tag_is_not_found() -> None:
 
 def test_a_key_that_left_is_not_found_by_its_bytes_that_are_still_there() -> None:
     rng = random.Random(2)
-    keys = [key_of(rng.getrandbits(31), rng) for _ in range(20)]
+    keys = [key_of(rng.getrandbits(64), rng) for _ in range(20)]
     table = KeyTable(SLOTS)
     for slot, key in enumerate(keys):
         table.put(key, slot)
