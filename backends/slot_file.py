@@ -160,9 +160,9 @@ class OwnedStore:
         try:
             trusted = accepted == {ChecksumKind.XXH3_64} or _survived(state)
             live = state.records if trusted else state.records[:0]
-            live = live[
-                (live["slot"] < wanted.slot_count) & np.isin(live["flags"] & 0xFF, list(accepted))
-            ]
+            kinds = (live["flags"] & 0xFF).astype(np.uint8)
+            kept = (live["slot"] < wanted.slot_count) & np.isin(kinds, list(accepted))
+            live = live if kept.all() else live[kept]
             journal = _start_generation(lock, state, live, wanted)
             reach(Failpoint.ADOPT_ROTATED)
             size = wanted.slot_bytes * wanted.slot_count

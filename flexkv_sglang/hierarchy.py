@@ -37,6 +37,8 @@ class Hierarchy:
 
     def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:
         """Length of the leading run of pages that some tier has. See ``CacheEngine.prefix``."""
+        if len(self.tiers) == 1:
+            return self.tiers[0].prefix(keys, promise=promise)
         count = 0
         while count < len(keys):
             start = count

@@ -98,7 +98,8 @@ class TierIndex:
 
     def run(self, keys: Sequence[PageKey]) -> list[SlotId]:
         """Slots of the leading run of READY keys. Does not touch recency: asking is not using."""
-        if not keys or self.find(keys[0]) is None:  # the most frequent answer, at once
+        first = self._keys.get(keys[0]) if keys else NO_SLOT
+        if first == NO_SLOT or self._state[first] != READY:  # the most frequent answer, at once
             return []
         slots = self._keys.get_all(keys)
         ready = self._in_state(slots, READY)

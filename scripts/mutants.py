@@ -43,6 +43,7 @@ class Mutant:
 INDEX = "flexkv_sglang/index.py"
 EVICTION = "flexkv_sglang/eviction.py"
 CHAINS = "flexkv_sglang/chains.py"
+KEYS = "flexkv_sglang/key_table.py"
 MUTANTS = (
     Mutant(
         "evict a pinned page",
@@ -61,8 +62,8 @@ MUTANTS = (
     Mutant(
         "evict a page with a child after a restart",
         INDEX,
-        "kept[children[kept] == 0].tolist()",
-        "kept.tolist()",
+        "slots[children[slots] == 0]",
+        "slots",
         MODEL,
     ),
     Mutant(
@@ -89,16 +90,37 @@ MUTANTS = (
     Mutant(
         "a page being written is visible",
         INDEX,
-        "SlotId(slot) if slot is not None and self._state[slot] == READY",
-        "SlotId(slot) if slot is not None and self._state[slot] != FREE",
+        "SlotId(slot) if slot != NO_SLOT and self._state[slot] == READY",
+        "SlotId(slot) if slot != NO_SLOT and self._state[slot] != FREE",
         MODEL,
     ),
     Mutant(
         "a page being written counts in a prefix",
         INDEX,
-        "if slot is None or state[slot] != READY:",
-        "if slot is None:",
+        "        ready = self._in_state(slots, READY)",
+        "        ready = slots != NO_SLOT",
         MODEL,
+    ),
+    Mutant(
+        "a key that begins like another is found",
+        KEYS,
+        "if found.tobytes() != joined:",
+        "if False:",
+        "tests/test_key_table.py",
+    ),
+    Mutant(
+        "a removed key takes the rest of its bucket along",
+        KEYS,
+        "self._first[bucket] = following[slot]",
+        "self._first[bucket] = 0",
+        "tests/test_key_table.py",
+    ),
+    Mutant(
+        "of two recovered pages with one key both stay",
+        KEYS,
+        "dropped = _repeated(column, order)",
+        "dropped: list[int] = []",
+        "tests/test_index.py",
     ),
     Mutant(
         "abort leaks the slot",
@@ -180,7 +202,7 @@ MUTANTS = (
     Mutant(
         "less verified pages are adopted",
         "backends/slot_file.py",
-        '& np.isin(live["flags"] & 0xFF, list(accepted))',
+        "& np.isin(kinds, list(accepted))",
         "& True",
         ENGINE,
     ),

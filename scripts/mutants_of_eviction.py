@@ -80,8 +80,8 @@ ROWS = (
     (
         "writing behind a page is a use of it",
         INDEX,
-        "        before = held[0] if parent in self._slot_of else NO_SLOT",
-        "        before = NO_SLOT",
+        "self._touch_chain(held if before == NO_SLOT else held[1:])",
+        "self._touch_chain(held)",
         "tests/test_eviction.py",
     ),
     (
