@@ -189,6 +189,7 @@ class Recency:
     def retain(self, keep: Callable[[int], bool]) -> None:
         """See ``EvictionPolicy``."""
         self._put_back()
+        self._victim_tick = -1  # what is offered from now on does not follow the last victim
         for queue in self._queues:
             queue.retain(keep)
 

@@ -175,6 +175,19 @@ def test_links_to_nonsense_are_dropped_when_loading() -> None:
     assert [index.parent_slot(slot) for slot in (0, 1, 2)] == [-1, -1, -1]
 
 
+def test_after_a_directory_came_back_the_oldest_leaf_goes_first_again() -> None:
+    """The page used right after the last victim is not the oldest when leaves are offered anew."""
+    chain = keys(4)
+    index = TierIndex(3)
+    granted = index.reserve(chain, None, frozenset([2])).granted
+    index.commit([slot for _, slot in granted])  # head, its child, a root: used in this order
+    assert index.reserve(keys(1, seed=1), None).victims == [(chain[1], granted[1][1])]
+    index.suspend(0)
+    index.resume(0)
+    reserved = index.reserve(keys(1, seed=2), None)
+    assert [key for key, _ in reserved.victims] == [chain[0]]
+
+
 def test_an_index_without_slots_refuses_everything() -> None:
     index = TierIndex(0)
     assert index.reserve(keys(2), None).refused == [0, 1]
