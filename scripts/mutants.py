@@ -43,7 +43,6 @@ class Mutant:
 INDEX = "flexkv_sglang/index.py"
 EVICTION = "flexkv_sglang/eviction.py"
 CHAINS = "flexkv_sglang/chains.py"
-KEYS = "flexkv_sglang/key_table.py"
 MUTANTS = (
     Mutant(
         "evict a pinned page",
@@ -100,27 +99,6 @@ MUTANTS = (
         "        ready = self._in_state(slots, READY)",
         "        ready = slots != NO_SLOT",
         MODEL,
-    ),
-    Mutant(
-        "a key that begins like another is found",
-        KEYS,
-        "if found.tobytes() != joined:",
-        "if False:",
-        "tests/test_key_table.py",
-    ),
-    Mutant(
-        "a removed key takes the rest of its bucket along",
-        KEYS,
-        "self._first[bucket] = following[slot]",
-        "self._first[bucket] = 0",
-        "tests/test_key_table.py",
-    ),
-    Mutant(
-        "of two recovered pages with one key both stay",
-        KEYS,
-        "dropped = _repeated(column, order)",
-        "dropped: list[int] = []",
-        "tests/test_index.py",
     ),
     Mutant(
         "abort leaks the slot",
