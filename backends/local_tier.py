@@ -24,7 +24,7 @@ from flexkv_sglang.backends.probe import IoMode, probe_directory
 from flexkv_sglang.backends.records import NO_PARENT, RECORD, Records, SlotClass
 from flexkv_sglang.backends.slot_file import OwnedStore, SlotFileTier
 from flexkv_sglang.errors import ConfigError, JournalError, TierUnavailableError
-from flexkv_sglang.types import I64, SECTOR, PageKey, round_up
+from flexkv_sglang.types import I64, SECTOR, KeyArray, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,11 @@ _DESCRIPTION = "NAMESPACE.json"
 class Recovered:
     """What the adopted owners hold, as ``TierIndex.load`` wants it: in parallel, oldest first.
 
-    ``parents``: int64 ``[n]``, slots or -1.
+    All ``[n]``; ``parents``: slots or -1.
     """
 
-    keys: list[PageKey]
-    slots: list[int]
+    keys: KeyArray
+    slots: I64
     parents: I64
 
 
@@ -149,7 +149,7 @@ def open_tier(
     space; of several directories those that cannot be used are left out, as long as one can.
     """
     if share_bytes == 0:
-        return SlotFileTier([]), Recovered([], [], np.zeros(0, np.int64))
+        return SlotFileTier([]), _recovered(SlotFileTier([]), [])
     slot_bytes = round_up(payload_bytes, SECTOR)
     if share_bytes is not None and share_bytes // len(places) < slot_bytes:
         raise ConfigError(
@@ -299,13 +299,12 @@ def _by_size(directory: Path) -> list[str]:
 
 
 def _recovered(tier: SlotFileTier, live: Sequence[Records]) -> Recovered:
-    keys: list[PageKey] = []
-    slots: list[int] = []
-    parents = [np.zeros(0, np.int64)]
+    keys = [np.zeros(0, RECORD)["key"]]
+    slots, parents = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for index, records in enumerate(live):
         base = tier.base(index)
-        keys += records["key"].tolist()
-        slots += (records["slot"].astype(np.int64) + base).tolist()
+        keys.append(records["key"])
+        slots.append(records["slot"].astype(np.int64) + base)
         linked = records["parent"].astype(np.int64)
         parents.append(np.where(linked == NO_PARENT, -1, linked + base))
-    return Recovered(keys, slots, np.concatenate(parents))
+    return Recovered(np.concatenate(keys), np.concatenate(slots), np.concatenate(parents))

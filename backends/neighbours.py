@@ -120,6 +120,8 @@ class NeighbourStore:
         """Length of the leading run of keys that neighbours claim. Memory only."""
         with self._lock:
             self._poll_if_due()
+            if not self._replicas:
+                return 0
             for count, key in enumerate(keys):
                 if self._find_locked(key) is None:
                     return count

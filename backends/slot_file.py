@@ -39,7 +39,7 @@ from flexkv_sglang.backends.ownership import OwnerLock
 from flexkv_sglang.backends.probe import IoMode
 from flexkv_sglang.backends.records import NO_PARENT, Op, Records, SlotClass
 from flexkv_sglang.errors import JournalError, TierUnavailableError
-from flexkv_sglang.types import I64, U64, PageKey, SlotId
+from flexkv_sglang.types import I64, U64, KeyArray, PageKey, SlotId
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +160,9 @@ class OwnedStore:
         try:
             trusted = accepted == {ChecksumKind.XXH3_64} or _survived(state)
             live = state.records if trusted else state.records[:0]
-            live = live[
-                (live["slot"] < wanted.slot_count) & np.isin(live["flags"] & 0xFF, list(accepted))
-            ]
+            kinds = (live["flags"] & 0xFF).astype(np.uint8)
+            kept = (live["slot"] < wanted.slot_count) & np.isin(kinds, list(accepted))
+            live = live if kept.all() else live[kept]
             journal = _start_generation(lock, state, live, wanted)
             reach(Failpoint.ADOPT_ROTATED)
             size = wanted.slot_bytes * wanted.slot_count
@@ -361,7 +361,7 @@ class SlotFileTier:
         reach(Failpoint.CLEAR_RECORDED)
 
     def snapshot_records(
-        self, keys: Sequence[PageKey], slots: I64, parents: I64, store_index: int
+        self, keys: KeyArray, slots: I64, parents: I64, store_index: int
     ) -> Records:
         """PUT records of one store for pages in ``slots`` (int64 ``[n]``, parents or -1), in that order."""
         store = self.stores[store_index]
@@ -371,7 +371,7 @@ class SlotFileTier:
         records = new_records(Op.PUT, len(mine))
         records["slot"] = local
         records["len"] = store.slots.slot_class.payload_bytes
-        records["key"] = keys_field([keys[row] for row in mine.tolist()])
+        records["key"] = keys[mine]
         records["flags"] = np.frombuffer(store.kinds, np.uint8)[local]
         records["sum"] = np.frombuffer(store.sums, np.uint64)[local]
         inside = (linked >= low) & (linked < high)

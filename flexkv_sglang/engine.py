@@ -380,8 +380,7 @@ class CacheEngine:
         self._upkeep.stop()
         self._reporter.close()
         if not self._mover.close():
-            # A disk hangs. Whoever adopted these files now could be overwritten by what is in flight,
-            # so the locks stay ours until this process ends.
+            # A disk hangs. Whoever adopted the files now could be overwritten by what is in flight: they stay ours.
             logger.error("flexkv: transfers are still in flight; the files stay locked")
             return
         self._neighbours.close()

@@ -18,7 +18,7 @@ Not thread-safe: the index calls under the engine's lock.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Protocol
 
@@ -41,14 +41,18 @@ _ANY_PRICE = float("inf")
 _place_and_tag = Struct("<IH").unpack_from  # of a key
 
 
+class KeyOf(Protocol):
+    """Key of the page in a slot."""
+
+    def __getitem__(self, slot: int, /) -> PageKey | None: ...
+
+
 class EvictionPolicy(Protocol):
     """What ``TierIndex`` asks. A slot is known from its first ``used`` to ``forget``."""
 
     last_use: array[int]  # per slot: tick of the last use, 0 if unknown
 
-    def used(
-        self, slots: Sequence[int], key_of: Sequence[PageKey | None], children: Sequence[int]
-    ) -> None:
+    def used(self, slots: Sequence[int], key_of: KeyOf, children: Sequence[int]) -> None:
         """READY pages were written or read, in this order: one call per chain, not per page.
 
         A chain comes tail first. ``key_of``, ``children``: the index's columns, by slot. Who has no
@@ -80,7 +84,7 @@ class EvictionPolicy(Protocol):
     def retain(self, keep: Callable[[int], bool]) -> None:
         """Offer those that ``keep`` refuses no longer, until they are offered again."""
 
-    def load(self, slots: I64, leaves: Iterable[int]) -> None:
+    def load(self, slots: I64, leaves: I64) -> None:
         """Start from recovered pages, oldest first."""
 
     def clear(self) -> None:
@@ -110,7 +114,7 @@ class Recency:
     def used(
         self,
         slots: Sequence[int],
-        key_of: Sequence[PageKey | None],  # noqa: ARG002
+        key_of: KeyOf,  # noqa: ARG002
         children: Sequence[int],
     ) -> None:
         """See ``EvictionPolicy``."""
@@ -185,10 +189,11 @@ class Recency:
     def retain(self, keep: Callable[[int], bool]) -> None:
         """See ``EvictionPolicy``."""
         self._put_back()
+        self._victim_tick = -1  # what is offered from now on does not follow the last victim
         for queue in self._queues:
             queue.retain(keep)
 
-    def load(self, slots: I64, leaves: Iterable[int]) -> None:
+    def load(self, slots: I64, leaves: I64) -> None:
         """See ``EvictionPolicy``."""
         self._now = len(slots)
         np.frombuffer(self.last_use, np.uint64)[slots] = np.arange(
@@ -229,9 +234,7 @@ class ReuseDensity(Recency):
         self._chosen = 0  # the class that gives the victims ...
         self._limit = 0.0  # ... up to this value: that of the next best class
 
-    def used(
-        self, slots: Sequence[int], key_of: Sequence[PageKey | None], children: Sequence[int]
-    ) -> None:
+    def used(self, slots: Sequence[int], key_of: KeyOf, children: Sequence[int]) -> None:
         """See ``EvictionPolicy``."""
         last_use, group_of, queues = self.last_use, self._class, self._queues
         ended, ghosts = self._waits.ended, self._ghosts

@@ -66,6 +66,8 @@ class Hierarchy:
         return count
 
     def _local_prefix(self, keys: Sequence[PageKey], *, promise: bool) -> int:
+        if len(self.tiers) == 1:
+            return self.tiers[0].prefix(keys, promise=promise)
         count = 0
         while count < len(keys):
             start = count
@@ -201,9 +203,7 @@ class Hierarchy:
 
     def close(self) -> None:
         """Close every tier, also when one fails. Idempotent."""
-        with (
-            ExitStack() as stack
-        ):  # the last in is the first out: whoever puts pages ends before the tiers
+        with ExitStack() as stack:  # last in, first out: whoever puts pages ends before the tiers
             for tier in self.tiers:
                 stack.callback(tier.close)
             if self._remote is not None:

@@ -16,7 +16,7 @@ found by nobody but ``reserve``**. Victims are leaves only: READY, unpinned, and
 because a page whose parent is gone can never be hit again (page keys chain over the whole prefix).
 
 Not thread-safe: the engine holds its lock around every call. Columns are arrays and a slot's number is
-its row: one million Python objects made a full garbage collection pause 0.3 s.
+its row; no page has a Python object of its own (``key_table`` says what those cost).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from flexkv_sglang.chains import ChainLinks
 from flexkv_sglang.eviction import EvictionPolicy, Recency
 from flexkv_sglang.free_slots import FreeSlots
 from flexkv_sglang.frozen import FrozenPages
+from flexkv_sglang.key_table import KeyTable
 from flexkv_sglang.types import (
     DOOMED,
     FREE,
@@ -41,6 +42,8 @@ from flexkv_sglang.types import (
     RETIRED,
     SUSPENDED,
     WRITING,
+    BoolArray,
+    KeyArray,
     PageKey,
     Reserved,
     SlotId,
@@ -66,9 +69,9 @@ class TierIndex:
     ) -> None:
         assert 0 <= slot_count <= _MAX_SLOTS, slot_count
         self.slot_count = slot_count
-        self._slot_of: dict[PageKey, int] = {}
-        self._key_of: list[PageKey | None] = [None] * slot_count
+        self._keys = KeyTable(slot_count)
         self._state = bytearray(slot_count)
+        self._states = np.frombuffer(self._state, np.uint8)  # the same memory, for array work
         self._pins = array("I", [0]) * slot_count
         self._links = ChainLinks(slot_count)
         self._policy = policy if policy is not None else Recency(slot_count)
@@ -81,23 +84,27 @@ class TierIndex:
 
     def find(self, key: PageKey) -> SlotId | None:
         """Slot of a READY page, or None. Does not touch recency."""
-        slot = self._slot_of.get(key)
-        return SlotId(slot) if slot is not None and self._state[slot] == READY else None
+        slot = self._keys.get(key)
+        return SlotId(slot) if slot != NO_SLOT and self._state[slot] == READY else None
 
     def holds(self, key: PageKey) -> bool:
         """True if the page is READY or being written: writing it again would be waste."""
-        return key in self._slot_of
+        return key in self._keys
+
+    def found(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Per key: would ``find`` find it?"""
+        flags: list[bool] = self._in_state(self._keys.get_all(keys), READY).tolist()
+        return flags
 
     def run(self, keys: Sequence[PageKey]) -> list[SlotId]:
         """Slots of the leading run of READY keys. Does not touch recency: asking is not using."""
-        slot_of, state = self._slot_of, self._state
-        slots: list[SlotId] = []
-        for key in keys:
-            slot = slot_of.get(key)
-            if slot is None or state[slot] != READY:
-                break
-            slots.append(SlotId(slot))
-        return slots
+        first = self._keys.get(keys[0]) if keys else NO_SLOT
+        if first == NO_SLOT or self._state[first] != READY:  # the most frequent answer, at once
+            return []
+        slots = self._keys.get_all(keys)
+        ready = self._in_state(slots, READY)
+        run: list[SlotId] = (slots if ready.all() else slots[: ready.argmin()]).tolist()
+        return run
 
     def prefix(self, keys: Sequence[PageKey]) -> int:
         """Length of ``run``."""
@@ -133,7 +140,7 @@ class TierIndex:
 
         Its children stay as roots. A pinned slot is reused only after its last unpin.
         """
-        if self._slot_of.get(key) != slot or self._state[slot] != READY:
+        if self._keys.get(key) != slot or self._state[slot] != READY:
             return False
         self._forget(slot)
         if self._pins[slot]:
@@ -152,29 +159,31 @@ class TierIndex:
         when nothing can be evicted the rest of the batch is refused, when nothing that is worth less
         can, declined; a leading part is granted.
         """
-        self._replace_suspended(keys)
-        held = [
-            SlotId(slot)
-            for key in (keys if parent is None else (parent, *keys))
-            if (slot := self._slot_of.get(key)) is not None
-        ]
-        before = held[0] if parent in self._slot_of else NO_SLOT
+        chain = keys if parent is None else [parent, *keys]
+        at = self._keys.get_all(chain)
+        if self._replace_suspended(at[len(chain) - len(keys) :]):
+            at = self._keys.get_all(chain)
+        found = at.tolist()
+        slot_of = dict(zip(chain, found, strict=True))
+        held = [SlotId(slot) for slot in found if slot != NO_SLOT]
+        before = found[0] if parent is not None else NO_SLOT
         for slot in held:  # a batch never evicts its own pages
             self._pins[slot] += 1
         absent = {
             key: position
             for position, key in reversed(list(enumerate(keys)))
-            if key not in self._slot_of and position not in skip
+            if slot_of[key] == NO_SLOT and position not in skip
         }
         wanted = sorted(absent.values())
         slots, victims, dear = self._take([keys[position] for position in wanted])
         granted = list(zip(wanted, slots, strict=False))
         for position, slot in granted:
             self._begin_write(keys[position], slot)
-        previous = self._slot_of.get(parent, NO_SLOT) if parent is not None else NO_SLOT
+            slot_of[keys[position]] = slot
+        previous = before
         unplaced: list[int] = []
         for position, key in enumerate(keys):
-            current = self._slot_of.get(key, NO_SLOT)
+            current = slot_of[key]
             if current == NO_SLOT and position not in skip:
                 unplaced.append(position)
             elif current != NO_SLOT and previous != NO_SLOT:
@@ -202,7 +211,7 @@ class TierIndex:
             assert self._state[slot] == WRITING, f"slot {slot} is in state {self._state[slot]}"
             self._state[slot] = READY
             self._ready_count += 1
-        self._policy.used(ready, self._key_of, self._links.children)
+        self._policy.used(ready, self._keys, self._links.children)
 
     def abort(self, slots: Iterable[SlotId]) -> None:
         """WRITING -> free: nothing was published for these slots."""
@@ -219,14 +228,13 @@ class TierIndex:
 
         Pinned slots and slots being written are doomed: they come back by ``unpin`` / ``abort``.
         """
-        for slot in self._slot_of.values():
-            self._key_of[slot] = None
+        for slot in self._keys.slots().tolist():
             self._links.reset(slot)
             if self._state[slot] == WRITING or self._pins[slot]:
                 self._state[slot] = DOOMED
             else:
                 self._free(slot)
-        self._slot_of.clear()
+        self._keys.clear()
         self._policy.clear()
         self._ready_count = 0
 
@@ -241,7 +249,7 @@ class TierIndex:
         self._policy.retain(lambda slot: not low <= slot < high)
         if readable:
             return 0
-        state = np.frombuffer(self._state, np.uint8)[low:high]
+        state = self._states[low:high]
         ready = state == READY
         state[ready] = SUSPENDED
         count = int(ready.sum())
@@ -252,7 +260,7 @@ class TierIndex:
         """Undo ``suspend``. Returns how many pages are back."""
         low, high = self._free_slots.span(region)
         self._free_slots.reopen(region)
-        state = np.frombuffer(self._state, np.uint8)[low:high]
+        state = self._states[low:high]
         back = state == SUSPENDED
         state[back] = READY
         count = int(back.sum())
@@ -274,54 +282,38 @@ class TierIndex:
         while slot > low and self._state[slot - 1] == RETIRED:
             slot -= 1
         for _ in range(min(count, slot - low)):
-            key = self._key_of[slot - 1]
             if self._state[slot - 1] == FREE:
                 self._free_slots.remove(slot - 1)
-            elif self._state[slot - 1] == READY and not self._pins[slot - 1] and key is not None:
-                self._forget(slot - 1)
-                gone.append((key, SlotId(slot - 1)))
+            elif self._state[slot - 1] == READY and not self._pins[slot - 1]:
+                gone.append((self._forget(slot - 1), SlotId(slot - 1)))
             else:
                 break
             slot -= 1
             self._state[slot] = RETIRED
         return gone, slot - low
 
-    def load(
-        self, keys: Sequence[PageKey], slots: Sequence[int], parents: Sequence[int] | I64
-    ) -> list[int]:
+    def load(self, keys: KeyArray, slots: I64, parents: I64) -> list[int]:
         """Fill an empty index from a recovered journal, oldest first. ``parents``: slots, or -1.
 
         Returns the positions that were dropped because an earlier one has the same key.
         """
-        assert not self._slot_of, "load() is for an empty index"
-        dropped: list[int] = []
-        self._slot_of = dict(zip(keys, slots, strict=True))
-        if len(self._slot_of) < len(keys):
-            self._slot_of.clear()
-            dropped = [
-                position
-                for position, (key, slot) in enumerate(zip(keys, slots, strict=True))
-                if self._slot_of.setdefault(key, slot) != slot
-            ]
-        for key, slot in self._slot_of.items():
-            self._key_of[slot] = key
-        kept = np.delete(np.asarray(slots, np.int64), dropped)
-        state = np.frombuffer(self._state, np.uint8)
-        state[kept] = READY
-        assert np.count_nonzero(state) == len(kept), "two pages in one slot"
-        self._links.load(kept, np.delete(np.asarray(parents, np.int64), dropped), state)
-        self._ready_count = len(kept)
-        self._free_slots.load(state == FREE)
+        dropped = self._keys.load(keys, slots)
+        if dropped:
+            slots, parents = np.delete(slots, dropped), np.delete(parents, dropped)
+        self._states[slots] = READY
+        assert np.count_nonzero(self._states) == len(slots), "two pages in one slot"
+        self._links.load(slots, parents, self._states)
+        self._ready_count = len(slots)
+        self._free_slots.load(self._states == FREE)
         children = np.frombuffer(self._links.children, np.uint32)
-        self._policy.load(kept, kept[children[kept] == 0].tolist())
+        self._policy.load(slots, slots[children[slots] == 0])
         return dropped
 
     def freeze(self) -> FrozenPages:
         """A copy of what a snapshot needs. Copies only: a million pages are not sorted under a lock."""
         return FrozenPages(
-            list(self._slot_of),
-            np.fromiter(self._slot_of.values(), np.int64, len(self._slot_of)),
-            np.array(self._state, np.uint8),
+            self._keys.column(),
+            self._states.copy(),
             np.array(self._policy.last_use, np.uint64),
             *self._links.copy(),
         )
@@ -338,7 +330,7 @@ class TierIndex:
     def _touch_chain(self, slots: Sequence[int]) -> None:
         """Touch from tail to head, so that within one request the tail is older and goes first."""
         ready = [slot for slot in reversed(slots) if self._state[slot] == READY]
-        self._policy.used(ready, self._key_of, self._links.children)
+        self._policy.used(ready, self._keys, self._links.children)
 
     def _take(
         self, keys: Sequence[PageKey]
@@ -356,11 +348,8 @@ class TierIndex:
             if victim is None:
                 dear = bids is not None and self._policy.victim(self._may_go) is not None
                 break
-            key = self._key_of[victim]
-            assert key is not None
-            self._forget(victim)
+            victims.append((self._forget(victim), SlotId(victim)))
             self._state[victim] = FREE
-            victims.append((key, SlotId(victim)))
             slots.append(SlotId(victim))
         # Pages of a chain were evicted tail first; in order again, they lie side by side.
         return sorted(slots), victims, dear
@@ -368,31 +357,36 @@ class TierIndex:
     def _may_go(self, slot: int) -> bool:
         return self._pins[slot] == 0 and self._free_slots.is_open(slot)
 
-    def _replace_suspended(self, keys: Sequence[PageKey]) -> None:
-        """Forget those of ``keys`` that cannot be read now, so that they can be written elsewhere."""
-        for key in keys:
-            slot = self._slot_of.get(key)
-            if slot is not None and self._state[slot] == SUSPENDED and not self._pins[slot]:
-                self._forget(slot)
-                self._free(slot)
+    def _replace_suspended(self, slots: I64) -> bool:
+        """Forget pages that cannot be read now, so that they can be written elsewhere. Were there any?"""
+        suspended = set(slots[self._in_state(slots, SUSPENDED)].tolist())
+        lost = [slot for slot in suspended if not self._pins[slot]]
+        for slot in lost:
+            self._forget(slot)
+            self._free(slot)
+        return bool(lost)
 
     def _begin_write(self, key: PageKey, slot: SlotId) -> None:
-        self._slot_of[key] = slot
-        self._key_of[slot] = key
+        self._keys.put(key, slot)
         self._state[slot] = WRITING
 
-    def _forget(self, slot: int) -> None:
-        """Take a page out of the map and out of the tree; its slot is not free yet."""
-        key = self._key_of[slot]
-        assert key is not None
-        del self._slot_of[key]
-        self._key_of[slot] = None
+    def _forget(self, slot: int) -> PageKey:
+        """Take a page out of the map and out of the tree; its slot is not free yet. Returns its key."""
+        key = self._keys.remove(slot)
         if self._state[slot] in (READY, SUSPENDED):
             self._ready_count -= self._state[slot] == READY
             self._policy.forget(slot, key)
         parent = self._links.cut(slot)
         if parent != NO_SLOT and self._state[parent] == READY:
             self._policy.offer(parent)
+        return key
+
+    def _in_state(self, slots: I64, state: int) -> BoolArray:
+        """Per slot, or -1: is it in ``state``?"""
+        if not self.slot_count:
+            return np.zeros(len(slots), np.bool_)
+        flags: BoolArray = (slots >= 0) & (self._states.take(slots, mode="clip") == state)
+        return flags
 
     def _free(self, slot: int) -> None:
         self._state[slot] = FREE

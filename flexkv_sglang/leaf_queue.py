@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
-from flexkv_sglang.types import U64
+from flexkv_sglang.types import I64, U64
 
 _BITS = 32
 _MASK = (1 << _BITS) - 1
@@ -83,11 +83,10 @@ class LeafQueue:
             heapq.heappop(late)
         return head
 
-    def load(self, leaves: Iterable[int]) -> None:
+    def load(self, leaves: I64) -> None:
         """Start with these leaves, in any order."""
-        slots = np.fromiter(leaves, np.uint64)
-        ticks = np.frombuffer(self._last_use, np.uint64)[slots.astype(np.int64)]
-        self._start(np.sort((ticks & np.uint64(_MASK)) << np.uint64(_BITS) | slots))
+        ticks = np.frombuffer(self._last_use, np.uint64)[leaves] & np.uint64(_MASK)
+        self._start(np.sort(ticks << np.uint64(_BITS) | leaves.astype(np.uint64)))
 
     def retain(self, keep: Callable[[int], bool]) -> None:
         """Throw out the slots that ``keep`` refuses."""

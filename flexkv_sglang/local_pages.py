@@ -34,8 +34,10 @@ class LocalPages:
         self.index = TierIndex(count, ReuseDensity(count), tier.regions())
         self._promises = Promises(count)
         dropped = self.index.load(recovered.keys, recovered.slots, recovered.parents)
+        keys, slots = recovered.keys[dropped].tolist(), recovered.slots[dropped].tolist()
+        lost = [(PageKey(key), SlotId(slot)) for key, slot in zip(keys, slots, strict=True)]
         # Else their slots would be rewritten while their records still stand.
-        tier.publish_del([(recovered.keys[i], SlotId(recovered.slots[i])) for i in dropped])
+        tier.publish_del(lost)
         self.recovered_count = len(recovered.keys) - len(dropped)
         self._owed: list[tuple[PageKey, SlotId]] = []  # tombstones not on the journal yet
 
@@ -62,7 +64,7 @@ class LocalPages:
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
         """Per key: is it READY? At most one hold of the lock long."""
         with self.lock:
-            return [self.index.find(key) is not None for key in keys]
+            return self.index.found(keys)
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
         """Pin and touch the leading run of READY keys; what was promised of it is kept now."""

@@ -9,13 +9,15 @@ from flexkv_sglang.types import FREE, NO_SLOT, READY
 def check_index(index: TierIndex) -> None:
     """Assert every invariant. O(slots). The caller holds the engine's lock."""
     children = [0] * index.slot_count
-    for key, slot in index._slot_of.items():
-        assert index._key_of[slot] == key, f"slot {slot} and its key disagree"
+    for slot in index._keys.slots().tolist():
+        assert index._keys.get(index._keys[slot]) == slot, f"slot {slot} and its key disagree"
         assert index._state[slot] in FOUND, f"key in slot {slot}, state {index._state[slot]}"
         parent = index.parent_slot(slot)
         if parent != NO_SLOT:
             assert index._state[parent] in FOUND, f"slot {slot} has a dead parent {parent}"
             children[parent] += 1
+    named = sum(state in FOUND for state in index._state)
+    assert named == len(index._keys), f"{named} slots have a key, {len(index._keys)} are found"
     assert index._ready_count == sum(state == READY for state in index._state)
     offers = index._policy.offers()
     for slot in range(index.slot_count):
@@ -25,7 +27,6 @@ def check_index(index: TierIndex) -> None:
         assert free == (index._state[slot] == FREE), f"slot {slot} leaks or is free in use"
         if index._state[slot] == FREE:
             assert index._pins[slot] == 0, f"slot {slot} is free but pinned"
-            assert index._key_of[slot] is None, f"slot {slot} is free but has a key"
         leaf = index._state[slot] == READY and children[slot] == 0
         if leaf and index._free_slots.is_open(slot):
             assert slot in offers, f"leaf {slot} cannot be found for eviction"

@@ -28,6 +28,8 @@ U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 BoolArray = npt.NDArray[np.bool_]
+KeyArray = npt.NDArray[np.void]
+"""Page keys as V32: what ``frombuffer`` makes of them joined."""
 
 SECTOR = 4096
 """Offsets, lengths and slot sizes on the medium are multiples of this (4Kn disks)."""

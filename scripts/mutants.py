@@ -65,8 +65,8 @@ MUTANTS = (
     Mutant(
         "evict a page with a child after a restart",
         INDEX,
-        "kept[children[kept] == 0].tolist()",
-        "kept.tolist()",
+        "slots[children[slots] == 0]",
+        "slots",
         MODEL,
     ),
     Mutant(
@@ -93,15 +93,15 @@ MUTANTS = (
     Mutant(
         "a page being written is visible",
         INDEX,
-        "SlotId(slot) if slot is not None and self._state[slot] == READY",
-        "SlotId(slot) if slot is not None and self._state[slot] != FREE",
+        "SlotId(slot) if slot != NO_SLOT and self._state[slot] == READY",
+        "SlotId(slot) if slot != NO_SLOT and self._state[slot] != FREE",
         MODEL,
     ),
     Mutant(
         "a page being written counts in a prefix",
         INDEX,
-        "if slot is None or state[slot] != READY:",
-        "if slot is None:",
+        "        ready = self._in_state(slots, READY)",
+        "        ready = slots != NO_SLOT",
         MODEL,
     ),
     Mutant(
@@ -184,7 +184,7 @@ MUTANTS = (
     Mutant(
         "less verified pages are adopted",
         "backends/slot_file.py",
-        '& np.isin(live["flags"] & 0xFF, list(accepted))',
+        "& np.isin(kinds, list(accepted))",
         "& True",
         ENGINE,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 INDEX = "flexkv_sglang/index.py"
+KEYS = "flexkv_sglang/key_table.py"
 EVICTION = "flexkv_sglang/eviction.py"
 MODEL = "tests/test_index_model.py"
 
@@ -80,8 +81,8 @@ MUTANTS = (
     (
         "writing behind a page is a use of it",
         INDEX,
-        "        before = held[0] if parent in self._slot_of else NO_SLOT",
-        "        before = NO_SLOT",
+        "self._touch_chain(held if before == NO_SLOT else held[1:])",
+        "self._touch_chain(held)",
         "tests/test_eviction.py",
     ),
     (
@@ -104,5 +105,33 @@ MUTANTS = (
         "self.index.commit(good[::-1])",
         "self.index.commit(good)",
         "tests/test_declined.py",
+    ),
+    (
+        "the last victim's parent goes first after a directory came back",
+        EVICTION,
+        "        self._victim_tick = -1  # what",
+        "        # what",
+        "tests/test_index.py",
+    ),
+    (
+        "a key that begins like another is found",
+        KEYS,
+        "if found.tobytes() != joined:",
+        "if False:",
+        "tests/test_key_table.py",
+    ),
+    (
+        "a removed key takes the rest of its bucket along",
+        KEYS,
+        "self._first[bucket] = following[slot]",
+        "self._first[bucket] = 0",
+        "tests/test_key_table.py",
+    ),
+    (
+        "of two recovered pages with one key both stay",
+        KEYS,
+        "dropped = _repeated(column, order)",
+        "dropped: list[int] = []",
+        "tests/test_index.py",
     ),
 )

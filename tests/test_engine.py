@@ -124,8 +124,12 @@ def test_a_page_found_under_another_pages_name_is_refused(tmp_path: Path) -> Non
     """Payload and checksum of the slot agree; only the key in the checksum says that it is not this page."""
     engine = open_engine(tmp_path, PAGE, SIZE)
     fill(engine, 2)
-    slot_of, (first, second) = engine._pages.index._slot_of, keys(2)
-    slot_of[first], slot_of[second] = slot_of[second], slot_of[first]
+    table, (first, second) = engine._pages.index._keys, keys(2)
+    one, other = table.get(first), table.get(second)
+    table.remove(one)
+    table.remove(other)
+    table.put(first, other)
+    table.put(second, one)
     assert served(engine, 2)[0] == [False, False]
     engine.close()
 

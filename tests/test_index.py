@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from engines import keys
+from flexkv_sglang.backends.journal import keys_field
 from flexkv_sglang.index import TierIndex
 from flexkv_sglang.soundness import check_index
 from flexkv_sglang.types import PageKey, SlotId
@@ -25,6 +27,11 @@ def store(index: TierIndex, chain: list[PageKey], parent: PageKey | None = None)
     index.commit([slot for _, slot in reserved.granted])
     check_index(index)
     return [key for key, _ in reserved.victims]
+
+
+def load(index: TierIndex, chain: list[PageKey], slots: list[int], parents: list[int]) -> list[int]:
+    """``index.load`` of lists."""
+    return index.load(keys_field(chain), np.array(slots), np.array(parents))
 
 
 def test_a_page_being_written_is_held_but_found_by_nobody() -> None:
@@ -151,7 +158,7 @@ def test_unpin_without_pin_is_a_bug_that_is_said() -> None:
 def test_load_keeps_order_links_and_the_first_of_two_pages_with_one_key() -> None:
     chain = keys(3)
     index = TierIndex(8)
-    assert index.load([*chain, chain[0]], [5, 1, 7, 2], [-1, 5, 1, -1]) == [3]
+    assert load(index, [*chain, chain[0]], [5, 1, 7, 2], [-1, 5, 1, -1]) == [3]
     check_index(index)
     assert [index.find(key) for key in chain] == [5, 1, 7]
     assert index.parent_slot(7) == 1
@@ -163,9 +170,22 @@ def test_load_keeps_order_links_and_the_first_of_two_pages_with_one_key() -> Non
 
 def test_links_to_nonsense_are_dropped_when_loading() -> None:
     index = TierIndex(4)
-    index.load(keys(3), [0, 1, 2], [0, 99, 3])
+    load(index, keys(3), [0, 1, 2], [0, 99, 3])
     check_index(index)
     assert [index.parent_slot(slot) for slot in (0, 1, 2)] == [-1, -1, -1]
+
+
+def test_after_a_directory_came_back_the_oldest_leaf_goes_first_again() -> None:
+    """The page used right after the last victim is not the oldest when leaves are offered anew."""
+    chain = keys(4)
+    index = TierIndex(3)
+    granted = index.reserve(chain, None, frozenset([2])).granted
+    index.commit([slot for _, slot in granted])  # head, its child, a root: used in this order
+    assert index.reserve(keys(1, seed=1), None).victims == [(chain[1], granted[1][1])]
+    index.suspend(0)
+    index.resume(0)
+    reserved = index.reserve(keys(1, seed=2), None)
+    assert [key for key, _ in reserved.victims] == [chain[0]]
 
 
 def test_an_index_without_slots_refuses_everything() -> None:

@@ -156,7 +156,7 @@ class IndexMachine(RuleBasedStateMachine):
         """Snapshot and load: READY pages, their order and their links come back; nothing else does."""
         keys, slots, parents = self.index.freeze().by_age()
         self.index = TierIndex(sum(self.oracle.counts), regions=self.oracle.counts)
-        assert self.index.load(keys, slots.tolist(), parents.tolist()) == []
+        assert self.index.load(keys, slots, parents) == []
         oracle = Oracle(self.oracle.counts)
         kept = sorted(
             (page for page in self.oracle.pages.values() if page.ready), key=lambda page: page.used
