@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_pool import names
 
 from engines import wait_until
 from flexkv_bed.controller import Geometry, boot
@@ -19,6 +18,7 @@ from flexkv_sglang.linker import FlexKVLinker
 from flexkv_sglang.linker_load import LoadTimes
 from hanging import Fault, faults_of, hold
 from linking import WAIT_S, Side, same, side, transfer
+from plain_pools import names
 
 pytestmark = [pytest.mark.sglang]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plain_pool import names
 
 from engines import wait_until
 from flexkv_bed.controller import Geometry, boot
@@ -16,6 +15,7 @@ from flexkv_sglang import linker as linker_module
 from flexkv_sglang.linker import FlexKVLinker
 from flexkv_sglang.lookups import LEASE_S, LOADED_S
 from linking import WAIT_S, Side, same, side, transfer
+from plain_pools import names
 
 pytestmark = [pytest.mark.sglang]
 

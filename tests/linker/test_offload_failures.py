@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from plain_pool import names
 
 import flexkv_sglang.linker_offload as module
 from engines import wait_until
@@ -15,6 +14,7 @@ from flexkv_bed.tiny_model import write_config
 from flexkv_sglang.linker import FlexKVLinker
 from hanging import Fault, faults_of, hold
 from linking import WAIT_S, Side, same, side, transfer
+from plain_pools import names
 
 pytestmark = [pytest.mark.sglang]
 

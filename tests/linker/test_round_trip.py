@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_pool import names
 
 from flexkv_bed.controller import Geometry, boot
 from flexkv_bed.tiny_model import write_config
 from linking import same, side
+from plain_pools import names
 
 pytestmark = [pytest.mark.sglang]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from plain_pool import names
 
 from engines import wait_until
 from flexkv_bed.controller import (
@@ -23,6 +22,7 @@ from flexkv_bed.controller import (
 )
 from flexkv_bed.tiny_model import write_config
 from linking import SIZE, Side, same, side
+from plain_pools import names
 
 pytestmark = [pytest.mark.sglang]
 

@@ -59,9 +59,8 @@ def _busy() -> None:
 
 
 def test_consumers_do_not_overtake_copies_nor_copies_their_pages(tmp_path: Path) -> None:
-    from plain_pool import names
-
     from linking import transfer
+    from plain_pools import names
 
     pool, forward = _pool(), torch.cuda.Stream()
     linker = _linker(tmp_path, pool, forward)

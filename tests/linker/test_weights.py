@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from plain_pool import names
 
 from flexkv_bed.controller import Geometry, boot
 from flexkv_bed.tiny_model import write_config
 from flexkv_sglang.epochs import WEIGHTS, Epoch
 from hanging import hold
 from linking import WAIT_S, Side, same, side, transfer
+from plain_pools import names
 from updating import forget_updates
 
 pytestmark = [pytest.mark.sglang]
