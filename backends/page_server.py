@@ -9,6 +9,7 @@ Threads: ``start`` and ``close`` from any; the three callables are called from t
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -81,7 +82,7 @@ class PageServer:
             self._door = curve.Door(self._context, self._secret)
         self._router = self._open_router()
         try:
-            self._router.bind(f"tcp://{curve.join_address(self._host, self._port)}")
+            self._bind()
         except zmq.ZMQError as error:
             self._close_sockets()
             raise ConfigError(
@@ -98,6 +99,19 @@ class PageServer:
         self._thread = threading.Thread(target=self._run, name="flexkv-serve", daemon=True)
         self._thread.start()
         return curve.advertised(self._share, self._host, int(bound.rpartition(":")[2]))
+
+    def _bind(self) -> None:
+        """The port that nobody named may be another's: then any will do, though nobody can know it beforehand."""
+        import zmq
+
+        try:
+            self._router.bind(f"tcp://{curve.join_address(self._host, self._port)}")
+        except zmq.ZMQError as error:
+            if error.errno != errno.EADDRINUSE or self._share.listen != "auto" or not self._port:
+                raise
+            text = "port %d is in use: serving pages on another one. Set share.listen if others name this node"
+            logger.warning(text, self._port)
+            self._router.bind(f"tcp://{curve.join_address(self._host, 0)}")
 
     def _open_router(self) -> zmq.Socket[bytes]:
         import zmq

@@ -12,7 +12,8 @@ import pytest
 
 from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.checksum import page_checksum
-from flexkv_sglang.backends.fleet import PageStatus, ShareConfig, Snapshot, namespace_name
+from flexkv_sglang.backends.fleet import NodeInfo, PageStatus, ShareConfig, Snapshot, namespace_name
+from flexkv_sglang.backends.page_server import PageServer
 from flexkv_sglang.backends.peer_control import WirePeerControl
 from flexkv_sglang.backends.remote_read import PageOutcome
 from flexkv_sglang.backends.serve_queue import Reader, Request, ServeQueue
@@ -357,3 +358,18 @@ def test_a_page_larger_than_a_readers_share_is_still_served() -> None:
     request = Request(Reader(b"r"), wire.Read(1, SPACE, 1, 0, keys), source, 0.0)
     queue.accept(request)
     assert (request.accepted, queue.held) == (1, 1 << 20)
+
+
+def test_the_usual_port_may_be_in_use(caplog: pytest.LogCaptureFixture) -> None:
+    share = ShareConfig(peers=("127.0.0.1:1",))
+    servers = [
+        PageServer(share, None, lambda: NodeInfo(NID, EPOCH, ""), lambda _: None, lambda _: None)
+        for _ in range(2)
+    ]
+    try:
+        addresses = {server.start() for server in servers}
+    finally:
+        for server in servers:
+            server.close()
+    assert len(addresses) == 2
+    assert "is in use" in caplog.text

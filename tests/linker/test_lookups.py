@@ -12,6 +12,7 @@ from engines import wait_until
 from flexkv_bed.controller import Geometry, boot
 from flexkv_bed.tiny_model import write_config
 from flexkv_sglang import linker as linker_module
+from flexkv_sglang.keys import page_keys
 from flexkv_sglang.linker import FlexKVLinker
 from flexkv_sglang.lookups import LEASE_S, LOADED_S
 from linking import WAIT_S, Side, same, side, transfer
@@ -55,7 +56,9 @@ def crowd_out(replica: Side) -> None:
     opened = replica.linker._stores.get("kv")
     for seed in range(10, 10 + opened.store.tiers[0].slot_count):
         replica.store(names(2, seed=seed), 4, 5)
-        replica.linker._stores.get("kv").store.prefix(names(2, seed=seed))  # used: worth keeping
+        replica.linker._stores.get("kv").store.prefix(
+            page_keys(names(2, seed=seed))
+        )  # used: worth keeping
 
 
 def test_a_lookup_keeps_its_pages_until_the_lease_ends(stored: tuple[Side, Clock]) -> None:
