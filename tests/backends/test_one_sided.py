@@ -1,0 +1,405 @@
+"""One-sided engines: offers, holds, quarantine, and that ZeroMQ takes over whatever the engine does.
+
+The engine here copies memory inside this process and fails on command; the real ones are in test_nixl.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+
+from copy_engine import FAILED, RUNNING, CopyEngine
+from flexkv_sglang.backends import (
+    engine_channel,
+    engine_nixl,
+    engine_reads,
+    engines,
+    serve_holds,
+    wire,
+)
+from flexkv_sglang.backends.engine_reads import EngineReads
+from flexkv_sglang.backends.fleet import PageStatus, ShareConfig
+from flexkv_sglang.backends.page_server import PageServer
+from flexkv_sglang.backends.peer_client import PeerClient
+from flexkv_sglang.backends.remote_read import PageOutcome
+from flexkv_sglang.backends.wire_offers import pack_done, pack_offer
+from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.types import PageKey
+from page_sources import MemorySource, PageMemory, keys_of
+from raw_peer import RawPeer
+from serving import NID, SPACE, begin, reading, serving, until
+
+OK, MISS, LATE = PageOutcome.OK, PageOutcome.MISS, PageOutcome.LATE
+CORRUPT, OUT_FAILED, SKIPPED = PageOutcome.CORRUPT, PageOutcome.FAILED, PageOutcome.SKIPPED
+KEYS = keys_of(20)
+SIZE = 8000  # not a multiple of a sector
+
+
+def held(server: PageServer) -> int:
+    """Bytes of pages that the server has not let go of."""
+    return server._pages.held_bytes
+
+
+def slab(client: PeerClient) -> EngineReads:
+    """The reader's side of the engine."""
+    assert client._engine is not None
+    return client._engine
+
+
+def whole(source: MemorySource, memory: PageMemory, count: int = 20) -> bool:
+    """Do the first ``count`` pages hold what they should?"""
+    return all(memory.page(i) == source.pages[key] for i, key in enumerate(KEYS[:count]))
+
+
+@pytest.mark.parametrize("lengths", [[SIZE], [100] * 80])
+def test_pages_come_through_the_engine(lengths: list[int]) -> None:
+    source, memory = MemorySource(KEYS, SIZE), PageMemory(20, lengths)
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=CopyEngine()) as client,
+    ):
+        assert begin(client, address, KEYS, memory).wait() == [OK] * 20
+        assert whole(source, memory)
+        until(lambda: not held(server))  # DONE has come, long before the end of the hold
+        assert (server.counts["pages_offered"], server.counts["pages_sent"]) == (20, 0)
+        assert server.counts["holds_expired"] == 0
+        until(lambda: slab(client).free_bytes == engine_reads.SLAB_BYTES)
+
+
+def test_a_large_batch_takes_several_offers() -> None:
+    source, memory = MemorySource(KEYS, 1 << 20), PageMemory(20, [1 << 20])
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=CopyEngine()) as client,
+    ):
+        assert begin(client, address, KEYS, memory).wait() == [OK] * 20
+        assert whole(source, memory)
+        assert server.counts["pages_sent"] == 0
+
+
+def test_pages_larger_than_the_slab_come_over_zmq(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineReads.__init__, "__defaults__", (1 << 20,))
+    source, memory = MemorySource(KEYS[:1], 2 << 20), PageMemory(1, [2 << 20])
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=CopyEngine()) as client,
+    ):
+        assert begin(client, address, KEYS[:1], memory).wait() == [OK]
+        assert server.counts["pages_sent"] == 1
+
+
+def test_the_first_missing_page_ends_the_read() -> None:
+    source, memory = MemorySource(KEYS[:7] + KEYS[8:], SIZE), PageMemory(20, [SIZE])
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=CopyEngine()) as client,
+    ):
+        assert begin(client, address, KEYS, memory).wait() == [OK] * 7 + [MISS] + [SKIPPED] * 12
+        assert whole(source, memory, 7)
+        assert all(memory.untouched(i) for i in range(7, 20))
+        until(lambda: not held(server))
+        assert begin(client, address, keys_of(1, seed=9), PageMemory(1, [SIZE])).wait() == [MISS]
+
+
+def test_a_corrupt_page_is_never_delivered_and_reported() -> None:
+    source, memory = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE])
+    source.damage.add(KEYS[4])
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=CopyEngine()) as client,
+    ):
+        assert begin(client, address, KEYS, memory).wait() == [OK] * 4 + [CORRUPT] + [SKIPPED] * 15
+        assert all(memory.untouched(i) for i in range(4, 20))
+        assert source.bad_reported.wait(10)
+        until(lambda: not held(server))
+
+
+def test_pages_of_another_size_are_not_taken() -> None:
+    memory = PageMemory(2, [4096])
+    with (
+        serving(MemorySource(KEYS, 8192), engine=CopyEngine()) as (_, address),
+        reading(engine=CopyEngine()) as client,
+    ):
+        assert begin(client, address, KEYS[:2], memory).wait() == [OUT_FAILED, SKIPPED]
+        assert memory.untouched(0)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_one_side_without_the_engine_is_zmq(there: bool) -> None:
+    source, memory, counts = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), Counter[str]()
+    ours, theirs = (None, CopyEngine()) if there else (CopyEngine(), None)
+    with (
+        serving(source, engine=theirs) as (server, address),
+        reading(engine=ours, count=counts.__setitem__) as client,
+    ):
+        assert begin(client, address, KEYS, memory).wait() == [OK] * 20
+        assert server.counts["pages_sent"] == 20
+        assert "remote_engine_failures" not in counts
+
+
+@pytest.mark.parametrize("behaviour", ["refuse", "fail"])
+def test_an_error_of_the_engine_costs_nothing_but_the_engine(
+    behaviour: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, counts, engine = MemorySource(KEYS, SIZE), Counter[str](), CopyEngine(behaviour)
+    monkeypatch.setattr(engine_reads, "SETTLE_S", 0.0)
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=engine, count=counts.__setitem__) as client,
+    ):
+        for number in (1, 2):
+            memory = PageMemory(20, [SIZE])
+            assert begin(client, address, KEYS, memory).wait() == [OK] * 20
+            assert whole(source, memory)
+            assert server.counts["pages_sent"] == 20 * number
+            assert server.counts["pages_offered"] == 20  # not tried again
+        assert counts["remote_engine_failures"] == 1
+        assert "read over zmq" in caplog.text
+        until(lambda: not held(server))
+        until(lambda: slab(client).free_bytes == engine_reads.SLAB_BYTES)
+
+
+def test_the_engine_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_channel, "FALLBACK_S", 0.2)
+    source, engine = MemorySource(KEYS, SIZE), CopyEngine("refuse")
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=engine) as client,
+    ):
+        assert begin(client, address, KEYS, PageMemory(20, [SIZE])).wait() == [OK] * 20
+        engine.behaviour = "copy"
+
+        def fetched() -> bool:
+            assert begin(client, address, KEYS, PageMemory(20, [SIZE])).wait() == [OK] * 20
+            return bool(engine.transfers)
+
+        until(fetched)
+        assert server.counts["pages_offered"] == 40
+
+
+def test_memory_of_a_failed_transfer_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, engine = MemorySource(KEYS, SIZE), CopyEngine("fail")
+    with serving(source, engine=CopyEngine()) as (_, address), reading(engine=engine) as client:
+        assert begin(client, address, KEYS, PageMemory(20, [SIZE])).wait() == [OK] * 20
+        assert slab(client).free_bytes < engine_reads.SLAB_BYTES
+        slab(client).tick(time.monotonic() + engine_reads.SETTLE_S + 1)
+        assert slab(client).free_bytes == engine_reads.SLAB_BYTES
+
+
+def test_a_transfer_that_hangs_is_left_at_the_deadline_and_its_memory_is_not_used() -> None:
+    source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine("hang")
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=engine) as client,
+    ):
+        assert begin(client, address, KEYS, memory, seconds=0.3).wait() == [LATE] * 20
+        until(lambda: not held(server))
+        taken = engine_reads.SLAB_BYTES - slab(client).free_bytes
+        assert taken == 20 * 8192
+        # the peer itself was not silent: it is read over zmq, and the late bytes land in no page
+        again = PageMemory(20, [SIZE])
+        assert begin(client, address, KEYS, again).wait() == [OK] * 20
+        assert slab(client).free_bytes == engine_reads.SLAB_BYTES - taken
+        engine.transfers[0].finish()
+        until(lambda: slab(client).free_bytes == engine_reads.SLAB_BYTES)
+        assert all(memory.untouched(i) for i in range(20))
+        assert whole(source, again)
+
+
+def test_half_of_a_hold_is_all_the_time_a_transfer_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_holds, "HOLD_MS", 400)
+    source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine("hang")
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=engine) as client,
+    ):
+        began = time.monotonic()
+        assert begin(client, address, KEYS, memory, seconds=60).wait() == [OK] * 20
+        assert time.monotonic() - began >= 0.2
+        assert (server.counts["pages_offered"], server.counts["pages_sent"]) == (20, 20)
+        assert whole(source, memory)
+        engine.transfers[0].finish(FAILED)
+
+
+def test_an_offer_that_comes_behind_half_of_its_hold_is_not_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve_holds, "HOLD_MS", 100)
+    source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine()
+
+    def slow(asked: Sequence[PageKey]) -> None:
+        source.before = lambda keys: None
+        end = time.monotonic() + 0.06
+        while time.monotonic() < end:
+            pass
+
+    source.before = slow
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=engine) as client,
+    ):
+        assert begin(client, address, KEYS, memory).wait() == [OK] * 20
+        assert not engine.transfers
+        assert server.counts["pages_sent"] == 20
+
+
+def test_a_server_that_goes_away_during_a_transfer() -> None:
+    source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine("hang")
+    with reading(engine=engine) as client:
+        with serving(source, engine=CopyEngine()) as (_, address):
+            pending = begin(client, address, KEYS, memory, seconds=60)
+            until(lambda: bool(engine.transfers))
+        assert pending.wait() == [OUT_FAILED] + [SKIPPED] * 19
+        assert client.is_open(NID)
+        assert slab(client).free_bytes < engine_reads.SLAB_BYTES
+        assert engine.transfers[0].state is RUNNING
+    assert slab(client)._slab in engines._kept  # never freed: the engine may still write
+    engines._kept.clear()
+    assert all(memory.untouched(i) for i in range(20))
+
+
+# ---- the server's side, asked by hand ----
+
+
+def offer(rid: int, keys: Sequence[PageKey] = KEYS, budget_ms: int = 5000) -> list[bytes]:
+    """An OFFER of pages."""
+    return pack_offer(wire.Read(rid, SPACE, budget_ms, wire.STOP_AT_FIRST, tuple(keys)))
+
+
+def read(rid: int, keys: Sequence[PageKey] = KEYS) -> list[bytes]:
+    """A READ of the same."""
+    return wire.pack_read(wire.Read(rid, SPACE, 5000, wire.STOP_AT_FIRST, tuple(keys)))
+
+
+def test_a_hold_lasts_until_done_of_the_same_reader() -> None:
+    engine = CopyEngine()
+    with (
+        serving(MemorySource(KEYS, SIZE), engine=engine) as (server, address),
+        RawPeer(address) as peer,
+        RawPeer(address) as other,
+    ):
+        peer.say(offer(1))
+        offered = peer.hear()
+        assert isinstance(offered, wire.Offered)
+        assert (offered.rid, offered.hold_ms, offered.blob) == (1, 5000, engine.blob())
+        assert [page.status for page in offered.pages] == [PageStatus.OK] * 20
+        start, byte_count = engine.memory
+        assert all(start <= page.address < start + byte_count for page in offered.pages)
+        assert held(server) == 20 * 8192
+        other.say(pack_done(offered.hold))
+        other.say(read(2))  # answered behind it
+        assert len(other.hear_all()) == 21
+        peer.say(pack_done(offered.hold + 1))
+        peer.say(read(3))
+        assert len(peer.hear_all()) == 21
+        until(lambda: held(server) == 20 * 8192)
+        peer.say(pack_done(offered.hold))
+        until(lambda: not held(server))
+        peer.say(pack_done(offered.hold))  # twice does no harm
+        peer.say(read(4))
+        assert len(peer.hear_all()) == 21
+
+
+def test_memory_in_a_hold_is_not_used_and_comes_back_when_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve_holds, "HOLD_MS", 1000)
+    share = ShareConfig(
+        listen="127.0.0.1:0", serve_inflight=20 * 8192, serve_inflight_peer=20 * 8192
+    )
+    with serving(MemorySource(KEYS, SIZE), share, engine=CopyEngine()) as (server, address):
+        peer = RawPeer(address)
+        with peer, RawPeer(address) as other:
+            peer.say(offer(1))
+            assert isinstance(peer.hear(), wire.Offered)
+            other.say(read(2))
+            busy = other.hear()
+            assert isinstance(busy, wire.Page)
+            assert busy.status is PageStatus.BUSY
+        # both are gone, but an engine may still be reading
+        assert held(server) == 20 * 8192
+        until(lambda: not held(server))
+        assert server.counts["holds_expired"] == 1
+        with RawPeer(address) as third:
+            third.say(read(3))
+            assert len(third.hear_all()) == 21
+
+
+def test_an_offer_that_is_cancelled_holds_nothing() -> None:
+    source = MemorySource(KEYS, 1 << 20)
+    with serving(source, engine=CopyEngine()) as (server, address), RawPeer(address) as peer:
+
+        def cancel(asked: Sequence[PageKey]) -> None:
+            if KEYS[3] in asked:
+                peer.say(wire.pack_cancel(1))
+                until(lambda: held(server) < 20 << 20)
+
+        source.before = cancel
+        peer.say(offer(1))
+        until(lambda: not held(server))
+        source.before = lambda asked: None
+        peer.say(offer(2))
+        answer = peer.hear()
+        assert isinstance(answer, wire.Offered)
+        assert answer.rid == 2
+
+
+def test_an_offer_of_what_is_not_there_holds_only_what_is() -> None:
+    source = MemorySource(KEYS[:3], SIZE)
+    with serving(source, engine=CopyEngine()) as (server, address), RawPeer(address) as peer:
+        peer.say(offer(1))
+        offered = peer.hear()
+        assert isinstance(offered, wire.Offered)
+        assert [page.status for page in offered.pages] == [PageStatus.OK] * 3 + [PageStatus.MISS]
+        until(lambda: held(server) == 3 * 8192)
+        peer.say(offer(2, KEYS[5:]))
+        offered = peer.hear()
+        assert isinstance(offered, wire.Offered)
+        assert (offered.hold, len(offered.pages)) == (0, 1)
+        until(lambda: held(server) == 3 * 8192)
+
+
+def test_a_server_without_an_engine_makes_no_offers() -> None:
+    with serving(MemorySource(KEYS, SIZE)) as (server, address), RawPeer(address) as peer:
+        peer.say(offer(1))
+        peer.say(read(2))
+        assert len(peer.hear_all()) == 21
+        assert server.counts["invalid_messages"] == 1
+        assert server.engines == ("zmq",)
+
+
+# ---- start ----
+
+
+def test_an_engine_that_is_not_there_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_nixl, "MODULES", ("flexkv_no_such_module",))
+    for share, words in (
+        (ShareConfig(engine="nixl"), ("share.engine", "'nixl'", "pip install", "'zmq'")),
+        (ShareConfig(engine="mooncake"), ("share.engine", "'mooncake'", "not available", "'zmq'")),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            PeerClient(share, lambda name, amount: None)
+        assert all(word in str(raised.value) for word in words)
+        with pytest.raises(ConfigError), serving(None, share):
+            pass
+
+
+def test_memory_that_the_engine_does_not_take_ends_the_start() -> None:
+    with pytest.raises(ConfigError, match=r"share.engine.*no memory"):
+        PeerClient(ShareConfig(), lambda name, amount: None, CopyEngine("no memory"))
+    with (
+        pytest.raises(ConfigError, match=r"share.engine.*no memory"),
+        serving(None, engine=CopyEngine("no memory")),
+    ):
+        pass
+
+
+def test_engines_are_closed_with_their_owners() -> None:
+    ours, theirs = CopyEngine(), CopyEngine()
+    with serving(None, engine=theirs), reading(engine=ours):
+        pass
+    assert ours.closed
+    assert theirs.closed
