@@ -155,7 +155,11 @@ class EngineChannel(PeerChannel):
         self._leave_engine(reason)
         out = self._remove(rid)
         count = min(out.count, out.pending.end - out.first)
-        if count > 0 and not out.pending.done and out.link.alive:
+        if (
+            not out.link.alive
+        ):  # DONE could not be sent: the peer is gone, and ``lost`` does not know of this request
+            self._failed(out, PageOutcome.FAILED)
+        elif count > 0 and not out.pending.done:
             self._ask(out.link, out.pending, out.first, count)
         else:
             self.pump()
@@ -167,6 +171,11 @@ class EngineChannel(PeerChannel):
             logger.warning("node %s is read over zmq for %g s: %s", nid, FALLBACK_S, reason)
             self._count("remote_engine_failures", 1)
         self._zmq_until = now + FALLBACK_S
+
+    def renew(self) -> None:
+        """Another process: nothing is known against its engine."""
+        super().renew()
+        self._zmq_until = 0.0
 
     def abandon(self, pending: Pending) -> None:
         """A transfer that is late is the engine's fault, not a silence of the peer."""

@@ -257,6 +257,11 @@ class PeerChannel:
             pending.fail(pending.asked, outcome)
         self._waiting.clear()
 
+    def renew(self) -> None:
+        """The peer has a new epoch or address."""
+        self.fail_all(PageOutcome.FAILED)
+        self.close_links()
+
     def abandon(self, pending: Pending) -> None:
         """Its time is over: late answers must not hold up later ones, nor a silent peer later reads."""
         rids = [rid for rid, out in self._out.items() if out.pending is pending]

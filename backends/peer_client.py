@@ -231,8 +231,7 @@ class PeerClient:
         """It has a new epoch or address."""
         channel = self._channels.get(health.nid)
         if channel is not None:
-            channel.fail_all(PageOutcome.FAILED)
-            channel.close_links()
+            channel.renew()
 
     def _open(self, nid: NodeId, address: str, page_bytes: int) -> Link:
         import zmq

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flexkv_sglang.backends.engine_base import EngineError, Move, TransferState
 
@@ -29,7 +29,10 @@ class CopyTransfer:
 
 
 class CopyEngine:
-    """``behaviour``: "copy" at once, "hang", "fail", "refuse" or "no memory". ``transfers``: all of them."""
+    """``behaviour``: "copy" at once, "hang", "fail", "refuse" or "no memory". ``transfers``: all of them.
+
+    ``before``: called when a read is to start.
+    """
 
     name = "nixl"
 
@@ -38,6 +41,7 @@ class CopyEngine:
         self.memory = (0, 0)
         self.transfers: list[CopyTransfer] = []
         self.closed = False
+        self.before: Callable[[], object] = lambda: None
 
     def register(self, address: int, byte_count: int) -> None:
         """As ``OneSidedEngine``."""
@@ -51,6 +55,7 @@ class CopyEngine:
 
     def read(self, blob: bytes, moves: Sequence[Move]) -> CopyTransfer:
         """As ``OneSidedEngine``."""
+        self.before()
         assert blob.startswith(b"blob of ")
         start, byte_count = self.memory
         assert all(start <= m.target <= start + byte_count - m.byte_count for m in moves)
