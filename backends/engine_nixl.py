@@ -1,7 +1,7 @@
 """NIXL (its UCX back-end) as a one-sided engine. Imported only when ``share.engine`` asks for it.
 
 What was measured with 1.5.1 (decision 018): a killed peer is an error within 0.4 s; a stopped one is PROC for ever,
-whatever UCX's keep-alives are set to, so every deadline is the caller's; memory that is freed before it is deregistered
+whatever UCX's keep-alive is set to, so every deadline is the caller's; memory that is freed before it is deregistered
 ends the process with SIGSEGV; UCX listens on all interfaces, on ports of its own. NIXL's threads move the bytes, on
 both sides.
 
