@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TESTS = "tests/backends/test_one_sided.py"
+TESTS, HELD = "tests/backends/test_one_sided.py", "tests/backends/test_serve_holds.py"
 HOLDS, READS = "backends/serve_holds.py", "backends/engine_reads.py"
 CHANNEL = "backends/engine_channel.py"
 
@@ -12,14 +12,14 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         HOLDS,
         "if hold is None or hold.request.reader is not reader:",
         "if hold is None:",
-        f"{TESTS}::test_a_hold_lasts_until_done_of_the_same_reader",
+        f"{HELD}::test_a_hold_lasts_until_done_of_the_same_reader",
     ),
     (
         "engine: a hold has no end",
         HOLDS,
         "if hold.until <= now]",
         "if hold.until < 0]",
-        f"{TESTS}::test_memory_in_a_hold_is_not_used_and_comes_back_when_its_time_is_over",
+        f"{HELD}::test_memory_in_a_hold_is_not_used_and_comes_back_when_its_time_is_over",
     ),
     (
         "engine: memory that is still written to is used again",
