@@ -114,12 +114,14 @@ class EngineChannel(PeerChannel):
             if fetch.transfer is None or self._fetches.get(rid) is not fetch:
                 continue
             state = fetch.transfer.poll()
-            if state is TransferState.DONE:
+            if (
+                now >= fetch.deadline
+            ):  # also if it is done: the memory may have been another page's by then
+                self._fall_back(rid, "a transfer did not end within half of the peer's hold")
+            elif state is TransferState.DONE:
                 self._fetched(rid, fetch)
             elif state is TransferState.FAILED:
                 self._fall_back(rid, "a transfer failed")
-            elif now >= fetch.deadline:
-                self._fall_back(rid, "a transfer did not end within half of the peer's hold")
 
     def _fetched(self, rid: int, fetch: Fetch) -> None:
         """The bytes are here."""
@@ -155,9 +157,8 @@ class EngineChannel(PeerChannel):
         self._leave_engine(reason)
         out = self._remove(rid)
         count = min(out.count, out.pending.end - out.first)
-        if (
-            not out.link.alive
-        ):  # DONE could not be sent: the peer is gone, and ``lost`` does not know of this request
+        if not out.link.alive:
+            # DONE could not be sent: the peer is gone, and ``lost`` does not know of this request any more
             self._failed(out, PageOutcome.FAILED)
         elif count > 0 and not out.pending.done:
             self._ask(out.link, out.pending, out.first, count)

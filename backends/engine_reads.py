@@ -75,7 +75,7 @@ class EngineReads:
         self.name = engine.name
         self._engine = engine
         self._slab = ServeSlabs(slab_bytes)
-        self._quarantine: list[tuple[Fetch, float]] = []  # with the time before which it stays
+        self._quarantine: list[tuple[Fetch, float]] = []  # and when it was seen to have failed
         try:
             engine.register(self._slab.address, self._slab.byte_count)
         except EngineError as exc:
@@ -122,23 +122,20 @@ class EngineReads:
 
     def give_back(self, fetch: Fetch) -> None:
         """Nobody looks at this memory any more; it is used again when the engine does not either."""
-        state = TransferState.DONE if fetch.transfer is None else fetch.transfer.poll()
-        if state is TransferState.DONE:
-            self._slab.give(fetch.offset, fetch.byte_count)
-        else:
-            settled = time.monotonic() + SETTLE_S
-            self._quarantine.append((fetch, settled))
+        self._quarantine.append((fetch, 0.0))
+        self.tick(time.monotonic())
 
     def tick(self, now: float) -> None:
         """Memory whose quarantine is over is free again."""
         kept = []
-        for fetch, settled in self._quarantine:
-            assert fetch.transfer is not None
-            state = fetch.transfer.poll()
-            if state is TransferState.RUNNING or (state is TransferState.FAILED and now < settled):
-                kept.append((fetch, settled))
-            else:
+        for fetch, failed_at in self._quarantine:
+            state = TransferState.DONE if fetch.transfer is None else fetch.transfer.poll()
+            if state is TransferState.FAILED and not failed_at:
+                kept.append((fetch, now))
+            elif state is TransferState.DONE or (failed_at and now >= failed_at + SETTLE_S):
                 self._slab.give(fetch.offset, fetch.byte_count)
+            else:
+                kept.append((fetch, failed_at))
         self._quarantine = kept
 
     def close(self) -> None:

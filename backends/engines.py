@@ -10,7 +10,9 @@ from flexkv_sglang.share_settings import ShareConfig
 
 logger = logging.getLogger(__name__)
 
-_kept: list[object] = []  # memory that an engine has not let go of: freed, it would end the process
+_kept: list[
+    object
+] = []  # engines that still run, and their memory: freed, it would end the process
 
 
 def open_engine(share: ShareConfig) -> OneSidedEngine | None:
@@ -36,4 +38,4 @@ def close_engine(engine: OneSidedEngine, memory: object) -> None:
     """Close it; ``memory``, which holds what it has registered, lives on if the engine has not let go of it."""
     if not engine.close():
         logger.warning("flexkv: share.engine %r still runs: its memory is kept", engine.name)
-        _kept.append(memory)
+        _kept.append((engine, memory))

@@ -113,6 +113,8 @@ class PageServer:
                 self._share, self._sources, self._disk, self._send, self.counts, self._engine
             )
         except EngineError as exc:
+            assert self._engine is not None
+            self._engine.close()
             self._close_sockets()
             self._disk.close()
             self._control.close()

@@ -24,8 +24,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "engine: memory that is still written to is used again",
         READS,
-        "        if state is TransferState.DONE:\n            self._slab.give",
-        "        if state is not None:\n            self._slab.give",
+        "            elif state is TransferState.DONE or (",
+        "            elif state is not None or (",
         f"{TESTS}::test_a_transfer_that_hangs_is_left_at_the_deadline_and_its_memory_is_not_used",
     ),
     (

@@ -131,6 +131,15 @@ def test_a_server_that_stops_before_the_fetch_costs_one_deadline(pair: tuple[Nod
     assert (counts["pages_offered"], counts["pages_sent"] > 0) == (2 * COUNT, True)
 
 
+def test_a_reader_that_ends_during_a_transfer_ends_well(pair: tuple[Node, Node]) -> None:
+    server, reader = pair
+    told = reader.read(server, 0.3, pid=server.process.pid, signal=signal.SIGSTOP)
+    assert told["outcomes"] == ["LATE"] * COUNT
+    status, said = reader.end()
+    assert status == 0, said
+    assert "its memory is kept" in said
+
+
 def test_a_server_that_dies_before_the_fetch_fails_at_once_and_its_successor_is_read_one_sided(
     pair: tuple[Node, Node],
 ) -> None:
