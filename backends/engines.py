@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from flexkv_sglang.backends.engine_base import OneSidedEngine
-from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.share_settings import ShareConfig
 
 logger = logging.getLogger(__name__)
@@ -19,10 +18,7 @@ def open_engine(share: ShareConfig) -> OneSidedEngine | None:
     """None for ``zmq``. Raises ``ConfigError`` for an engine that is not there."""
     if share.engine == "zmq":
         return None
-    if share.engine == "mooncake":
-        raise ConfigError(
-            "share.engine: 'mooncake' is not available in this version. Valid: 'zmq', 'nixl'"
-        )
+    assert share.engine == "nixl", share.engine
     from flexkv_sglang.backends.engine_nixl import NixlEngine
 
     engine = NixlEngine()
