@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends import curve, wire
+from flexkv_sglang.backends.engine_base import EngineError, OneSidedEngine
+from flexkv_sglang.backends.engines import close_engine, open_engine
 from flexkv_sglang.backends.fleet import (
     BATCH_PAGES,
     PROTOCOL,
@@ -54,7 +56,10 @@ _CLOSE_TIMEOUT_S = 6.0
 
 
 class PageServer:
-    """Serves from ``start`` to ``close``. ``counts``: what was done, for metrics; read it from any thread."""
+    """Serves from ``start`` to ``close``. ``counts``: what was done, for metrics; read it from any thread.
+
+    ``engine``: used instead of the one that ``share.engine`` names. Raises ``ConfigError``.
+    """
 
     def __init__(
         self,
@@ -63,10 +68,13 @@ class PageServer:
         info: Callable[[], NodeInfo],
         sources: Callable[[str], PageSource | None],
         logs: Callable[[str], ChangeLog | None],
+        engine: OneSidedEngine | None = None,
     ) -> None:
         self._share, self._secret = share, secret
         self._info, self._sources, self._logs = info, sources, logs
         self._host, self._port = curve.listen_address(share, secret)
+        self._engine = engine or open_engine(share)
+        self.engines = ("zmq", self._engine.name) if self._engine else ("zmq",)
         self.counts: Counter[str] = Counter()
         self._stop_fd = -1
         self._thread: threading.Thread | None = None
@@ -94,7 +102,7 @@ class PageServer:
         self._disk = ServeWorker("flexkv-serve-disk", _TURNS_AHEAD)
         self._control = ServeWorker("flexkv-serve-control", _CONTROL_JOBS)
         self._feeds = ServeFeeds(self._logs, self._control, self._send_tracked)
-        self._pages = ServePages(self._share, self._sources, self._disk, self._send, self.counts)
+        self._pages = self._open_pages()
         self._readers: OrderedDict[bytes, Reader] = OrderedDict()
         self._thread = threading.Thread(target=self._run, name="flexkv-serve", daemon=True)
         self._thread.start()
@@ -112,6 +120,21 @@ class PageServer:
             text = "port %d is in use: serving pages on another one. Set share.listen if others name this node"
             logger.warning(text, self._port)
             self._router.bind(f"tcp://{curve.join_address(self._host, 0)}")
+
+    def _open_pages(self) -> ServePages:
+        try:
+            return ServePages(
+                self._share, self._sources, self._disk, self._send, self.counts, self._engine
+            )
+        except EngineError as exc:
+            assert self._engine is not None
+            self._engine.close()
+            self._close_sockets()
+            self._disk.close()
+            self._control.close()
+            raise ConfigError(
+                f"share.engine: {self._share.engine!r}: {exc}. Valid without it: 'zmq'"
+            ) from exc
 
     def _open_router(self) -> zmq.Socket[bytes]:
         import zmq
@@ -136,6 +159,8 @@ class PageServer:
         if thread.is_alive():
             return False
         os.close(self._stop_fd)
+        if self._engine is not None:
+            close_engine(self._engine, self._pages)  # before the slabs are freed
         return self._disk.close() & self._control.close()
 
     # ---- the loop's thread, from here on ----
@@ -210,6 +235,10 @@ class PageServer:
     def _serve(self, reader: Reader, ask: wire.Request) -> None:
         if isinstance(ask, wire.Read):
             self._pages.read(reader, ask)
+        elif isinstance(ask, wire.Offer):
+            self._pages.offer(reader, ask.read)
+        elif isinstance(ask, wire.Done):
+            self._pages.done(reader, ask.hold)
         elif isinstance(ask, wire.Cancel):
             self._pages.cancel(reader, ask.rid)
         elif isinstance(ask, wire.Bad):

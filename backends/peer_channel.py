@@ -19,7 +19,7 @@ from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.fleet import BATCH_PAGES, PageStatus
 from flexkv_sglang.backends.peer_health import REFUSED_S, PeerHealth
 from flexkv_sglang.backends.peer_link import Link, State
-from flexkv_sglang.backends.remote_read import OUTCOME_OF, PageOutcome, Pending
+from flexkv_sglang.backends.remote_read import OUTCOME_OF, Arrived, PageOutcome, Pending
 
 if TYPE_CHECKING:
     import zmq
@@ -37,7 +37,7 @@ Count = Callable[[str, int], None]
 
 
 @dataclass(eq=False, slots=True)
-class _Out:
+class Out:
     """A request that is out: pages ``[first, first + count)`` of ``pending``, ``got`` of them answered."""
 
     pending: Pending
@@ -57,7 +57,7 @@ class PeerChannel:
         self._open_link, self._count = open_link, count
         self._rids = itertools.count(1)
         self._waiting: deque[Pending] = deque()  # reads with pages that were not asked for yet
-        self._out: dict[int, _Out] = {}
+        self._out: dict[int, Out] = {}
         self._page_bytes = 0
         self._probe_until = 0.0
         self.links: list[Link] = []
@@ -112,12 +112,19 @@ class PeerChannel:
         pending.asked += count
         if pending.asked < pending.end:
             self._waiting.append(pending)
+        self._ask(link, pending, first, count)
+
+    def _ask(self, link: Link, pending: Pending, first: int, count: int) -> None:
         rid = next(self._rids)
         budget_ms = max(1, int((pending.read.deadline - time.monotonic()) * 1000))
         keys = tuple(pending.read.keys[first : first + count])
         read = wire.Read(rid, pending.read.namespace, budget_ms, wire.STOP_AT_FIRST, keys)
-        self._out[rid] = _Out(pending, link, first, count)
-        link.send(wire.pack_read(read))
+        self._out[rid] = Out(pending, link, first, count)
+        link.send(self._pack(read))
+
+    def _pack(self, read: wire.Read) -> list[bytes]:
+        """The request on the wire."""
+        return wire.pack_read(read)
 
     def receive(self, link: Link) -> None:
         """Take what has come on a link, and see whether it is still alive."""
@@ -152,7 +159,7 @@ class PeerChannel:
             out.got += 1
             self._page(link, answer, out, frame)
 
-    def _page(self, link: Link, page: wire.Page, out: _Out, frame: zmq.Frame | None) -> None:
+    def _page(self, link: Link, page: wire.Page, out: Out, frame: zmq.Frame | None) -> None:
         place = out.first + page.index
         if page.status is not PageStatus.OK or frame is None:
             if page.status is PageStatus.BUSY:
@@ -164,23 +171,35 @@ class PeerChannel:
             out.pending.fail(place, PageOutcome.FAILED)
             link.fail(f"wire: a page of {page.length} bytes, not {out.pending.page_bytes}")
             return
-        outcome = out.pending.deliver(place, page, frame)
+        self._deliver(link, page, out, frame)
+        out.pending.arrived(page.length, self.heard_at)
+        self._cancel_unwanted(out.pending)
+
+    def _deliver(self, link: Link, page: wire.Page, out: Out, data: Arrived) -> None:
+        place = out.first + page.index
+        outcome = out.pending.deliver(place, page, data)
         if outcome is PageOutcome.OK:
             self._count("remote_read_bytes", page.length)
         elif outcome is PageOutcome.CORRUPT:
             link.send(wire.pack_bad(out.pending.read.namespace, [out.pending.read.keys[place]]))
             if self.health.corrupt():
                 self._count("remote_breaker_trips", 1)
-        out.pending.arrived(page.length, self.heard_at)
-        self._cancel_unwanted(out.pending)
 
     def _cancel_unwanted(self, pending: Pending) -> None:
         """Requests for pages behind one that failed."""
         for rid in [rid for rid, out in self._out.items() if out.pending is pending]:
             if self._out[rid].first >= pending.end:
-                self._out.pop(rid).link.send(wire.pack_cancel(rid))
+                self._cancel(rid)
 
-    def _ended(self, link: Link, end: wire.End, out: _Out) -> None:
+    def _cancel(self, rid: int) -> None:
+        """Nobody wants this request any more."""
+        self._remove(rid).link.send(wire.pack_cancel(rid))
+
+    def _remove(self, rid: int) -> Out:
+        """This request is over."""
+        return self._out.pop(rid)
+
+    def _ended(self, link: Link, end: wire.End, out: Out) -> None:
         del self._out[end.rid]
         if end.sent != out.got:
             link.fail(f"wire: {out.got} pages came, {end.sent} were sent")
@@ -188,6 +207,10 @@ class PeerChannel:
             return
         if out.got < out.count:  # a page before it failed, or nobody wants the rest
             out.pending.fail(out.first + out.got, PageOutcome.FAILED)
+        self._served(out)
+
+    def _served(self, out: Out) -> None:
+        """A request has been answered to its end."""
         if out.got:
             self.health.delivered()
         if all(other.pending is not out.pending for other in self._out.values()):
@@ -202,7 +225,7 @@ class PeerChannel:
                 pending.first_at - pending.begun,
             )
 
-    def _failed(self, out: _Out, outcome: PageOutcome) -> None:
+    def _failed(self, out: Out, outcome: PageOutcome) -> None:
         out.pending.fail(out.first + out.got, outcome)
 
     def lost(self, link: Link) -> None:
@@ -214,7 +237,7 @@ class PeerChannel:
         victims = [rid for rid, out in self._out.items() if out.link is link]
         wanted = bool(victims or self._waiting or self._probe_until)
         for rid in victims:
-            self._failed(self._out.pop(rid), PageOutcome.FAILED)
+            self._failed(self._remove(rid), PageOutcome.FAILED)
         if wanted and not link.reason.endswith("NO_HELLO"):
             self._trip(link.reason, REFUSED_S if link.state is State.REFUSED else None)
 
@@ -228,12 +251,16 @@ class PeerChannel:
 
     def fail_all(self, outcome: PageOutcome) -> None:
         """Nothing that is wanted will come."""
-        for out in self._out.values():
-            self._failed(out, outcome)
+        for rid in list(self._out):
+            self._failed(self._remove(rid), outcome)
         for pending in self._waiting:
             pending.fail(pending.asked, outcome)
-        self._out.clear()
         self._waiting.clear()
+
+    def renew(self) -> None:
+        """The peer has a new epoch or address."""
+        self.fail_all(PageOutcome.FAILED)
+        self.close_links()
 
     def abandon(self, pending: Pending) -> None:
         """Its time is over: late answers must not hold up later ones, nor a silent peer later reads."""
@@ -241,7 +268,7 @@ class PeerChannel:
         links = {self._out[rid].link for rid in rids}
         waited = bool(rids) or pending in self._waiting
         for rid in rids:
-            self._out.pop(rid).link.send(wire.pack_cancel(rid))
+            self._cancel(rid)
         if pending in self._waiting:
             self._waiting.remove(pending)
         if not waited:

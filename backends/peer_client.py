@@ -18,6 +18,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends import curve
+from flexkv_sglang.backends.engine_base import OneSidedEngine
+from flexkv_sglang.backends.engine_channel import EngineChannel
+from flexkv_sglang.backends.engine_reads import EngineReads
 from flexkv_sglang.backends.fleet import NodeId, ShareConfig
 from flexkv_sglang.backends.peer_channel import Count, PeerChannel
 from flexkv_sglang.backends.peer_health import PeerHealth
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("remote_read_bytes", "remote_breaker_trips")
+METRICS = ("remote_read_bytes", "remote_breaker_trips", "remote_engine_failures")
 CHANNELS_MAX = 64
 IDLE_S = 60.0
 IO_THREADS = 2
@@ -39,10 +42,17 @@ _CLOSE_TIMEOUT_S = 5.0
 
 
 class PeerClient:
-    """Made in a rank process, used by its transfer threads. Raises ``ConfigError`` for a bad secret file."""
+    """Made in a rank process, used by its transfer threads.
 
-    def __init__(self, share: ShareConfig, count: Count) -> None:
+    ``engine``: used instead of the one that ``share.engine`` names. Raises ``ConfigError`` for a bad secret file, or an
+    engine that is not there.
+    """
+
+    def __init__(
+        self, share: ShareConfig, count: Count, engine: OneSidedEngine | None = None
+    ) -> None:
         self._share, self._secret = share, curve.load_secret(share)
+        self._engine = EngineReads.of(share, engine)
         self._count = count
         self._lock = threading.Lock()
         self._healths: dict[NodeId, PeerHealth] = {}  # guarded by _lock
@@ -131,13 +141,16 @@ class PeerClient:
         """End all reads as FAILED and the thread. Idempotent."""
         with self._lock:
             thread, self._thread = self._thread, None
-            self._closed = True
+            first, self._closed = not self._closed, True
             if thread is not None:
                 os.eventfd_write(self._wake_fd, 1)
         if thread is not None:
             thread.join(_CLOSE_TIMEOUT_S)
-            if not thread.is_alive():
-                os.close(self._wake_fd)
+            if thread.is_alive():
+                return
+            os.close(self._wake_fd)
+        if self._engine is not None and (first or thread is not None):
+            self._engine.close()
 
     # ---- the client's thread, from here on ----
 
@@ -185,6 +198,8 @@ class PeerClient:
         for health in list(self._healths.values()):
             if health.probe_due():
                 self._channel(health)
+        if self._engine is not None:
+            self._engine.tick(now)
         for nid, channel in list(self._channels.items()):
             channel.tick(now)
             if channel.idle and now - channel.used_at > IDLE_S:
@@ -200,18 +215,23 @@ class PeerClient:
                 oldest = min(idle, key=lambda c: c.used_at)
                 oldest.close_links()
                 del self._channels[oldest.health.nid]
-            channel = PeerChannel(
-                health, lambda address, page_bytes: self._open(health.nid, address, page_bytes), self._count
-            )  # fmt: skip
+            channel = self._make_channel(health)
             self._channels[health.nid] = channel
         return channel
+
+    def _make_channel(self, health: PeerHealth) -> PeerChannel:
+        def open_link(address: str, page_bytes: int) -> Link:
+            return self._open(health.nid, address, page_bytes)
+
+        if self._engine is None:
+            return PeerChannel(health, open_link, self._count)
+        return EngineChannel(health, open_link, self._count, self._engine)
 
     def _renew(self, health: PeerHealth) -> None:
         """It has a new epoch or address."""
         channel = self._channels.get(health.nid)
         if channel is not None:
-            channel.fail_all(PageOutcome.FAILED)
-            channel.close_links()
+            channel.renew()
 
     def _open(self, nid: NodeId, address: str, page_bytes: int) -> Link:
         import zmq

@@ -1,8 +1,8 @@
 """One read of pages at another node, and what became of each. Nothing is written to the targets after ``wait``.
 
-Every page is looked at in ZeroMQ's memory first: status, length, kind and checksum. Only then is it copied, in one
-go and under the read's lock; ``wait`` takes that lock before it returns, and whatever comes later finds the read
-closed. The first page that fails ends the read: SGLang uses the leading run.
+Every page is looked at first in ZeroMQ's memory, or an engine's slab: status, length, kind and checksum. Only then is
+it copied, in one go and under the read's lock; ``wait`` takes that lock before it returns, and whatever comes later
+finds the read closed. The first page that fails ends the read: SGLang uses the leading run.
 
 Threads: one waits, one (the client's) delivers.
 """
@@ -15,17 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.fleet import NodeId, PageStatus
-from flexkv_sglang.backends.wire import Page
+from flexkv_sglang.backends.wire import Bytes, Page
 from flexkv_sglang.types import PageBuffers, PageKey
-
-if TYPE_CHECKING:
-    import zmq
 
 _SMALL = 64 << 10
 _move_holding = ctypes.PyDLL(
@@ -79,6 +76,15 @@ class RemoteRead:
         assert len(self.keys) == len(self.targets), (len(self.keys), len(self.targets))
 
 
+class Arrived(Protocol):
+    """A page's bytes: a ZeroMQ frame, or what an engine has fetched."""
+
+    @property
+    def buffer(self) -> Bytes:
+        """``page_bytes`` of them."""
+        ...
+
+
 class Pending:
     """A read under way. ``read`` says which. The memory of its targets must stay until ``wait`` has returned."""
 
@@ -121,7 +127,7 @@ class Pending:
             self._abandon(self)
         return outcomes
 
-    def deliver(self, index: int, page: Page, frame: zmq.Frame) -> PageOutcome | None:
+    def deliver(self, index: int, page: Page, frame: Arrived) -> PageOutcome | None:
         """A page has come: verify and copy. None: nobody wants it any more."""
         data = np.frombuffer(frame.buffer, np.uint8)
         source = data.ctypes.data

@@ -1,7 +1,8 @@
-"""The page server's side of READ: pages from a source into slabs, from slabs to the reader.
+"""The page server's side of READ and OFFER: pages from a source into slabs, from slabs to the reader.
 
 A page's bytes are sent from the slab without a copy, and the slab is used again only when ZeroMQ has let go of it:
 earlier, a reader would get another page's bytes under this page's checksum. Answers of a request go out in its order.
+An OFFER's pages stay in the slabs, where the reader's engine fetches them, until DONE or the end of their hold.
 
 Threads: the server's loop, but for ``PageSource.read``, which the disk's thread calls.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.engine_base import OneSidedEngine
 from flexkv_sglang.backends.fleet import (
     MISSING,
     PageSource,
@@ -23,9 +25,11 @@ from flexkv_sglang.backends.fleet import (
     ShareConfig,
     namespace_name,
 )
+from flexkv_sglang.backends.serve_holds import Hold, ServeHolds
 from flexkv_sglang.backends.serve_queue import Reader, Request, ServeQueue, Turn
 from flexkv_sglang.backends.serve_slabs import ServeSlabs
 from flexkv_sglang.backends.serve_worker import ServeWorker
+from flexkv_sglang.backends.wire_offers import pack_offered
 
 if TYPE_CHECKING:
     import zmq
@@ -35,7 +39,10 @@ Send = Callable[[Reader, "Sequence[bytes | zmq.Frame]"], bool]
 
 
 class ServePages:
-    """``sources``: namespace -> its pages here, or None. Counts into ``counts``."""
+    """``sources``: namespace -> its pages here, or None. Counts into ``counts``. ``engine``: may read the slabs.
+
+    Raises ``EngineError`` if it does not take them.
+    """
 
     def __init__(
         self,
@@ -44,10 +51,16 @@ class ServePages:
         disk: ServeWorker,
         send: Send,
         counts: Counter[str],
+        engine: OneSidedEngine | None = None,
     ) -> None:
         self._sources, self._disk, self._send, self.counts = sources, disk, send, counts
         self._slabs = ServeSlabs(share.serve_inflight)
         self._queue = ServeQueue(share.serve_inflight, share.serve_inflight_peer)
+        self._holds = ServeHolds()
+        self._blob = b""
+        if engine is not None:
+            engine.register(self._slabs.address, self._slabs.byte_count)
+            self._blob = engine.blob()
         self._leaving: dict[Reader, deque[tuple[zmq.MessageTracker, Request, int]]] = {}
 
     @property
@@ -67,6 +80,9 @@ class ServePages:
 
     def reap(self) -> None:
         """Slabs whose bytes have left are free again. The frames of a connection leave in order."""
+        for hold in self._holds.ended(time.monotonic()):
+            self.counts["holds_expired"] += 1
+            self._end_hold(hold)
         for reader in list(self._leaving):
             frames = self._leaving[reader]
             while frames and frames[0][0].done:
@@ -79,21 +95,50 @@ class ServePages:
         self._slabs.give(offset, request.slot_bytes)
         self._queue.give_back(request, 1)
 
+    def _end_hold(self, hold: Hold) -> None:
+        for offset in hold.offsets:
+            self._release(hold.request, offset)
+
+    def done(self, reader: Reader, number: int) -> None:
+        """The reader's engine has fetched what this hold is of."""
+        hold = self._holds.done(reader, number)
+        if hold is not None:
+            self._end_hold(hold)
+
     def cancel(self, reader: Reader, rid: int) -> None:
         """The reader gave this request up."""
         for request in [r for r in reader.requests if r.read.rid == rid]:
-            self._queue.finish(request)
+            self._drop(request)
 
     def forget(self, reader: Reader) -> None:
-        """The reader is gone."""
+        """The reader is gone. What is held for it stays until its time is over: its engine may be at it."""
         for request in list(reader.requests):
-            self._queue.finish(request)
+            self._drop(request)
+
+    def _drop(self, request: Request) -> None:
+        self._queue.finish(request)
+        for _, offset in self._landed_pages(request):
+            self._release(request, offset)
+
+    def _landed_pages(self, request: Request) -> list[tuple[ServedPage, int]]:
+        """Take the pages of an OFFER that lie in slabs and that nobody was told of."""
+        landed, request.offered = request.offered or [], None
+        return [(page, offset) for page, offset in landed if page.status is PageStatus.OK]
 
     def read(self, reader: Reader, ask: wire.Read) -> None:
+        self._take(Request(reader, ask, *self._terms(ask)))
+
+    def offer(self, reader: Reader, ask: wire.Read) -> None:
+        if not self._blob:
+            raise wire.WireError("no engine here")
+        self._take(Request(reader, ask, *self._terms(ask), offered=[]))
+
+    def _terms(self, ask: wire.Read) -> tuple[PageSource | None, float]:
         deadline = time.monotonic() + ask.budget_ms / 1000
-        source = self._sources(namespace_name(ask.namespace))
-        request = Request(reader, ask, source, deadline)
-        if source is None:
+        return self._sources(namespace_name(ask.namespace)), deadline
+
+    def _take(self, request: Request) -> None:
+        if request.source is None:
             self._answer_rest(request, PageStatus.UNKNOWN_NAMESPACE)
             return
         self._queue.accept(request)
@@ -159,6 +204,10 @@ class ServePages:
     def _send_page(self, request: Request, index: int, page: ServedPage, offset: int) -> None:
         import zmq
 
+        if request.offered is not None:
+            request.sent += 1
+            request.offered.append((page, offset))
+            return
         length = request.page_bytes
         head = wire.Page(
             request.read.rid, index, PageStatus.OK, page.kind, length, page.checksum
@@ -187,8 +236,32 @@ class ServePages:
         head = wire.Page(request.read.rid, index, status, ChecksumKind.NONE, 0, 0)
         request.sent += 1
         self.counts[f"pages_{status.name.lower()}"] += 1
+        if request.offered is not None:
+            request.offered.append((ServedPage(status), 0))
+            return
         self._send(request.reader, [wire.pack_page(head)])
 
     def _end(self, request: Request) -> None:
         self._queue.finish(request)
+        if request.offered is not None:
+            self._send_offered(request, request.offered)
+            return
         self._send(request.reader, wire.pack_end(request.read.rid, request.sent))
+
+    def _send_offered(self, request: Request, offered: list[tuple[ServedPage, int]]) -> None:
+        """Tell the reader where its pages lie, and keep them there."""
+        offsets = [offset for _, offset in self._landed_pages(request)]
+        hold = self._holds.hold(request, offsets, time.monotonic()) if offsets else 0
+        pages = tuple(self._told(request, page, offset) for page, offset in offered)
+        told = wire.Offered(request.read.rid, hold, self._holds.hold_ms, pages, self._blob)
+        if self._send(request.reader, pack_offered(told)):
+            self.counts["pages_offered"] += len(offsets)
+            self.counts["bytes_offered"] += len(offsets) * request.page_bytes
+        else:
+            self.done(request.reader, hold)
+
+    def _told(self, request: Request, page: ServedPage, offset: int) -> wire.OfferedPage:
+        if page.status is not PageStatus.OK:
+            return wire.OfferedPage(page.status, ChecksumKind.NONE, 0, 0, 0)
+        address = self._slabs.address + offset
+        return wire.OfferedPage(page.status, page.kind, request.page_bytes, page.checksum, address)

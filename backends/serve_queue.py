@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from flexkv_sglang.backends import wire
-from flexkv_sglang.backends.fleet import PageSource
+from flexkv_sglang.backends.fleet import PageSource, ServedPage
 from flexkv_sglang.types import SECTOR, round_up
 
 QUEUE_MAX = 32
@@ -39,7 +39,8 @@ class Reader:
 class Request:
     """One READ. Pages ``[0, accepted)`` are held until given back; ``issued`` of them went to the disk so far.
 
-    ``sent``: answers so far. ``over``: nothing more is answered.
+    ``sent``: answers so far. ``over``: nothing more is answered. ``offered``: of an OFFER, its pages that were
+    read so far and the offsets of those that are OK; None for a READ.
     """
 
     reader: Reader
@@ -50,6 +51,7 @@ class Request:
     issued: int = 0
     sent: int = 0
     over: bool = False
+    offered: list[tuple[ServedPage, int]] | None = None
 
     @property
     def page_bytes(self) -> int:

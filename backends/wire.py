@@ -46,6 +46,10 @@ PART_KEYS = 131_072
 SNAPSHOT_KEYS_MAX = 1 << 27
 CHANGES_BYTES_MAX = 1 << 20
 CHANGES_MAX = 4096
+HOLD_MS_MAX = 60_000
+BLOB_BYTES_MAX = 32 << 10
+"""What a one-sided engine says of its memory, at most."""
+
 STOP_AT_FIRST = 1
 """Flag of READ: the first page that is not OK is the last that is answered."""
 
@@ -61,6 +65,8 @@ POLL_LAYOUT = struct.Struct(f"<2sBBIQQQ{NAMESPACE_BYTES}s")
 PART_LAYOUT = struct.Struct("<2sBBHHQQQQQ")
 CHANGES_LAYOUT = struct.Struct("<2sBBHHQ")
 CHANGE_LAYOUT = struct.Struct("<QQBxHI")
+OFFERED_LAYOUT = struct.Struct("<2sBBHHIQQ")
+OFFERED_PAGE_LAYOUT = struct.Struct("<BBHIQQ")
 HELLO_LAYOUT = struct.Struct(f"<2sBB{NONCE_BYTES}sHH")
 NONCE_LAYOUT = struct.Struct(f"<2sBB{NONCE_BYTES}s")
 PROOF_LAYOUT = struct.Struct(f"<2sBB{PROOF_BYTES}s")
@@ -90,6 +96,9 @@ class Kind(IntEnum):
     POLL = 13
     CHANGES = 14
     GONE = 15
+    OFFER = 16
+    OFFERED = 17
+    DONE = 18
 
 
 class Refusal(IntEnum):
@@ -222,8 +231,42 @@ class Gone:
     reason: GoneReason
 
 
-Request = Hello | Proof | Read | Cancel | Bad | Snap | Poll
-Answer = Challenge | Welcome | Refused | Page | End | Part | Changes | Gone
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """As READ, but the pages stay in the server's memory, where the reader's engine fetches them."""
+
+    read: Read
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedPage:
+    """A page at ``address`` of the server's memory, if it is OK."""
+
+    status: PageStatus
+    kind: ChecksumKind
+    length: int
+    checksum: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The first pages of an OFFER: they stay for ``hold_ms`` or until DONE. ``blob``: for the reader's engine."""
+
+    rid: int
+    hold: int
+    hold_ms: int
+    pages: tuple[OfferedPage, ...]
+    blob: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    hold: int
+
+
+Request = Hello | Proof | Read | Cancel | Bad | Snap | Poll | Offer | Done
+Answer = Challenge | Welcome | Refused | Page | End | Part | Changes | Gone | Offered
 Bytes = bytes | memoryview
 
 
@@ -262,11 +305,12 @@ def pack_welcome(welcome: Welcome) -> list[bytes]:
     return [fixed + b"".join(_text(text) for text in texts) + names]
 
 
-def pack_read(read: Read) -> list[bytes]:
+def pack_read(read: Read, kind: Kind = Kind.READ) -> list[bytes]:
+    """READ, or OFFER of the same pages."""
     assert 1 <= len(read.keys) <= BATCH_PAGES
     budget = min(max(0, read.budget_ms), BUDGET_MS_MAX)
     fixed = READ_LAYOUT.pack(
-        *_head(Kind.READ), len(read.keys), read.flags, budget, read.rid, read.namespace
+        *_head(kind), len(read.keys), read.flags, budget, read.rid, read.namespace
     )
     return [fixed + b"".join(read.keys)]
 

@@ -27,6 +27,7 @@ from flexkv_sglang.backends.fleet import (
 )
 from flexkv_sglang.backends.wire import (
     BAD_LAYOUT,
+    BLOB_BYTES_MAX,
     BUDGET_MS_MAX,
     CHANGE_LAYOUT,
     CHANGES_BYTES_MAX,
@@ -36,11 +37,14 @@ from flexkv_sglang.backends.wire import (
     END_LAYOUT,
     HEAD_LAYOUT,
     HELLO_LAYOUT,
+    HOLD_MS_MAX,
     KEY_BYTES,
     MAGIC,
     NAMESPACES_MAX,
     NONCE_BYTES,
     NONCE_LAYOUT,
+    OFFERED_LAYOUT,
+    OFFERED_PAGE_LAYOUT,
     PAGE_LAYOUT,
     PART_KEYS,
     PART_LAYOUT,
@@ -59,11 +63,15 @@ from flexkv_sglang.backends.wire import (
     Cancel,
     Challenge,
     Changes,
+    Done,
     End,
     Gone,
     GoneReason,
     Hello,
     Kind,
+    Offer,
+    Offered,
+    OfferedPage,
     Page,
     Part,
     Poll,
@@ -157,6 +165,32 @@ def _read(frame: bytes) -> Read:
     _, flags, budget, rid, namespace = _fields(READ_LAYOUT, frame, rest=count * KEY_BYTES)
     budget_ms = min(_i(budget), BUDGET_MS_MAX)
     return Read(_i(rid), _b(namespace), budget_ms, _i(flags), _keys(frame, READ_LAYOUT.size))
+
+
+def _offer(frame: bytes) -> Offer:
+    return Offer(_read(frame))
+
+
+def _done(frame: bytes) -> Done:
+    return Done(_i(_fields(RID_LAYOUT, frame)[1]))
+
+
+def _offered(frame: bytes) -> Offered:
+    count = _count(OFFERED_LAYOUT, frame, 4, BATCH_PAGES)
+    size = _count(OFFERED_LAYOUT, frame, 6, BLOB_BYTES_MAX)
+    rest = count * OFFERED_PAGE_LAYOUT.size + size
+    _, _, hold_ms, rid, hold = map(_i, _fields(OFFERED_LAYOUT, frame, rest=rest))
+    if not 1 <= hold_ms <= HOLD_MS_MAX:
+        raise WireError(f"a hold of {hold_ms} ms")
+    pages, at = [], OFFERED_LAYOUT.size
+    for index in range(count):
+        status, kind, _, length, checksum, address = OFFERED_PAGE_LAYOUT.unpack_from(frame, at)
+        at += OFFERED_PAGE_LAYOUT.size
+        known, written = _STATUSES.get(status), KIND_OF.get(kind)
+        if known is None or written is None:
+            raise WireError(f"page {index}: status {status}, checksum of kind {kind}")
+        pages.append(OfferedPage(known, written, length, checksum, address))
+    return Offered(rid, hold, hold_ms, tuple(pages), frame[at:])
 
 
 def _bad(frame: bytes) -> Bad:
@@ -313,9 +347,9 @@ _STATUSES = {status.value: status for status in PageStatus}
 _OPS = {op.value: op for op in Op}
 _REQUESTS: dict[Kind, Callable[[bytes], Request]] = {
     Kind.HELLO: _hello, Kind.PROOF: _proof, Kind.READ: _read, Kind.CANCEL: _cancel, Kind.BAD: _bad,
-    Kind.SNAP: _snap, Kind.POLL: _poll,
+    Kind.SNAP: _snap, Kind.POLL: _poll, Kind.OFFER: _offer, Kind.DONE: _done,
 }  # fmt: skip
 _ANSWERS: dict[Kind, Callable[[bytes], Answer]] = {
     Kind.CHALLENGE: _challenge, Kind.WELCOME: _welcome, Kind.REFUSED: _refused, Kind.END: _end,
-    Kind.GONE: _gone,
+    Kind.GONE: _gone, Kind.OFFERED: _offered,
 }  # fmt: skip

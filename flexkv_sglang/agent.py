@@ -100,6 +100,7 @@ class Agent:
             address=self._address,
             pod=self._share.pod,
             namespaces=tuple(sorted(self._pages)),
+            engines=self._server.engines,
             version=_VERSION,
         )
 

@@ -133,6 +133,7 @@ _ALL = (
         for reason in ("miss", "busy", "late", "corrupt", "failed", "left")
     ),
     _counter("remote_breaker_trips", "times", "other nodes that are not asked for a while"),
+    _counter("remote_engine_failures", "times", "other nodes read over zmq: engine failed"),
     _counter("remote_kept_pages", "pages", "pages of other nodes that are stored here as well now"),
     _counter("remote_unkept_pages", "pages", "pages of other nodes not kept: too many at once"),
     _counter("copied_pages", "pages", "pages moved through the bounce slab: not aligned"),

@@ -49,6 +49,7 @@ def test_units_are_those_of_the_keys_names() -> None:
         ({"auth": "none"}, ["share.auth", "curve", "hmac"]),
         ({"insecure": 1}, ["share.insecure", "true or false"]),
         ({"engine": "rdma"}, ["share.engine", "zmq"]),
+        ({"engine": "mooncake"}, ["share.engine", "not available", "zmq, nixl"]),
         ({"heartbeat_s": 0}, ["share.heartbeat_s", "seconds"]),
         ({"heartbeat_s": True}, ["share.heartbeat_s"]),
         ({"heartbeat_s": 2, "node_ttl_s": 3}, ["share.node_ttl_s", "heartbeat", "4"]),

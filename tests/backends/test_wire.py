@@ -11,9 +11,10 @@ from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet import Change, NodeInfo, Op, PageStatus, Snapshot
 from flexkv_sglang.backends.wire_decode import decode_answer, decode_request
+from flexkv_sglang.backends.wire_offers import pack_done, pack_offer, pack_offered
 from page_sources import keys_of
 from serving import EPOCH, NAME, NID, SPACE
-from wire_fuzz import CHANGES, SNAPSHOT, answers, fuzz_decoders, fuzz_server, requests
+from wire_fuzz import CHANGES, OFFERED, SNAPSHOT, answers, fuzz_decoders, fuzz_server, requests
 
 KEYS = tuple(keys_of(128))
 
@@ -34,6 +35,11 @@ KEYS = tuple(keys_of(128))
             wire.pack_read(wire.Read(1, SPACE, 10**9, 1, KEYS)),
             wire.Read(1, SPACE, 60_000, 1, KEYS),
         ),
+        (
+            pack_offer(wire.Read(1, SPACE, 10**9, 1, KEYS)),
+            wire.Offer(wire.Read(1, SPACE, 60_000, 1, KEYS)),
+        ),
+        (pack_done(1 << 63), wire.Done(1 << 63)),
     ],
 )
 def test_requests_survive(frames: list[bytes], message: wire.Request) -> None:
@@ -47,6 +53,9 @@ def test_answers_survive() -> None:
     page = wire.Page(1 << 60, 127, PageStatus.OK, ChecksumKind.XXH3_64, 8, (1 << 64) - 1)
     assert decode_answer([wire.pack_page(page), bytes(8)]) == page
     assert decode_answer(wire.pack_end(1, 128)) == wire.End(1, 128)
+    assert decode_answer(pack_offered(OFFERED)) == OFFERED
+    most = wire.Offered(1, 2, 60_000, OFFERED.pages[:1] * 128, bytes(32 << 10))
+    assert decode_answer(pack_offered(most)) == most
     changes = decode_answer(wire.pack_changes(4, CHANGES))
     assert isinstance(changes, wire.Changes)
     for told, sent in zip(changes.changes, CHANGES, strict=True):
@@ -86,6 +95,13 @@ def test_golden_bytes() -> None:
     assert wire.pack_end(7, 3)[0].hex() == "666b0108030000000700000000000000"
     hello = wire.pack_hello(wire.Hello(bytes(range(16)), "ab"))[0]
     assert hello.hex() == "666b0101" + bytes(range(16)).hex() + "020000006162"
+    assert pack_offer(wire.Read(1, SPACE, 250, 1, KEYS[:1]))[0][:8].hex() == "666b011001000100"
+    assert pack_done(7)[0].hex() == "666b0112000000000700000000000000"
+    assert pack_offered(OFFERED)[0].hex() == (
+        "666b01110200040088130000" + "0d00000000000000" + "0500000000000000"
+        + "0002000000100000" + "0000000000000080" + "0000000000010000"
+        + "0100000000000000" + bytes(16).hex() + b"blob".hex()
+    )  # fmt: skip
     part = wire.pack_part(1, SNAPSHOT, 0)
     assert struct.unpack("<2sBBHHQQQQ", part[0][:40]) == (b"fk", 1, 12, 0, 1, 1, EPOCH, 40, 1000)
 
@@ -139,6 +155,12 @@ def _part(part: int, parts: int, count: int, data: bytes) -> list[bytes]:
         [wire.pack_changes(1, CHANGES)[0], wire.pack_changes(1, CHANGES)[1][:-1]],
         [wire.pack_changes(1, CHANGES)[0], wire.pack_changes(1, CHANGES)[1] + b"x"],
         wire.pack_end(1, 129),
+        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 129, 0, 5000, 1, 1) + bytes(129 * 24)],
+        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 0, 32769, 5000, 1, 1) + bytes(32769)],
+        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 0, 0, 0, 1, 1)],
+        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 0, 0, 60_001, 1, 1)],
+        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 1, 0, 1, 1, 1) + b"\x63" + bytes(23)],
+        [*pack_offered(OFFERED), b""],
     ],
 )
 def test_what_is_no_answer_is_refused(frames: list[bytes]) -> None:

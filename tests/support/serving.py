@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flexkv_sglang.backends import curve
 from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.engine_base import OneSidedEngine
 from flexkv_sglang.backends.fleet import (
     ChangeLog,
     NodeId,
@@ -23,6 +24,7 @@ from flexkv_sglang.backends.fleet import (
     namespace_name,
 )
 from flexkv_sglang.backends.page_server import PageServer
+from flexkv_sglang.backends.peer_channel import Count
 from flexkv_sglang.backends.peer_client import PeerClient, RemoteRead
 from flexkv_sglang.backends.remote_read import Pending
 from page_sources import MemorySource, PageMemory, keys_of
@@ -46,6 +48,7 @@ def serving(
     source: PageSource | None,
     share: ShareConfig | None = None,
     logs: Mapping[str, ChangeLog] | None = None,
+    engine: OneSidedEngine | None = None,
 ) -> Iterator[tuple[PageServer, str]]:
     """A page server in this process, and its address."""
     share = share or ShareConfig(listen="127.0.0.1:0")
@@ -53,9 +56,10 @@ def serving(
     server = PageServer(
         share,
         curve.load_secret(share),
-        lambda: NodeInfo(NID, EPOCH, "", namespaces=(NAME,)),
+        lambda: NodeInfo(NID, EPOCH, "", namespaces=(NAME,), engines=server.engines),
         sources.get,
         (logs or {}).get,
+        engine,
     )
     address = server.start()
     try:
@@ -65,9 +69,13 @@ def serving(
 
 
 @contextmanager
-def reading(share: ShareConfig | None = None) -> Iterator[PeerClient]:
+def reading(
+    share: ShareConfig | None = None,
+    engine: OneSidedEngine | None = None,
+    count: Count = lambda name, amount: None,
+) -> Iterator[PeerClient]:
     """A client."""
-    client = PeerClient(share or ShareConfig(), lambda name, amount: None)
+    client = PeerClient(share or ShareConfig(), count, engine)
     try:
         yield client
     finally:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import zmq
 
+from copy_engine import CopyEngine
 from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet import (
@@ -22,6 +23,7 @@ from flexkv_sglang.backends.fleet import (
 )
 from flexkv_sglang.backends.remote_read import PageOutcome
 from flexkv_sglang.backends.wire_decode import decode_answer, decode_request
+from flexkv_sglang.backends.wire_offers import pack_done, pack_offer, pack_offered
 from page_sources import ListedChanges, MemorySource, PageMemory, keys_of
 from serving import EPOCH, NAME, NID, SPACE, begin, reading, serving
 
@@ -33,6 +35,14 @@ CHANGES = [
     Change(EPOCH, 6, Op.CLEAR, np.empty(0, np.uint64)),
     Change(EPOCH, 7, Op.DROP, np.arange(2, dtype=np.uint64)),
 ]
+OFFERED = wire.Offered(
+    13, 5, 5000,
+    (
+        wire.OfferedPage(PageStatus.OK, ChecksumKind.XXH3_64, 4096, 1 << 63, 1 << 40),
+        wire.OfferedPage(PageStatus.MISS, ChecksumKind.NONE, 0, 0, 0),
+    ),
+    b"blob",
+)  # fmt: skip
 
 
 def requests() -> list[Frames]:
@@ -46,6 +56,8 @@ def requests() -> list[Frames]:
         wire.pack_bad(SPACE, KEYS[:2]),
         wire.pack_snap(11, SPACE),
         wire.pack_poll(wire.Poll(12, SPACE, EPOCH, 3)),
+        pack_offer(wire.Read(13, SPACE, 500, wire.STOP_AT_FIRST, tuple(KEYS))),
+        pack_done(1),
     ]
 
 
@@ -63,6 +75,7 @@ def answers() -> list[Frames]:
         [bytes(frame) for frame in wire.pack_part(11, SNAPSHOT, 0)],
         wire.pack_changes(12, CHANGES),
         wire.pack_gone(12, wire.GoneReason.LOST),
+        pack_offered(OFFERED),
     ]
 
 
@@ -124,7 +137,10 @@ def fuzz_server(count: int, seed: int, senders: int = 4) -> dict[str, int]:
     share = ShareConfig(listen="127.0.0.1:0", serve_inflight=8 << 20, serve_inflight_peer=2 << 20)
     context = zmq.Context()
     served = 0
-    with serving(source, share, {NAME: log}) as (server, address), reading() as client:
+    with (
+        serving(source, share, {NAME: log}, CopyEngine()) as (server, address),
+        reading() as client,
+    ):
         socks = [_connect(context, address) for _ in range(senders)]
         began, highest = 0, 0
         try:
@@ -163,7 +179,9 @@ def _connect(context: zmq.Context, address: str) -> zmq.Socket:
 
 def _drain(sock: zmq.Socket) -> None:
     while sock.poll(0):
-        decode_answer(sock.recv_multipart())  # the server itself talks sense
+        answer = decode_answer(sock.recv_multipart())  # the server itself talks sense
+        if isinstance(answer, wire.Offered):
+            sock.send_multipart(pack_done(answer.hold))
 
 
 def _honest(client: object, address: str) -> int:

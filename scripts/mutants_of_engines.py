@@ -1,0 +1,46 @@
+"""Seeded bugs in the one-sided engines. ``scripts/mutants engine:`` applies them."""
+
+from __future__ import annotations
+
+TESTS, HELD = "tests/backends/test_one_sided.py", "tests/backends/test_serve_holds.py"
+HOLDS, READS = "backends/serve_holds.py", "backends/engine_reads.py"
+CHANNEL = "backends/engine_channel.py"
+
+MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
+    (
+        "engine: anybody ends a hold",
+        HOLDS,
+        "if hold is None or hold.request.reader is not reader:",
+        "if hold is None:",
+        f"{HELD}::test_a_hold_lasts_until_done_of_the_same_reader",
+    ),
+    (
+        "engine: a hold has no end",
+        HOLDS,
+        "if hold.until <= now]",
+        "if hold.until < 0]",
+        f"{HELD}::test_memory_in_a_hold_is_not_used_and_comes_back_when_its_time_is_over",
+    ),
+    (
+        "engine: memory that is still written to is used again",
+        READS,
+        "            elif state is TransferState.DONE or (",
+        "            elif state is not None or (",
+        f"{TESTS}::test_a_transfer_that_hangs_is_left_at_the_deadline_and_its_memory_is_not_used",
+    ),
+    (
+        "engine: a hold is counted from the offer",
+        READS,
+        "fetch.deadline = fetch.begun + hold_ms / 2000",
+        "fetch.deadline = time.monotonic() + hold_ms / 2000",
+        f"{TESTS}::test_an_offer_that_comes_behind_half_of_its_hold_is_not_fetched",
+    ),
+    (
+        "engine: no pause after an error",
+        CHANNEL,
+        "        self._zmq_until = now + FALLBACK_S",
+        "        self._zmq_until = now",
+        f"{TESTS}::test_an_error_of_the_engine_costs_nothing_but_the_engine",
+    ),
+)
+"""(name, file, old, new, tests); ``old`` occurs exactly once."""
