@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -59,16 +60,21 @@ class RunDir:
         else:
             path = _home(config) / ".run" / share.cluster_id
         try:
-            for directory in (path, path / "places", path / "ranks"):
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if path.stat().st_uid != os.getuid():
-                raise PermissionError(0, "it belongs to another user")
+            found = cls(path)
+            found.make()
         except OSError as exc:
             raise ConfigError(
                 f"share.run_dir: cannot use {str(path)!r}: {exc.strerror or exc}. "
                 "Valid: a directory of this user, best in memory (/dev/shm)"
             ) from exc
-        return cls(path)
+        return found
+
+    def make(self) -> None:
+        """Make what is missing of it: somebody may have cleaned /dev/shm. Raises ``OSError``."""
+        for directory in (self.path, self.path / "places", self.path / "ranks"):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.path.stat().st_uid != os.getuid():
+            raise PermissionError(0, "it belongs to another user")
 
     @property
     def config_path(self) -> Path:
@@ -133,9 +139,7 @@ class RunDir:
 
     def take_rank_lock(self) -> RunLock:
         """For the life of a rank process. Raises ``OSError``."""
-        lock = RunLock.take(self.path / "ranks" / f"{os.getpid()}-{secrets.token_hex(4)}.lock")
-        assert lock is not None
-        return lock
+        return RunLock.make(self.path / "ranks" / f"{os.getpid()}-{secrets.token_hex(4)}.lock")
 
     def ranks(self) -> int:
         """Rank processes that live; locks of dead ones are removed."""
@@ -162,11 +166,25 @@ class RunDir:
 
 
 class RunLock:
-    """A held ``flock``: ends with the process, however that ends."""
+    """A held ``flock``: ends with the process, however that ends. Threads: any."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
-        self._fd = fd
+        self._guard = threading.Lock()  # the number of a closed descriptor is soon another file's
+        self._fd = fd  # guarded by _guard
+
+    @classmethod
+    def make(cls, path: Path) -> RunLock:
+        """A file that does not exist yet: it appears held, so nobody takes it for a dead one. Raises ``OSError``."""
+        hidden = path.with_suffix(".new")
+        fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hidden.rename(path)
+        except OSError:
+            os.close(fd)
+            raise
+        return cls(path, fd)
 
     @classmethod
     def take(cls, path: Path, *, tries: int = 1) -> RunLock | None:
@@ -197,16 +215,28 @@ class RunLock:
             os.close(fd)
         return False
 
+    @property
+    def in_place(self) -> bool:
+        """Can others still see it? False: its file was removed, and another process may hold a new one."""
+        with self._guard:
+            try:
+                mine, there = os.fstat(self._fd), self.path.stat()
+            except OSError:
+                return False
+            return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
     def write(self, text: str) -> None:
-        """Replace the file's content."""
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, text.encode(), 0)
+        """Replace the file's content. Raises ``OSError``, also when closed."""
+        with self._guard:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, text.encode(), 0)
 
     def close(self) -> None:
         """Release. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._guard:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
 
 def settings_digest(share: ShareConfig) -> str:
@@ -232,23 +262,29 @@ def _node_mark(home: Path) -> str:
     """8 hex digits that stay with a data directory."""
     path = home / _NODE_ID
     for _ in range(2):
-        try:
-            text = path.read_text().strip()
-            if len(text) == 8 and all(c in "0123456789abcdef" for c in text):
-                return text
-        except FileNotFoundError:
-            pass
+        mark = read_mark(home)
+        if mark:
+            return mark
         home.mkdir(parents=True, exist_ok=True)
         temporary = home / f"{_NODE_ID}.{os.getpid()}-{secrets.token_hex(4)}"
         temporary.write_text(secrets.token_hex(4) + "\n")
         try:
             os.link(temporary, path)  # of several processes that start at once, one wins
         except FileExistsError:
-            if not path.read_text().strip():
+            if not read_mark(home):  # cut off, or not ours
                 temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
-    return path.read_text().strip()
+    return read_mark(home)
+
+
+def read_mark(home: Path) -> str:
+    """The mark of a data directory; "" if it has none. Raises ``OSError`` unless it is only missing."""
+    try:
+        text = (home / _NODE_ID).read_bytes().strip().decode("ascii", "replace")
+    except FileNotFoundError:
+        return ""
+    return text if len(text) == 8 and all(c in "0123456789abcdef" for c in text) else ""
 
 
 def _write(path: Path, text: str) -> None:
