@@ -103,8 +103,11 @@ class Agent:
             version=_VERSION,
         )
 
-    def run(self, stop: threading.Event) -> None:
-        """Until ``stop`` is set, or until no rank process has lived for ``agent_linger_s``."""
+    def run(self, stop: threading.Event, in_place: Callable[[], bool] = lambda: True) -> None:
+        """Until ``stop`` is set, or no rank process has lived for ``agent_linger_s``, or it is not ``in_place``.
+
+        ``in_place``: can rank processes still find this agent?
+        """
         pause = _POLL_MIN_S
         scan_at = 0.0
         while not stop.wait(pause):
@@ -114,6 +117,9 @@ class Agent:
             now = time.monotonic()
             if now >= scan_at:
                 scan_at = now + _SCAN_S
+                if not in_place():
+                    logger.warning("flexkv: %s was removed", self._run_dir.path)
+                    return
                 self._round("scan", self._scan)
             if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
                 logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
@@ -170,7 +176,12 @@ class Agent:
         """Namespace -> bytes of its pages, of all that have pages to share in some directory."""
         found: dict[str, int] = {}
         for directory in self._modes:
-            for folder in directory.glob("?" * 26):
+            try:
+                folders = list(directory.glob("?" * 26))
+            except OSError as exc:  # one disk that fails does not take the others' pages along
+                self._refused[str(directory)] = f"cannot be listed: {exc.strerror or exc}"
+                continue
+            for folder in folders:
                 if folder.name not in found and is_shareable(folder):
                     payload_bytes = payload_bytes_of(folder)
                     if payload_bytes is not None:

@@ -26,6 +26,7 @@ _IDLE_S = 1.0
 _PAUSE_MAX_S = 60.0
 _JOIN_S = 2.0
 _SHELL_S = 10.0
+_LOG_INTERVAL_S = 60.0
 
 
 class AgentKeeper:
@@ -48,6 +49,7 @@ class AgentKeeper:
         self._lock = run_dir.take_rank_lock()
         self._told = False
         self._reported = ""
+        self._failure_at = -_LOG_INTERVAL_S  # when a failure of the thread was logged
         self.usable = True  # False: the agent runs with other settings
         self._thread = threading.Thread(target=self._run, name="flexkv-agent-keeper", daemon=True)
 
@@ -82,21 +84,37 @@ class AgentKeeper:
                     started = min(2 * started, _PAUSE_MAX_S)
                     pause = max(started, self._look_s) * random.uniform(0.8, 1.2)
                 look_at = time.monotonic() + pause
-            self._stop.wait(_IDLE_S)
+            if self._stop.wait(_IDLE_S):
+                return
             try:
                 self._idle()
             except Exception:
-                logger.warning("flexkv: the replica cannot be followed", exc_info=True)
+                now = time.monotonic()
+                if now - self._failure_at >= _LOG_INTERVAL_S:
+                    self._failure_at = now
+                    logger.warning("flexkv: the replica cannot be followed", exc_info=True)
 
     def _looked(self) -> bool:
         """True if an agent lives; else one was started, or could not be."""
         try:
+            self._come_back()
             if self._look():
                 return True
             launch_agent(self._config, self._run_dir)
         except (OSError, subprocess.SubprocessError) as exc:
             logger.warning("flexkv: the agent cannot be started: %s", exc)
         return False
+
+    def _come_back(self) -> None:
+        """Somebody may have cleaned /dev/shm (at a logout, systemd does): be found again, and the agent with us."""
+        if self._lock.in_place:
+            return
+        self._run_dir.make()
+        lost, self._lock = self._lock, self._run_dir.take_rank_lock()
+        lost.close()
+        self._reported = ""
+        self._run_dir.add_places(self._config)
+        logger.warning("flexkv: %s had been removed; it is made anew", self._run_dir.path)
 
     def _look(self) -> bool:
         """Does an agent live? Whether its settings are ours is another question."""

@@ -25,10 +25,13 @@ class Sharing:
         ] = []  # replaced, never changed: the keeper's thread reads it
         self._run_dir = RunDir.of(config)
         self._client = PeerClient(config.share, metrics.count)
+        keeper = None
         try:
-            self._keeper = AgentKeeper(config, self._run_dir, self._follow)
-            self._keeper.start()
+            keeper = self._keeper = AgentKeeper(config, self._run_dir, self._follow)
+            keeper.start()
         except OSError as exc:
+            if keeper is not None:
+                keeper.close()
             self._client.close()
             raise ConfigError(
                 f"share.run_dir: cannot use {str(self._run_dir.path)!r}: {exc.strerror or exc}"
