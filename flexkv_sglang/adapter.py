@@ -147,9 +147,11 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
         WEIGHTS.detach(self)
         try:
-            self._stores.close()
-            if self._sharing is not None:
-                self._sharing.close()
+            try:
+                self._stores.close()
+            finally:
+                if self._sharing is not None:
+                    self._sharing.close()
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
             self._report("close", exc)
 

@@ -169,6 +169,7 @@ class Agent:
                 self._refused[path] = str(exc)
                 logger.error("flexkv: a directory is not served: %s", exc)
             return
+        self._refused.pop(path, None)
         for namespace in tuple(self._pages):  # their pages may lie in the new directory as well
             self._forget(namespace)
 
@@ -181,6 +182,7 @@ class Agent:
             except OSError as exc:  # one disk that fails does not take the others' pages along
                 self._refused[str(directory)] = f"cannot be listed: {exc.strerror or exc}"
                 continue
+            self._refused.pop(str(directory), None)
             for folder in folders:
                 if folder.name not in found and is_shareable(folder):
                     payload_bytes = payload_bytes_of(folder)
