@@ -62,7 +62,10 @@ class RedisAddress:
 def parse_redis_url(
     url: str, password_file: str | None = None, ca_file: str | None = None
 ) -> RedisAddress:
-    """What ``redis_url`` means. ``ca_file``: as ``ssl_ca_certs`` in its options, which must not differ. Raises ``ConfigError`` that never shows a password."""
+    """What ``redis_url`` means. ``ca_file``: as ``ssl_ca_certs`` in its options, which must not differ.
+
+    Raises ``ConfigError`` that never shows a password.
+    """
     try:
         parts = urlsplit(url)
         login, _, places = parts.netloc.rpartition("@")

@@ -210,6 +210,8 @@ class Agent:
             "written_at": time.time(),
             "address": self._address,
             "cluster_id": self._share.cluster_id,
+            "pod": self._share.pod,
+            "guarded": self._share.secret_file is not None or self._share.insecure,
             "version": _VERSION,
             "ranks": self._run_dir.ranks(),
             "directories": sorted(map(str, self._modes)),

@@ -91,7 +91,9 @@ class RemotePages:
         self._metrics = metrics
         self._page_tokens = page_tokens
         self._usable = usable
-        self.closed = False
+        self._ended = threading.Event()
+        metrics.gauge("remote_pages", self.page_count)
+        metrics.gauge("remote_peers", lambda: len(self.peers()))
         self._lock = threading.Lock()  # guards _disbelieved; dict work
         self._disbelieved: dict[
             tuple[str, int, PageKey], float
@@ -167,10 +169,12 @@ class RemotePages:
 
     def follow(self) -> None:
         """Take in what the agent says now. Once a second at least, or files it has replaced stay in memory."""
-        if not self.closed:
-            self._reader.refresh()
-            if self.closed:  # meanwhile: what was opened again is let go of
-                self._reader.close()
+        self._refresh()
+
+    @property
+    def closed(self) -> bool:
+        """Has ``close`` been called?"""
+        return self._ended.is_set()
 
     def peers(self) -> Sequence[Peer]:
         """Other nodes that are up."""
@@ -178,14 +182,23 @@ class RemotePages:
 
     def close(self) -> None:
         """Idempotent. Nothing is found any more."""
-        self.closed = True
+        if not self.closed:
+            for name in ("remote_pages", "remote_peers"):  # what is closed must not be kept alive
+                self._metrics.gauge(name, 0)
+        self._ended.set()
         self._reader.close()
 
     def _ready(self) -> bool:
-        if self.closed or not self._usable():
+        return self._usable() and self._refresh() and self._reader.alive
+
+    def _refresh(self) -> bool:
+        """False: closed. What is opened again by a call that overlaps ``close`` is let go of."""
+        if not self._ended.is_set():
+            self._reader.refresh()
+        if self._ended.is_set():
+            self._reader.close()
             return False
-        self._reader.refresh()
-        return self._reader.alive
+        return True
 
     def _skip(self, peer: Peer) -> bool:
         return not self._client.usable(peer.nid, peer.epoch, peer.address)

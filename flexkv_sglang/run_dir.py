@@ -46,19 +46,13 @@ class RunDir:
     @classmethod
     def of(cls, config: FlexKVConfig) -> RunDir:
         """The run directory of this configuration, made if needed. Raises ``ConfigError``."""
-        share = config.share
         try:
             mark = _node_mark(_home(config))
         except OSError as exc:
             raise ConfigError(
                 f"path: cannot write {_NODE_ID} in {str(_home(config))!r}: {exc.strerror or exc}"
             ) from exc
-        if share.run_dir is not None:
-            path = Path(share.run_dir).expanduser()
-        elif os.access(_MEMORY, os.W_OK):
-            path = _MEMORY / f"flexkv-{os.getuid()}" / f"{share.cluster_id}-{mark}"
-        else:
-            path = _home(config) / ".run" / share.cluster_id
+        path = _place(config, mark)
         try:
             found = cls(path)
             found.make()
@@ -68,6 +62,20 @@ class RunDir:
                 "Valid: a directory of this user, best in memory (/dev/shm)"
             ) from exc
         return found
+
+    @classmethod
+    def find(cls, config: FlexKVConfig) -> RunDir | None:
+        """As ``of``, but makes nothing; None if there is none."""
+        try:
+            found = cls(_place(config, read_mark(_home(config))))
+            return found if found.path.is_dir() else None
+        except OSError:
+            return None
+
+    @classmethod
+    def all_of_user(cls) -> list[RunDir]:
+        """Those of this user that are where they are by default and have had an agent."""
+        return [cls(path.parent) for path in sorted(_of_user().glob("*/agent.lock"))]
 
     def make(self) -> None:
         """Make what is missing of it: somebody may have cleaned /dev/shm. Raises ``OSError``."""
@@ -151,18 +159,30 @@ class RunDir:
                 path.unlink(missing_ok=True)
         return count
 
-    def breakers(self) -> dict[str, dict[str, str]]:
-        """Rank process -> nodes that it does not ask for a while, and why. Of those that live."""
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """What each living rank process says: ``usable``, are the agent's settings its own; ``breakers``, nodes that
+        it does not ask for a while, and why. {} of one that has said nothing yet."""
         found = {}
         for path in sorted((self.path / "ranks").glob("*.lock")):
             try:
                 if RunLock.is_held(path):
-                    found[path.stem] = dict(
-                        json.loads(path.read_text() or "{}").get("breakers", {})
-                    )
+                    fields = json.loads(path.read_text() or "{}")
+                    found[path.stem] = fields if isinstance(fields, dict) else {}
             except (OSError, ValueError):
                 continue  # it has ended, or is writing
         return found
+
+    def breakers(self) -> dict[str, dict[str, str]]:
+        """Rank process -> nodes that it does not ask for a while, and why."""
+        return {name: dict(said.get("breakers", {})) for name, said in self.reports().items()}
+
+    def status(self) -> dict[str, Any]:
+        """What the agent last reported; {} if it has not."""
+        try:
+            fields = json.loads(self.status_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return fields if isinstance(fields, dict) else {}
 
 
 class RunLock:
@@ -251,6 +271,19 @@ def node_name(config: FlexKVConfig) -> str:
         return config.share.nid
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())[:48]
     return f"{host}-{_node_mark(_home(config))}"
+
+
+def _of_user() -> Path:
+    return _MEMORY / f"flexkv-{os.getuid()}"
+
+
+def _place(config: FlexKVConfig, mark: str) -> Path:
+    share = config.share
+    if share.run_dir is not None:
+        return Path(share.run_dir).expanduser()
+    if os.access(_MEMORY, os.W_OK):
+        return _of_user() / f"{share.cluster_id}-{mark}"
+    return _home(config) / ".run" / share.cluster_id
 
 
 def _home(config: FlexKVConfig) -> Path:

@@ -81,7 +81,8 @@ class Sharing:
         for pages in self._opened:
             pages.follow()
             states |= {peer.nid: self._client.is_open(peer.nid) for peer in pages.peers()}
-        self._keeper.report({"breakers": {nid: why for nid, why in states.items() if why}})
+        open_ones = {nid: why for nid, why in states.items() if why}
+        self._keeper.report({"breakers": open_ones, "usable": self._keeper.usable})
 
     def close(self) -> None:
         """The agent stays. Idempotent."""

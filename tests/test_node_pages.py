@@ -7,13 +7,14 @@ import logging
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engines import keys, open_engine, page_memory, soon, wait_until
+from engines import keys, open_engine, page_memory, soon
 from flexkv_sglang.backends.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet import PageStatus
 from flexkv_sglang.backends.local_tier import prepare_directory
@@ -61,9 +62,7 @@ def read(pages: NodePages, wanted: list[PageKey]) -> list[bytes | None]:
 
 def expected(buffers: PageBuffers) -> list[bytes]:
     return [
-        b"".join(
-            ctypes.string_at(a, n) for a, n in zip(row, buffers.lengths.tolist(), strict=True)
-        )
+        b"".join(ctypes.string_at(a, n) for a, n in zip(row, buffers.lengths.tolist(), strict=True))
         for row in buffers.addresses.tolist()
     ]
 
@@ -112,30 +111,26 @@ def test_the_directory_vanishes(tmp_path: Path) -> None:
         assert None not in read(pages, keys(2))
 
 
+def read_until(pages: NodePages, stop: threading.Event, begun: threading.Event) -> None:
+    while not stop.is_set():
+        read(pages, keys(4))
+        begun.set()
+
+
 def test_closed_while_it_is_read(tmp_path: Path) -> None:
     """A namespace is forgotten while the server reads from it: pages or none, no exception, nothing written later."""
     write(tmp_path, 4)
     for _ in range(20):
-        with serving(tmp_path) as pages:
-            stop, failures = threading.Event(), []
-
-            def reads(pages: NodePages = pages, stop: threading.Event = stop) -> None:
-                try:
-                    while not stop.is_set():
-                        read(pages, keys(4))
-                except Exception as exc:  # noqa: BLE001 - whatever it is
-                    failures.append(exc)
-
-            reader = threading.Thread(target=reads)
-            reader.start()
-            assert wait_until(lambda: reader.is_alive())
+        with serving(tmp_path) as pages, ThreadPoolExecutor() as pool:
+            stop, begun = threading.Event(), threading.Event()
+            reading = pool.submit(read_until, pages, stop, begun)
+            assert begun.wait(10)
             pages.close()
             memory, addresses = aligned(4)
             pages.read(keys(4), addresses, soon())
             before = memory.copy()
             stop.set()
-            reader.join(10)
-            assert not failures
+            reading.result(10)
             assert (memory == before).all()
             assert read(pages, keys(4)) == [None] * 4
 

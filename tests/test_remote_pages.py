@@ -191,9 +191,7 @@ def test_what_is_computed_sooner_is_left(bed: Bed, tmp_path: Path) -> None:
     assert all(bed.pages.begin(keys, memory.buffers, soon()).wait() == 4 for _ in range(1))  # type: ignore[union-attr]
     quick = ShareConfig(remote_deadline_s=5.0, recompute_tokens_per_s=1e9)
     reader = ReplicaReader(tmp_path / "run", NAME, 30.0)
-    pages = RemotePages(
-        NAME, PAGE, reader, bed.client, FULL, quick, bed.metrics, page_tokens=16
-    )
+    pages = RemotePages(NAME, PAGE, reader, bed.client, FULL, quick, bed.metrics, page_tokens=16)
     until = soon()
     while not bed.client.seconds_for(NodeId("a"), PAGE):  # with the end, behind the last page
         assert soon() - until < 10

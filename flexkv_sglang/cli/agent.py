@@ -47,9 +47,7 @@ def run_agent(config_path: Path, run_path: Path | None, *, for_ranks: bool) -> i
     return 0
 
 
-def _live(
-    config: FlexKVConfig, run_dir: RunDir, stop: threading.Event, *, for_ranks: bool
-) -> bool:
+def _live(config: FlexKVConfig, run_dir: RunDir, stop: threading.Event, *, for_ranks: bool) -> bool:
     """One agent, from its lock to its end. True: nobody can find it any more, so that another is needed."""
     run_dir.make()
     _log_to(run_dir.log_path if for_ranks else None)
