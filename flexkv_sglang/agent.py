@@ -121,9 +121,10 @@ class Agent:
                     logger.warning("flexkv: %s was removed", self._run_dir.path)
                     return
                 self._round("scan", self._scan)
-            if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
-                logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
-                return
+                # right after the look at the rank processes, else a short linger_s ends it beside living ones
+                if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
+                    logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
+                    return
 
     def close(self) -> None:
         """Leave the others' lists, stop serving. Bounded, idempotent."""

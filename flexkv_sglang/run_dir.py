@@ -31,7 +31,10 @@ from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.share_settings import ShareConfig
 
 _MEMORY = Path("/dev/shm")
-_NODE_ID = "node-id"
+_NODE_ID, _RUN = "node-id", ".run"
+IN_DATA_DIRECTORY = frozenset({_NODE_ID, _RUN})
+"""What is kept in a data directory beside namespaces: the node's mark, and run directories where /dev/shm is none."""
+
 _ASKED_S = 0.02
 _LOCAL = ("listen", "advertise", "run_dir", "nid")
 """Settings of ``share`` that differ between nodes and processes without harm."""
@@ -283,7 +286,7 @@ def _place(config: FlexKVConfig, mark: str) -> Path:
         return Path(share.run_dir).expanduser()
     if os.access(_MEMORY, os.W_OK):
         return _of_user() / f"{share.cluster_id}-{mark}"
-    return _home(config) / ".run" / share.cluster_id
+    return _home(config) / _RUN / share.cluster_id
 
 
 def _home(config: FlexKVConfig) -> Path:
