@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from engines import keys, open_engine, page_memory, soon
 from flexkv_sglang.backends.change_log import ChangeLogs
-from flexkv_sglang.backends.fleet import PageStatus
+from flexkv_sglang.backends.fleet import PageStatus, fingerprints
 from flexkv_sglang.backends.local_tier import prepare_directory
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.node_pages import NodePages, payload_bytes_of
+from flexkv_sglang.transfer import Outcome
 from flexkv_sglang.types import PageBuffers, PageKey
 
 PAGE = 5000  # not a whole number of sectors
@@ -27,10 +29,10 @@ SIZE = 8 * 8192
 
 
 @contextmanager
-def serving(*directories: Path) -> Iterator[NodePages]:
+def serving(*directories: Path, logs: ChangeLogs | None = None) -> Iterator[NodePages]:
     """The namespace ``ns`` of these directories."""
     places = {directory: prepare_directory(str(directory), "auto") for directory in directories}
-    log = ChangeLogs(outbox=False).log("ns")
+    log = (logs or ChangeLogs(outbox=False)).log("ns")
     with closing(NodePages(places, "ns", PAGE, log, Metrics(), depth=8)) as pages:
         pages.scan()
         yield pages
@@ -97,12 +99,43 @@ def test_a_directory_without_the_namespace_is_no_news(
         assert len(pages) == 2
 
 
+def told(logs: ChangeLogs) -> list[int]:
+    """What other nodes believe, in the order of ``keys``."""
+    log = logs.find("ns")
+    assert log is not None
+    held = set(log.snapshot().fps.tolist())
+    return [fp for fp in fingerprints(keys(8)).tolist() if fp in held]
+
+
+def test_a_slot_that_is_given_away_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second look: bytes that may be another page's are not sent."""
+    _source, buffers = page_memory(4, PAGE, seed=1)
+    with closing(open_engine(tmp_path, PAGE, SIZE)) as engine:
+        assert all(engine.put(keys(4), buffers, None, soon()))
+        with serving(tmp_path) as pages:
+            move = pages._move
+
+            def meanwhile(*arguments: Any) -> list[Outcome]:
+                outcomes = move(*arguments)
+                engine.clear()
+                return outcomes
+
+            assert read(pages, keys(4)) == expected(buffers)
+            monkeypatch.setattr(pages, "_move", meanwhile)
+            assert read(pages, keys(4)) == [None] * 4
+
+
 def test_the_directory_vanishes(tmp_path: Path) -> None:
     write(tmp_path, 3)
-    with serving(tmp_path) as pages:
+    logs = ChangeLogs(outbox=False)
+    with serving(tmp_path, logs=logs) as pages:
         assert None not in read(pages, keys(3))
+        assert told(logs) == fingerprints(keys(3)).tolist()
         shutil.rmtree(tmp_path / "ns")
         pages.scan()
+        assert told(logs) == []
         assert read(pages, keys(3)) == [None] * 3
         assert len(pages) == 0
         assert payload_bytes_of(tmp_path / "ns") is None

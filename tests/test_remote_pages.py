@@ -127,6 +127,8 @@ def test_turns_share_one_time_limit(bed: Bed, monkeypatch: pytest.MonkeyPatch) -
         return limits[-1]
 
     monkeypatch.setattr(bed.pages, "latest", told)
+    never = threading.Event()
+    bed.sources["a"].before = lambda _keys: bool(never.wait(0.01))  # type: ignore[assignment,return-value]
     memory = PageMemory(12, [PAGE])
     assert all(bed.store.get(keys, memory.buffers, soon()))
     assert len(bed.client.deadlines) == 2
@@ -160,6 +162,17 @@ def test_a_page_that_was_not_there_is_not_believed_in_again(bed: Bed) -> None:
     assert bed.store.prefix(keys) == 3
     bed.holds("b", keys)  # it may be elsewhere
     assert bed.store.prefix(keys) == 6
+
+
+def test_a_hole_in_the_first_run_ends_it(bed: Bed) -> None:
+    """Pages of the second run came, and do not count: there is none before them."""
+    keys = keys_of(8)
+    bed.holds("a", keys[:4])
+    bed.holds("b", keys[4:])
+    del bed.sources["a"].pages[keys[2]]
+    memory = PageMemory(8, [PAGE])
+    assert bed.store.get(keys, memory.buffers, soon()) == [True] * 2 + [False] * 6
+    assert right(memory, keys)[:2] == [True] * 2
 
 
 def test_a_wrong_page_does_not_count(bed: Bed) -> None:
