@@ -99,9 +99,9 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         self._identities = Identities(self._config, storage_config)
         groups = HeadGroups.of(storage_config)
         prepared = prepare_tiers(self._config)
-        self._sharing = Sharing.of(self._config, self.metrics)
-        self._stores = PoolStores(self._config, prepared, self._describe, groups, self._sharing)
         install_now()
+        self._sharing = Sharing.of(self._config, self.metrics)  # last: from here on there are threads
+        self._stores = PoolStores(self._config, prepared, self._describe, groups, self._sharing)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Learn the page geometry, open the namespace, recover what is there.

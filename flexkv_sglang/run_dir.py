@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Mapping
@@ -82,10 +83,11 @@ class RunDir:
 
     def make(self) -> None:
         """Make what is missing of it: somebody may have cleaned /dev/shm. Raises ``OSError``."""
+        if self.path.parent == _of_user():  # in a directory that everybody may write
+            _make_private(self.path.parent)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         for directory in (self.path, self.path / "places", self.path / "ranks"):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.path.stat().st_uid != os.getuid():
-            raise PermissionError(0, "it belongs to another user")
+            _make_private(directory)
 
     @property
     def config_path(self) -> Path:
@@ -274,6 +276,18 @@ def node_name(config: FlexKVConfig) -> str:
         return config.share.nid
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())[:48]
     return f"{host}-{_node_mark(_home(config))}"
+
+
+def _make_private(path: Path) -> None:
+    """A directory that only this user can change: another's would lead passwords and pages astray. Raises ``OSError``."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(0, f"{path} is a link, or no directory")
+    if found.st_uid != os.getuid():
+        raise PermissionError(0, f"{path} belongs to another user")
+    if found.st_mode & 0o022:
+        path.chmod(0o700)
 
 
 def _of_user() -> Path:

@@ -162,3 +162,32 @@ def test_a_node_id_that_is_no_mark_is_replaced(tmp_path: Path, rubbish: bytes) -
     config = FlexKVConfig.parse({"path": str(tmp_path)})
     assert node_name(config) == node_name(config)
     assert len((tmp_path / "node-id").read_text().strip()) == 8
+
+
+def test_a_run_directory_that_others_can_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/shm is everybody's: whoever owns what lies above could exchange it, and read the password in agent.json."""
+    monkeypatch.setattr("flexkv_sglang.run_dir._MEMORY", tmp_path / "shm")
+    above = tmp_path / "shm" / f"flexkv-{os.getuid()}"
+    above.mkdir(parents=True)
+    above.chmod(0o777)
+    config = FlexKVConfig.parse({"path": str(tmp_path / "p"), "peers": ["127.0.0.1:7400"]})
+    run_dir = RunDir.of(config)
+    assert run_dir.path.parent == above
+    assert [path.stat().st_mode & 0o777 for path in (above, run_dir.path)] == [0o700, 0o700]
+    shutil.move(above, tmp_path / "elsewhere")
+    above.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is a link"):
+        RunDir.of(config)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_a_run_directory_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexkv_sglang.run_dir._MEMORY", tmp_path / "shm")
+    above = tmp_path / "shm" / "flexkv-0"
+    above.mkdir(parents=True)
+    os.chown(above, 65534, 65534)
+    config = FlexKVConfig.parse({"path": str(tmp_path / "p"), "peers": ["127.0.0.1:7400"]})
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        RunDir.of(config)

@@ -243,3 +243,18 @@ def test_the_namespace_is_removed_under_the_agent(pair: tuple[Node, Rank, Node, 
     a.rank().put(2, PAGES)
     assert eventually(lambda: reads_all(reader, 2), 20), (a.agent_log(), b.status())
     assert "Traceback" not in a.agent_log()
+
+
+def test_a_server_ends_while_everything_hangs(
+    pair: tuple[Node, Rank, Node, Rank], redis_server: RedisServer
+) -> None:
+    """Agents here and there and Redis are stopped: ending waits for none of them."""
+    a, _, b, reader = pair
+    assert reader.get(1, PAGES)["pages"] == PAGES
+    for node in (a, b):
+        node.signal_agent(signal.SIGSTOP)
+    redis_server.signal(signal.SIGSTOP)
+    reader.ask("get", seed=1, pages=PAGES)
+    reader.stop()  # within 30 s, else it is killed and this fails
+    b.signal_agent(signal.SIGCONT)
+    assert eventually(lambda: b.status().get("ranks") == 0)
