@@ -100,7 +100,8 @@ class FlexKVStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no ty
         groups = HeadGroups.of(storage_config)
         prepared = prepare_tiers(self._config)
         install_now()
-        self._sharing = Sharing.of(self._config, self.metrics)  # last: from here on there are threads
+        # last: from here on there are threads
+        self._sharing = Sharing.of(self._config, self.metrics)
         self._stores = PoolStores(self._config, prepared, self._describe, groups, self._sharing)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:

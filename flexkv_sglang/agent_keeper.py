@@ -135,7 +135,10 @@ class AgentKeeper:
 
 
 def launch_agent(config: FlexKVConfig, run_dir: RunDir) -> None:
-    """Start an agent that nobody is the parent of. Raises ``OSError``, ``subprocess.SubprocessError``."""
+    """Start an agent that nobody is the parent of, in our working directory: paths may be relative to it.
+
+    Raises ``OSError``, ``subprocess.SubprocessError``.
+    """
     run_dir.write_config(config)
     command = [sys.executable, "-P", "-m", "flexkv_sglang.cli", "agent"]
     command += ["--config", str(run_dir.config_path), "--run-dir", str(run_dir.path), "--for-ranks"]
@@ -145,7 +148,6 @@ def launch_agent(config: FlexKVConfig, run_dir: RunDir) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            cwd="/",
             start_new_session=True,
             timeout=_SHELL_S,
             check=True,

@@ -279,7 +279,10 @@ def node_name(config: FlexKVConfig) -> str:
 
 
 def _make_private(path: Path) -> None:
-    """A directory that only this user can change: another's would lead passwords and pages astray. Raises ``OSError``."""
+    """A directory that only this user can change: another's would lead passwords and pages astray.
+
+    Raises ``OSError``.
+    """
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
@@ -297,7 +300,7 @@ def _of_user() -> Path:
 def _place(config: FlexKVConfig, mark: str) -> Path:
     share = config.share
     if share.run_dir is not None:
-        return Path(share.run_dir).expanduser()
+        return Path(share.run_dir).expanduser().resolve()
     if os.access(_MEMORY, os.W_OK):
         return _of_user() / f"{share.cluster_id}-{mark}"
     return _home(config) / _RUN / share.cluster_id

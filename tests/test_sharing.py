@@ -15,7 +15,7 @@ from engines import wait_until
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.metrics import Metrics
-from flexkv_sglang.run_dir import RunDir
+from flexkv_sglang.run_dir import RunDir, node_name
 from flexkv_sglang.sharing import Sharing
 
 NAMESPACE = "a" * 26
@@ -81,3 +81,21 @@ def test_weights_without_a_name_are_not_shared(tmp_path: Path, run_dir: RunDir) 
     sharing = Sharing(config(tmp_path), Metrics())
     assert sharing.pages(NAMESPACE, {"epoch": "nonce", "page_size": 16}, 4096, Metrics()) is None
     sharing.close()
+
+
+def test_relative_paths_are_those_of_the_server(
+    tmp_path: Path, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").write_bytes(bytes(range(32)))
+    (tmp_path / "secret").chmod(0o600)
+    told = config(tmp_path, run_dir="run", secret_file="secret", auth="hmac").given
+    here = FlexKVConfig.parse({**told, "path": "pages"})
+    sharing = Sharing(here, Metrics())
+    try:
+        assert wait_until(lambda: "nid" in run_dir.status())
+        assert run_dir.status()["nid"] == node_name(here)
+        assert run_dir.status()["directories"] == [str(tmp_path / "pages")]
+        assert not Path("/pages").exists()
+    finally:
+        sharing.close()
