@@ -81,8 +81,12 @@ class NeighbourStore:
         for directory, mode in self._places:
             try:
                 names = owners(directory)
+            except FileNotFoundError:
+                continue  # nobody has pages of this namespace there
             except OSError as exc:
-                logger.warning("flexkv: cannot list %s: %s", directory, exc)
+                if self._rejected.get((directory, "")) != str(exc):
+                    self._rejected[directory, ""] = str(exc)
+                    logger.warning("flexkv: cannot list %s: %s", directory, exc)
                 continue
             for owner in names:
                 if owner not in self._own and (directory, owner) not in self._replicas:

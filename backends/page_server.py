@@ -244,8 +244,10 @@ class PageServer:
         elif isinstance(ask, wire.Bad):
             self._reported_bad(ask)
         elif isinstance(ask, wire.Snap):
+            self.counts["snapshots_asked"] += 1
             self._feeds.snap(reader, ask)
         elif isinstance(ask, wire.Poll):
+            self.counts["polls_asked"] += 1
             self._feeds.poll(reader, ask)
 
     # ---- greeting ----

@@ -101,7 +101,9 @@ class RedisFeed:
         self._share = share
         self._host = host
         self._logs = logs
-        self._link = RedisLink(parse_redis_url(share.redis_url, share.redis_password_file))
+        self._link = RedisLink(
+            parse_redis_url(share.redis_url, share.redis_password_file, share.redis_ca_file)
+        )
         self._writing = self._link.client()
         self._reading = self._link.client(BLOCK_S)
         self._script = self._writing.register_script(BEAT)

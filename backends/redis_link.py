@@ -59,8 +59,13 @@ class RedisAddress:
         return f"{self.scheme}://{user}{hosts}{service}/{self.db}"
 
 
-def parse_redis_url(url: str, password_file: str | None = None) -> RedisAddress:
-    """What ``redis_url`` means. Raises ``ConfigError`` that never shows a password."""
+def parse_redis_url(
+    url: str, password_file: str | None = None, ca_file: str | None = None
+) -> RedisAddress:
+    """What ``redis_url`` means. ``ca_file``: as ``ssl_ca_certs`` in its options, which must not differ.
+
+    Raises ``ConfigError`` that never shows a password.
+    """
     try:
         parts = urlsplit(url)
         login, _, places = parts.netloc.rpartition("@")
@@ -68,6 +73,8 @@ def parse_redis_url(url: str, password_file: str | None = None) -> RedisAddress:
         options = dict(
             parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         )
+        if ca_file and options.setdefault("ssl_ca_certs", ca_file) != ca_file:
+            raise ValueError  # noqa: TRY301 - one message for all of them
         protocol = int(options.pop("protocol", "2"))
         same = {"same": True, "none": False}[options.pop("sentinel_auth", "none")]
         login_fields: dict[str, Any] = {
@@ -94,6 +101,7 @@ def parse_redis_url(url: str, password_file: str | None = None) -> RedisAddress:
         raise ConfigError(
             f"redis_url: {redacted(url)!r} is not valid"
             + (" beside redis_password_file (two passwords?)" if password_file else "")
+            + (" beside redis_ca_file (no rediss://, or two authorities?)" if ca_file else "")
             + f"; valid: {_VALID}"
         ) from None
 

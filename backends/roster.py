@@ -314,6 +314,7 @@ class Roster:
             "address": member.info.address,
             "epoch": f"{member.info.epoch:016x}",
             "version": member.info.version,
+            "serves": sorted(member.info.namespaces),
             "state": "up" if down is None else "down",
             "down_s": None if down is None else round(now - down, 1),
             "pages": sum(

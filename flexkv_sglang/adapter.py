@@ -74,9 +74,10 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self._identities = Identities(self._config, storage_config)
         groups = HeadGroups.of(storage_config)
         prepared = prepare_tiers(self._config)
+        install_now()
+        # last: from here on there are threads
         self._sharing = Sharing.of(self._config, self.metrics)
         self._stores = PoolStores(self._config, prepared, self._describe, groups, self._sharing)
-        install_now()
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Learn the page geometry, open the namespace, recover what is there.
@@ -121,9 +122,11 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
         WEIGHTS.detach(self)
         try:
-            self._stores.close()
-            if self._sharing is not None:
-                self._sharing.close()
+            try:
+                self._stores.close()
+            finally:
+                if self._sharing is not None:
+                    self._sharing.close()
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
             self._report("close", exc)
 

@@ -104,8 +104,11 @@ class Agent:
             version=_VERSION,
         )
 
-    def run(self, stop: threading.Event) -> None:
-        """Until ``stop`` is set, or until no rank process has lived for ``agent_linger_s``."""
+    def run(self, stop: threading.Event, in_place: Callable[[], bool] = lambda: True) -> None:
+        """Until ``stop`` is set, or no rank process has lived for ``agent_linger_s``, or it is not ``in_place``.
+
+        ``in_place``: can rank processes still find this agent?
+        """
         pause = _POLL_MIN_S
         scan_at = 0.0
         while not stop.wait(pause):
@@ -115,10 +118,14 @@ class Agent:
             now = time.monotonic()
             if now >= scan_at:
                 scan_at = now + _SCAN_S
+                if not in_place():
+                    logger.warning("flexkv: %s was removed", self._run_dir.path)
+                    return
                 self._round("scan", self._scan)
-            if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
-                logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
-                return
+                # right after the look at the rank processes, else a short linger_s ends it beside living ones
+                if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
+                    logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
+                    return
 
     def close(self) -> None:
         """Leave the others' lists, stop serving. Bounded, idempotent."""
@@ -164,6 +171,7 @@ class Agent:
                 self._refused[path] = str(exc)
                 logger.error("flexkv: a directory is not served: %s", exc)
             return
+        self._refused.pop(path, None)
         for namespace in tuple(self._pages):  # their pages may lie in the new directory as well
             self._forget(namespace)
 
@@ -171,7 +179,13 @@ class Agent:
         """Namespace -> bytes of its pages, of all that have pages to share in some directory."""
         found: dict[str, int] = {}
         for directory in self._modes:
-            for folder in directory.glob("?" * 26):
+            try:
+                folders = list(directory.glob("?" * 26))
+            except OSError as exc:  # one disk that fails does not take the others' pages along
+                self._refused[str(directory)] = f"cannot be listed: {exc.strerror or exc}"
+                continue
+            self._refused.pop(str(directory), None)
+            for folder in folders:
                 if folder.name not in found and is_shareable(folder):
                     payload_bytes = payload_bytes_of(folder)
                     if payload_bytes is not None:
@@ -198,6 +212,8 @@ class Agent:
             "written_at": time.time(),
             "address": self._address,
             "cluster_id": self._share.cluster_id,
+            "pod": self._share.pod,
+            "guarded": self._share.secret_file is not None or self._share.insecure,
             "version": _VERSION,
             "ranks": self._run_dir.ranks(),
             "directories": sorted(map(str, self._modes)),

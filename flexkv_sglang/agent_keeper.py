@@ -26,6 +26,7 @@ _IDLE_S = 1.0
 _PAUSE_MAX_S = 60.0
 _JOIN_S = 2.0
 _SHELL_S = 10.0
+_LOG_INTERVAL_S = 60.0
 
 
 class AgentKeeper:
@@ -48,6 +49,7 @@ class AgentKeeper:
         self._lock = run_dir.take_rank_lock()
         self._told = False
         self._reported = ""
+        self._failure_at = -_LOG_INTERVAL_S  # when a failure of the thread was logged
         self.usable = True  # False: the agent runs with other settings
         self._thread = threading.Thread(target=self._run, name="flexkv-agent-keeper", daemon=True)
 
@@ -82,21 +84,37 @@ class AgentKeeper:
                     started = min(2 * started, _PAUSE_MAX_S)
                     pause = max(started, self._look_s) * random.uniform(0.8, 1.2)
                 look_at = time.monotonic() + pause
-            self._stop.wait(_IDLE_S)
+            if self._stop.wait(_IDLE_S):
+                return
             try:
                 self._idle()
             except Exception:
-                logger.warning("flexkv: the replica cannot be followed", exc_info=True)
+                now = time.monotonic()
+                if now - self._failure_at >= _LOG_INTERVAL_S:
+                    self._failure_at = now
+                    logger.warning("flexkv: the replica cannot be followed", exc_info=True)
 
     def _looked(self) -> bool:
         """True if an agent lives; else one was started, or could not be."""
         try:
+            self._come_back()
             if self._look():
                 return True
             launch_agent(self._config, self._run_dir)
         except (OSError, subprocess.SubprocessError) as exc:
             logger.warning("flexkv: the agent cannot be started: %s", exc)
         return False
+
+    def _come_back(self) -> None:
+        """Somebody may have cleaned /dev/shm (at a logout, systemd does): be found again, and the agent with us."""
+        if self._lock.in_place:
+            return
+        self._run_dir.make()
+        lost, self._lock = self._lock, self._run_dir.take_rank_lock()
+        lost.close()
+        self._reported = ""
+        self._run_dir.add_places(self._config)
+        logger.warning("flexkv: %s had been removed; it is made anew", self._run_dir.path)
 
     def _look(self) -> bool:
         """Does an agent live? Whether its settings are ours is another question."""
@@ -117,7 +135,10 @@ class AgentKeeper:
 
 
 def launch_agent(config: FlexKVConfig, run_dir: RunDir) -> None:
-    """Start an agent that nobody is the parent of. Raises ``OSError``, ``subprocess.SubprocessError``."""
+    """Start an agent that nobody is the parent of, in our working directory: paths may be relative to it.
+
+    Raises ``OSError``, ``subprocess.SubprocessError``.
+    """
     run_dir.write_config(config)
     command = [sys.executable, "-P", "-m", "flexkv_sglang.cli", "agent"]
     command += ["--config", str(run_dir.config_path), "--run-dir", str(run_dir.path), "--for-ranks"]
@@ -127,7 +148,6 @@ def launch_agent(config: FlexKVConfig, run_dir: RunDir) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            cwd="/",
             start_new_session=True,
             timeout=_SHELL_S,
             check=True,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.settings import choice, parse_size, reject_unknown, size_or_zero, text
+from flexkv_sglang.settings import choice, parse_size, reject_unknown, shown, size_or_zero, text
 from flexkv_sglang.share_settings import ShareConfig, address_list, parse_share, redis_url
 
 SGLANG_KEYS = frozenset(
@@ -92,7 +92,7 @@ class FlexKVConfig:
         for key in short:
             if key in (given.get("share") or {}):
                 raise ConfigError(
-                    f"{key}: {given[key]!r} is given twice, also as share.{key}. Valid: one of them"
+                    f"{key}: {shown(given[key])} is given twice, also as share.{key}. Valid: one of them"
                 )
         if short:
             parsed["share"] = replace(parsed.get("share", ShareConfig()), **short)

@@ -132,14 +132,20 @@ class Hierarchy:
     def _get_shared(
         self, remote: RemotePages, keys: Sequence[PageKey], targets: PageBuffers, deadline: float
     ) -> int:
-        """Pages here and pages elsewhere by turns, both at once. A page that is bad here is asked for elsewhere."""
+        """Pages here and pages elsewhere by turns, both at once. A page that is bad here is asked for elsewhere.
+
+        Other nodes are given one time limit for all turns: a slow one must not take it anew with each.
+        """
         done, failed = 0, -1
+        remote_deadline = remote.latest(len(keys), deadline)
         while done < len(keys):
             here = self._local_prefix(keys[done:], promise=False)
             split = done + here
             further = None
             if split < len(keys):
-                further = remote.begin(keys[split:], targets.take(slice(split, None)), deadline)
+                further = remote.begin(
+                    keys[split:], targets.take(slice(split, None)), remote_deadline
+                )
             try:
                 got = self._get_local(keys[done:split], targets.take(slice(done, split)), deadline)
             finally:

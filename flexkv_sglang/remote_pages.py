@@ -25,7 +25,7 @@ from flexkv_sglang.share_settings import ShareConfig
 from flexkv_sglang.types import U64, PageBuffers, PageKey
 
 _RATE_MIN = 100e6
-"""Bytes per second that a remote read is given at least; see ``deadline``."""
+"""Bytes per second that a remote read is given at least; see ``latest``."""
 
 _DISBELIEVED_S = 30.0
 _DISBELIEVED_MAX = 1 << 16
@@ -56,10 +56,9 @@ class RemoteGet:
     def wait(self) -> int:
         """Length of the leading run that arrived whole and right. Nothing is written into targets after."""
         done, broken = 0, False
-        for run, pending in self._started:
-            outcomes = (
-                pending.wait()
-            )  # also of runs behind a hole: their targets are the caller's again
+        # all of them, also behind a hole and before anything can fail: their targets are the caller's again
+        ended = [(run, pending.wait()) for run, pending in self._started]
+        for run, outcomes in ended:
             got = self._owner.ended(run, self._keys[run.start : run.stop], outcomes)
             if not broken:
                 done += got
@@ -92,7 +91,9 @@ class RemotePages:
         self._metrics = metrics
         self._page_tokens = page_tokens
         self._usable = usable
-        self.closed = False
+        self._ended = threading.Event()
+        metrics.gauge("remote_pages", self.page_count)
+        metrics.gauge("remote_peers", lambda: len(self.peers()))
         self._lock = threading.Lock()  # guards _disbelieved; dict work
         self._disbelieved: dict[
             tuple[str, int, PageKey], float
@@ -119,23 +120,32 @@ class RemotePages:
         runs = self._plan(keys)
         if not runs:
             return None
-        now = time.monotonic()
-        byte_count = runs[-1].stop * self._payload_bytes
-        deadline = min(deadline, now + self._share.remote_deadline_s + byte_count / _RATE_MIN)
-        started = []
-        for run in runs:
-            read = RemoteRead(
-                run.peer.nid,
-                run.peer.epoch,
-                run.peer.address,
-                self._namespace,
-                keys[run.start : run.stop],
-                targets.take(slice(run.start, run.stop)),
-                self._accepted,
-                deadline,
-            )
-            started.append((run, self._client.begin(read)))
+        deadline = self.latest(runs[-1].stop, deadline)
+        started: list[tuple[Run, Pending]] = []
+        try:
+            for run in runs:
+                read = RemoteRead(
+                    run.peer.nid,
+                    run.peer.epoch,
+                    run.peer.address,
+                    self._namespace,
+                    keys[run.start : run.stop],
+                    targets.take(slice(run.start, run.stop)),
+                    self._accepted,
+                    deadline,
+                )
+                started.append((run, self._client.begin(read)))
+        except BaseException:
+            for _run, pending in started:  # nobody will wait for them
+                pending.cut(0)
+                pending.wait()
+            raise
         return RemoteGet(self, keys, started)
+
+    def latest(self, page_count: int, deadline: float) -> float:
+        """When reads of so many pages that begin now must have ended, however many turns they take."""
+        seconds = self._share.remote_deadline_s + page_count * self._payload_bytes / _RATE_MIN
+        return min(deadline, time.monotonic() + seconds)
 
     def page_count(self) -> int:
         """Pages that other nodes claim (one that two have counts twice)."""
@@ -159,8 +169,12 @@ class RemotePages:
 
     def follow(self) -> None:
         """Take in what the agent says now. Once a second at least, or files it has replaced stay in memory."""
-        if not self.closed:
-            self._reader.refresh()
+        self._refresh()
+
+    @property
+    def closed(self) -> bool:
+        """Has ``close`` been called?"""
+        return self._ended.is_set()
 
     def peers(self) -> Sequence[Peer]:
         """Other nodes that are up."""
@@ -168,14 +182,23 @@ class RemotePages:
 
     def close(self) -> None:
         """Idempotent. Nothing is found any more."""
-        self.closed = True
+        if not self.closed:
+            for name in ("remote_pages", "remote_peers"):  # what is closed must not be kept alive
+                self._metrics.gauge(name, 0)
+        self._ended.set()
         self._reader.close()
 
     def _ready(self) -> bool:
-        if self.closed or not self._usable():
+        return self._usable() and self._refresh() and self._reader.alive
+
+    def _refresh(self) -> bool:
+        """False: closed. What is opened again by a call that overlaps ``close`` is let go of."""
+        if not self._ended.is_set():
+            self._reader.refresh()
+        if self._ended.is_set():
+            self._reader.close()
             return False
-        self._reader.refresh()
-        return self._reader.alive
+        return True
 
     def _skip(self, peer: Peer) -> bool:
         return not self._client.usable(peer.nid, peer.epoch, peer.address)

@@ -19,6 +19,8 @@ import json
 import os
 import secrets
 import socket
+import stat
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -30,7 +32,10 @@ from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.share_settings import ShareConfig
 
 _MEMORY = Path("/dev/shm")
-_NODE_ID = "node-id"
+_NODE_ID, _RUN = "node-id", ".run"
+IN_DATA_DIRECTORY = frozenset({_NODE_ID, _RUN})
+"""What is kept in a data directory beside namespaces: the node's mark, and run directories where /dev/shm is none."""
+
 _ASKED_S = 0.02
 _LOCAL = ("listen", "advertise", "run_dir", "nid")
 """Settings of ``share`` that differ between nodes and processes without harm."""
@@ -45,30 +50,44 @@ class RunDir:
     @classmethod
     def of(cls, config: FlexKVConfig) -> RunDir:
         """The run directory of this configuration, made if needed. Raises ``ConfigError``."""
-        share = config.share
         try:
             mark = _node_mark(_home(config))
         except OSError as exc:
             raise ConfigError(
                 f"path: cannot write {_NODE_ID} in {str(_home(config))!r}: {exc.strerror or exc}"
             ) from exc
-        if share.run_dir is not None:
-            path = Path(share.run_dir).expanduser()
-        elif os.access(_MEMORY, os.W_OK):
-            path = _MEMORY / f"flexkv-{os.getuid()}" / f"{share.cluster_id}-{mark}"
-        else:
-            path = _home(config) / ".run" / share.cluster_id
+        path = _place(config, mark)
         try:
-            for directory in (path, path / "places", path / "ranks"):
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if path.stat().st_uid != os.getuid():
-                raise PermissionError(0, "it belongs to another user")
+            found = cls(path)
+            found.make()
         except OSError as exc:
             raise ConfigError(
                 f"share.run_dir: cannot use {str(path)!r}: {exc.strerror or exc}. "
                 "Valid: a directory of this user, best in memory (/dev/shm)"
             ) from exc
-        return cls(path)
+        return found
+
+    @classmethod
+    def find(cls, config: FlexKVConfig) -> RunDir | None:
+        """As ``of``, but makes nothing; None if there is none."""
+        try:
+            found = cls(_place(config, read_mark(_home(config))))
+            return found if found.path.is_dir() else None
+        except OSError:
+            return None
+
+    @classmethod
+    def all_of_user(cls) -> list[RunDir]:
+        """Those of this user that are where they are by default and have had an agent."""
+        return [cls(path.parent) for path in sorted(_of_user().glob("*/agent.lock"))]
+
+    def make(self) -> None:
+        """Make what is missing of it: somebody may have cleaned /dev/shm. Raises ``OSError``."""
+        if self.path.parent == _of_user():  # in a directory that everybody may write
+            _make_private(self.path.parent)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for directory in (self.path, self.path / "places", self.path / "ranks"):
+            _make_private(directory)
 
     @property
     def config_path(self) -> Path:
@@ -133,9 +152,7 @@ class RunDir:
 
     def take_rank_lock(self) -> RunLock:
         """For the life of a rank process. Raises ``OSError``."""
-        lock = RunLock.take(self.path / "ranks" / f"{os.getpid()}-{secrets.token_hex(4)}.lock")
-        assert lock is not None
-        return lock
+        return RunLock.make(self.path / "ranks" / f"{os.getpid()}-{secrets.token_hex(4)}.lock")
 
     def ranks(self) -> int:
         """Rank processes that live; locks of dead ones are removed."""
@@ -147,26 +164,52 @@ class RunDir:
                 path.unlink(missing_ok=True)
         return count
 
-    def breakers(self) -> dict[str, dict[str, str]]:
-        """Rank process -> nodes that it does not ask for a while, and why. Of those that live."""
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """What each living rank process says: ``usable``, are the agent's settings its own; ``breakers``, nodes that
+        it does not ask for a while, and why. {} of one that has said nothing yet."""
         found = {}
         for path in sorted((self.path / "ranks").glob("*.lock")):
             try:
                 if RunLock.is_held(path):
-                    found[path.stem] = dict(
-                        json.loads(path.read_text() or "{}").get("breakers", {})
-                    )
+                    fields = json.loads(path.read_text() or "{}")
+                    found[path.stem] = fields if isinstance(fields, dict) else {}
             except (OSError, ValueError):
                 continue  # it has ended, or is writing
         return found
 
+    def breakers(self) -> dict[str, dict[str, str]]:
+        """Rank process -> nodes that it does not ask for a while, and why."""
+        return {name: dict(said.get("breakers", {})) for name, said in self.reports().items()}
+
+    def status(self) -> dict[str, Any]:
+        """What the agent last reported; {} if it has not."""
+        try:
+            fields = json.loads(self.status_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return fields if isinstance(fields, dict) else {}
+
 
 class RunLock:
-    """A held ``flock``: ends with the process, however that ends."""
+    """A held ``flock``: ends with the process, however that ends. Threads: any."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
-        self._fd = fd
+        self._guard = threading.Lock()  # the number of a closed descriptor is soon another file's
+        self._fd = fd  # guarded by _guard
+
+    @classmethod
+    def make(cls, path: Path) -> RunLock:
+        """A file that does not exist yet: it appears held, so nobody takes it for a dead one. Raises ``OSError``."""
+        hidden = path.with_suffix(".new")
+        fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hidden.rename(path)
+        except OSError:
+            os.close(fd)
+            raise
+        return cls(path, fd)
 
     @classmethod
     def take(cls, path: Path, *, tries: int = 1) -> RunLock | None:
@@ -197,16 +240,28 @@ class RunLock:
             os.close(fd)
         return False
 
+    @property
+    def in_place(self) -> bool:
+        """Can others still see it? False: its file was removed, and another process may hold a new one."""
+        with self._guard:
+            try:
+                mine, there = os.fstat(self._fd), self.path.stat()
+            except OSError:
+                return False
+            return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
     def write(self, text: str) -> None:
-        """Replace the file's content."""
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, text.encode(), 0)
+        """Replace the file's content. Raises ``OSError``, also when closed."""
+        with self._guard:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, text.encode(), 0)
 
     def close(self) -> None:
         """Release. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._guard:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
 
 def settings_digest(share: ShareConfig) -> str:
@@ -223,6 +278,34 @@ def node_name(config: FlexKVConfig) -> str:
     return f"{host}-{_node_mark(_home(config))}"
 
 
+def _make_private(path: Path) -> None:
+    """A directory that only this user can change: another's would lead passwords and pages astray.
+
+    Raises ``OSError``.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(0, f"{path} is a link, or no directory")
+    if found.st_uid != os.getuid():
+        raise PermissionError(0, f"{path} belongs to another user")
+    if found.st_mode & 0o022:
+        path.chmod(0o700)
+
+
+def _of_user() -> Path:
+    return _MEMORY / f"flexkv-{os.getuid()}"
+
+
+def _place(config: FlexKVConfig, mark: str) -> Path:
+    share = config.share
+    if share.run_dir is not None:
+        return Path(share.run_dir).expanduser().resolve()
+    if os.access(_MEMORY, os.W_OK):
+        return _of_user() / f"{share.cluster_id}-{mark}"
+    return _home(config) / _RUN / share.cluster_id
+
+
 def _home(config: FlexKVConfig) -> Path:
     """The lowest tier's first directory: the one that lasts."""
     return Path(config.tiers[-1].path[0]).expanduser()
@@ -232,23 +315,29 @@ def _node_mark(home: Path) -> str:
     """8 hex digits that stay with a data directory."""
     path = home / _NODE_ID
     for _ in range(2):
-        try:
-            text = path.read_text().strip()
-            if len(text) == 8 and all(c in "0123456789abcdef" for c in text):
-                return text
-        except FileNotFoundError:
-            pass
+        mark = read_mark(home)
+        if mark:
+            return mark
         home.mkdir(parents=True, exist_ok=True)
         temporary = home / f"{_NODE_ID}.{os.getpid()}-{secrets.token_hex(4)}"
         temporary.write_text(secrets.token_hex(4) + "\n")
         try:
             os.link(temporary, path)  # of several processes that start at once, one wins
         except FileExistsError:
-            if not path.read_text().strip():
+            if not read_mark(home):  # cut off, or not ours
                 temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
-    return path.read_text().strip()
+    return read_mark(home)
+
+
+def read_mark(home: Path) -> str:
+    """The mark of a data directory; "" if it has none. Raises ``OSError`` unless it is only missing."""
+    try:
+        text = (home / _NODE_ID).read_bytes().strip().decode("ascii", "replace")
+    except FileNotFoundError:
+        return ""
+    return text if len(text) == 8 and all(c in "0123456789abcdef" for c in text) else ""
 
 
 def _write(path: Path, text: str) -> None:

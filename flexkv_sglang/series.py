@@ -172,6 +172,8 @@ _ALL = (
     Metric("journal_bytes", "gauge", "bytes", "size of this process's journals", key="tier"),
     Metric("neighbours", "gauge", "owners", "others whose pages can be read", key="tier"),
     Metric("neighbour_pages", "gauge", "pages", "pages they claim to hold", key="tier"),
+    Metric("remote_pages", "gauge", "pages", "pages that other nodes claim to hold, as known here"),
+    Metric("remote_peers", "gauge", "nodes", "other nodes that are up, as known here"),
     Metric(
         *("breaker_state", "gauge", "state"),
         "0 in use, 1 read only: it takes no more pages, 2 bypassed",

@@ -24,7 +24,23 @@ _UNITS = {
     "TIB": 2**40,
 }
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
+_PASSWORD = re.compile(r"(://[^:@\s'\"]*:)[^\s'\"]*@")
 _SIZE_HELP = 'bytes as a number, or a string such as "200GB", "1.5TB" or "512MiB"'
+
+
+def redacted(url: str) -> str:
+    """A Redis URL without its password, however wrong it may be: one with ``#`` or ``/`` in it is cut elsewhere."""
+    scheme, mark, rest = url.partition("://")
+    login, at, where = rest.rpartition("@")
+    if not at:
+        return url
+    user, colon, _ = login.partition(":")
+    return f"{scheme}{mark}{user}:***@{where}" if colon else url
+
+
+def shown(value: object) -> str:
+    """A value for an error message, without passwords of URLs in it."""
+    return _PASSWORD.sub(r"\1***@", repr(value))
 
 
 def reject_unknown(
@@ -36,7 +52,7 @@ def reject_unknown(
         near = difflib.get_close_matches(unknown[0], [*valid, *also], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"{where}{unknown[0]}: unknown key, value {given[unknown[0]]!r}.{hint} Valid keys: "
+            f"{where}{unknown[0]}: unknown key, value {shown(given[unknown[0]])}.{hint} Valid keys: "
             f"{', '.join(valid)}"
         )
 

@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.settings import choice, flag, number, reject_unknown, text
+from flexkv_sglang.settings import choice, flag, number, redacted, reject_unknown, shown, text
 
 _NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _ADDRESS = re.compile(r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
@@ -72,22 +72,17 @@ class ShareConfig:
         return str(changed)
 
 
-def redacted(url: str) -> str:
-    """A Redis URL without its password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    where = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{where}"))
-
-
 def redis_url(key: str, value: object) -> str:
     """Address of the Redis that nodes meet at. Raises ``ConfigError``, without the password in it."""
     help_text = "redis://host:6379/0, rediss://user@host:6379/0 (TLS), redis+sentinel://h1:26379,h2:26379/service/0"
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{key}: {value!r}. Valid: {help_text}")
-    parts = urlsplit(value)
-    if parts.scheme not in _SCHEMES or not (parts.netloc or parts.scheme == "unix"):
+        raise ConfigError(f"{key}: {shown(value)}. Valid: {help_text}")
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in _SCHEMES and bool(parts.netloc or parts.scheme == "unix")
+    except ValueError:
+        valid = False
+    if not valid:
         raise ConfigError(f"{key}: {redacted(value)!r}. Valid: {help_text}")
     return value
 
@@ -111,7 +106,7 @@ def parse_share(key: str, value: object) -> ShareConfig:
     """From the object ``share``. Raises ``ConfigError``."""
     if not isinstance(value, Mapping):
         raise ConfigError(
-            f'{key}: {value!r}. Valid: an object such as {{"redis_url": "redis://host:6379/0"}}'
+            f'{key}: {shown(value)}. Valid: an object such as {{"redis_url": "redis://host:6379/0"}}'
         )
     reject_unknown(value, list(_PARSERS), f"{key}.")
     fields = {}

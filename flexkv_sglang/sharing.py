@@ -6,13 +6,24 @@ from collections.abc import Mapping
 
 from flexkv_sglang.agent_keeper import AgentKeeper
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
+from flexkv_sglang.backends.curve import listen_address, load_secret
 from flexkv_sglang.backends.peer_client import PeerClient
+from flexkv_sglang.backends.redis_link import RedisLink, parse_redis_url
 from flexkv_sglang.backends.replica_reader import ReplicaReader
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.metrics import Metrics
 from flexkv_sglang.remote_pages import RemotePages
 from flexkv_sglang.run_dir import RunDir
+from flexkv_sglang.share_settings import ShareConfig
+
+
+def check_settings(share: ShareConfig) -> None:
+    """Refuse what the agent would refuse: its log is read by few. Raises ``ConfigError``."""
+    if share.redis_url is not None:
+        RedisLink(parse_redis_url(share.redis_url, share.redis_password_file, share.redis_ca_file))
+    if share.listen != "auto":
+        listen_address(share, load_secret(share))
 
 
 class Sharing:
@@ -23,12 +34,16 @@ class Sharing:
         self._opened: list[
             RemotePages
         ] = []  # replaced, never changed: the keeper's thread reads it
+        check_settings(config.share)
         self._run_dir = RunDir.of(config)
         self._client = PeerClient(config.share, metrics.count)
+        keeper = None
         try:
-            self._keeper = AgentKeeper(config, self._run_dir, self._follow)
-            self._keeper.start()
+            keeper = self._keeper = AgentKeeper(config, self._run_dir, self._follow)
+            keeper.start()
         except OSError as exc:
+            if keeper is not None:
+                keeper.close()
             self._client.close()
             raise ConfigError(
                 f"share.run_dir: cannot use {str(self._run_dir.path)!r}: {exc.strerror or exc}"
@@ -66,7 +81,8 @@ class Sharing:
         for pages in self._opened:
             pages.follow()
             states |= {peer.nid: self._client.is_open(peer.nid) for peer in pages.peers()}
-        self._keeper.report({"breakers": {nid: why for nid, why in states.items() if why}})
+        open_ones = {nid: why for nid, why in states.items() if why}
+        self._keeper.report({"breakers": open_ones, "usable": self._keeper.usable})
 
     def close(self) -> None:
         """The agent stays. Idempotent."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -110,4 +112,82 @@ def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:
         {"path": str(tmp_path / "p"), "share": {"run_dir": str(tmp_path / "file" / "run")}}
     )
     with pytest.raises(ConfigError, match=r"share\.run_dir.*file/run"):
+        RunDir.of(config)
+
+
+def test_a_rank_lock_appears_held(config: FlexKVConfig) -> None:
+    """The agent looks at all locks every second, and removes those that nobody holds."""
+    run_dir = RunDir.of(config)
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            run_dir.ranks()
+            run_dir.breakers()
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for thread in lookers:
+        thread.start()
+    try:
+        for _ in range(300):
+            lock = run_dir.take_rank_lock()
+            assert lock.in_place
+            lock.close()
+    finally:
+        done.set()
+        for thread in lookers:
+            thread.join()
+
+
+def test_a_lock_whose_file_was_removed_is_not_in_place(config: FlexKVConfig) -> None:
+    run_dir = RunDir.of(config)
+    lock = run_dir.take_agent_lock("")
+    assert lock is not None
+    assert lock.in_place
+    shutil.rmtree(run_dir.path)
+    assert not lock.in_place
+    run_dir.make()
+    other = run_dir.take_agent_lock("")
+    assert other is not None
+    assert not lock.in_place
+    lock.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        lock.write("")  # not into a file that has this number by now
+    assert other.in_place
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"../../tmp", b"\xff\xfe\x00", b"ABCDEFGH"])
+def test_a_node_id_that_is_no_mark_is_replaced(tmp_path: Path, rubbish: bytes) -> None:
+    (tmp_path / "node-id").write_bytes(rubbish)
+    config = FlexKVConfig.parse({"path": str(tmp_path)})
+    assert node_name(config) == node_name(config)
+    assert len((tmp_path / "node-id").read_text().strip()) == 8
+
+
+def test_a_run_directory_that_others_can_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/shm is everybody's: whoever owns what lies above could exchange it, and read the password in agent.json."""
+    monkeypatch.setattr("flexkv_sglang.run_dir._MEMORY", tmp_path / "shm")
+    above = tmp_path / "shm" / f"flexkv-{os.getuid()}"
+    above.mkdir(parents=True)
+    above.chmod(0o777)
+    config = FlexKVConfig.parse({"path": str(tmp_path / "p"), "peers": ["127.0.0.1:7400"]})
+    run_dir = RunDir.of(config)
+    assert run_dir.path.parent == above
+    assert [path.stat().st_mode & 0o777 for path in (above, run_dir.path)] == [0o700, 0o700]
+    shutil.move(above, tmp_path / "elsewhere")
+    above.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is a link"):
+        RunDir.of(config)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_a_run_directory_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexkv_sglang.run_dir._MEMORY", tmp_path / "shm")
+    above = tmp_path / "shm" / "flexkv-0"
+    above.mkdir(parents=True)
+    os.chown(above, 65534, 65534)
+    config = FlexKVConfig.parse({"path": str(tmp_path / "p"), "peers": ["127.0.0.1:7400"]})
+    with pytest.raises(ConfigError, match="belongs to another user"):
         RunDir.of(config)

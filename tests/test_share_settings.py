@@ -8,7 +8,7 @@ import pytest
 
 from flexkv_sglang.config import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.share_settings import redacted
+from flexkv_sglang.settings import redacted
 
 
 def share(**given: Any) -> Any:
@@ -75,3 +75,34 @@ def test_a_password_is_never_shown() -> None:
     with pytest.raises(ConfigError) as caught:
         share(redis_url="https://fk:s3cret@redis.example/0")
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"redis_url": "redis://fk:s3cret@a", "share": {"redis_url": "redis://fk:s3cret@b"}},
+        {"redis_urll": "redis://fk:s3cret@a"},
+        {"share": {"redis": "redis://:s3cret@a"}},
+        {"share": "redis://:s3cret@a"},
+        {"redis_url": ["redis://fk:s3cret@a"]},
+        {"redis_url": "redis://fk:s3cret@[::1"},
+        {"redis_url": "http://fk:s3cret#1@a"},
+        {"redis_url": "http://fk:1/s3cret@a"},
+    ],
+)
+def test_errors_show_no_password(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        FlexKVConfig.parse(given)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_password_with_any_character_is_redacted() -> None:
+    for password in ("s3cret#1", "1/s3cret", "s3@cret", "?s3cret"):
+        assert redacted(f"redis://fk:{password}@r:6379/0") == "redis://fk:***@r:6379/0"
+    assert redacted("redis://fk@r:6379/0") == "redis://fk@r:6379/0"
+    assert redacted("redis://r:6379/0") == "redis://r:6379/0"
+
+
+def test_an_engine_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"share\.engine: 'nixl'. Valid: zmq"):
+        share(engine="nixl")

@@ -14,7 +14,7 @@ from types import FrameType
 
 from flexkv_sglang.agent import Agent
 from flexkv_sglang.config import FlexKVConfig
-from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.errors import ConfigError, FlexKVError
 from flexkv_sglang.run_dir import RunDir, settings_digest
 
 logger = logging.getLogger(__name__)
@@ -24,15 +24,13 @@ _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def run_agent(config_path: Path, run_path: Path | None, *, for_ranks: bool) -> int:
-    """Exit code 0 when stopped, not needed any more, or when another agent lives; 2 for a wrong setting."""
+    """Exit code 0 when stopped, not needed any more, or when another agent lives; 2 for a wrong setting.
+
+    1 for a run directory that cannot be used.
+    """
     try:
         config = _read(config_path)
         run_dir = RunDir.of(config) if run_path is None else RunDir(run_path)
-        _log_to(run_dir.log_path if for_ranks else None)
-        lock = run_dir.take_agent_lock(settings_digest(config.share))
-        if lock is None:
-            logger.info("flexkv: an agent lives already: %s", run_dir.agent())
-            return 0
         _raise_file_limit()
         stop = threading.Event()
 
@@ -41,17 +39,31 @@ def run_agent(config_path: Path, run_path: Path | None, *, for_ranks: bool) -> i
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, end)
-        agent = Agent(config, run_dir, by_hand=not for_ranks)
-    except ConfigError as exc:
-        print(f"flexkv: {exc}", file=sys.stderr)
-        logger.error("flexkv: %s", exc)
-        return 2
-    try:
-        agent.run(stop)
-    finally:
-        agent.close()
-        lock.close()
+        while _live(config, run_dir, stop, for_ranks=for_ranks):
+            logger.info("flexkv: starting again")
+    except (FlexKVError, OSError) as exc:
+        print(f"flexkv: {exc}", file=sys.stderr)  # for rank processes that is the log as well
+        return 2 if isinstance(exc, ConfigError) else 1
     return 0
+
+
+def _live(config: FlexKVConfig, run_dir: RunDir, stop: threading.Event, *, for_ranks: bool) -> bool:
+    """One agent, from its lock to its end. True: nobody can find it any more, so that another is needed."""
+    run_dir.make()
+    _log_to(run_dir.log_path if for_ranks else None)
+    lock = run_dir.take_agent_lock(settings_digest(config.share))
+    if lock is None:
+        logger.info("flexkv: an agent lives already: %s", run_dir.agent())
+        return False
+    try:
+        agent = Agent(config, run_dir, by_hand=not for_ranks)
+        try:
+            agent.run(stop, lambda: lock.in_place)
+        finally:
+            agent.close()
+        return not stop.is_set() and not lock.in_place
+    finally:
+        lock.close()
 
 
 def _read(path: Path) -> FlexKVConfig:
@@ -74,7 +86,7 @@ def _log_to(path: Path | None) -> None:
     handler: logging.Handler = logging.StreamHandler()
     if path is not None:
         handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
-    logging.basicConfig(level=logging.INFO, format=_FORMAT, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, format=_FORMAT, handlers=[handler], force=True)
 
 
 def _raise_file_limit() -> None:

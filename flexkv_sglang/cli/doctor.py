@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from flexkv_sglang.cli import causes, causes_of_use
+from flexkv_sglang.cli import causes, causes_of_sharing, causes_of_use
 from flexkv_sglang.cli.causes import Finding
 from flexkv_sglang.cli.facts import Facts, gather
 from flexkv_sglang.cli.output import counted, emit, human_bytes
@@ -32,6 +32,15 @@ CAUSES: tuple[Callable[[Facts], Finding | None], ...] = (
     causes_of_use.late,
     causes_of_use.failures,
     causes_of_use.too_small,
+    causes_of_sharing.no_agent,
+    causes_of_sharing.agent_silent,
+    causes_of_sharing.agent_differs,
+    causes_of_sharing.loopback_only,
+    causes_of_sharing.redis_down,
+    causes_of_sharing.peer_unreachable,
+    causes_of_sharing.no_other_node,
+    causes_of_sharing.no_common_namespace,
+    causes_of_sharing.peer_breaker,
     causes_of_use.unused_hits,
     causes_of_use.served_above,
     causes_of_use.prompts_differ,
@@ -61,6 +70,7 @@ _EXPLAINED_BY = {
     },
     "served_above": {"nothing_written"},
     "failures": {"breaker_open"},
+    "no_other_node": {"peer_unreachable"},
 }
 """A finding -> findings that say more: with one of these it is left out."""
 
@@ -139,6 +149,11 @@ def _looked_at(facts: Facts) -> list[str]:
                 f"{human_bytes(disk.free_bytes)} of {human_bytes(disk.total_bytes)} free, {how}"
             )
         lines.append(f"looked at {place.path}: {text}")
+    for fleet in facts.fleets:
+        agent = "no agent" if fleet.agent is None else f"agent {fleet.agent.get('pid')}"
+        lines.append(
+            f"looked at {fleet.run_dir}: {agent}, {counted(len(fleet.peers_up), 'other node')} alive"
+        )
     server, plugin, machine = facts.server, facts.plugin, facts.machine
     if server is not None and not server.error:
         metrics = "with metrics" if server.metrics else "without metrics (--enable-metrics)"
@@ -177,5 +192,6 @@ def _fields(facts: Facts, findings: Sequence[Finding]) -> dict[str, object]:
         "plugin": asdict(facts.plugin),
         "machine": asdict(facts.machine),
         "disks": {str(p.path): asdict(p.disk) for p in facts.places if p.disk is not None},
+        "sharing": [asdict(fleet) for fleet in facts.fleets],
         "server": None if server is None else {"url": server.url, "flags": dict(server.flags)},
     }

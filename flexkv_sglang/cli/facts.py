@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flexkv_sglang.cli.fleet_facts import Fleet, look_at_fleets
 from flexkv_sglang.cli.machine import Disk, Machine, look_at_disk, look_at_machine
 from flexkv_sglang.cli.server import Server
 from flexkv_sglang.cli.stats import OwnerStats, owner_stats
@@ -79,6 +80,7 @@ class Facts:
     plugin: Plugin
     machine: Machine
     server: Server | None = None
+    fleets: tuple[Fleet, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -199,7 +201,8 @@ def gather(
     or may hold one that cannot be read."""
     config = server.config if server is not None else None
     places = tuple(look_at_place(path.expanduser(), config) for path in paths)
-    facts = Facts(now, places, plugin or Plugin(), look_at_machine(None), server)
+    fleets = look_at_fleets([place.path for place in places], config, now)
+    facts = Facts(now, places, plugin or Plugin(), look_at_machine(None), server, fleets)
     if facts.alive:  # a live store is proof that the plug-in was loaded where it counts
         pid = next((int(run["pid"]) for run in facts.runs() if "pid" in run), None)
         return replace(facts, machine=look_at_machine(pid))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ _STALE_S = 5.0
 
 def run_nodes(run_path: Path | None, *, as_json: bool) -> int:
     """Exit code 0 if every agent of this user lives and hears of others as it should, 1 otherwise."""
-    found = [_facts(path) for path in ([run_path] if run_path else _run_dirs())]
+    run_dirs = [RunDir(run_path)] if run_path else RunDir.all_of_user()
+    found = [_facts(run_dir) for run_dir in run_dirs]
     lines = [_text(facts) for facts in found]
     if not found:
         lines = ["no agent of this user has run here: is share.redis_url or share.peers set?"]
@@ -25,17 +24,8 @@ def run_nodes(run_path: Path | None, *, as_json: bool) -> int:
     return 0 if healthy else 1
 
 
-def _run_dirs() -> list[Path]:
-    base = Path(f"/dev/shm/flexkv-{os.getuid()}")
-    return sorted(path.parent for path in base.glob("*/agent.lock"))
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    run_dir = RunDir(path)
-    try:
-        status = json.loads(run_dir.status_path.read_text())
-    except (OSError, ValueError):
-        status = {}
+def _facts(run_dir: RunDir) -> dict[str, Any]:
+    status = run_dir.status()
     agent = run_dir.agent()
     age = time.time() - status.get("written_at", 0.0)
     trouble = []
@@ -48,7 +38,7 @@ def _facts(path: Path) -> dict[str, Any]:
     ]
     trouble += [f"{where}: {why}" for where, why in status.get("refused_directories", {}).items()]
     return {
-        "run_dir": str(path),
+        "run_dir": str(run_dir.path),
         "alive": agent is not None,
         "pid": (agent or {}).get("pid"),
         "age_s": age,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexkv_sglang.backends.ownership import OwnerLock
+from flexkv_sglang.run_dir import IN_DATA_DIRECTORY
 
 _OWNED = re.compile(
     r"^(?P<owner>[0-9a-f]{12})\."
@@ -80,11 +81,13 @@ def namespaces(root: Path) -> list[Namespace]:
 
 
 def strangers(root: Path) -> list[str]:
-    """Entries of ``root`` that are no namespaces."""
+    """Entries of ``root`` that are no namespaces, and not what sharing between machines keeps there."""
     if _is_namespace(root):
         return []
     return sorted(
-        path.name for path in root.iterdir() if not (path.is_dir() and _is_namespace(path))
+        path.name
+        for path in root.iterdir()
+        if path.name not in IN_DATA_DIRECTORY and not (path.is_dir() and _is_namespace(path))
     )
 
 

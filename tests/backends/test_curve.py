@@ -166,10 +166,9 @@ def test_an_open_place_needs_a_secret(listen: str) -> None:
 def test_where_servers_listen(caplog: pytest.LogCaptureFixture) -> None:
     secret = curve.derive(b"s" * 32)
     plain = ShareConfig(listen="10.1.2.3:5")
-    assert curve.listen_address(ShareConfig(redis_url="redis://127.0.0.1"), None) == (
-        "127.0.0.1",
-        0,
-    )
+    assert curve.listen_address(ShareConfig(), None) == ("127.0.0.1", 7400)
+    redis = ShareConfig(redis_url="redis://127.0.0.1")
+    assert curve.listen_address(redis, None) == ("127.0.0.1", 0)
     assert curve.listen_address(ShareConfig(listen="127.0.0.9"), None) == ("127.0.0.9", 0)
     assert curve.listen_address(ShareConfig(listen="[::1]:7"), None) == ("::1", 7)
     assert curve.listen_address(plain, secret) == ("10.1.2.3", 5)
@@ -179,7 +178,7 @@ def test_where_servers_listen(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match="advertise"):
         curve.listen_address(ShareConfig(listen="0.0.0.0:5"), secret)
     to_peer = ShareConfig(peers=("127.0.0.1:99",))
-    assert curve.listen_address(to_peer, secret) == ("127.0.0.1", curve.DEFAULT_PORT)
+    assert curve.listen_address(to_peer, secret) == ("127.0.0.1", 7400)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:x", ":5", "127.0.0.1:70000"])

@@ -70,6 +70,15 @@ def test_two_passwords_are_one_too_many() -> None:
         parse_redis_url("redis://u:p@h", "/secret")
 
 
+def test_an_authority_is_a_file_of_the_settings_or_of_the_url() -> None:
+    address = RedisAddress("rediss", (("h", 6379),), tls={"ssl_ca_certs": "/ca"})
+    assert parse_redis_url("rediss://h", None, "/ca") == address
+    assert parse_redis_url("rediss://h?ssl_ca_certs=/ca", None, "/ca") == address
+    for wrong in ("redis://h", "rediss://h?ssl_ca_certs=/other"):
+        with pytest.raises(ConfigError, match="redis_ca_file"):
+            parse_redis_url(wrong, None, "/ca")
+
+
 def test_a_password_is_in_no_text() -> None:
     address = parse_redis_url(f"redis://fk:{SECRET}@h:1/0")
     assert SECRET not in f"{address} {address!r} {redacted(f'redis://fk:{SECRET}@h')}"
@@ -157,6 +166,8 @@ def test_tls_with_our_own_authority_and_not_with_a_strangers(tmp_path: Path) -> 
     with RedisServer(tmp_path, *lines, port=port):
         url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs="
         meet(ShareConfig(redis_url=f"{url}{ca}"))
+        plain = f"rediss://127.0.0.1:{port}/0"
+        meet(ShareConfig(redis_url=plain, redis_ca_file=str(ca)))
         for wrong in (
             f"{url}{stranger}",
             f"rediss://127.0.0.1:{port}",

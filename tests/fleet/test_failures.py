@@ -6,6 +6,7 @@ A rank process dies of any exception, so each answer it gives is also a proof th
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -218,3 +219,42 @@ def test_two_nodes_of_one_name(redis_server: RedisServer, make_node: MakeNode) -
     assert eventually(lambda: reads_all(reader), 30), (a.status(), b.status(), b.agent_log())
     assert eventually(lambda: a.status().get("nid") != b.status().get("nid"))
     assert eventually(lambda: reads_all(reader)), (a.status(), b.status())
+
+
+def test_the_run_directory_is_removed(pair: tuple[Node, Rank, Node, Rank]) -> None:
+    """As systemd does at a logout. The agent and the ranks make it anew, and find each other."""
+    _, writer, b, reader = pair
+    shutil.rmtree(b.run_dir.path)
+    assert reads_all(reader)
+    assert reader.put(3, 4) == 4
+    assert eventually(lambda: b.agent_pid is not None and b.status().get("ranks") == 1, 20)
+    writer.put(2, PAGES)
+    assert eventually(lambda: reads_all(reader, 2), 20), (b.status(), reader.log_text())
+
+
+def test_the_namespace_is_removed_under_the_agent(pair: tuple[Node, Rank, Node, Rank]) -> None:
+    """``flexkv gc`` or ``rm``: no page of it is promised any more, and the next server's pages are."""
+    a, writer, b, reader = pair
+    writer.stop()
+    (namespace,) = (path for path in a.pages_dir.iterdir() if path.is_dir())
+    shutil.rmtree(namespace)
+    assert eventually(lambda: reader.prefix(1, PAGES) == 0), b.status()
+    assert reader.get(1, PAGES)["pages"] == 0
+    a.rank().put(2, PAGES)
+    assert eventually(lambda: reads_all(reader, 2), 20), (a.agent_log(), b.status())
+    assert "Traceback" not in a.agent_log()
+
+
+def test_a_server_ends_while_everything_hangs(
+    pair: tuple[Node, Rank, Node, Rank], redis_server: RedisServer
+) -> None:
+    """Agents here and there and Redis are stopped: ending waits for none of them."""
+    a, _, b, reader = pair
+    assert reader.get(1, PAGES)["pages"] == PAGES
+    for node in (a, b):
+        node.signal_agent(signal.SIGSTOP)
+    redis_server.signal(signal.SIGSTOP)
+    reader.ask("get", seed=1, pages=PAGES)
+    reader.stop()  # within 30 s, else it is killed and this fails
+    b.signal_agent(signal.SIGCONT)
+    assert eventually(lambda: b.status().get("ranks") == 0)

@@ -130,11 +130,15 @@ def test_one_agent_for_many_ranks(redis_server: RedisServer, make_node: MakeNode
 
 def test_an_agent_nobody_needs_ends(redis_server: RedisServer, make_node: MakeNode) -> None:
     a = make_node("a", redis_url=redis_server.url)
-    a.config["share"] |= {"agent_linger_s": 1}
+    a.config["share"] |= {"agent_linger_s": 0}
     a.write_config()
     rank = a.rank()
     assert eventually(lambda: a.agent_pid is not None)
     assert eventually(lambda: a.status().get("ranks") == 1)
+    pid, seen = a.agent_pid, a.status()["written_at"]
+    assert pid is not None
+    assert eventually(lambda: a.status()["written_at"] > seen + 1)  # it has looked again
+    assert a.agent_pid == pid
     rank.stop()
     assert eventually(lambda: a.agent_pid is None, 15), a.agent_log()
 

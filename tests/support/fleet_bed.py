@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace, TracebackType
 from typing import Any, cast
 
@@ -207,7 +207,9 @@ class WireNode:
         self.roster: Roster | None = None
         self.control = WirePeerControl(share, None)
         self.address = ""  # asked for before ``start`` returns
-        self._server = PageServer(share, None, self.own_info, lambda _ns: None, self.logs.find)
+        listen = "127.0.0.1:0" if share.listen == "auto" else share.listen
+        served = replace(share, listen=listen)
+        self._server = PageServer(served, None, self.own_info, lambda _ns: None, self.logs.find)
         self.address = self._server.start()
 
     def own_info(self) -> NodeInfo:
