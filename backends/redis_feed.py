@@ -299,6 +299,8 @@ class RedisFeed:
             if len(sound) < len(changes):
                 self._host.count("share_bad_entries", len(changes) - len(sound))
             self._host.changed(*feed, sound)
+        if len(feeds) > _FEW_NODES:  # the question names every stream: it is larger than the news
+            self._threads[1].pause(self._flush_s())
         return 0.0
 
     def _point(self, keys: list[bytes]) -> None:

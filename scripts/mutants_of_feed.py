@@ -183,4 +183,11 @@ MUTANTS = (
         "self._due[feed] = now +",
         MEMBERS,
     ),
+    (
+        "feed: many streams are asked for without a pause",
+        "backends/redis_feed.py",
+        "        if len(feeds) > _FEW_NODES:",
+        "        if False:",
+        REDIS,
+    ),
 )

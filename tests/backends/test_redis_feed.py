@@ -237,6 +237,26 @@ def test_only_namespaces_present_here_are_followed(server: RedisServer, share: S
         assert set(two.sink.sets) == {(OTHER_NS, "a")}
 
 
+def test_many_streams_are_not_asked_for_at_every_change(
+    server: RedisServer, share: ShareConfig
+) -> None:
+    wires, client = Wires(), server.client()
+    others = [HandNode(client, wires, f"n{number}") for number in range(40)]
+
+    def all_there() -> bool:
+        for other in others:
+            other.beat()
+        return len(one.sink.peers) == len(others)
+
+    with Node(share, wires, "a") as one:
+        assert eventually(all_there)
+        before = client.info("commandstats")["cmdstat_xread"]["calls"]
+        for number in range(200):
+            others[number % 40].write(others[number % 40].added(number + 1))
+            time.sleep(0.002)
+        assert client.info("commandstats")["cmdstat_xread"]["calls"] - before < 100
+
+
 def test_the_same_name_twice(
     server: RedisServer, share: ShareConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
