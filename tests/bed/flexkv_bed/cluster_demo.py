@@ -233,16 +233,26 @@ def run(narrator: Narrator, fleet: Fleet) -> Story:
     narrator.say("5. the cables are back; h2 forgets what it computed, and is asked again")
     fleet.cluster.heal("h1")
     fleet.cluster.heal("h3")
-    h2.clear_storage()
-    h2.flush_cache()
-    story.seconds_to_heal = round(fleet.wait_pages(narrator, "h2", "h1", 2 * pages), 2)
-    healed = ask(narrator, h2, "h2", 2)
+    healed, story.seconds_to_heal = heal(narrator, h2, story.reusable_tokens)
     story.storage_tokens_after_heal = healed.storage
     story.outputs_equal = first.output_ids == second.output_ids and (
         other.output_ids == third.output_ids == cut.output_ids == healed.output_ids
     )
     story.nodes = {nid: str(peer["state"]) for nid, peer in fleet.nodes("h2").items()}
     return story
+
+
+def heal(narrator: Narrator, replica: Replica, wanted: int) -> tuple[Answer, float]:
+    """Ask until the pages come from elsewhere again: breakers are closed by a greeting every few seconds."""
+    begin = time.monotonic()
+    while True:
+        replica.clear_storage()
+        replica.flush_cache()
+        answer = ask(narrator, replica, "h2", 2)
+        waited = time.monotonic() - begin
+        if answer.storage == wanted or waited > _WAIT_S:
+            return answer, round(waited, 2)
+        time.sleep(1)
 
 
 def tell(narrator: Narrator, work: Path) -> Story:
