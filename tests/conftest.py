@@ -75,7 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers: a file's tests stay together, and servers run one test after the other, for their memory."""
+    """With several workers a file stays together, and tests with servers run one by one, for their memory."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             together = "e2e" if item.get_closest_marker("e2e") else str(item.path)
