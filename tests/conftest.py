@@ -74,14 +74,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers a file stays together, and tests with servers run one by one, for their memory."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            together = "e2e" if item.get_closest_marker("e2e") else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(together))
-
-
 @pytest.fixture
 def shm_path() -> Iterator[pathlib.Path]:
     """An empty directory in memory (tmpfs)."""
