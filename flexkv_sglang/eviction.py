@@ -107,7 +107,8 @@ class Recency:
         # known without a queue. Most victims are found so, as chains go from the tail.
         self._next = -1
         self._next_tick = 0  # its last use; if that has changed, it is not to be taken
-        self._victim_tick = 0
+        self._victim = -1  # the leaf found last, if it is the oldest of all of its class
+        self._after = 0  # the tick after its last use, from ``forget`` to the next ``offer``
         self._chain_left = 0  # pages that may go before the classes are compared again
         self._price = 0.0  # what the last victim was worth
 
@@ -137,11 +138,11 @@ class Recency:
     def offer(self, slot: int) -> None:
         """See ``EvictionPolicy``."""
         self._put_back()
-        tick = self.last_use[slot]
-        if tick == self._victim_tick + 1:
+        tick, after, self._after = self.last_use[slot], self._after, 0
+        if tick == after:
             self._next, self._next_tick = slot, tick
         else:
-            self._queues[0].offer(slot)
+            self._queue_of(slot).offer(slot)
 
     def _put_back(self) -> None:
         slot, self._next = self._next, -1
@@ -153,6 +154,11 @@ class Recency:
 
     def forget(self, slot: int, key: PageKey) -> None:  # noqa: ARG002
         """See ``EvictionPolicy``."""
+        self._leave(slot)
+
+    def _leave(self, slot: int) -> None:
+        self._after = self.last_use[slot] + 1 if slot == self._victim else 0
+        self._victim = -1
         self.last_use[slot] = 0
 
     def bids(self, keys: Sequence[PageKey]) -> Sequence[float] | None:  # noqa: ARG002
@@ -173,13 +179,13 @@ class Recency:
             and may_go(slot)
         ):
             self._chain_left -= 1
-            self._victim_tick = tick
+            self._victim = slot
             return slot
         self._put_back()
+        self._victim, self._after = -1, 0
         found = self._choose(may_go, bid)
-        if found is not None:
-            oldest = not self._queue_of(found).passed_over
-            self._victim_tick = self.last_use[found] if oldest else -1
+        if found is not None and not self._queue_of(found).passed_over:
+            self._victim = found
         return found
 
     def _choose(self, may_go: Callable[[int], bool], bid: float) -> int | None:  # noqa: ARG002
@@ -189,7 +195,6 @@ class Recency:
     def retain(self, keep: Callable[[int], bool]) -> None:
         """See ``EvictionPolicy``."""
         self._put_back()
-        self._victim_tick = -1  # what is offered from now on does not follow the last victim
         for queue in self._queues:
             queue.retain(keep)
 
@@ -313,15 +318,9 @@ class ReuseDensity(Recency):
 
     def offer(self, slot: int) -> None:
         """See ``EvictionPolicy``."""
-        self._put_back()
-        tick, group = self.last_use[slot], self._class[slot]
-        if group != self._chosen:
-            self._queues[group].offer(slot)
-            self._chain_left = 0
-        elif tick == self._victim_tick + 1:
-            self._next, self._next_tick = slot, tick
-        else:
-            self._queues[group].offer(slot)
+        if self._class[slot] != self._chosen:
+            self._chain_left = self._after = 0
+        super().offer(slot)
 
     def _queue_of(self, slot: int) -> LeafQueue:
         return self._queues[self._class[slot]]
@@ -338,7 +337,7 @@ class ReuseDensity(Recency):
             | self._class[slot] << _WHEN_BITS
             | self.last_use[slot] >> self._unit_bits & _WHEN_MASK
         )
-        self.last_use[slot] = 0
+        self._leave(slot)
 
     def _censor(self, ghost: int) -> None:
         """The ghost is overwritten: how long its page waits in all, nobody will see."""

@@ -107,11 +107,18 @@ MUTANTS = (
         "tests/test_declined.py",
     ),
     (
-        "the last victim's parent goes first after a directory came back",
+        "a page used after the last victim goes first, whatever has become a leaf since",
         EVICTION,
-        "        self._victim_tick = -1  # what",
-        "        # what",
-        "tests/test_index.py",
+        "tick, after, self._after = self.last_use[slot], self._after, 0",
+        "tick, after = self.last_use[slot], self._after",
+        "tests/test_eviction.py",
+    ),
+    (
+        "the page after a victim that was found and left goes before it",
+        EVICTION,
+        "if slot == self._victim else 0",
+        "if slot == self._victim else self.last_use[self._victim] + 1",
+        "tests/test_eviction.py",
     ),
     (
         "a key that begins like another is found",

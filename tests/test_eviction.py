@@ -183,6 +183,38 @@ def test_lru_evicts_in_the_order_of_use_whatever_is_pinned_and_whoever_gets_a_ch
     assert min(seen["first"], seen["not first"]) > 100, seen
 
 
+def test_the_page_used_after_the_last_victim_goes_next_only_if_no_older_leaf_has_come() -> None:
+    """Slots 0, 2, 3, 1, 4, used in this order; 1 is the child of 0 and 4 the child of 3."""
+
+    def some_leaves() -> Recency:
+        policy = Recency(5)
+        policy.used([0, 2, 3, 1, 4], [None] * 5, [1, 0, 0, 1, 0])
+        return policy
+
+    def discard(policy: Recency, child: int, parent: int) -> None:
+        policy.forget(child, PageKey(b"k" * 32))
+        policy.offer(parent)
+
+    policy = some_leaves()
+    assert policy.victim(lambda _: True) == 2
+    policy.forget(2, PageKey(b"k" * 32))
+    discard(policy, child=1, parent=0)  # used before the victim
+    discard(policy, child=4, parent=3)  # used right after it
+    assert policy.victim(lambda _: True) == 0
+
+    policy = some_leaves()
+    assert policy.victim(lambda _: True) == 2
+    policy.forget(2, PageKey(b"k" * 32))
+    policy.offer(0)  # their directory answers again
+    policy.offer(3)
+    assert policy.victim(lambda _: True) == 0
+
+    policy = some_leaves()
+    assert policy.victim(lambda _: True) == 2  # found, and not taken
+    discard(policy, child=4, parent=3)
+    assert policy.victim(lambda _: True) == 2
+
+
 @pytest.mark.parametrize("make", [Recency, ReuseDensity])
 def test_a_policy_takes_at_most_40_bytes_per_slot(make: Callable[[int], EvictionPolicy]) -> None:
     """The worst case: every page is a leaf, each is used three times over, then some are evicted."""
