@@ -64,7 +64,7 @@ class EngineChannel(PeerChannel):
     def _take(self, link: Link, answer: wire.Answer, frame: zmq.Frame | None) -> None:
         if isinstance(answer, wire.Offered):
             self._offered(link, answer)
-        elif isinstance(answer, wire.Page | wire.End) and answer.rid in self._fetches:
+        elif isinstance(answer, wire.Pages | wire.End) and answer.rid in self._fetches:
             link.fail(f"wire: {type(answer).__name__} instead of an offer")
         else:
             super()._take(link, answer, frame)
@@ -128,7 +128,7 @@ class EngineChannel(PeerChannel):
         out = self._out[rid]
         self.heard_at = time.monotonic()
         for index, page in enumerate(fetch.pages):
-            head = wire.Page(rid, index, page.status, page.kind, page.length, page.checksum)
+            head = wire.Pages(rid, index, page.status, page.kind, page.length, (page.checksum,))
             self._deliver(out.link, head, out, self._engine.landed(fetch, index))
         out.got = len(fetch.pages)
         out.pending.arrived(out.got * out.pending.page_bytes, self.heard_at)

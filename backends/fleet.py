@@ -20,7 +20,7 @@ from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.share_settings import ShareConfig as ShareConfig
 from flexkv_sglang.types import U64, PageKey
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the wire and of what is in Redis. Nodes of different versions do not see each other."""
 
 NAMESPACE_BYTES = 16

@@ -30,7 +30,7 @@ LINKS = 1
 """Connections to a peer. With two cores a second one only costs; for a link of 25 Gbit/s it has not been tried."""
 
 GREETING_S = 1.0
-RECEIVE_MAX = 16
+RECEIVE_MAX = 4
 """Messages of one link in a row, then the others' turn."""
 
 Count = Callable[[str, int], None]
@@ -145,7 +145,7 @@ class PeerChannel:
             self.lost(link)
 
     def _take(self, link: Link, answer: wire.Answer, frame: zmq.Frame | None) -> None:
-        if not isinstance(answer, wire.Page | wire.End):
+        if not isinstance(answer, wire.Pages | wire.End):
             link.fail(f"wire: {type(answer).__name__} was not asked for")
             return
         out = self._out.get(answer.rid)
@@ -153,35 +153,40 @@ class PeerChannel:
             return  # of a read that was given up
         if isinstance(answer, wire.End):
             self._ended(link, answer, out)
-        elif answer.index != out.got or out.got >= out.count or out.link is not link:
+        elif (
+            answer.index != out.got
+            or out.got + len(answer.checksums) > out.count
+            or out.link is not link
+        ):
             link.fail(f"wire: page {answer.index} out of order")
         else:
-            out.got += 1
-            self._page(link, answer, out, frame)
+            out.got += len(answer.checksums)
+            self._pages(link, answer, out, frame)
 
-    def _page(self, link: Link, page: wire.Page, out: Out, frame: zmq.Frame | None) -> None:
-        place = out.first + page.index
-        if page.status is not PageStatus.OK or frame is None:
-            if page.status is PageStatus.BUSY:
+    def _pages(self, link: Link, pages: wire.Pages, out: Out, frame: zmq.Frame | None) -> None:
+        place = out.first + pages.index
+        if pages.status is not PageStatus.OK or frame is None:
+            if pages.status is PageStatus.BUSY:
                 self.health.busy()
-            out.pending.fail(place, OUTCOME_OF[page.status])
+            out.pending.fail(place, OUTCOME_OF[pages.status])
             self._cancel_unwanted(out.pending)
             return
-        if page.length != out.pending.page_bytes:
+        if pages.length != out.pending.page_bytes:
             out.pending.fail(place, PageOutcome.FAILED)
-            link.fail(f"wire: a page of {page.length} bytes, not {out.pending.page_bytes}")
+            link.fail(f"wire: pages of {pages.length} bytes, not {out.pending.page_bytes}")
             return
-        self._deliver(link, page, out, frame)
-        out.pending.arrived(page.length, self.heard_at)
+        self._deliver(link, pages, out, frame)
+        out.pending.arrived(len(pages.checksums) * pages.length, self.heard_at)
         self._cancel_unwanted(out.pending)
 
-    def _deliver(self, link: Link, page: wire.Page, out: Out, data: Arrived) -> None:
-        place = out.first + page.index
-        outcome = out.pending.deliver(place, page, data)
-        if outcome is PageOutcome.OK:
-            self._count("remote_read_bytes", page.length)
-        elif outcome is PageOutcome.CORRUPT:
-            link.send(wire.pack_bad(out.pending.read.namespace, [out.pending.read.keys[place]]))
+    def _deliver(self, link: Link, pages: wire.Pages, out: Out, data: Arrived) -> None:
+        place = out.first + pages.index
+        delivered, failure = out.pending.deliver(place, pages, data)
+        if delivered:
+            self._count("remote_read_bytes", delivered * pages.length)
+        if failure is PageOutcome.CORRUPT:
+            key = out.pending.read.keys[place + delivered]
+            link.send(wire.pack_bad(out.pending.read.namespace, [key]))
             if self.health.corrupt():
                 self._count("remote_breaker_trips", 1)
 

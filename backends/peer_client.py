@@ -9,6 +9,7 @@ Threads: any. ``count`` is called with names of ``METRICS``, from the client's t
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -39,6 +40,7 @@ IO_THREADS = 2
 _PEERS_MAX = 4096
 _ROUND_S = 0.25
 _CLOSE_TIMEOUT_S = 5.0
+_LARGE_PIECE_BYTES = (32 << 20) - (64 << 10)
 
 
 class PeerClient:
@@ -119,6 +121,7 @@ class PeerClient:
                 return False
             if self._thread is None:
                 self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                _let_malloc_keep_messages()
                 self._thread = threading.Thread(target=self._run, name="flexkv-peers", daemon=True)
                 self._thread.start()
         return True
@@ -247,3 +250,17 @@ class PeerClient:
         for sock in [sock for sock in self._polled if sock.closed]:
             self._poller.unregister(sock)
             del self._polled[sock]
+
+
+def _let_malloc_keep_messages() -> None:
+    """Free a piece of almost 32 MiB, which was never touched.
+
+    ZeroMQ allocates each message by itself. glibc maps a piece above its threshold anew each time, and the kernel has
+    to clear all of it; but the threshold rises to the largest piece of up to 32 MiB that was ever freed (mallopt(3),
+    M_MMAP_THRESHOLD). Most processes with torch have freed one; a young one may not. Where malloc is another one,
+    or its threshold was set, nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = (ctypes.c_void_p,), None
+    libc.free(libc.malloc(_LARGE_PIECE_BYTES))

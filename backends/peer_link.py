@@ -26,7 +26,7 @@ CONNECT_TIMEOUT_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 300, 1000
 QUEUE_MESSAGES = 4 * BATCH_PAGES
 MESSAGE_BYTES_MIN = 2 << 20
-"""A link takes messages of this size at least: parts of snapshots, changes."""
+"""A link takes messages of this size at least: several pages, parts of snapshots, changes."""
 
 _EVENT = struct.Struct("<Hi")
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.fleet import NodeId, PageStatus
-from flexkv_sglang.backends.wire import Bytes, Page
+from flexkv_sglang.backends.wire import Bytes, Pages, stride_of
 from flexkv_sglang.types import PageBuffers, PageKey
 
 _SMALL = 64 << 10
@@ -77,11 +77,11 @@ class RemoteRead:
 
 
 class Arrived(Protocol):
-    """A page's bytes: a ZeroMQ frame, or what an engine has fetched."""
+    """Pages' bytes: a ZeroMQ frame, or what an engine has fetched."""
 
     @property
     def buffer(self) -> Bytes:
-        """``page_bytes`` of them."""
+        """As ``Pages`` says."""
         ...
 
 
@@ -127,25 +127,27 @@ class Pending:
             self._abandon(self)
         return outcomes
 
-    def deliver(self, index: int, page: Page, frame: Arrived) -> PageOutcome | None:
-        """A page has come: verify and copy. None: nobody wants it any more."""
+    def deliver(self, first: int, pages: Pages, frame: Arrived) -> tuple[int, PageOutcome | None]:
+        """Pages from ``first`` on have come: verify and copy each.
+
+        Returns how many are OK, and what the next one is; None: there is none, or nobody wants it any more.
+        """
         data = np.frombuffer(frame.buffer, np.uint8)
-        source = data.ctypes.data
-        with self._lock:
-            if self._closed or index >= self._end or self._outcomes[index] is not None:
-                return None
-            if page.kind not in self.read.accepted:
-                return self._decide(index, PageOutcome.MISS)
-            lengths = self.read.targets.lengths.tolist()
-            if self._checksum(page.kind, index, source, lengths) != page.checksum:
-                return self._decide(index, PageOutcome.CORRUPT)
-            for target, length in zip(
-                self.read.targets.addresses[index].tolist(), lengths, strict=True
-            ):
-                move = _move_holding if length <= _SMALL else ctypes.memmove
-                move(target, source, length)
-                source += length
-            return self._decide(index, PageOutcome.OK)
+        source, stride = data.ctypes.data, stride_of(self.page_bytes)
+        targets = self.read.targets.addresses[first : first + len(pages.checksums)].tolist()
+        lengths = self.read.targets.lengths.tolist()
+        for place, checksum in enumerate(pages.checksums):
+            index, start = first + place, source + place * stride
+            with self._lock:
+                if self._closed or index >= self._end or self._outcomes[index] is not None:
+                    return place, None
+                if pages.kind not in self.read.accepted:
+                    return place, self._decide(index, PageOutcome.MISS)
+                if self._checksum(pages.kind, index, start, lengths) != checksum:
+                    return place, self._decide(index, PageOutcome.CORRUPT)
+                _copy(start, targets[place], lengths)
+                self._decide(index, PageOutcome.OK)
+        return len(pages.checksums), None
 
     def _checksum(self, kind: ChecksumKind, index: int, source: int, lengths: list[int]) -> int:
         parts = [(source, self.page_bytes)]
@@ -185,3 +187,11 @@ class Pending:
         self._left = sum(1 for known in self._outcomes[: self._end] if known is None)
         if not self._left:
             self._done.set()
+
+
+def _copy(source: int, targets: Sequence[int], lengths: Sequence[int]) -> None:
+    """One page, from one place to several."""
+    for target, length in zip(targets, lengths, strict=True):
+        move = _move_holding if length <= _SMALL else ctypes.memmove
+        move(target, source, length)
+        source += length

@@ -1,7 +1,8 @@
 """The page server's side of READ and OFFER: pages from a source into slabs, from slabs to the reader.
 
-A page's bytes are sent from the slab without a copy, and the slab is used again only when ZeroMQ has let go of it:
-earlier, a reader would get another page's bytes under this page's checksum. Answers of a request go out in its order.
+What is read in one turn lies side by side and goes out in a few messages, from the slab and without a copy. The slab
+is used again only when ZeroMQ has let go of it: earlier, a reader would get other pages' bytes under these checksums.
+Answers of a request go out in its order.
 An OFFER's pages stay in the slabs, where the reader's engine fetches them, until DONE or the end of their hold.
 
 Threads: the server's loop, but for ``PageSource.read``, which the disk's thread calls.
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends import wire
@@ -61,7 +63,7 @@ class ServePages:
         if engine is not None:
             engine.register(self._slabs.address, self._slabs.byte_count)
             self._blob = engine.blob()
-        self._leaving: dict[Reader, deque[tuple[zmq.MessageTracker, Request, int]]] = {}
+        self._leaving: dict[Reader, deque[tuple[zmq.MessageTracker, Request, int, int]]] = {}
 
     @property
     def held_bytes(self) -> int:
@@ -86,14 +88,14 @@ class ServePages:
         for reader in list(self._leaving):
             frames = self._leaving[reader]
             while frames and frames[0][0].done:
-                _, request, offset = frames.popleft()
-                self._release(request, offset)
+                _, request, offset, count = frames.popleft()
+                self._release(request, offset, count)
             if not frames:
                 del self._leaving[reader]
 
-    def _release(self, request: Request, offset: int) -> None:
-        self._slabs.give(offset, request.slot_bytes)
-        self._queue.give_back(request, 1)
+    def _release(self, request: Request, offset: int, count: int = 1) -> None:
+        self._slabs.give(offset, count * request.slot_bytes)
+        self._queue.give_back(request, count)
 
     def _end_hold(self, hold: Hold) -> None:
         for offset in hold.offsets:
@@ -151,73 +153,86 @@ class ServePages:
         for request in self._queue.expired(now):
             self._answer_rest(request, PageStatus.LATE)
         while self._disk.has_room and (turn := self._queue.peek()) is not None:
-            offsets = self._take_slabs(turn)
-            if not offsets:
+            taken = self._take_slabs(turn)
+            if taken is None:
                 return
-            turn = Turn(turn.request, turn.first, len(offsets))
+            offset, count = taken
+            turn = Turn(turn.request, turn.first, count)
             self._queue.issue(turn)
-            self._start_reading(turn, offsets)
+            self._start_reading(turn, offset)
 
-    def _take_slabs(self, turn: Turn) -> list[int]:
-        """Offsets of as many pages of the turn as there is memory for."""
-        offsets: list[int] = []
-        for _ in range(turn.count):
-            offset = self._slabs.take(turn.request.slot_bytes)
-            if offset is None:
-                break
-            offsets.append(offset)
-        return offsets
+    def _take_slabs(self, turn: Turn) -> tuple[int, int] | None:
+        """Memory for the first pages of the turn, side by side: its offset, and for how many."""
+        count = turn.count
+        while count:
+            offset = self._slabs.take(count * turn.request.slot_bytes)
+            if offset is not None:
+                return offset, count
+            count //= 2
+        return None
 
-    def _start_reading(self, turn: Turn, offsets: list[int]) -> None:
+    def _start_reading(self, turn: Turn, offset: int) -> None:
         request, source = turn.request, turn.request.source
         assert source is not None
         keys = request.read.keys[turn.first : turn.first + turn.count]
-        addresses = [self._slabs.address + offset for offset in offsets]
+        first = self._slabs.address + offset
+        addresses = [first + place * request.slot_bytes for place in range(turn.count)]
 
         def read() -> Callable[[], None]:
             pages = source.read(keys, addresses, request.deadline)
-            return lambda: self._landed(turn, offsets, pages)
+            return lambda: self._landed(turn, offset, pages)
 
         def failed() -> None:
-            self._landed(turn, offsets, [MISSING] * turn.count)
+            self._landed(turn, offset, [MISSING] * turn.count)
 
         self._disk.put(read, failed)
 
-    def _landed(self, turn: Turn, offsets: list[int], pages: Sequence[ServedPage]) -> None:
+    def _landed(self, turn: Turn, offset: int, pages: Sequence[ServedPage]) -> None:
         """Send what was read, in order."""
         request = turn.request
         late = time.monotonic() > request.deadline
-        for place, (offset, page) in enumerate(zip(offsets, pages, strict=True)):
-            if request.over:
-                self._release(request, offset)
-            elif late:
-                self._release(request, offset)
-                self._answer_rest(request, PageStatus.LATE)
-            elif page.status is PageStatus.OK:
-                self._send_page(request, turn.first + place, page, offset)
+        index = turn.first
+        for status, alike in _runs(pages, max(1, wire.PAGES_BYTES_MAX // request.slot_bytes)):
+            if status is PageStatus.OK and not request.over and not late:
+                self._send_pages(request, index, alike, offset)
             else:
-                self._release(request, offset)
-                self._answer(request, turn.first + place, page.status)
+                self._release(request, offset, len(alike))
+                if not request.over and late:
+                    self._answer_rest(request, PageStatus.LATE)
+                for place in range(len(alike)):
+                    if not request.over:
+                        self._answer(request, index + place, status)
+            index += len(alike)
+            offset += len(alike) * request.slot_bytes
         if request.sent == request.accepted and not request.over:
             self._answer_rest(request, PageStatus.BUSY)
 
-    def _send_page(self, request: Request, index: int, page: ServedPage, offset: int) -> None:
+    def _send_pages(
+        self, request: Request, index: int, pages: Sequence[ServedPage], offset: int
+    ) -> None:
+        """OK pages of one kind of checksum that lie side by side from ``offset`` on."""
         import zmq
 
+        count, length, stride = len(pages), request.page_bytes, request.slot_bytes
+        request.sent += count
         if request.offered is not None:
-            request.sent += 1
-            request.offered.append((page, offset))
+            request.offered += [(page, offset + i * stride) for i, page in enumerate(pages)]
             return
-        length = request.page_bytes
-        head = wire.Page(
-            request.read.rid, index, PageStatus.OK, page.kind, length, page.checksum
+        memory = self._slabs.memory
+        if length < stride:  # not what another page has left there
+            for start in range(offset, offset + count * stride, stride):
+                memory[start + length : start + stride] = bytes(stride - length)
+        head = wire.Pages(
+            request.read.rid, index, PageStatus.OK, pages[0].kind, length,
+            tuple(page.checksum for page in pages),
         )  # fmt: skip
-        data = zmq.Frame(self._slabs.memory[offset : offset + length], track=True, copy=False)
-        request.sent += 1
-        self._leaving.setdefault(request.reader, deque()).append((data.tracker, request, offset))
-        if self._send(request.reader, [wire.pack_page(head), data]):
-            self.counts["pages_sent"] += 1
-            self.counts["bytes_sent"] += length
+        end = offset + (count - 1) * stride + length
+        data = zmq.Frame(memory[offset:end], track=True, copy=False)
+        leaving = self._leaving.setdefault(request.reader, deque())
+        leaving.append((data.tracker, request, offset, count))
+        if self._send(request.reader, [wire.pack_pages(head), data]):
+            self.counts["pages_sent"] += count
+            self.counts["bytes_sent"] += count * length
 
     def _answer(self, request: Request, index: int, status: PageStatus) -> None:
         """A page without bytes; the last one if the reader wants only a leading run."""
@@ -233,13 +248,13 @@ class ServePages:
             self._end(request)
 
     def _send_status(self, request: Request, index: int, status: PageStatus) -> None:
-        head = wire.Page(request.read.rid, index, status, ChecksumKind.NONE, 0, 0)
+        head = wire.Pages(request.read.rid, index, status, ChecksumKind.NONE, 0, (0,))
         request.sent += 1
         self.counts[f"pages_{status.name.lower()}"] += 1
         if request.offered is not None:
             request.offered.append((ServedPage(status), 0))
             return
-        self._send(request.reader, [wire.pack_page(head)])
+        self._send(request.reader, [wire.pack_pages(head)])
 
     def _end(self, request: Request) -> None:
         self._queue.finish(request)
@@ -265,3 +280,13 @@ class ServePages:
             return wire.OfferedPage(page.status, ChecksumKind.NONE, 0, 0, 0)
         address = self._slabs.address + offset
         return wire.OfferedPage(page.status, page.kind, request.page_bytes, page.checksum, address)
+
+
+def _runs(
+    pages: Sequence[ServedPage], most: int
+) -> Iterator[tuple[PageStatus, Sequence[ServedPage]]]:
+    """Pages side by side with the same status and kind of checksum, at most so many."""
+    for (status, _), group in groupby(pages, key=lambda page: (page.status, page.kind)):
+        alike = list(group)
+        for start in range(0, len(alike), most):
+            yield status, alike[start : start + most]

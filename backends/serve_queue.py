@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 from flexkv_sglang.backends import wire
 from flexkv_sglang.backends.fleet import PageSource, ServedPage
-from flexkv_sglang.types import SECTOR, round_up
 
 QUEUE_MAX = 32
 """Requests of one reader that are not answered yet."""
 
 TURN_BYTES, TURN_PAGES = 2 << 20, 32
+"""Of one request, then it is another reader's turn."""
 
 
 @dataclass(eq=False, slots=True)
@@ -61,7 +61,7 @@ class Request:
     @property
     def slot_bytes(self) -> int:
         """Bytes that a page takes in the slabs."""
-        return round_up(self.page_bytes, SECTOR)
+        return wire.stride_of(self.page_bytes)
 
     @property
     def stops_at_first(self) -> bool:

@@ -28,7 +28,7 @@ from flexkv_sglang.backends.fleet import (
     namespace_bytes,
 )
 from flexkv_sglang.errors import PeerError
-from flexkv_sglang.types import U64, PageKey
+from flexkv_sglang.types import SECTOR, U64, PageKey, round_up
 
 KEY_BYTES = 32
 NONCE_BYTES = 16
@@ -50,13 +50,16 @@ HOLD_MS_MAX = 60_000
 BLOB_BYTES_MAX = 32 << 10
 """What a one-sided engine says of its memory, at most."""
 
+PAGES_BYTES_MAX = 1 << 20
+"""Bytes of pages in one message, but for a page that is larger by itself. What is late is lost by the message."""
+
 STOP_AT_FIRST = 1
 """Flag of READ: the first page that is not OK is the last that is answered."""
 
 MAGIC = b"fk"
 HEAD_LAYOUT = struct.Struct("<2sBB")
 READ_LAYOUT = struct.Struct(f"<2sBBHHIQ{NAMESPACE_BYTES}s")
-PAGE_LAYOUT = struct.Struct("<2sBBHBBIIQQ")
+PAGES_LAYOUT = struct.Struct("<2sBBHBBIIQ")
 END_LAYOUT = struct.Struct("<2sBBHHQ")
 RID_LAYOUT = struct.Struct("<2sBBIQ")
 BAD_LAYOUT = struct.Struct(f"<2sBBHH{NAMESPACE_BYTES}s")
@@ -87,7 +90,7 @@ class Kind(IntEnum):
     WELCOME = 4
     REFUSED = 5
     READ = 6
-    PAGE = 7
+    PAGES = 7
     END = 8
     CANCEL = 9
     BAD = 10
@@ -163,15 +166,18 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """The header of a page's answer; the bytes are the frame behind it, ``length`` of them, if it is OK."""
+class Pages:
+    """The header of the answer for pages ``[index, index + len(checksums))`` of a READ; one page if it is not OK.
+
+    OK pages are the frame behind it: ``length`` bytes each, from one to the next ``stride_of(length)``.
+    """
 
     rid: int
     index: int
     status: PageStatus
     kind: ChecksumKind
     length: int
-    checksum: int
+    checksums: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +272,13 @@ class Done:
 
 
 Request = Hello | Proof | Read | Cancel | Bad | Snap | Poll | Offer | Done
-Answer = Challenge | Welcome | Refused | Page | End | Part | Changes | Gone | Offered
+Answer = Challenge | Welcome | Refused | Pages | End | Part | Changes | Gone | Offered
 Bytes = bytes | memoryview
+
+
+def stride_of(length: int) -> int:
+    """From one page of a message to the next, bytes: as in a slot file. What is between them is zero."""
+    return round_up(length, SECTOR)
 
 
 def _head(kind: Kind) -> tuple[bytes, int, int]:
@@ -315,11 +326,14 @@ def pack_read(read: Read, kind: Kind = Kind.READ) -> list[bytes]:
     return [fixed + b"".join(read.keys)]
 
 
-def pack_page(page: Page) -> bytes:
-    """The header frame; the caller puts the bytes of an OK page behind it."""
-    return PAGE_LAYOUT.pack(
-        *_head(Kind.PAGE), page.index, page.status, page.kind, page.length, 0, page.rid, page.checksum
-    )  # fmt: skip
+def pack_pages(pages: Pages) -> bytes:
+    """The header frame; the caller puts the bytes of OK pages behind it."""
+    count = len(pages.checksums)
+    assert 1 <= count <= BATCH_PAGES
+    fixed = PAGES_LAYOUT.pack(
+        *_head(Kind.PAGES), pages.index, pages.status, pages.kind, pages.length, count, pages.rid
+    )
+    return fixed + struct.pack(f"<{count}Q", *pages.checksums)
 
 
 def pack_end(rid: int, sent: int) -> list[bytes]:

@@ -45,7 +45,7 @@ from flexkv_sglang.backends.wire import (
     NONCE_LAYOUT,
     OFFERED_LAYOUT,
     OFFERED_PAGE_LAYOUT,
-    PAGE_LAYOUT,
+    PAGES_LAYOUT,
     PART_KEYS,
     PART_LAYOUT,
     POLL_LAYOUT,
@@ -72,7 +72,7 @@ from flexkv_sglang.backends.wire import (
     Offer,
     Offered,
     OfferedPage,
-    Page,
+    Pages,
     Part,
     Poll,
     Proof,
@@ -83,6 +83,7 @@ from flexkv_sglang.backends.wire import (
     Snap,
     Welcome,
     WireError,
+    stride_of,
 )
 from flexkv_sglang.types import PageKey
 
@@ -111,8 +112,8 @@ def decode_answer(frames: Sequence[Bytes]) -> Answer:
         raise WireError(f"{len(frames[0])} bytes in the head of an answer")
     frame = bytes(frames[0])
     kind = _kind(frame)
-    if kind is Kind.PAGE:
-        return _page(frame, frames)
+    if kind is Kind.PAGES:
+        return _pages(frame, frames)
     if kind is Kind.PART:
         return _part(frame, frames)
     if kind is Kind.CHANGES:
@@ -205,16 +206,23 @@ def _keys(frame: bytes, start: int) -> tuple[PageKey, ...]:
     return tuple(PageKey(frame[at : at + KEY_BYTES]) for at in range(start, len(frame), KEY_BYTES))
 
 
-def _page(frame: bytes, frames: Sequence[Bytes]) -> Page:
-    index, status, kind, length, _, rid, checksum = map(_i, _fields(PAGE_LAYOUT, frame))
+def _pages(frame: bytes, frames: Sequence[Bytes]) -> Pages:
+    if len(frame) < PAGES_LAYOUT.size:
+        raise WireError(f"{len(frame)} bytes of an answer")
+    index, status, kind, length, count, rid = PAGES_LAYOUT.unpack_from(frame)[3:]
     known, written = _STATUSES.get(status), KIND_OF.get(kind)
-    if known is None or written is None or index >= BATCH_PAGES:
+    if known is None or written is None:
         raise WireError(f"page {index}: status {status}, checksum of kind {kind}")
-    if (known is PageStatus.OK) != (len(frames) == 2) or (known is not PageStatus.OK and length):
+    if not 1 <= count <= BATCH_PAGES - index or len(frame) != PAGES_LAYOUT.size + 8 * count:
+        raise WireError(f"{count} pages from {index} on in {len(frame)} bytes")
+    if known is PageStatus.OK:
+        expected = (count - 1) * stride_of(length) + length
+        if len(frames) != 2 or not length or len(frames[1]) != expected:
+            raise WireError(f"{count} pages of {length} bytes from {index} on are other bytes")
+    elif len(frames) != 1 or length or count != 1:
         raise WireError(f"page {index}: {known.name} with {len(frames)} frames")
-    if known is PageStatus.OK and len(frames[1]) != length:
-        raise WireError(f"page {index}: {len(frames[1])} bytes, announced {length}")
-    return Page(rid, index, known, written, length, checksum)
+    checksums = struct.unpack_from(f"<{count}Q", frame, PAGES_LAYOUT.size)
+    return Pages(rid, index, known, written, length, checksums)
 
 
 def _part(frame: bytes, frames: Sequence[Bytes]) -> Part:

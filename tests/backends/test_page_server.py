@@ -18,6 +18,7 @@ from flexkv_sglang.backends.peer_control import WirePeerControl
 from flexkv_sglang.backends.remote_read import PageOutcome
 from flexkv_sglang.backends.serve_queue import Reader, Request, ServeQueue
 from flexkv_sglang.backends.serve_slabs import ServeSlabs
+from flexkv_sglang.backends.wire_decode import decode_answer
 from flexkv_sglang.errors import ConfigError, PeerError
 from flexkv_sglang.types import PageKey
 from page_sources import ListedChanges, MemorySource, PageMemory, keys_of
@@ -64,7 +65,7 @@ def test_a_reader_beyond_its_share_is_told_busy_at_once() -> None:
         peer.say(read(2, keys[8:16]))  # two of these fit
         peer.say(read(3, keys[16:]))
         busy = peer.hear()
-        assert isinstance(busy, wire.Page)
+        assert isinstance(busy, wire.Pages)
         assert (busy.rid, busy.index, busy.status) == (3, 0, BUSY)
         assert peer.hear() == wire.End(3, 1)
         other.say(read(4, keys[:10]))  # of all memory, six are left
@@ -208,9 +209,38 @@ def _take_slowly(peer: RawPeer, keys: list[PageKey], source: MemorySource) -> in
         if len(frames) == 1 and frames[0][3] == wire.Kind.END:
             return good
         if len(frames) == 2:
-            assert frames[1] in pages
-            good += 1
+            told = decode_answer(frames)
+            assert isinstance(told, wire.Pages)
+            for place in range(len(told.checksums)):
+                start = place * wire.stride_of(told.length)
+                assert frames[1][start : start + told.length] in pages
+            good += len(told.checksums)
     raise AssertionError("no end")
+
+
+def test_small_pages_travel_together_with_zeros_between_them() -> None:
+    """The gap must not hold what was in the slab before."""
+    keys = keys_of(20)
+    source = MemorySource(keys, 5000)
+    with serving(source, small(1 << 20, 1 << 20)) as (server, address), RawPeer(address) as peer:
+        memory = server._pages._slabs.memory
+        memory[:] = bytes([0xAB]) * len(memory)
+        missing = keys_of(1, seed=9)
+        peer.say(read(1, [*keys[:12], *missing, *keys[12:]], flags=0))
+        told, sizes = [], []
+        while len(frames := peer.sock.recv_multipart()) == 2 or frames[0][3] != wire.Kind.END:
+            head = decode_answer(frames)
+            assert isinstance(head, wire.Pages)
+            told.append((head.index, head.status, len(head.checksums)))
+            for place in range(len(frames) > 1 and len(head.checksums)):
+                page = frames[1][8192 * place : 8192 * (place + 1)]
+                key = keys[head.index + place - (head.index > 12)]
+                assert page[:5000] == source.pages[key]
+                assert not any(page[5000:])
+                sizes.append(len(page))
+        assert told == [(0, OK, 12), (12, PageStatus.MISS, 1), (13, OK, 8)]
+        assert sizes.count(5000) == 2  # nothing is sent behind the last page of a message
+        until(lambda: server._pages.held_bytes == 0)
 
 
 def test_a_reader_that_goes_away_gives_its_memory_back() -> None:
@@ -284,12 +314,13 @@ def test_checksums_are_those_of_the_source() -> None:
         peer.say(read(1, keys))
         assert peer.sock.poll(10_000)
         head, data = peer.sock.recv_multipart()
-        page = wire.Page(1, 0, OK, source.kind, 4096, int.from_bytes(head[-8:], "little"))
-        assert wire.pack_page(page) == head
+        checksum = int.from_bytes(head[-8:], "little")
+        pages = wire.Pages(1, 0, OK, source.kind, 4096, (checksum,))
+        assert wire.pack_pages(pages) == head
         right = np.frombuffer(source.pages[keys[0]], np.uint8).copy()
         assert data != right.tobytes()
         told = page_checksum(source.kind, keys[0], [(right.ctypes.data, 4096)])
-        assert page.checksum == told
+        assert checksum == told
 
 
 def test_followers_get_what_they_ask_for() -> None:

@@ -76,6 +76,15 @@ def test_a_source_that_evicts_meanwhile_cuts_the_prefix() -> None:
         assert all(memory.page(i) == source.pages[keys[i]] for i in range(50))
 
 
+def test_pages_that_are_not_a_multiple_of_4096_arrive() -> None:
+    keys = keys_of(100)
+    source = MemorySource(keys, 5000)
+    memory = PageMemory(100, [3000, 2000])
+    with serving(source) as (_, address), reading() as client:
+        assert begin(client, address, keys, memory).wait() == [OK] * 100
+    assert all(memory.page(i) == source.pages[key] for i, key in enumerate(keys))
+
+
 def test_a_corrupt_page_is_never_delivered_and_reported() -> None:
     keys = keys_of(10)
     source = MemorySource(keys, 8192)
@@ -229,7 +238,7 @@ def test_late_answers_of_a_slow_peer_touch_nothing() -> None:
     memory = PageMemory(64, [64 << 10])
     with (
         serving(source) as (_, address),
-        DelayProxy(address, rate=2e6) as proxy,
+        DelayProxy(address, rate=3e6) as proxy,
         reading() as client,
     ):
         outcomes = begin(client, proxy.address, keys, memory, 1.0).wait()
@@ -255,8 +264,8 @@ def test_a_page_that_comes_after_wait_is_not_written() -> None:
     pending = Pending(read, given_up.append)
     assert pending.wait() == [LATE]
     assert given_up == [pending]
-    answer = wire.Page(1, 0, PageStatus.OK, full, 4096, checksum)
-    assert pending.deliver(0, answer, zmq.Frame(page)) is None
+    answer = wire.Pages(1, 0, PageStatus.OK, full, 4096, (checksum,))
+    assert pending.deliver(0, answer, zmq.Frame(page)) == (0, None)
     assert memory.untouched(0)
 
 

@@ -79,7 +79,7 @@ def test_memory_in_a_hold_is_not_used_and_comes_back_when_its_time_is_over(
             assert isinstance(peer.hear(), wire.Offered)
             other.say(read(2))
             busy = other.hear()
-            assert isinstance(busy, wire.Page)
+            assert isinstance(busy, wire.Pages)
             assert busy.status is PageStatus.BUSY
         # both are gone, but an engine may still be reading
         assert held(server) == 20 * 8192

@@ -50,8 +50,11 @@ def test_answers_survive() -> None:
     info = NodeInfo(NID, 1 << 63, "[::1]:9", "rack", (NAME, NAME), ("zmq", "nixl"), "0.1")
     welcome = wire.Welcome(bytes(16), bytes(range(32)), info, 64 << 20, 32)
     assert decode_answer(wire.pack_welcome(welcome)) == welcome
-    page = wire.Page(1 << 60, 127, PageStatus.OK, ChecksumKind.XXH3_64, 8, (1 << 64) - 1)
-    assert decode_answer([wire.pack_page(page), bytes(8)]) == page
+    full = ChecksumKind.XXH3_64
+    page = wire.Pages(1 << 60, 127, PageStatus.OK, full, 8, ((1 << 64) - 1,))
+    assert decode_answer([wire.pack_pages(page), bytes(8)]) == page
+    pages = wire.Pages(1, 100, PageStatus.OK, full, 4097, tuple(range(28)))
+    assert decode_answer([wire.pack_pages(pages), bytes(27 * 8192 + 4097)]) == pages
     assert decode_answer(wire.pack_end(1, 128)) == wire.End(1, 128)
     assert decode_answer(pack_offered(OFFERED)) == OFFERED
     most = wire.Offered(1, 2, 60_000, OFFERED.pages[:1] * 128, bytes(32 << 10))
@@ -88,22 +91,25 @@ def test_golden_bytes() -> None:
     """Nodes of one protocol version understand each other: whoever changes these changes the version."""
     read = wire.pack_read(wire.Read(0x0102030405060708, SPACE, 250, 1, KEYS[:1]))
     assert read[0].hex() == (
-        "666b010601000100fa0000000807060504030201" + SPACE.hex() + KEYS[0].hex()
+        "666b020601000100fa0000000807060504030201" + SPACE.hex() + KEYS[0].hex()
     )  # fmt: skip
-    page = wire.pack_page(wire.Page(7, 3, PageStatus.OK, ChecksumKind.XXH3_64, 4096, 0xAABB))
-    assert page.hex() == "666b01070300000200100000000000000700000000000000bbaa000000000000"  # fmt: skip
-    assert wire.pack_end(7, 3)[0].hex() == "666b0108030000000700000000000000"
+    full = ChecksumKind.XXH3_64
+    pages = wire.pack_pages(wire.Pages(7, 3, PageStatus.OK, full, 4096, (0xAABB, 0xCC)))
+    assert pages.hex() == (
+        "666b0207030000020010000002000000" + "0700000000000000" + "bbaa000000000000" + "cc00000000000000"
+    )  # fmt: skip
+    assert wire.pack_end(7, 3)[0].hex() == "666b0208030000000700000000000000"
     hello = wire.pack_hello(wire.Hello(bytes(range(16)), "ab"))[0]
-    assert hello.hex() == "666b0101" + bytes(range(16)).hex() + "020000006162"
-    assert pack_offer(wire.Read(1, SPACE, 250, 1, KEYS[:1]))[0][:8].hex() == "666b011001000100"
-    assert pack_done(7)[0].hex() == "666b0112000000000700000000000000"
+    assert hello.hex() == "666b0201" + bytes(range(16)).hex() + "020000006162"
+    assert pack_offer(wire.Read(1, SPACE, 250, 1, KEYS[:1]))[0][:8].hex() == "666b021001000100"
+    assert pack_done(7)[0].hex() == "666b0212000000000700000000000000"
     assert pack_offered(OFFERED)[0].hex() == (
-        "666b01110200040088130000" + "0d00000000000000" + "0500000000000000"
+        "666b02110200040088130000" + "0d00000000000000" + "0500000000000000"
         + "0002000000100000" + "0000000000000080" + "0000000000010000"
         + "0100000000000000" + bytes(16).hex() + b"blob".hex()
     )  # fmt: skip
     part = wire.pack_part(1, SNAPSHOT, 0)
-    assert struct.unpack("<2sBBHHQQQQ", part[0][:40]) == (b"fk", 1, 12, 0, 1, 1, EPOCH, 40, 1000)
+    assert struct.unpack("<2sBBHHQQQQ", part[0][:40]) == (b"fk", 2, 12, 0, 1, 1, EPOCH, 40, 1000)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,15 @@ def _part(part: int, parts: int, count: int, data: bytes) -> list[bytes]:
     import xxhash
 
     check = xxhash.xxh3_64_intdigest(data)
-    return [struct.pack("<2sBBHHQQQQQ", b"fk", 1, 12, part, parts, 1, 2, 3, count, check), data]
+    return [struct.pack("<2sBBHHQQQQQ", b"fk", 2, 12, part, parts, 1, 2, 3, count, check), data]
+
+
+def _pages(
+    index: int, length: int, count: int, checksums: int | None = None, status: int = 0
+) -> bytes:
+    """The head of PAGES; what it says need not be true."""
+    told = bytes(8 * (count if checksums is None else checksums))
+    return struct.pack("<2sBBHBBIIQ", b"fk", 2, 7, index, status, 2, length, count, 1) + told
 
 
 @pytest.mark.parametrize(
@@ -148,18 +162,30 @@ def _part(part: int, parts: int, count: int, data: bytes) -> list[bytes]:
         _part(1, 1, 1, bytes(8)),
         _part(0, 1, 2, bytes(8)),
         [_part(0, 1, 1, bytes(8))[0], bytes([1]) + bytes(7)],
-        [wire.pack_page(wire.Page(1, 0, PageStatus.OK, ChecksumKind.XXH3_64, 8, 0)), bytes(9)],
-        [wire.pack_page(wire.Page(1, 0, PageStatus.OK, ChecksumKind.XXH3_64, 8, 0))],
-        [wire.pack_page(wire.Page(1, 0, PageStatus.MISS, ChecksumKind.NONE, 0, 0)), b""],
-        [wire.pack_page(wire.Page(1, 128, PageStatus.MISS, ChecksumKind.NONE, 0, 0))],
+        [_pages(0, 8, 1), bytes(9)],
+        [_pages(0, 8, 1)],
+        [_pages(0, 0, 1), b""],
+        [_pages(0, 8, 2), bytes(16)],
+        [_pages(0, 8, 2), bytes(8192)],
+        [_pages(127, 8, 2), bytes(4096 + 8)],
+        [_pages(0, 8, 2)[:-8], bytes(4096 + 8)],
+        [_pages(0, 8, 1) + bytes(8), bytes(8)],
+        [_pages(0, 8, 1)[:24], bytes(8)],
+        [_pages(0, 8, 0), b""],
+        [_pages(0, 0xFFFFFFFF, 0xFFFFFFFF, 1), bytes(8)],
+        [_pages(0, 0, 1, status=1), b""],
+        [_pages(0, 8, 1, status=1)],
+        [_pages(0, 0, 2, status=1)],
+        [_pages(128, 0, 1, status=1)],
+        [_pages(0, 0, 1, status=9)],
         [wire.pack_changes(1, CHANGES)[0], wire.pack_changes(1, CHANGES)[1][:-1]],
         [wire.pack_changes(1, CHANGES)[0], wire.pack_changes(1, CHANGES)[1] + b"x"],
         wire.pack_end(1, 129),
-        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 129, 0, 5000, 1, 1) + bytes(129 * 24)],
-        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 0, 32769, 5000, 1, 1) + bytes(32769)],
-        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 0, 0, 0, 1, 1)],
-        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 0, 0, 60_001, 1, 1)],
-        [struct.pack("<2sBBHHIQQ", b"fk", 1, 17, 1, 0, 1, 1, 1) + b"\x63" + bytes(23)],
+        [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 129, 0, 5000, 1, 1) + bytes(129 * 24)],
+        [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 0, 32769, 5000, 1, 1) + bytes(32769)],
+        [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 0, 0, 0, 1, 1)],
+        [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 0, 0, 60_001, 1, 1)],
+        [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 1, 0, 1, 1, 1) + b"\x63" + bytes(23)],
         [*pack_offered(OFFERED), b""],
     ],
 )

@@ -77,6 +77,7 @@ class DelayProxy:
         assert task is not None
         self._tasks.add(task)
         writers = [back]
+        ways: list[asyncio.Future[None]] = []
         try:
             await self._open.wait()
             far, out = await asyncio.open_connection(*self._target)
@@ -86,12 +87,12 @@ class DelayProxy:
                 asyncio.ensure_future(self._pump(far, back)),
             ]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
         except (OSError, asyncio.CancelledError):
             pass
         finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
             for writer in writers:
                 writer.transport.abort()
             self._tasks.discard(task)
@@ -119,6 +120,7 @@ class DelayProxy:
             await sender
         finally:
             sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
 
     def __enter__(self) -> DelayProxy:
         return self

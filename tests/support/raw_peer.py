@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import TracebackType
 
 import zmq
@@ -36,11 +37,11 @@ class RawPeer:
         return decode_answer(self.sock.recv_multipart())
 
     def hear_all(self) -> list[wire.Answer]:
-        """Answers up to an END."""
-        heard = []
+        """Answers up to an END; pages that came in one message are taken apart."""
+        heard: list[wire.Answer] = []
         while not isinstance(answer := self.hear(), wire.End):
             assert answer is not None, heard
-            heard.append(answer)
+            heard += one_by_one(answer) if isinstance(answer, wire.Pages) else [answer]
         return [*heard, answer]
 
     def __enter__(self) -> RawPeer:
@@ -54,3 +55,11 @@ class RawPeer:
     ) -> None:
         self.sock.close(0)
         self._context.term()
+
+
+def one_by_one(pages: wire.Pages) -> list[wire.Pages]:
+    """As if each had come in a message of its own."""
+    return [
+        replace(pages, index=pages.index + place, checksums=(checksum,))
+        for place, checksum in enumerate(pages.checksums)
+    ]
