@@ -42,7 +42,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         PAGES,
         "if length < stride:",
         "if length > stride:",
-        "tests/backends/test_page_server.py::test_small_pages_travel_together_with_zeros_between_them",
+        "tests/backends/test_serve_pages.py::test_small_pages_travel_together_with_zeros_between_them",
     ),
     (
         "wire: pages of a message lie without a gap",

@@ -218,31 +218,6 @@ def _take_slowly(peer: RawPeer, keys: list[PageKey], source: MemorySource) -> in
     raise AssertionError("no end")
 
 
-def test_small_pages_travel_together_with_zeros_between_them() -> None:
-    """The gap must not hold what was in the slab before."""
-    keys = keys_of(20)
-    source = MemorySource(keys, 5000)
-    with serving(source, small(1 << 20, 1 << 20)) as (server, address), RawPeer(address) as peer:
-        memory = server._pages._slabs.memory
-        memory[:] = bytes([0xAB]) * len(memory)
-        missing = keys_of(1, seed=9)
-        peer.say(read(1, [*keys[:12], *missing, *keys[12:]], flags=0))
-        told, sizes = [], []
-        while len(frames := peer.sock.recv_multipart()) == 2 or frames[0][3] != wire.Kind.END:
-            head = decode_answer(frames)
-            assert isinstance(head, wire.Pages)
-            told.append((head.index, head.status, len(head.checksums)))
-            for place in range(len(frames) > 1 and len(head.checksums)):
-                page = frames[1][8192 * place : 8192 * (place + 1)]
-                key = keys[head.index + place - (head.index > 12)]
-                assert page[:5000] == source.pages[key]
-                assert not any(page[5000:])
-                sizes.append(len(page))
-        assert told == [(0, OK, 12), (12, PageStatus.MISS, 1), (13, OK, 8)]
-        assert sizes.count(5000) == 2  # nothing is sent behind the last page of a message
-        until(lambda: server._pages.held_bytes == 0)
-
-
 def test_a_reader_that_goes_away_gives_its_memory_back() -> None:
     keys = keys_of(16)
     size = 1 << 20
