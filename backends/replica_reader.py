@@ -54,21 +54,9 @@ class _Held:
         return latest == Op.ADD or (not latest and base.holds_one(fp))
 
     def leading(self, fps: U64) -> int:
-        """How many of ``fps`` it holds before the first it does not hold.
-
-        Mostly a node holds a chain from its start to some page, so halving finds the end, and one search over
-        all pages before it proves it, or finds the hole.
-        """
-        high = len(fps)
-        low = high - 1 if self.holds_one(int(fps[-1])) else 0
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.holds_one(int(fps[middle])):
-                low = middle
-            else:
-                high = middle
-        held = parts_hold(self.parts, fps[:high])
-        return high if held.all() else int(held.argmin())
+        """How many of ``fps`` it holds before the first it does not hold."""
+        held = parts_hold(self.parts, fps)
+        return len(fps) if held.all() else int(held.argmin())
 
 
 class ReplicaReader:

@@ -53,8 +53,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "replica: holes before the end of a run are not looked for",
         READER,
-        "        return high if held.all() else int(held.argmin())\n",
-        "        return high\n",
+        "        return len(fps) if held.all() else int(held.argmin())\n",
+        "        return len(fps)\n",
         OF_REPLICA,
     ),
     (
