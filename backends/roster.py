@@ -37,9 +37,6 @@ BEAT_S, TICK_S = 0.2, 1.0
 SNAPSHOT_TIMEOUT_S = 10.0
 SNAPSHOTS_AT_ONCE = 2
 CLOSE_S = 1.7
-MISSES_MAX = 16
-"""So many pages in a row that a peer does not have although its set says so: the set is wrong."""
-
 _NAME_BEATS = 3
 _OWN_EPOCHS = 16
 
@@ -124,11 +121,11 @@ class Roster:
             self._settle()
         self._wake()
 
-    def reported_misses(self, namespace: str, nid: NodeId, in_a_row: int) -> None:
-        """A reader asked a peer for this many pages in a row that it should have, and has not."""
+    def doubted(self, namespace: str, nid: NodeId) -> None:
+        """Readers do not find at this peer what its set says: forget the set, and ask for it again."""
         with self._lock:
             follower = self._followers.get((namespace, nid))
-            if follower is None or in_a_row < MISSES_MAX or not follower.held:
+            if follower is None or not follower.held:
                 return
             self.count("share_distrusted")
             self._do((namespace, nid), follower.distrust())

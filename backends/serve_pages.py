@@ -192,7 +192,8 @@ class ServePages:
         request = turn.request
         late = time.monotonic() > request.deadline
         index = turn.first
-        for status, alike in _runs(pages, max(1, wire.PAGES_BYTES_MAX // request.slot_bytes)):
+        most = max(1, wire.PAGES_BYTES_MAX // request.slot_bytes)
+        for status, alike in _runs(pages, most, first_alone=not turn.first):
             if status is PageStatus.OK and not request.over and not late:
                 self._send_pages(request, index, alike, offset)
             else:
@@ -283,10 +284,15 @@ class ServePages:
 
 
 def _runs(
-    pages: Sequence[ServedPage], most: int
+    pages: Sequence[ServedPage], most: int, *, first_alone: bool
 ) -> Iterator[tuple[PageStatus, Sequence[ServedPage]]]:
-    """Pages side by side with the same status and kind of checksum, at most so many."""
-    for (status, _), group in groupby(pages, key=lambda page: (page.status, page.kind)):
+    """Pages side by side with the same status and kind of checksum, at most so many.
+
+    ``first_alone``: the first page by itself, as the reader measures the rate from there on.
+    """
+    if first_alone:
+        yield pages[0].status, pages[:1]
+    for (status, _), group in groupby(pages[first_alone:], key=lambda p: (p.status, p.kind)):
         alike = list(group)
         for start in range(0, len(alike), most):
             yield status, alike[start : start + most]

@@ -1,12 +1,16 @@
-"""Reads of 128 pages at another process: our data plane beside one raw TCP stream, on loopback.
+"""Reads of 128 pages at another process: our data plane beside one raw TCP stream, on loopback or over a cable.
 
     .venv/bin/python benchmarks/fleet_read.py [--dir DIR] [--reps 7] [--page-kib 128 1024 8192] [--out NAME.csv]
+    .venv/bin/python benchmarks/fleet_read.py --gbit 10 ...      between two network namespaces; needs root
 
 Each contender has a server process of its own; all fill the same host memory, two buffers per page. ``tcp`` is
 sendall and recv_into of the same pages, checks nothing and asks for nothing; ours verifies every page before it
 is copied. ``memory``: pages lie in the server's memory (copied into its slabs, as a memory tier would be);
 ``disk``: in a file read with O_DIRECT. Repetitions are interleaved; ratios are medians of ratios within one.
 CPU time is of both processes, all threads. The last line printed is one JSON object.
+
+On loopback nothing but the processors limits either side, and both sides share them. ``--gbit`` puts reader and
+server on two hosts (network namespaces), with a cable between them that carries so much (tc, token bucket).
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flexkv_bed.netns import Cluster
 from flexkv_sglang.backends import curve
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.fleet import (
@@ -52,6 +57,8 @@ PAGES = 128
 NAMESPACE = bytes(range(16))
 NID = NodeId("bench")
 DISTINCT_BYTES = 256 << 20
+LISTEN = "127.0.0.1"
+SERVER_COMMAND: list[str] = []
 CONTENDERS = ("tcp", "memory plain", "disk plain", "memory hmac", "memory curve", "disk curve")
 
 
@@ -131,7 +138,10 @@ def share_of(contender: str, secret: Path) -> ShareConfig:
     auth = contender.split()[1]
     secret_file = None if auth == "plain" else str(secret)
     return ShareConfig(
-        listen="127.0.0.1:0", secret_file=secret_file, auth="hmac" if auth == "hmac" else "curve"
+        listen=f"{LISTEN}:0",
+        secret_file=secret_file,
+        auth="hmac" if auth == "hmac" else "curve",
+        insecure=auth == "plain",
     )
 
 
@@ -159,8 +169,8 @@ def serve_tcp(pages: Pages) -> None:
     """One byte in, 128 pages out."""
     import threading
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    print(f"127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    listener = socket.create_server((LISTEN, 0))
+    print(f"{LISTEN}:{listener.getsockname()[1]}", flush=True)
     connection = listener.accept()[0]
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     views = [
@@ -211,7 +221,8 @@ class Contender:
 def start(name: str, page_bytes: int, place: Path, targets: np.ndarray) -> Contender:
     """Start the server of a contender and connect to it."""
     process = subprocess.Popen(
-        [sys.executable, __file__, "--serve", name, "--page-kib", str(page_bytes >> 10), "--dir", str(place)],
+        [*SERVER_COMMAND, sys.executable, __file__, "--serve", name, "--page-kib", str(page_bytes >> 10),
+         "--dir", str(place), "--listen", LISTEN],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -309,8 +320,20 @@ def summary(rows: Sequence[dict[str, object]]) -> dict[str, dict[str, float]]:
     return answer
 
 
+def on_two_hosts(gbit: float) -> int:
+    """This command again, on one of two hosts; its servers on the other."""
+    with Cluster(["reader", "server"]) as cluster:
+        shape = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf",
+                 "rate", f"{gbit}gbit", "burst", "8mb", "latency", "20ms"]  # fmt: skip
+        subprocess.run([*cluster.command("server"), *shape], check=True)
+        again = [sys.executable, *sys.argv, "--server-netns", cluster.name("server")]
+        again += ["--listen", cluster.address("server")]
+        return subprocess.run([*cluster.command("reader"), *again], check=False).returncode
+
+
 def main() -> int:
     """Measure, print, write the CSV."""
+    global LISTEN, SERVER_COMMAND
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -321,8 +344,16 @@ def main() -> int:
     parser.add_argument("--page-kib", type=int, nargs="+", default=[128, 1024, 8192])
     parser.add_argument("--only", nargs="+", choices=CONTENDERS[1:], default=CONTENDERS[1:])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--gbit", type=float, default=0, help="of the cable (default: loopback)")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--listen", default=LISTEN, help=argparse.SUPPRESS)
+    parser.add_argument("--server-netns", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    LISTEN = options.listen
+    if options.server_netns:
+        SERVER_COMMAND = ["ip", "netns", "exec", options.server_netns]
+    elif options.gbit:
+        return on_two_hosts(options.gbit)
     if options.serve:
         serve(options.serve, options.page_kib[0] << 10, options.dir)
         return 0
@@ -334,7 +365,7 @@ def main() -> int:
         (place / "secret").chmod(0o600)
         for kib in options.page_kib:
             found = run_size(kib << 10, place, options.reps, ["tcp", *options.only])
-            rows += found
+            rows += [{**row, "gbit": options.gbit} for row in found]
             answer[str(kib)] = summary(found)
             for name, figures in answer[str(kib)].items():
                 print(f"{kib:5} KiB  {name:13} {figures}", flush=True)

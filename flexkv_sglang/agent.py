@@ -69,6 +69,7 @@ class Agent:
         self._logged_at: dict[str, float] = {}
         self._needed_at = time.monotonic()
         self._changes = 0
+        self._doubts: dict[tuple[str, str, str], int] = {}  # (rank, namespace, node) -> as reported
         self._share = share = config.share
         self._nid = NodeId(node_name(config))
         self._logs = ChangeLogs(outbox=share.redis_url is not None)
@@ -157,7 +158,19 @@ class Agent:
         for pages in self._pages.values():
             pages.scan()
         self._roster.wanted_namespaces(set(self._pages))
+        self._round("doubts", self._hear_doubts)
         self._run_dir.write_status(self._status())
+
+    def _hear_doubts(self) -> None:
+        """Rank processes whose reads miss time after time at a node: the replica of it may be wrong."""
+        heard: dict[tuple[str, str, str], int] = {}
+        for rank, said in self._run_dir.reports().items():
+            for namespace, nodes in said.get("doubts", {}).items():
+                heard |= {(rank, namespace, nid): int(count) for nid, count in nodes.items()}
+        new = {(key[1], key[2]) for key, n in heard.items() if n > self._doubts.get(key, 0)}
+        self._doubts = heard
+        for namespace, nid in new:
+            self._roster.doubted(namespace, NodeId(nid))
 
     def _prepare(self, path: str, io_engine: str) -> None:
         """Prove a directory with real I/O, once. A directory that is lost is tried again at every scan."""

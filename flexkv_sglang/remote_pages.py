@@ -30,6 +30,9 @@ _RATE_MIN = 100e6
 _DISBELIEVED_S = 30.0
 _DISBELIEVED_MAX = 1 << 16
 _RUNS_MAX = 8
+_MISSES_MAX = 16
+"""So many reads in a row that end with a page that the peer does not have: its set here is wrong."""
+
 _LOST = {PageOutcome.MISS, PageOutcome.CORRUPT}
 """Not LATE: a peer that hangs has a breaker, and when it answers again its pages are there."""
 
@@ -94,7 +97,10 @@ class RemotePages:
         self._ended = threading.Event()
         metrics.gauge("remote_pages", self.page_count)
         metrics.gauge("remote_peers", lambda: len(self.peers()))
-        self._lock = threading.Lock()  # guards _disbelieved; dict work
+        self.namespace = namespace
+        self._lock = threading.Lock()  # guards the next three; dict work
+        self._misses: dict[str, int] = {}  # nid -> reads in a row that ended with a miss
+        self._doubts: dict[str, int] = {}  # nid -> how often there were too many
         self._disbelieved: dict[
             tuple[str, int, PageKey], float
         ] = {}  # until when; the oldest first
@@ -159,6 +165,7 @@ class RemotePages:
                 break
             good += 1
         self._metrics.count("remote_read_pages", good)
+        self._weigh(run.peer.nid, good, missed=PageOutcome.MISS in outcomes)
         for outcome in PageOutcome:
             if outcome not in (PageOutcome.OK, PageOutcome.SKIPPED):
                 self._metrics.count(f"remote_{outcome.name.lower()}_pages", outcomes.count(outcome))
@@ -166,6 +173,11 @@ class RemotePages:
         if lost:
             self._disbelieve(run.peer, lost)
         return good
+
+    def doubts(self) -> dict[str, int]:
+        """Node -> how often so far it did not have what the replica says, time after time."""
+        with self._lock:
+            return dict(self._doubts)
 
     def follow(self) -> None:
         """Take in what the agent says now. Once a second at least, or files it has replaced stay in memory."""
@@ -264,6 +276,16 @@ class RemotePages:
                 if self._disbelieved.get((peer.nid, peer.epoch, key), 0.0) > now:
                     return count
         return len(keys)
+
+    def _weigh(self, nid: str, good: int, *, missed: bool) -> None:
+        with self._lock:
+            if good:
+                self._misses.pop(nid, None)
+            elif missed:
+                self._misses[nid] = self._misses.get(nid, 0) + 1
+                if self._misses[nid] == _MISSES_MAX:
+                    del self._misses[nid]
+                    self._doubts[nid] = self._doubts.get(nid, 0) + 1
 
     def _disbelieve(self, peer: Peer, keys: Sequence[PageKey]) -> None:
         until = time.monotonic() + _DISBELIEVED_S

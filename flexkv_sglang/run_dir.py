@@ -166,7 +166,8 @@ class RunDir:
 
     def reports(self) -> dict[str, dict[str, Any]]:
         """What each living rank process says: ``usable``, are the agent's settings its own; ``breakers``, nodes that
-        it does not ask for a while, and why. {} of one that has said nothing yet."""
+        it does not ask for a while, and why; ``doubts``, namespace -> node -> how often it did not have what the
+        replica says. {} of one that has said nothing yet."""
         found = {}
         for path in sorted((self.path / "ranks").glob("*.lock")):
             try:

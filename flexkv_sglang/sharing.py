@@ -76,13 +76,16 @@ class Sharing:
         return pages
 
     def _follow(self) -> None:
-        """Let go of files that the agent has replaced, also while nobody looks anything up; tell of open breakers."""
+        """Let go of files that the agent has replaced, also while nobody looks anything up; report on other nodes."""
         states: dict[str, str] = {}
         for pages in self._opened:
             pages.follow()
             states |= {peer.nid: self._client.is_open(peer.nid) for peer in pages.peers()}
         open_ones = {nid: why for nid, why in states.items() if why}
-        self._keeper.report({"breakers": open_ones, "usable": self._keeper.usable})
+        doubts = {pages.namespace: doubts for pages in self._opened if (doubts := pages.doubts())}
+        self._keeper.report(
+            {"breakers": open_ones, "usable": self._keeper.usable, "doubts": doubts}
+        )
 
     def close(self) -> None:
         """The agent stays. Idempotent."""

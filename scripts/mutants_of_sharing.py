@@ -16,6 +16,20 @@ REMOVED = "tests/fleet/test_failures.py::test_the_run_directory_is_removed"
 
 MUTANTS = (
     (
+        "sharing: pages that came do not end a row of misses",
+        REMOTE,
+        "                self._misses.pop(nid, None)",
+        "                pass",
+        f"{READS}::test_a_node_that_misses_time_after_time_is_doubted",
+    ),
+    (
+        "sharing: a snapshot for one doubt again and again",
+        "flexkv_sglang/agent.py",
+        "if n > self._doubts.get(key, 0)}",
+        "if n > 0}",
+        "tests/fleet/test_sharing.py::test_a_set_that_lies_is_asked_for_again",
+    ),
+    (
         "sharing: a rank's lock is seen before it is held",
         RUN,
         "            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n            hidden.rename(path)\n",

@@ -164,6 +164,28 @@ def test_a_page_that_was_not_there_is_not_believed_in_again(bed: Bed) -> None:
     assert bed.store.prefix(keys) == 6
 
 
+def test_a_node_that_misses_time_after_time_is_doubted(bed: Bed) -> None:
+    keys = keys_of(50)
+    bed.holds("a", keys)
+    for key in keys[1:]:
+        del bed.sources["a"].pages[key]
+    memory = PageMemory(1, [PAGE])
+
+    def read(numbers: range) -> None:
+        for number in numbers:
+            bed.store.get(keys[number : number + 1], memory.buffers, soon())
+
+    read(range(1, 16))
+    assert bed.pages.doubts() == {}
+    read(range(1))  # it has that one: the count begins anew
+    read(range(16, 31))
+    assert bed.pages.doubts() == {}
+    read(range(31, 32))
+    assert bed.pages.doubts() == {"a": 1}
+    read(range(32, 48))
+    assert bed.pages.doubts() == {"a": 2}
+
+
 def test_a_hole_in_the_first_run_ends_it(bed: Bed) -> None:
     """Pages of the second run came, and do not count: there is none before them."""
     keys = keys_of(8)

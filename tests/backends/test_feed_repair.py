@@ -117,7 +117,7 @@ def test_rubbish_in_redis_is_counted_and_skipped(scene: tuple[Node, HandNode]) -
     sound = encode_info(hand.own_info())
     for number, entry in enumerate(
         [b"", b"[]", b"null", b"{" * 100_000, b" " * 200_000,
-         sound.replace(b'"proto":1', b'"proto":2'),
+         sound.replace(b'"proto":2', b'"proto":3'),
          sound.replace(b"h:1", b"h 1"),
          sound.replace(NS.encode(), b"../../etc/passwd"), sound[:-1]]
     ):  # fmt: skip
@@ -140,9 +140,9 @@ def test_sets_that_lie_are_asked_for_again(
 ) -> None:
     monkeypatch.setattr("flexkv_sglang.backends.snapshot_queue.ASK_AGAIN_S", 0.1)
     node, hand = scene
-    node.roster.reported_misses(NS, hand.nid, 15)
+    node.roster.doubted("no such namespace", hand.nid)
     assert node.counts["share_distrusted"] == 0
-    node.roster.reported_misses(NS, hand.nid, 16)
+    node.roster.doubted(NS, hand.nid)
     assert node.counts["share_distrusted"] == 1
     assert eventually(lambda: node.counts["share_snapshots"] >= 2)
     assert knows(node, hand)

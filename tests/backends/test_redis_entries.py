@@ -22,7 +22,7 @@ from flexkv_sglang.backends.redis_entries import (
 INFO = NodeInfo(NodeId("host-1a"), 0xAB, "10.0.0.1:7000", "rack", (OTHER_NS, NS), ("zmq",), "0.1")
 ENTRY = (
     b'{"addr":["10.0.0.1:7000"],"engines":["zmq"],"epoch":"00000000000000ab",'
-    b'"ns":["aaaqeayeaudaocajbifqydiob4","aebagbafaydqqcikbmga2dqpca"],"pod":"rack","proto":1,"ver":"0.1"}'
+    b'"ns":["aaaqeayeaudaocajbifqydiob4","aebagbafaydqqcikbmga2dqpca"],"pod":"rack","proto":2,"ver":"0.1"}'
 )
 CHANGES = [
     (Change(0xAB, 7, Op.ADD, fps(1, 256)), b"A", bytes([1, *bytes(7), 0, 1, *bytes(6)])),
@@ -69,7 +69,7 @@ def test_an_entry_with_one_wrong_field_never_raises(name: str, value: object, ni
     entry = json.loads(ENTRY)
     entry[name] = value
     info = decode_info(b"n", json.dumps(entry).encode())
-    assert info is None or info.protocol == 1
+    assert info is None or info.protocol == 2
     decode_info(nid, ENTRY)
     del entry[name]
     assert decode_info(b"n", json.dumps(entry).encode()) is None

@@ -34,6 +34,6 @@ def test_small_pages_travel_together_with_zeros_between_them() -> None:
                 assert page[:5000] == source.pages[key]
                 assert not any(page[5000:])
                 sizes.append(len(page))
-        assert told == [(0, OK, 12), (12, PageStatus.MISS, 1), (13, OK, 8)]
-        assert sizes.count(5000) == 2  # nothing is sent behind the last page of a message
+        assert told == [(0, OK, 1), (1, OK, 11), (12, PageStatus.MISS, 1), (13, OK, 8)]
+        assert sizes.count(5000) == 3  # nothing is sent behind the last page of a message
         until(lambda: server._pages.held_bytes == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -27,6 +28,26 @@ def test_pages_of_another_node(redis_server: RedisServer, make_node: MakeNode) -
     counters = reader.counters()
     assert counters["remote_read_pages"] == PAGES
     assert not any(counters.get(name) for name in NO_TROUBLE)
+
+
+def test_a_set_that_lies_is_asked_for_again(redis_server: RedisServer, make_node: MakeNode) -> None:
+    """A rank process says so in its lock file; its agent takes the other node's snapshot once for it."""
+    a, b = (make_node(name, redis_url=redis_server.url) for name in "ab")
+    writer, reader = a.rank(), b.rank()
+    writer.put(1, PAGES)
+    assert eventually(lambda: reader.prefix(1, PAGES) == PAGES)
+    namespace = next(iter(b.status()["served_pages"]))
+    told = b.run_dir.take_rank_lock()
+    before = b.status()["sharing"].get("share_snapshots", 0)
+    told.write(json.dumps({"doubts": {namespace: {"a": 1, "nobody": 3}}}))
+    assert eventually(lambda: b.status()["sharing"].get("share_distrusted") == 1)
+    assert eventually(lambda: b.status()["sharing"]["share_snapshots"] > before, 20)
+    assert eventually(lambda: reader.prefix(1, PAGES) == PAGES)
+    told.write(json.dumps({"doubts": {namespace: {"a": 1}}, "more": True}))
+    writer.put(2, PAGES)
+    assert eventually(lambda: reader.prefix(2, PAGES) == PAGES)
+    assert b.status()["sharing"]["share_distrusted"] == 1
+    told.close()
 
 
 def test_they_are_kept_here_as_well(redis_server: RedisServer, make_node: MakeNode) -> None:
