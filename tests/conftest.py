@@ -55,6 +55,14 @@ settings.load_profile(
 )
 
 
+LONGEST = ("test_weight_agreement.py", "test_versions.py", "test_campaign.py", "test_doctor_setup.py")
+"""Files of which each takes most of a minute: with two at a time (``scripts/test``) they must not come last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--e2e-variant",

@@ -154,7 +154,7 @@ def test_of_a_real_agent(node: Node) -> None:
         return look_at_fleets([node.pages_dir], config, time.time())
 
     assert wait_until(lambda: "redis_down" in found(*look()))
-    said = [{"usable": True, "breakers": {}}]
+    said = [{"usable": True, "breakers": {}, "doubts": {}}]
     assert wait_until(lambda: list(look()[0].ranks.values()) == said)
     (fleet,) = look()
     assert fleet.reports
