@@ -55,7 +55,12 @@ settings.load_profile(
 )
 
 
-LONGEST = ("test_weight_agreement.py", "test_versions.py", "test_campaign.py", "test_doctor_setup.py")
+LONGEST = (
+    "test_weight_agreement.py",
+    "test_versions.py",
+    "test_campaign.py",
+    "test_doctor_setup.py",
+)
 """Files of which each takes most of a minute: with two at a time (``scripts/test``) they must not come last."""
 
 
