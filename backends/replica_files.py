@@ -55,6 +55,7 @@ _TABLE_BYTES = _ENTRIES_AT + SLOTS * _ENTRY_BYTES
 _INDEX_BYTES = _PAGE + 16 * SLOTS
 _SET_HEADER = struct.Struct("<8sIIQQQII")  # magic, version, slot, generation, tenancy, count, ...
 _SET_HEADER_BYTES = 64
+_MADV_POPULATE_READ = 22  # of Linux; Python has no name for it
 _SET_NAME = re.compile(r"^p(?P<slot>\d+)\.(?P<generation>\d+)\.set(\.tmp)?$")
 _NAMESPACE = re.compile(r"^[a-z2-7]{26}$")
 _WRITER, _BEAT, _RETIRED, _NAMESPACES, _PID = 2, 3, 4, 5, 6  # 8-byte words of the table's header
@@ -295,12 +296,15 @@ def _set_parts(memory: mmap.mmap, place: SetPlace, sizes: tuple[int, int, int]) 
 def write_set(place: SetPlace, fps: U64) -> Parts:
     """A new set file with sorted, distinct ``fps`` and no changes; mapped. Raises ``OSError``: nothing was made."""
     sizes = len(fps), bucket_count(len(fps)), record_count(len(fps))
-    fps_at, _, _, end = _set_layout(*sizes)
+    fps_at, heads_at, _, end = _set_layout(*sizes)
     memory = _new_file(place.path, end)
     header = place.header(*sizes)
     memory[: len(header)] = header
     np.frombuffer(memory, np.uint32, sizes[1] + 1, _SET_HEADER_BYTES)[:] = bucket_starts(fps)
     np.frombuffer(memory, np.uint64, sizes[0], fps_at)[:] = fps
+    memory[heads_at:] = bytes(
+        end - heads_at
+    )  # else it is no memory yet, which readers cannot map at once
     _put_in_place(place.path)
     return _set_parts(memory, place, sizes)
 
@@ -314,7 +318,16 @@ def open_set(place: SetPlace) -> Parts | None:
     header = place.header(count, buckets, records)
     if memory[: len(header)] != header or len(memory) != _set_layout(count, buckets, records)[3]:
         return None
+    _touch(memory)
     return _set_parts(memory, place, (count, buckets, records))
+
+
+def _touch(memory: mmap.mmap) -> None:
+    """Have all of it mapped now: bit by bit it would cost many look-ups to come 100 us and more each."""
+    try:
+        memory.madvise(_MADV_POPULATE_READ)
+    except OSError:  # before Linux 5.14
+        return
 
 
 def remove_sets(run_dir: Path) -> None:

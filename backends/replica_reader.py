@@ -31,8 +31,8 @@ from flexkv_sglang.backends.replica_files import (
 )
 from flexkv_sglang.types import U64, BoolArray
 
-_OPENED_PER_REFRESH = 16
-"""Sets mapped in one ``refresh`` at most, some 50 us each; the others at the next."""
+_OPENED_PER_REFRESH, _PAGES_PER_REFRESH = 16, 1_000_000
+"""Sets, and pages in them, after which ``refresh`` maps no more: a million take some 1 ms. The others at the next."""
 
 _LOOK_NS = 100_000_000  # how often files are looked for that were not there
 _RETRY_NS = 10_000_000  # and something that was being changed
@@ -84,7 +84,7 @@ class ReplicaReader:
         self._last_slot = -1  # who answered last; a hint, written by any thread
 
     def refresh(self) -> None:
-        """Take in which nodes there are and which sets they have now. A few us if nothing changed, 1 ms at most."""
+        """Take in which nodes there are and which sets they have now. A few us if nothing changed, a few ms at most."""
         with self._lock:
             now = time.monotonic_ns()
             self._follow_table(now)
@@ -211,7 +211,7 @@ class ReplicaReader:
         generations = self._index.generations()
         if generations == self._generations:
             return False
-        missing, opened = False, 0
+        missing, opened, pages = False, 0, 0
         current = np.frombuffer(generations, np.uint64).tolist()
         for slot in [slot for slot in self._sets if slot not in self._entries or not current[slot]]:
             del self._sets[slot]
@@ -220,10 +220,11 @@ class ReplicaReader:
             known = self._sets.get(slot)
             if not place.generation or (known and known[0] == place):
                 continue
-            if opened == _OPENED_PER_REFRESH:
+            if opened == _OPENED_PER_REFRESH or pages >= _PAGES_PER_REFRESH:
                 return True
             opened += 1
             parts = open_set(place)
+            pages += len(parts[0]) if parts is not None else 0
             if parts is None:  # replaced meanwhile, or of a tenancy we have not read of yet
                 missing = True
             else:
