@@ -63,35 +63,40 @@ def load_engine() -> Any:
 
 
 class MooncakeTransfer:
-    """Pages on their way from ``target`` ("host:port"). ``start`` is called by the engine's thread, once."""
+    """Pages on their way from ``target`` ("host:port"). ``start`` is called by the engine's thread, once.
+
+    Each flag is written by one thread only: ``_whole``, then ``_started`` by the engine's, ``_failed`` by the caller.
+    """
 
     def __init__(self, engine: Any, target: str, moves: Sequence[Move]) -> None:
         self._engine, self._target, self._moves = engine, target, moves
         self._made = time.monotonic()
-        self._batches: deque[int] = deque()  # filled by one thread, emptied by the other
-        self._started = False  # set behind the last batch: nothing comes after it
+        self._batches: deque[int] = deque()  # filled by the engine's thread, emptied by the caller
+        self._whole = False  # every page has been given to Mooncake
+        self._started = False  # and no more will be
         self._failed = False
         self._state = TransferState.RUNNING
 
     def start(self) -> None:
         """Give all pages to Mooncake, or those before the first that it refuses."""
         try:
-            if time.monotonic() - self._made > _WAITED_MAX_S:
-                self._failed = True
-                return
-            for move in self._moves:
-                batch = self._engine.batch_transfer_async_read(
-                    self._target, [move.target], [move.source], [move.byte_count]
-                )
-                if batch in _REFUSED:
-                    self._failed = True
-                    return
-                self._batches.append(batch)
+            self._whole = self._give()
         except _ERRORS:
             logger.debug("Mooncake cannot start a transfer", exc_info=True)
-            self._failed = True
         finally:
             self._started = True
+
+    def _give(self) -> bool:
+        if time.monotonic() - self._made > _WAITED_MAX_S:
+            return False
+        for move in self._moves:
+            batch = self._engine.batch_transfer_async_read(
+                self._target, [move.target], [move.source], [move.byte_count]
+            )
+            if batch in _REFUSED:
+                return False
+            self._batches.append(batch)
+        return True
 
     def poll(self) -> TransferState:
         """As ``Transfer``."""
@@ -105,7 +110,8 @@ class MooncakeTransfer:
             self._batches.popleft()  # Mooncake has freed it: never ask again
             self._failed = self._failed or answer == _FAILED
         if started:
-            self._state = TransferState.FAILED if self._failed else TransferState.DONE
+            well = self._whole and not self._failed
+            self._state = TransferState.DONE if well else TransferState.FAILED
         return self._state
 
     def _look(self, batch: int) -> int:
@@ -153,7 +159,10 @@ class MooncakeEngine:
     def register(self, address: int, byte_count: int) -> None:
         """As ``OneSidedEngine``."""
         assert not self._address, "registered twice"
-        status = self._engine.register_memory(address, byte_count)
+        try:
+            status = self._engine.register_memory(address, byte_count)
+        except _ERRORS as exc:
+            status = f"{type(exc).__name__}: {exc}"
         if status != 0:
             raise EngineError(f"Mooncake cannot register {byte_count} bytes: {status}")
         self._address = address
@@ -172,12 +181,19 @@ class MooncakeEngine:
         if since and time.monotonic() - since > STUCK_S:
             raise EngineError("Mooncake is stuck in a call to another node")
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="flexkv-mooncake", daemon=True)
-            self._thread.start()
+            self._thread = self._start_thread()
         transfer = MooncakeTransfer(self._engine, target, moves)
         self._running.append(transfer)
         self._jobs.put(transfer)
         return transfer
+
+    def _start_thread(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="flexkv-mooncake", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            raise EngineError(f"no thread for Mooncake: {exc}") from exc
+        return thread
 
     def _run(self) -> None:
         while (transfer := self._jobs.get()) is not None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -111,6 +112,23 @@ def test_a_page_that_is_refused_ends_the_transfer_with_those_before_it(
     mooncake().finish(*started(1))
     until(lambda: transfer.poll() is LOST)
     assert len(mooncake().asked) == 2
+
+
+def test_an_error_at_any_page_is_a_failed_transfer(
+    engine: MooncakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give = mooncake().batch_transfer_async_read
+
+    def give_one(*arguments: Any) -> int:
+        if mooncake().asked:
+            raise RuntimeError("from C++")
+        return give(*arguments)
+
+    monkeypatch.setattr(mooncake(), "batch_transfer_async_read", give_one)
+    transfer = engine.read(THERE, pages(2))
+    mooncake().finish(*started(1))
+    until(lambda: transfer.poll() is not RUNNING)
+    assert transfer.poll() is LOST
 
 
 def test_a_call_that_hangs_holds_up_no_read_from_another_node(
