@@ -188,6 +188,25 @@ def test_memory_of_a_failed_transfer_rests_as_long_as_its_engine_wants() -> None
         assert slab(client).free_bytes == engine_reads.SLAB_BYTES
 
 
+def test_when_memory_at_rest_fills_the_slab_pages_come_over_zmq(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(EngineReads.__init__, "__defaults__", (3 * 20 * 8192,))
+    monkeypatch.setattr(engine_channel, "FALLBACK_S", 0.0)
+    source, engine = MemorySource(KEYS, SIZE), CopyEngine("fail")
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=engine) as client,
+    ):
+        for _ in range(5):
+            memory = PageMemory(20, [SIZE])
+            assert begin(client, address, KEYS, memory).wait() == [OK] * 20
+            assert whole(source, memory)
+        until(lambda: server.counts["pages_sent"] == 5 * 20)
+        assert (len(engine.transfers), server.counts["pages_offered"]) == (3, 3 * 20)
+        assert slab(client).free_bytes == 0
+
+
 def test_a_transfer_that_hangs_is_left_at_the_deadline_and_its_memory_is_not_used() -> None:
     source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine("hang")
     with (
