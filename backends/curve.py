@@ -177,7 +177,7 @@ def listen_address(share: ShareConfig, secret: Secret | None) -> tuple[str, int]
 
 def _auto_host(share: ShareConfig, secret: Secret | None) -> str:
     """Loopback as long as strangers could read pages."""
-    host = _outward_host(share)
+    host = outward_host(share)
     if _is_loopback(host) or secret is not None or share.insecure:
         return host
     logger.warning(
@@ -199,6 +199,11 @@ def advertised(share: ShareConfig, host: str, port: int) -> str:
     return join_address(share.advertise.strip("[]"), port)
 
 
+def advertised_host(share: ShareConfig, host: str) -> str:
+    """The host in that, for an engine with ports of its own."""
+    return split_address(advertised(share, host, 0), "share.advertise")[0]
+
+
 def split_address(address: str, key: str) -> tuple[str, int]:
     """("host", port) of "host:port", "host" or "[v6]:port". Raises ``ConfigError`` naming ``key``."""
     host, colon, digits = address.rpartition(":")
@@ -215,7 +220,7 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _outward_host(share: ShareConfig) -> str:
+def outward_host(share: ShareConfig) -> str:
     """The address this machine would reach Redis, else its first peer, from. No packet is sent."""
     if share.redis_url:
         url = urlsplit(share.redis_url)

@@ -43,9 +43,13 @@ class Transfer(Protocol):
 
 
 class OneSidedEngine(Protocol):
-    """Made by ``engines.open_engine``. Threads: one at a time."""
+    """Made by ``engines.open_engine``. Threads: one at a time.
+
+    ``settle_s``: memory of a FAILED transfer rests for so long, should the engine not keep its word that it has ended.
+    """
 
     name: str
+    settle_s: float
 
     def register(self, address: int, byte_count: int) -> None:
         """This memory is to be read from, or into; once. It must stay until ``close``. Raises ``EngineError``."""

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 MODULES = ("nixl._api", "nixl_cu12._api", "nixl_cu13._api")
 """Where releases have it; the first is also what SGLang imports, so that one process has one copy."""
 
+SETTLE_S = 10.0
+"""No byte came later than the error, in one trial of 8 s."""
+
 REMOTES_MAX = 256
 """Other sides that are remembered; beyond it the one not read from for longest is forgotten."""
 
@@ -89,6 +92,7 @@ class NixlEngine:
     """An agent with the UCX back-end. Raises ``ConfigError`` if NIXL or that back-end is missing."""
 
     name = "nixl"
+    settle_s = SETTLE_S
 
     def __init__(self) -> None:
         api = load_api()

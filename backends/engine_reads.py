@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flexkv_sglang.backends import curve
 from flexkv_sglang.backends.engine_base import (
     EngineError,
     Move,
@@ -33,9 +34,6 @@ SLAB_BYTES = 64 << 20
 
 FALLBACK_S = 60.0
 """After an engine's error a peer is read over ZeroMQ for so long."""
-
-SETTLE_S = 10.0
-"""Memory of a failed transfer rests for so long, should the engine not keep its word that it has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ class EngineReads:
     @classmethod
     def of(cls, share: ShareConfig, engine: OneSidedEngine | None) -> EngineReads | None:
         """With ``engine``, or the one that ``share.engine`` names; None: ZeroMQ only."""
-        engine = engine or open_engine(share)
+        engine = engine or open_engine(share, lambda: curve.outward_host(share))
         return None if engine is None else cls(engine)
 
     @property
@@ -132,7 +130,9 @@ class EngineReads:
             state = TransferState.DONE if fetch.transfer is None else fetch.transfer.poll()
             if state is TransferState.FAILED and not failed_at:
                 kept.append((fetch, now))
-            elif state is TransferState.DONE or (failed_at and now >= failed_at + SETTLE_S):
+            elif state is TransferState.DONE or (
+                failed_at and now >= failed_at + self._engine.settle_s
+            ):
                 self._slab.give(fetch.offset, fetch.byte_count)
             else:
                 kept.append((fetch, failed_at))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from flexkv_sglang.backends.engine_base import OneSidedEngine
 from flexkv_sglang.share_settings import ShareConfig
@@ -14,14 +15,20 @@ _kept: list[
 ] = []  # engines that still run, and their memory: freed, it would end the process
 
 
-def open_engine(share: ShareConfig) -> OneSidedEngine | None:
-    """None for ``zmq``. Raises ``ConfigError`` for an engine that is not there."""
+def open_engine(share: ShareConfig, host: Callable[[], str]) -> OneSidedEngine | None:
+    """None for ``zmq``. ``host``: where others reach this machine. Raises ``ConfigError`` for an engine not there."""
     if share.engine == "zmq":
         return None
-    assert share.engine == "nixl", share.engine
-    from flexkv_sglang.backends.engine_nixl import NixlEngine
+    engine: OneSidedEngine
+    if share.engine == "nixl":
+        from flexkv_sglang.backends.engine_nixl import NixlEngine
 
-    engine = NixlEngine()
+        engine = NixlEngine()
+    else:
+        assert share.engine == "mooncake", share.engine
+        from flexkv_sglang.backends.engine_mooncake import MooncakeEngine
+
+        engine = MooncakeEngine(host())
     logger.warning(
         "flexkv: share.engine %r listens on all interfaces, and neither authenticates nor encrypts: whoever reaches"
         " its ports may read and write the staging memory of this process. For trusted fabrics only",

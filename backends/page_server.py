@@ -73,7 +73,9 @@ class PageServer:
         self._share, self._secret = share, secret
         self._info, self._sources, self._logs = info, sources, logs
         self._host, self._port = curve.listen_address(share, secret)
-        self._engine = engine or open_engine(share)
+        self._engine = engine or open_engine(
+            share, lambda: curve.advertised_host(share, self._host)
+        )
         self.engines = ("zmq", self._engine.name) if self._engine else ("zmq",)
         self.counts: Counter[str] = Counter()
         self._stop_fd = -1

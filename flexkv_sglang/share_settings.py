@@ -136,12 +136,6 @@ def _pod(key: str, value: object) -> str:
     return "" if value == "" else _name(key, value)
 
 
-def _engine(key: str, value: object) -> str:
-    if value == "mooncake":
-        raise ConfigError(f"{key}: 'mooncake' is not available in this version. Valid: zmq, nixl")
-    return choice("zmq", "nixl")(key, value)
-
-
 def _megabytes(key: str, value: object) -> int:
     return int(number(1, 1 << 20, "MiB")(key, value)) << 20
 
@@ -163,7 +157,7 @@ _PARSERS: dict[str, tuple[str, Callable[[str, object], Any]]] = {
     "auth": ("auth", choice("curve", "hmac")),
     "insecure": ("insecure", flag),
     "pod": ("pod", _pod),
-    "engine": ("engine", _engine),
+    "engine": ("engine", choice("zmq", "nixl", "mooncake")),
     "promote": ("promote", flag),
     "recompute_tokens_per_s": ("recompute_tokens_per_s", number(0, 1e9, "tokens per second")),
     "heartbeat_s": ("heartbeat_s", number(0.05, 3600, "seconds")),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 TESTS, HELD = "tests/backends/test_one_sided.py", "tests/backends/test_serve_holds.py"
 HOLDS, READS = "backends/serve_holds.py", "backends/engine_reads.py"
-CHANNEL = "backends/engine_channel.py"
+CHANNEL, MOONCAKE = "backends/engine_channel.py", "backends/engine_mooncake.py"
+PLAYED = "tests/backends/test_mooncake_transfers.py"
 
 MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
@@ -41,6 +42,34 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         "        self._zmq_until = now + FALLBACK_S",
         "        self._zmq_until = now",
         f"{TESTS}::test_an_error_of_the_engine_costs_nothing_but_the_engine",
+    ),
+    (
+        "engine: memory of a failed transfer does not rest",
+        READS,
+        "now >= failed_at + self._engine.settle_s",
+        "now >= failed_at",
+        f"{TESTS}::test_memory_of_a_failed_transfer_rests_as_long_as_its_engine_wants",
+    ),
+    (
+        "engine: a transfer of mooncake has failed with its first page",
+        MOONCAKE,
+        "                return self._state\n            self._batches.popleft()",
+        "                break\n            self._batches.popleft()",
+        f"{PLAYED}::test_a_transfer_with_a_failed_page_runs_until_the_others_have_ended",
+    ),
+    (
+        "engine: a transfer of mooncake is done before all its pages are given",
+        MOONCAKE,
+        "        if started:\n",
+        "        if started or not self._batches:\n",
+        f"{PLAYED}::test_a_transfer_runs_while_its_pages_are_being_given_to_mooncake",
+    ),
+    (
+        "engine: a call of mooncake that hangs holds up reads from other nodes",
+        MOONCAKE,
+        "if since and time.monotonic() - since > STUCK_S:",
+        "if since < 0:",
+        f"{PLAYED}::test_a_call_that_hangs_holds_up_no_read_from_another_node",
     ),
 )
 """(name, file, old, new, tests); ``old`` occurs exactly once."""

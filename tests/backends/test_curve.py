@@ -194,6 +194,14 @@ def test_what_others_are_told() -> None:
     assert curve.advertised(ShareConfig(advertise="[fd00::1]"), "0.0.0.0", 5) == "[fd00::1]:5"
 
 
+@pytest.mark.parametrize(
+    ("advertise", "host"),
+    [(None, "10.0.0.5"), ("node7", "node7"), ("node7:9", "node7"), ("[fd00::1]:9", "fd00::1")],
+)
+def test_the_host_that_others_are_told(advertise: str | None, host: str) -> None:
+    assert curve.advertised_host(ShareConfig(advertise=advertise), "10.0.0.5") == host
+
+
 def test_ipv6_loopback_serves() -> None:
     if not socket.has_ipv6:
         pytest.fail("the machine has no IPv6 loopback")

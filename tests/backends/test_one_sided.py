@@ -139,10 +139,10 @@ def test_one_side_without_the_engine_is_zmq(there: bool) -> None:
 
 @pytest.mark.parametrize("behaviour", ["refuse", "fail"])
 def test_an_error_of_the_engine_costs_nothing_but_the_engine(
-    behaviour: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    behaviour: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     source, counts, engine = MemorySource(KEYS, SIZE), Counter[str](), CopyEngine(behaviour)
-    monkeypatch.setattr(engine_reads, "SETTLE_S", 0.01)
+    engine.settle_s = 0.01
     with (
         serving(source, engine=CopyEngine()) as (server, address),
         reading(engine=engine, count=counts.__setitem__) as client,
@@ -177,15 +177,34 @@ def test_the_engine_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> Non
         until(lambda: server.counts["pages_offered"] == 40)
 
 
-def test_memory_of_a_failed_transfer_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_failed_transfer_rests_as_long_as_its_engine_wants() -> None:
     source, engine = MemorySource(KEYS, SIZE), CopyEngine("fail")
     with serving(source, engine=CopyEngine()) as (_, address), reading(engine=engine) as client:
         assert begin(client, address, KEYS, PageMemory(20, [SIZE])).wait() == [OK] * 20
         assert slab(client).free_bytes < engine_reads.SLAB_BYTES
-        slab(client).tick(time.monotonic() + engine_reads.SETTLE_S - 1)
+        slab(client).tick(time.monotonic() + engine.settle_s - 1)
         assert slab(client).free_bytes < engine_reads.SLAB_BYTES
-        slab(client).tick(time.monotonic() + engine_reads.SETTLE_S + 1)
+        slab(client).tick(time.monotonic() + engine.settle_s + 1)
         assert slab(client).free_bytes == engine_reads.SLAB_BYTES
+
+
+def test_when_memory_at_rest_fills_the_slab_pages_come_over_zmq(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(EngineReads.__init__, "__defaults__", (3 * 20 * 8192,))
+    monkeypatch.setattr(engine_channel, "FALLBACK_S", 0.0)
+    source, engine = MemorySource(KEYS, SIZE), CopyEngine("fail")
+    with (
+        serving(source, engine=CopyEngine()) as (server, address),
+        reading(engine=engine) as client,
+    ):
+        for _ in range(5):
+            memory = PageMemory(20, [SIZE])
+            assert begin(client, address, KEYS, memory).wait() == [OK] * 20
+            assert whole(source, memory)
+        until(lambda: server.counts["pages_sent"] == 5 * 20)
+        assert (len(engine.transfers), server.counts["pages_offered"]) == (3, 3 * 20)
+        assert slab(client).free_bytes == 0
 
 
 def test_a_transfer_that_hangs_is_left_at_the_deadline_and_its_memory_is_not_used() -> None:

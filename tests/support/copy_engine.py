@@ -31,10 +31,11 @@ class CopyTransfer:
 class CopyEngine:
     """``behaviour``: "copy" at once, "hang", "fail", "refuse" or "no memory". ``transfers``: all of them.
 
-    ``before``: called when a read is to start.
+    ``before``: called when a read is to start. ``settle_s``: not that of any real one.
     """
 
     name = "nixl"
+    settle_s = 20.0
 
     def __init__(self, behaviour: str = "copy") -> None:
         self.behaviour = behaviour

@@ -1,10 +1,11 @@
-"""One side of a read through the real NIXL, in a process of NIXL's own environment (``scripts/setup-nixl``).
+"""One side of a read through a real one-sided engine, in a process of that engine's own environment.
 
-``nixl_node.py serve COUNT BYTES``: a page server; ``{"op": "counts"}`` on stdin answers its counts.
-``nixl_node.py read``: a client; ``{"op": "read", "address": a, "count": n, "bytes": b, "seconds": s}`` answers
+``engine_node.py ENGINE serve COUNT BYTES``: a page server; ``{"op": "counts"}`` on stdin answers its counts.
+``engine_node.py ENGINE read``: a client; ``{"op": "read", "address": a, "count": n, "bytes": b, "seconds": s}`` answers
 outcomes, whether every OK page is right, and seconds; with ``"pid"`` and ``"signal"`` that process gets that signal
-when the pages lie there and before they are fetched. ``{"op": "touched"}``: which pages of the last read that are not
-OK were written to. ``{"op": "state"}``: free bytes of its slab, and what it has counted. Ends at the end of input.
+when the pages lie there and before they are fetched, with ``"behind"`` when the fetch has begun. ``{"op": "touched"}``:
+which pages of the last read that are not OK were written to. ``{"op": "state"}``: free bytes of its slab, and what it
+has counted. Ends at the end of input.
 """
 
 from __future__ import annotations
@@ -22,15 +23,13 @@ from flexkv_sglang.backends.remote_read import PageOutcome
 from page_sources import MemorySource, PageMemory, keys_of, page_of
 from serving import begin, serving
 
-SHARE = ShareConfig(listen="127.0.0.1:0", engine="nixl")
-
 
 class Reader:
     """The client's process."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: ShareConfig) -> None:
         self.counts: Counter[str] = Counter()
-        self.client = PeerClient(SHARE, self._count)
+        self.client = PeerClient(share, self._count)
         self._last: tuple[PageMemory, list[PageOutcome]] | None = None
 
     def _count(self, name: str, amount: int) -> None:
@@ -40,7 +39,7 @@ class Reader:
         """One line of the protocol."""
         if asked["op"] == "read":
             if "pid" in asked:
-                self._harm(asked["pid"], asked["signal"])
+                self._harm(asked["pid"], asked["signal"], asked.get("behind", False))
             return self._read(asked["address"], asked["count"], asked["bytes"], asked["seconds"])
         if asked["op"] == "touched":
             assert self._last is not None
@@ -51,16 +50,19 @@ class Reader:
         assert engine is not None
         return {"free": engine.free_bytes, **self.counts}
 
-    def _harm(self, pid: int, number: int) -> None:
-        """The next fetch, and only that, finds the server like this."""
+    def _harm(self, pid: int, number: int, behind: bool) -> None:
+        """The next fetch, and only that, finds the server like this; ``behind``: once it has begun."""
         engine = self.client._engine
         assert engine is not None
         start = engine.start
 
         def harmed(*arguments: Any) -> None:
             engine.start = start  # type: ignore[method-assign]
+            if behind:
+                start(*arguments)
             os.kill(pid, number)
-            start(*arguments)
+            if not behind:
+                start(*arguments)
 
         engine.start = harmed  # type: ignore[method-assign]
 
@@ -81,15 +83,16 @@ class Reader:
 def main() -> None:
     """The process."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # NIXL logs to stdout
-    if sys.argv[1] == "serve":
-        count, byte_count = map(int, sys.argv[2:])
-        with serving(MemorySource(keys_of(count), byte_count), SHARE) as (server, address):
+    os.dup2(2, 1)  # engines log to stdout
+    share = ShareConfig(listen="127.0.0.1:0", engine=sys.argv[1])
+    if sys.argv[2] == "serve":
+        count, byte_count = map(int, sys.argv[3:])
+        with serving(MemorySource(keys_of(count), byte_count), share) as (server, address):
             answers.write(json.dumps({"address": address, "engines": server.engines}) + "\n")
             for _ in sys.stdin:
                 answers.write(json.dumps(server.counts) + "\n")
         return
-    reader = Reader()
+    reader = Reader(share)
     answers.write("{}\n")
     for line in sys.stdin:
         answers.write(json.dumps(reader.answer(json.loads(line))) + "\n")
