@@ -179,7 +179,6 @@ def test_tls_with_our_own_authority_and_not_with_a_strangers(tmp_path: Path) -> 
             client.close()
 
 
-@pytest.mark.nightly  # 7 s of waiting for the sentinel
 def test_sentinel_promotes_the_replica(tmp_path: Path) -> None:
     first = RedisServer(tmp_path / "1")
     second = RedisServer(tmp_path / "2", f"replicaof 127.0.0.1 {first.port}")
