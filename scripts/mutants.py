@@ -1,6 +1,6 @@
 """Seeded bugs. Each is one wrong line; the tests named beside it must fail with it, and pass without.
 
-    scripts/mutants            all of them (a minute)
+    scripts/mutants            all of them (most of an hour)
     scripts/mutants pin child  those whose name contains one of the words
     scripts/mutants --check    only: does every bug still fit the code?
 
