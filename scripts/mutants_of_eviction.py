@@ -90,7 +90,7 @@ MUTANTS = (
         INDEX,
         "            self._policy.renew(before, self._links.children[before])",
         "            pass",
-        MODEL,
+        "tests/test_index.py",
     ),
     (
         "a declined page is answered as not stored",

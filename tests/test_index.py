@@ -106,6 +106,13 @@ def test_a_page_being_written_protects_its_parent() -> None:
     assert index.reserve(keys(1, seed=9), None).refused == [0]
 
 
+def test_a_page_with_a_child_is_offered_no_more_though_nobody_has_used_it() -> None:
+    old, young = keys(2, seed=1), keys(1, seed=2)
+    index = filled(3, old[:1], young)
+    store(index, old[1:], old[0])  # the child of what was the oldest leaf, and more recent than all
+    assert store(index, keys(1, seed=3)) == young
+
+
 def test_abort_gives_the_slots_back() -> None:
     index = TierIndex(2)
     for _ in range(5):
