@@ -180,6 +180,8 @@ class ServePages:
 
         def read() -> Callable[[], None]:
             pages = source.read(keys, addresses, request.deadline)
+            # what is not answered for would never be given back
+            assert len(pages) == len(keys), (len(pages), len(keys))
             return lambda: self._landed(turn, offset, pages)
 
         def failed() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexkv_sglang.backends import wire
-from flexkv_sglang.backends.fleet import PageStatus, ShareConfig
+from flexkv_sglang.backends.fleet import PageStatus, ServedPage, ShareConfig
 from flexkv_sglang.backends.wire_decode import decode_answer
+from flexkv_sglang.types import PageKey
 from page_sources import MemorySource, keys_of
 from raw_peer import RawPeer
 from serving import SPACE, serving, until
@@ -36,4 +39,21 @@ def test_small_pages_travel_together_with_zeros_between_them() -> None:
                 sizes.append(len(page))
         assert told == [(0, OK, 1), (1, OK, 11), (12, PageStatus.MISS, 1), (13, OK, 8)]
         assert sizes.count(5000) == 3  # nothing is sent behind the last page of a message
+        until(lambda: server._pages.held_bytes == 0)
+
+
+class ShortSource(MemorySource):
+    """Forgets to answer for the last page."""
+
+    def read(
+        self, keys: Sequence[PageKey], addresses: Sequence[int], deadline: float
+    ) -> list[ServedPage]:
+        return super().read(keys, addresses, deadline)[:-1]
+
+
+def test_a_source_that_answers_for_too_few_pages_costs_no_memory() -> None:
+    keys = keys_of(4)
+    with serving(ShortSource(keys, 4096)) as (server, address), RawPeer(address) as peer:
+        peer.say(wire.pack_read(wire.Read(1, SPACE, 5000, 0, tuple(keys))))
+        assert [answer.status for answer in peer.hear_all()[:-1]] == [PageStatus.MISS] * 4
         until(lambda: server._pages.held_bytes == 0)
