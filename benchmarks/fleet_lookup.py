@@ -26,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flexkv_sglang.backends.fleet import BATCH_PAGES, NodeId, Op, Snapshot
-from flexkv_sglang.backends.replica_files import Peer
-from flexkv_sglang.backends.replica_reader import ReplicaReader
-from flexkv_sglang.backends.replica_writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.files import Peer
+from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
+from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, NodeId, Op, Snapshot
 from flexkv_sglang.bench.ssd import environment
 from flexkv_sglang.types import U64
 

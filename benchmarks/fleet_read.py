@@ -35,9 +35,11 @@ from pathlib import Path
 import numpy as np
 
 from flexkv_bed.netns import Cluster
-from flexkv_sglang.backends import curve
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
-from flexkv_sglang.backends.fleet import (
+from flexkv_sglang.backends.fleet.reader.client import PeerClient, RemoteRead
+from flexkv_sglang.backends.fleet.reader.read import PageOutcome
+from flexkv_sglang.backends.fleet.server.server import PageServer
+from flexkv_sglang.backends.fleet.vocabulary import (
     NodeId,
     NodeInfo,
     PageStatus,
@@ -45,11 +47,9 @@ from flexkv_sglang.backends.fleet import (
     ShareConfig,
     namespace_name,
 )
-from flexkv_sglang.backends.io import IoBatch
-from flexkv_sglang.backends.page_server import PageServer
-from flexkv_sglang.backends.peer_client import PeerClient, RemoteRead
-from flexkv_sglang.backends.probe import make_engine, probe_directory
-from flexkv_sglang.backends.remote_read import PageOutcome
+from flexkv_sglang.backends.fleet.wire import curve
+from flexkv_sglang.backends.io.batch import IoBatch
+from flexkv_sglang.backends.io.probe import make_engine, probe_directory
 from flexkv_sglang.bench.ssd import environment
 from flexkv_sglang.types import PageBuffers, PageKey
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from fleet_lookup import NAMESPACE, Fleet, private_bytes, spread, timed
-from flexkv_sglang.backends.fleet import CHANGE_KEYS, Op
+from flexkv_sglang.backends.fleet.vocabulary import CHANGE_KEYS, Op
 from flexkv_sglang.bench.ssd import environment
 
 BEAT_S = 2.0

@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from fleet_nodes import Node, Rank, eventually
 from flexkv_sglang.bench.ssd import environment
-from redis_server import RedisServer
+from nodes.fleet_nodes import Node, Rank, eventually
+from nodes.redis_server import RedisServer
 
 PAGE_BYTES = 64 << 10
 

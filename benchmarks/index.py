@@ -25,15 +25,15 @@ from pathlib import Path
 
 import numpy as np
 
-from flexkv_sglang.assembly import open_hierarchy, prepare_tiers, undivided
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.journal import keys_field, new_records
-from flexkv_sglang.backends.local_tier import open_places
-from flexkv_sglang.backends.records import Op, SlotClass
-from flexkv_sglang.backends.slot_file import OwnedStore
+from flexkv_sglang.backends.slots.journal import keys_field, new_records
+from flexkv_sglang.backends.slots.opening import open_places
+from flexkv_sglang.backends.slots.records import Op, SlotClass
+from flexkv_sglang.backends.slots.slot_file import OwnedStore
 from flexkv_sglang.bench.ssd import environment
-from flexkv_sglang.config import FlexKVConfig, TierConfig
-from flexkv_sglang.metrics import Metrics
+from flexkv_sglang.cache.assembly import open_hierarchy, prepare_tiers, undivided
+from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
+from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import PageKey
 
 PAGE = 4096

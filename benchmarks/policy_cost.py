@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.eviction import EvictionPolicy, Recency, ReuseDensity
+from flexkv_sglang.cache.eviction.policies import EvictionPolicy, Recency, ReuseDensity
 from flexkv_sglang.types import I64, PageKey
 from replay import hit_ratio, read_trace, whole_numbers
 

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from belady import optimum
-from flexkv_sglang.eviction import EvictionPolicy, Recency, ReuseDensity
-from flexkv_sglang.index import TierIndex
+from flexkv_sglang.cache.eviction.policies import EvictionPolicy, Recency, ReuseDensity
+from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.types import PageKey
 
 

@@ -18,11 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang import adapter, engine, host_pages, local_pages, plan, transfer
-from flexkv_sglang.backends import operations, ring
+from flexkv_sglang.backends.io import mover as transfer
+from flexkv_sglang.backends.io import operations, ring
 from flexkv_sglang.bench.contenders import BATCH, FlexKV, PagePool
 from flexkv_sglang.bench.memory import HostMemory
 from flexkv_sglang.bench.ssd import environment
+from flexkv_sglang.cache import engine, local_pages, plan
+from flexkv_sglang.integration import storage as adapter
+from flexkv_sglang.pools import host_pages
 
 PASSES = 7
 STAGES: tuple[tuple[str, Any, str], ...] = (

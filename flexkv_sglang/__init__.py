@@ -10,13 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexkv_sglang.adapter import FlexKVStorage
-    from flexkv_sglang.config import FlexKVConfig
+    from flexkv_sglang.config.settings import FlexKVConfig
+    from flexkv_sglang.integration.storage import FlexKVStorage
 
 __version__ = "0.1.0"
 __all__ = ["FlexKVConfig", "FlexKVStorage", "__version__"]
 
-_HOME = {"FlexKVStorage": "flexkv_sglang.adapter", "FlexKVConfig": "flexkv_sglang.config"}
+_HOME = {
+    "FlexKVStorage": "flexkv_sglang.integration.storage",
+    "FlexKVConfig": "flexkv_sglang.config.settings",
+}
 
 
 def __getattr__(name: str) -> Any:

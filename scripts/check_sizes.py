@@ -1,4 +1,4 @@
-"""Functions of at most 70 lines, files of at most 400: beyond that a thing has two jobs. Ruff has no such rule."""
+"""Functions of at most 70 lines, files of at most 600: beyond that a thing has two jobs. Ruff has no such rule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import sys
 from pathlib import Path
 
-FUNCTION_LINES_MAX, FILE_LINES_MAX = 70, 400
+FUNCTION_LINES_MAX, FILE_LINES_MAX = 70, 600
 FOLDERS = ("flexkv_sglang", "backends", "triton_kernels", "tests", "benchmarks", "scripts")
 
 

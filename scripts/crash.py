@@ -10,9 +10,9 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from crash_campaign import campaign
-from crash_ledger import Verdict
-from damage import flip_bits
+from stores.crash_campaign import campaign
+from stores.crash_ledger import Verdict
+from stores.damage import flip_bits
 
 
 def kill(directory: Path, args: argparse.Namespace) -> int:

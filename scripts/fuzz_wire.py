@@ -1,4 +1,6 @@
-"""Fuzzed messages in bulk; ``tests/support/wire_fuzz.py`` makes them. Half go to the decoders, half to a server."""
+"""Fuzzed messages in bulk; ``tests/support/nodes/wire_fuzz.py`` makes them.
+
+Half go to the decoders, half to a server."""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import json
 import logging
 import sys
 
-from wire_fuzz import fuzz_decoders, fuzz_server, memory_bytes
+from nodes.wire_fuzz import fuzz_decoders, fuzz_server, memory_bytes
 
 MEMORY_GROWTH_KIB = 64 << 10
 

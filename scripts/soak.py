@@ -1,6 +1,7 @@
-"""Stateful random test of the engine with faults and races; see ``tests/support/soaking.py`` for what is judged.
+"""Stateful random test of the engine with faults and races; ``tests/support/stores/soak_run.py`` says what is judged.
 
-Then random prefixes of hybrid models, folded by us and by SGLang's ``HiCacheFile``: ``tests/support/fold_oracle.py``.
+Then random prefixes of hybrid models, folded by us and by SGLang's ``HiCacheFile``:
+``tests/support/models/fold_oracle.py``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from fold_oracle import compare_with_hicache_file
-from soaking import soak
+from models.fold_oracle import compare_with_hicache_file
+from stores.soak_run import soak
 
 
 def main() -> int:

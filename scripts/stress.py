@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stressing import stress
+from stores.stress_run import stress
 
 
 def main() -> int:

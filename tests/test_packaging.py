@@ -74,7 +74,7 @@ def test_the_wheel_holds_one_top_level_name_and_no_test_bed(wheel: pathlib.Path)
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"flexkv_sglang"}
-    assert "flexkv_sglang/backends/ring.py" in names
+    assert "flexkv_sglang/backends/io/ring.py" in names
     kernels = {name for name in names if name.startswith("flexkv_sglang/triton_kernels/")}
     sources = {path.name for path in (ROOT / "triton_kernels").glob("*.py")}
     assert "launch.py" in sources
@@ -119,8 +119,8 @@ def test_a_fresh_environment_gets_nothing_but_flexkv_sglang(
         "assert u.find_spec('backends') is None\n"
         "assert (u.find_spec('triton_kernels') is None) is {absent}\n"
         "eps = [e for e in m.entry_points(group='sglang.srt.plugins') if e.name == 'flexkv']\n"
-        "assert [e.value for e in eps] == ['flexkv_sglang.plugin:register']\n"
-        "import flexkv_sglang.plugin\n"
+        "assert [e.value for e in eps] == ['flexkv_sglang.integration.plugin:register']\n"
+        "import flexkv_sglang.integration.plugin\n"
     )
     subprocess.run([str(python), "-c", check.format(absent=True)], check=True, cwd=tmp_path)
     command = [str(python.with_name("flexkv")), "--help"]  # help needs no numpy

@@ -17,7 +17,7 @@ from flexkv_sglang.prefix import (
     leading_run,
     usable_prefixes,
 )
-from fold_oracle import Case, by_definition, compare_with_hicache_file, folded
+from models.fold_oracle import Case, by_definition, compare_with_hicache_file, folded
 
 flags = st.lists(st.booleans())
 INDEXER, SWA, MAMBA = (

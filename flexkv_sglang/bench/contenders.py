@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
 
-from flexkv_sglang.adapter import FlexKVStorage
 from flexkv_sglang.bench.memory import HostMemory
+from flexkv_sglang.integration.storage import FlexKVStorage
 
 BATCH = 128  # pages per call: SGLang's STORAGE_BATCH_SIZE
 

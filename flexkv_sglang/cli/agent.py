@@ -12,10 +12,10 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from flexkv_sglang.agent import Agent
-from flexkv_sglang.config import FlexKVConfig
+from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
-from flexkv_sglang.run_dir import RunDir, settings_digest
+from flexkv_sglang.sharing.agent import Agent
+from flexkv_sglang.sharing.run_dir import RunDir, settings_digest
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from flexkv_sglang.backends.ownership import OwnerLock
-from flexkv_sglang.cli.examine import Examined, Finding, examine, load
+from flexkv_sglang.backends.slots.ownership import OwnerLock
 from flexkv_sglang.cli.output import Progress, counted, emit, human_bytes, human_seconds, table
 from flexkv_sglang.cli.repair import repair as repair_owner
-from flexkv_sglang.cli.survey import Namespace, Owner, namespaces, strangers
+from flexkv_sglang.cli.scan import Namespace, Owner, namespaces, strangers
+from flexkv_sglang.cli.verify import Examined, Finding, examine, load
 from flexkv_sglang.errors import JournalError
 
 

@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexkv_sglang.backends.ownership import OwnerLock
+from flexkv_sglang.backends.slots.ownership import OwnerLock
 from flexkv_sglang.cli.output import counted, emit, human_bytes, human_seconds, table
-from flexkv_sglang.cli.survey import Owner, namespaces
+from flexkv_sglang.cli.scan import Owner, namespaces
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     """Apart from the others: that a directory is missing, or may not be read, is an answer here."""
-    from flexkv_sglang.cli.doctor import run_doctor
+    from flexkv_sglang.cli.doctor.command import run_doctor
 
     try:
         wrong = arguments.directory is not None and arguments.directory.is_file()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexkv_sglang.cli.output import emit, table
-from flexkv_sglang.run_dir import RunDir
+from flexkv_sglang.sharing.run_dir import RunDir
 
 _STALE_S = 5.0
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.journal import (
+from flexkv_sglang.backends.slots.journal import (
     JournalWriter,
     LiveState,
     boot_id,
@@ -20,8 +20,8 @@ from flexkv_sglang.backends.journal import (
     new_records,
     slots_path,
 )
-from flexkv_sglang.backends.records import Op, Records
-from flexkv_sglang.cli.examine import Examined, slot_class_of, whole_slots
+from flexkv_sglang.backends.slots.records import Op, Records
+from flexkv_sglang.cli.verify import Examined, slot_class_of, whole_slots
 from flexkv_sglang.types import PageKey
 
 _REWRITTEN = frozenset(

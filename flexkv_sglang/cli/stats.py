@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from flexkv_sglang.backends.disk_space import free_bytes
-from flexkv_sglang.backends.journal import journal_path, recover, stats_path
+from flexkv_sglang.backends.slots.disk_space import free_bytes
+from flexkv_sglang.backends.slots.journal import journal_path, recover, stats_path
 from flexkv_sglang.cli.output import emit, human_bytes, human_seconds, table
-from flexkv_sglang.cli.survey import Namespace, Owner, namespaces
+from flexkv_sglang.cli.scan import Namespace, Owner, namespaces
 from flexkv_sglang.errors import JournalError
 
 _FINGERPRINT = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24}\b")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from command import flexkv
+from stores.command import flexkv
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command import die_after_put, flexkv
-from engines import keys, open_engine, page_memory, soon
-from flexkv_sglang.backends.journal import JournalWriter, keys_field, new_records, recover
-from flexkv_sglang.backends.ownership import owners
-from flexkv_sglang.backends.records import Op
+from flexkv_sglang.backends.slots.journal import JournalWriter, keys_field, new_records, recover
+from flexkv_sglang.backends.slots.ownership import owners
+from flexkv_sglang.backends.slots.records import Op
+from stores.command import die_after_put, flexkv
+from stores.engines import keys, open_engine, page_memory, soon
 
 PAGE = 8192
 
@@ -251,8 +251,8 @@ def test_a_neighbour_that_tails_the_owner_follows_a_repair(tmp_path: Path) -> No
 def open_neighbour(directory: Path, owner: str) -> Any:
     """A reader of the namespace that owns nothing."""
     from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
-    from flexkv_sglang.backends.neighbours import NeighbourStore
-    from flexkv_sglang.backends.probe import IoMode
+    from flexkv_sglang.backends.io.probe import IoMode
+    from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 
     mode = IoMode("threads", True, 4096)
     store = NeighbourStore([(directory / "ns", mode)], "ns", PAGE, [], ACCEPTED_KINDS["full"])

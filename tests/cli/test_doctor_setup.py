@@ -17,18 +17,18 @@ import pytest
 import sglang
 
 import flexkv_sglang
-import flexkv_sglang.upkeep as upkeep_module
-from command import die_after_put, flexkv
-from doctoring import FITS, causes, doctor, facts_of, names, plain, told, write
-from engines import wait_until
+import flexkv_sglang.cache.upkeep as upkeep_module
+from doctor.diagnosis import FITS, causes, doctor, facts_of, names, plain, told, write
+from doctor.recorded_sglang import answers, serving
 from flexkv_bed.server import free_port
-from flexkv_sglang.backends.probe import file_system
-from flexkv_sglang.cli.causes import network
-from flexkv_sglang.cli.doctor import diagnose
-from flexkv_sglang.cli.facts import Plugin, gather
-from flexkv_sglang.cli.server import ask_server
-from plain_pools import store_of
-from recorded_sglang import answers, serving
+from flexkv_sglang.backends.io.probe import file_system
+from flexkv_sglang.cli.doctor.command import diagnose
+from flexkv_sglang.cli.doctor.facts import Plugin, gather
+from flexkv_sglang.cli.doctor.server import ask_server
+from flexkv_sglang.cli.doctor.setup import network
+from models.plain_pools import store_of
+from stores.command import die_after_put, flexkv
+from stores.engines import wait_until
 
 pytestmark = pytest.mark.sglang
 PAGE = 8192
@@ -37,7 +37,7 @@ PAGE = 8192
 @pytest.fixture(autouse=True)
 def prompt_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stats files follow at once."""
-    monkeypatch.setattr("flexkv_sglang.reporter.INTERVAL_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.cache.stats_file.INTERVAL_S", 0.05)
 
 
 def test_the_command_on_a_healthy_store(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_directory_that_no_server_used(tmp_path: Path) -> None:
 
 def _fit(**environment: str) -> Plugin:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "flexkv_sglang.cli.fit"],
+        [sys.executable, "-P", "-m", "flexkv_sglang.cli.doctor.plugin_check"],
         env={**os.environ, **environment},
         capture_output=True,
         check=True,
@@ -156,7 +156,7 @@ def test_an_environment_without_the_plugin(tmp_path: Path, strange_sglang: Path)
     bare.mkdir()
     (bare / "flexkv_sglang").symlink_to(Path(flexkv_sglang.__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-S", "-P", "-m", "flexkv_sglang.cli.fit"],
+        [sys.executable, "-S", "-P", "-m", "flexkv_sglang.cli.doctor.plugin_check"],
         env={**os.environ, "PYTHONPATH": f"{bare}:{strange_sglang}"},
         capture_output=True,
         check=True,
@@ -278,7 +278,7 @@ def test_files_of_another_user(tmp_path: Path) -> None:
 
 _AS_NOBODY = """
 import os, sys
-import flexkv_sglang.cli.doctor  # while the interpreter's files can still be read
+import flexkv_sglang.cli.doctor.command  # while the interpreter's files can still be read
 from flexkv_sglang.cli.main import main
 os.setgid(65534); os.setuid(65534)
 sys.exit(main(sys.argv[1:]))

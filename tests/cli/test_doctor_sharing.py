@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from engines import wait_until
-from fleet_nodes import Node
-from flexkv_sglang.cli.doctor import diagnose
-from flexkv_sglang.cli.facts import Facts, Group, Place, Plugin, gather
-from flexkv_sglang.cli.fleet_facts import Fleet, look_at_fleets
-from flexkv_sglang.cli.machine import Machine
-from flexkv_sglang.cli.survey import Namespace
-from flexkv_sglang.config import FlexKVConfig
-from redis_server import RedisServer
+from flexkv_sglang.cli.doctor.command import diagnose
+from flexkv_sglang.cli.doctor.facts import Facts, Group, Place, Plugin, gather
+from flexkv_sglang.cli.doctor.fleet_facts import Fleet, look_at_fleets
+from flexkv_sglang.cli.doctor.machine import Machine
+from flexkv_sglang.cli.scan import Namespace
+from flexkv_sglang.config.settings import FlexKVConfig
+from nodes.fleet_nodes import Node
+from nodes.redis_server import RedisServer
+from stores.engines import wait_until
 
 OURS, THEIRS = "o" * 26, "t" * 26
 REDIS = {"kind": "redis", "address": "redis://10.0.0.1:6379/0", "connected": True, "since_s": 9.0}

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from doctoring import causes, doctor, facts_of, plain, read, told, write
-from doctoring import names as page_names
-from engines import wait_until
-from faulty_io import Fault, Faults, FaultyIo
+from doctor.diagnosis import causes, doctor, facts_of, plain, read, told, write
+from doctor.diagnosis import names as page_names
+from doctor.recorded_sglang import answers
 from flexkv_sglang import FlexKVStorage
-from flexkv_sglang.cli.doctor import diagnose
-from plain_pools import Pool, ask, attach, config, hybrid, names, pool_of, put, store_of
-from recorded_sglang import answers
+from flexkv_sglang.cli.doctor.command import diagnose
+from models.plain_pools import Pool, ask, attach, config, hybrid, names, pool_of, put, store_of
+from stores.engines import wait_until
+from stores.faulty_io import Fault, Faults, FaultyIo
 
 pytestmark = pytest.mark.sglang
 
@@ -31,7 +31,7 @@ REQUESTS = "sglang:num_requests_total"
 @pytest.fixture(autouse=True)
 def prompt_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stats files follow at once."""
-    monkeypatch.setattr("flexkv_sglang.reporter.INTERVAL_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.cache.stats_file.INTERVAL_S", 0.05)
 
 
 @contextmanager
@@ -221,7 +221,7 @@ def test_a_disk_that_changes_bytes(tmp_path: Path) -> None:
 
 
 def test_reads_that_come_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexkv_sglang.adapter.READ_SECONDS_MIN", 0.0)
+    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 0.0)
     with closing(plain(tmp_path)) as storage:
         storage.set_prefetch_timeout(0.0, 0.0)
         write(storage, 4)

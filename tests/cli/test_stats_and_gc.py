@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from command import die_after_put, flexkv
-from engines import open_engine, wait_until
-from flexkv_sglang.backends.ownership import owners
-from flexkv_sglang.keys import Identity
+from flexkv_sglang.backends.slots.ownership import owners
+from flexkv_sglang.identity.keys import Identity
+from stores.command import die_after_put, flexkv
+from stores.engines import open_engine, wait_until
 
 PAGE = 8192
 ALL = ("--older-than", "0s")

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from releases import HAS, release
+from sglang_bed.releases import HAS, release
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
-PROGRAM = Path(__file__).parents[1] / "support" / "hooked.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "sglang_bed" / "plugin_program.py"
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from sglang.srt.mem_cache.hicache_storage import (
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 
 from flexkv_sglang import FlexKVStorage
-from plain_pools import KV_PAGES, KVPool, names, tokens
-from releases import (
+from models.plain_pools import KV_PAGES, KVPool, names, tokens
+from sglang_bed.releases import (
     DYNAMIC,
     HAS,
     KNOWN_FIELDS,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from engines import keys, open_engine, page_memory, soon
 from flexkv_sglang.backends import failpoints
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.failpoints import Failpoint
-from flexkv_sglang.backends.journal import JournalWriter, recover
-from flexkv_sglang.backends.neighbours import NeighbourStore
-from flexkv_sglang.backends.ownership import OwnerLock, owners
-from flexkv_sglang.backends.probe import probe_directory
-from flexkv_sglang.backends.slot_file import OwnedStore
+from flexkv_sglang.backends.io.probe import probe_directory
+from flexkv_sglang.backends.slots.journal import JournalWriter, recover
+from flexkv_sglang.backends.slots.neighbours import NeighbourStore
+from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
+from flexkv_sglang.backends.slots.slot_file import OwnedStore
+from stores.engines import keys, open_engine, page_memory, soon
 
 PAGE = 4096
 SLOTS = 16

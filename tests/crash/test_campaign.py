@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from damage import flip_bits
-from soaking import soak
+from stores.damage import flip_bits
+from stores.soak_run import soak
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = int.from_bytes(random.SystemRandom().randbytes(3))  # printed by a failure; differs each run

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines import Bytes, keys, open_engine, page_memory, soon
-from flexkv_sglang.engine import CacheEngine
+from flexkv_sglang.cache.engine import CacheEngine
+from stores.engines import Bytes, keys, open_engine, page_memory, soon
 
 PAGE = 8192
 SLOTS = 16

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from engines import keys, open_engine, soon
 from flexkv_sglang.backends import failpoints
 from flexkv_sglang.backends.failpoints import Failpoint
 from flexkv_sglang.types import SlotId
-from killer import PauseAt
+from stores.engines import keys, open_engine, soon
+from stores.killer import PauseAt
 
 PAGE = 4096
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from asking import REUSABLE, assert_from_storage, assert_recomputed, prompt
-from command import flexkv
 from flexkv_bed.server import Answer, Replica, ServerFailedError, Settings
 from flexkv_bed.storage import state, wait_written
 from flexkv_bed.tiny_model import make_tiny_model
+from sglang_bed.prompts import REUSABLE, assert_from_storage, assert_recomputed, prompt
+from stores.command import flexkv
 
 pytestmark = [pytest.mark.sglang, pytest.mark.e2e]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from asking import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold, prompt
-from engines import wait_until
 from flexkv_bed.server import Answer, Replica, ServerFailedError, Settings
 from flexkv_bed.storage import state, wait_written
+from sglang_bed.prompts import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold, prompt
+from stores.engines import wait_until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.e2e]
 

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from asking import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold, prompt
-from command import flexkv
-from engines import wait_until
 from flexkv_bed.server import (
     DYNAMIC_FLEXKV,
     Replica,
@@ -21,6 +18,9 @@ from flexkv_bed.server import (
     flexkv_extra,
 )
 from flexkv_bed.storage import wait_written
+from sglang_bed.prompts import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold, prompt
+from stores.command import flexkv
+from stores.engines import wait_until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.e2e]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from asking import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold
 from flexkv_bed.server import Replica, Settings, flexkv_extra
 from flexkv_bed.storage import files, flip_bytes, state, wait_written
+from sglang_bed.prompts import PAGE, REUSABLE, assert_from_storage, assert_recomputed, cold
 
 pytestmark = [pytest.mark.sglang, pytest.mark.e2e]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fleet_nodes import Node
-from redis_server import RedisServer
+from nodes.fleet_nodes import Node
+from nodes.redis_server import RedisServer
 
 MakeNode = Callable[..., Node]
 

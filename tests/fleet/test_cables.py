@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fleet_nodes import Node, Rank, eventually
 from flexkv_bed.cluster_demo import redis_server
 from flexkv_bed.netns import Cluster, UnavailableError
+from nodes.fleet_nodes import Node, Rank, eventually
 
 PAGES = 24
 DEADLINE_S = 0.25 + PAGES * (64 << 10) / 100e6

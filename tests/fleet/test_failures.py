@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fleet_nodes import Node, Rank, eventually
-from redis_server import ACL, RedisServer
+from nodes.fleet_nodes import Node, Rank, eventually
+from nodes.redis_server import ACL, RedisServer
 
 MakeNode = Callable[..., Node]
 PAGES = 24

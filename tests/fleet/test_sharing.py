@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fleet_nodes import Node, eventually
-from redis_server import RedisServer, free_port
+from nodes.fleet_nodes import Node, eventually
+from nodes.redis_server import RedisServer, free_port
 
 MakeNode = Callable[..., Node]
 PAGES = 24

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fleet_nodes import PAGE_BYTES, Node, eventually
 from flexkv_sglang.cli.nodes import run_nodes
-from redis_server import RedisServer
+from nodes.fleet_nodes import PAGE_BYTES, Node, eventually
+from nodes.redis_server import RedisServer
 
 MakeNode = Callable[..., Node]
 PAGES = 24

@@ -9,7 +9,15 @@ import torch
 
 from flexkv_sglang.triton_kernels import checks, exponents, launch
 from flexkv_sglang.triton_kernels.ops import PtrTable
-from paged_pools import POISON, Shape, block_of, poisoned, random_buffers, random_bytes, same_bytes
+from models.paged_pools import (
+    POISON,
+    Shape,
+    block_of,
+    poisoned,
+    random_buffers,
+    random_bytes,
+    same_bytes,
+)
 
 
 def test_ids_outside_of_the_pool_move_nothing(device: torch.device) -> None:

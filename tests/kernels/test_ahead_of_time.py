@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import ahead_of_time
+from models import ahead_of_time
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COPIES = ("copy ", "heads ")

@@ -7,7 +7,7 @@ import torch
 
 from flexkv_sglang.errors import KernelArgumentError
 from flexkv_sglang.triton_kernels.checksum import block_checksum
-from paged_pools import poisoned, random_bytes
+from models.paged_pools import poisoned, random_bytes
 
 MASK = (1 << 64) - 1
 

@@ -14,7 +14,7 @@ from flexkv_sglang.triton_kernels.ops import (
     scatter_tokens,
     warmup,
 )
-from paged_pools import (
+from models.paged_pools import (
     POISON,
     Shape,
     block_of,

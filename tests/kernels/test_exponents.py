@@ -16,7 +16,7 @@ from flexkv_sglang.triton_kernels.exponents import (
     packed_bound,
     unpack_exponents,
 )
-from paged_pools import POISON, poisoned, random_bytes
+from models.paged_pools import POISON, poisoned, random_bytes
 
 
 def normal(count: int, values: int, spread: float = 1.0) -> torch.Tensor:

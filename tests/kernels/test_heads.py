@@ -7,7 +7,7 @@ import torch
 
 from flexkv_sglang.errors import KernelArgumentError
 from flexkv_sglang.triton_kernels.heads import HeadPart, relayout_heads
-from paged_pools import POISON, poisoned, random_bytes
+from models.paged_pools import POISON, poisoned, random_bytes
 
 PARTS = (HeadPart(12, 64), HeadPart(12, 32))
 ALL_HEADS = 8

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import hybrid_models
 from flexkv_bed.controller import (
     Geometry,
     Kind,
@@ -20,13 +19,14 @@ from flexkv_bed.controller import (
     host_pool,
 )
 from flexkv_bed.tiny_model import write_config
+from models import hybrid_models
 
 import torch  # isort: skip  # after flexkv_bed, which silences warnings of SGLang's imports
 from sglang.srt.mem_cache.pool_host import dsa, mha
 
 from flexkv_sglang.triton_kernels.layout import BlockLayout
 from flexkv_sglang.triton_kernels.ops import PtrTable, gather_pages, scatter_pages
-from paged_pools import poisoned, random_bytes
+from models.paged_pools import poisoned, random_bytes
 
 pytestmark = pytest.mark.sglang
 LAYOUT = "page_first_direct"

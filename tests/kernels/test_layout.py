@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flexkv_sglang.errors import KernelArgumentError
 from flexkv_sglang.triton_kernels.layout import BlockLayout, Part
 from flexkv_sglang.triton_kernels.ops import PtrTable
-from paged_pools import Shape, random_buffers
+from models.paged_pools import Shape, random_buffers
 
 layouts = st.integers(1, 9).flatmap(
     lambda layers: st.lists(

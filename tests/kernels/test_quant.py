@@ -8,7 +8,7 @@ import torch
 from flexkv_sglang.errors import KernelArgumentError
 from flexkv_sglang.triton_kernels.ops import PtrTable
 from flexkv_sglang.triton_kernels.quant import dequant_scatter, gather_quant, quant_layout
-from paged_pools import POISON, Shape, poisoned, random_buffers, same_bytes
+from models.paged_pools import POISON, Shape, poisoned, random_buffers, same_bytes
 
 LARGEST = {"e4m3": 448.0, "int8": 127.0}
 CODES = pytest.mark.parametrize("code", ["e4m3", "int8"])

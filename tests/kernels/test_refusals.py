@@ -20,7 +20,7 @@ from flexkv_sglang.triton_kernels.ops import (
     scatter_pages,
     scatter_tokens,
 )
-from paged_pools import POISON, Shape, poisoned, random_buffers, same_bytes
+from models.paged_pools import POISON, Shape, poisoned, random_buffers, same_bytes
 
 SHAPE = Shape(4, 6, 8, (2, 64))
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexkv_sglang.triton_kernels.ops import PtrTable, gather_pages, scatter_pages, warmup
-from paged_pools import Shape, block_of, poisoned, random_buffers
+from models.paged_pools import Shape, block_of, poisoned, random_buffers
 
 pytestmark = [
     pytest.mark.gpu,

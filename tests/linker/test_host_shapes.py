@@ -15,8 +15,8 @@ import pytest
 
 from flexkv_bed.controller import Geometry, boot, device_pool, host_pool
 from flexkv_bed.tiny_model import write_config
-from hybrid_models import PAGE
-from plain_pools import config
+from models.hybrid_models import PAGE
+from models.plain_pools import config
 
 import sgl_kernel.kvcacheio as copies  # isort: skip
 import torch  # isort: skip
@@ -32,12 +32,12 @@ from sglang.srt.mem_cache.pool_host.dsa import (  # isort: skip
 )
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost  # isort: skip
 
-from flexkv_sglang.config import FlexKVConfig
-from flexkv_sglang.device_models import _mamba, device_pools
-from flexkv_sglang.device_pages import DevicePool
-from flexkv_sglang.identities import Identities
-from flexkv_sglang.staged_pages import open_pages
-from flexkv_sglang.staging import StagingPool
+from flexkv_sglang.config.settings import FlexKVConfig
+from flexkv_sglang.integration.pool_identity import Identities
+from flexkv_sglang.linker.device_models import _mamba, device_pools
+from flexkv_sglang.linker.device_pages import DevicePool
+from flexkv_sglang.linker.staging import StagingPool
+from flexkv_sglang.pools.flat_pages import open_pages
 
 pytestmark = [pytest.mark.sglang]
 

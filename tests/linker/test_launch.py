@@ -14,7 +14,7 @@ import torch
 
 from flexkv_bed.controller import Geometry, allocator, boot, device_pool
 from flexkv_bed.tiny_model import write_config
-from linking import SIZE, init_params, side
+from sglang_bed.linker_bed import SIZE, init_params, side
 
 from sglang.srt.mem_cache.unified_cache import linker_factory  # isort: skip
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType  # isort: skip
@@ -24,12 +24,12 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (  # isort: 
 )
 from sglang.srt.server_args import ServerArgs  # isort: skip
 
-from flexkv_sglang import plugin
-from flexkv_sglang.cli.causes import _other_backend
-from flexkv_sglang.cli.server import Server
-from flexkv_sglang.device_models import device_pools
+from flexkv_sglang.cli.doctor.server import Server
+from flexkv_sglang.cli.doctor.setup import _other_backend
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.linker import FlexKVLinker
+from flexkv_sglang.integration import plugin
+from flexkv_sglang.linker.device_models import device_pools
+from flexkv_sglang.linker.linker import FlexKVLinker
 
 pytestmark = [pytest.mark.sglang]
 

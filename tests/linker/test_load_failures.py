@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines import wait_until
 from flexkv_bed.controller import Geometry, boot
 from flexkv_bed.storage import flip_bytes
 from flexkv_bed.tiny_model import write_config
-from flexkv_sglang.linker import FlexKVLinker
-from flexkv_sglang.linker_load import LoadTimes
-from hanging import Fault, faults_of, hold
-from linking import WAIT_S, Side, same, side, transfer
-from plain_pools import names
+from flexkv_sglang.linker.linker import FlexKVLinker
+from flexkv_sglang.linker.load import LoadTimes
+from models.plain_pools import names
+from sglang_bed.faulty_linker import Fault, faults_of, hold
+from sglang_bed.linker_bed import WAIT_S, Side, same, side, transfer
+from stores.engines import wait_until
 
 pytestmark = [pytest.mark.sglang]
 
@@ -154,7 +154,9 @@ def test_many_chunks_are_double_buffered_and_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five pages through a lane of two rows; a bad one in the middle fails the load."""
-    monkeypatch.setattr("flexkv_sglang.staging.LANE_BYTES", {"load": 1, "offload": 1, "promote": 1})
+    monkeypatch.setattr(
+        "flexkv_sglang.linker.staging.LANE_BYTES", {"load": 1, "offload": 1, "promote": 1}
+    )
     keys = names(5, seed=6)
     with side(tmp_path, Geometry()) as replica:
         assert len(replica.linker._staging["kv"].lane("load")) == 2
@@ -210,7 +212,7 @@ def test_a_reset_ends_what_runs_and_what_waits_and_can_be_repeated(stored: Side)
 def test_closing_is_bounded_can_be_repeated_and_leaves_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.linker.QUIET_S", 0.2)
+    monkeypatch.setattr("flexkv_sglang.linker.linker.QUIET_S", 0.2)
     with side(tmp_path, Geometry(), Hasty) as replica:
         assert replica.store(KEYS, 1, 2, 3)
         gate = hold(replica.linker, "read")

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from engines import wait_until
 from flexkv_bed.controller import Geometry, boot
 from flexkv_bed.tiny_model import write_config
-from flexkv_sglang import linker as linker_module
-from flexkv_sglang.keys import page_keys
-from flexkv_sglang.linker import FlexKVLinker
-from flexkv_sglang.lookups import LEASE_S, LOADED_S
-from linking import WAIT_S, Side, same, side, transfer
-from plain_pools import names
+from flexkv_sglang.identity.keys import page_keys
+from flexkv_sglang.linker import linker as linker_module
+from flexkv_sglang.linker.leases import LEASE_S, LOADED_S
+from flexkv_sglang.linker.linker import FlexKVLinker
+from models.plain_pools import names
+from sglang_bed.linker_bed import WAIT_S, Side, same, side, transfer
+from stores.engines import wait_until
 
 pytestmark = [pytest.mark.sglang]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import flexkv_sglang.linker_offload as module
-from engines import wait_until
+import flexkv_sglang.linker.offload as module
 from flexkv_bed.controller import Geometry, boot
 from flexkv_bed.tiny_model import write_config
-from flexkv_sglang.linker import FlexKVLinker
-from hanging import Fault, faults_of, hold
-from linking import WAIT_S, Side, same, side, transfer
-from plain_pools import names
+from flexkv_sglang.linker.linker import FlexKVLinker
+from models.plain_pools import names
+from sglang_bed.faulty_linker import Fault, faults_of, hold
+from sglang_bed.linker_bed import WAIT_S, Side, same, side, transfer
+from stores.engines import wait_until
 
 pytestmark = [pytest.mark.sglang]
 
@@ -110,7 +110,9 @@ def test_a_given_up_offload_reads_no_further_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five pages, one at a time: the first one was read, the others belong to somebody else by then."""
-    monkeypatch.setattr("flexkv_sglang.staging.LANE_BYTES", {"load": 1, "offload": 1, "promote": 1})
+    monkeypatch.setattr(
+        "flexkv_sglang.linker.staging.LANE_BYTES", {"load": 1, "offload": 1, "promote": 1}
+    )
     keys = names(5, seed=4)
     with side(tmp_path, Geometry(), Hasty) as replica:
         wanted = replica.rows(1)
@@ -148,7 +150,7 @@ def test_a_reset_waits_for_what_runs_and_forgets_its_result(replica: Side) -> No
 
 
 def test_a_reset_gives_up_what_hangs(replica: Side, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexkv_sglang.linker.QUIET_S", 0.2)
+    monkeypatch.setattr("flexkv_sglang.linker.linker.QUIET_S", 0.2)
     gate = hold(replica.linker, "write")
     begin(replica, A, 1, 2)
     assert gate.arrived.wait(WAIT_S)

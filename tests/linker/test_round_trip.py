@@ -9,8 +9,8 @@ import torch
 
 from flexkv_bed.controller import Geometry, boot
 from flexkv_bed.tiny_model import write_config
-from linking import same, side
-from plain_pools import names
+from models.plain_pools import names
+from sglang_bed.linker_bed import same, side
 
 pytestmark = [pytest.mark.sglang]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from engines import wait_until
 from flexkv_bed.controller import (
     Geometry,
     Rig,
@@ -21,8 +20,9 @@ from flexkv_bed.controller import (
     write_pages,
 )
 from flexkv_bed.tiny_model import write_config
-from linking import SIZE, Side, same, side
-from plain_pools import names
+from models.plain_pools import names
+from sglang_bed.linker_bed import SIZE, Side, same, side
+from stores.engines import wait_until
 
 pytestmark = [pytest.mark.sglang]
 

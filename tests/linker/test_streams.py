@@ -36,7 +36,7 @@ def _linker(place: Path, pool: Any, forward: Any) -> Any:
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-    from flexkv_sglang.linker import FlexKVLinker
+    from flexkv_sglang.linker.linker import FlexKVLinker
 
     slots = PagedTokenToKVPoolAllocator(
         pool.size, PAGE, torch.bfloat16, "cuda", pool, need_sort=False
@@ -59,8 +59,8 @@ def _busy() -> None:
 
 
 def test_consumers_do_not_overtake_copies_nor_copies_their_pages(tmp_path: Path) -> None:
-    from linking import transfer
-    from plain_pools import names
+    from models.plain_pools import names
+    from sglang_bed.linker_bed import transfer
 
     pool, forward = _pool(), torch.cuda.Stream()
     linker = _linker(tmp_path, pool, forward)

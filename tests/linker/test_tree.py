@@ -1,4 +1,4 @@
-"""Under SGLang's real radix tree and wrapper: ``tests/support/linked_tree.py``, in a process of its own."""
+"""Under SGLang's real radix tree and wrapper: ``tests/support/sglang_bed/linked_tree.py``, in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexkv_bed.tiny_model import write_config
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 TOKENS = {"full": 96, "swa": 96, "mamba": 6}
-PROGRAM = Path(__file__).parents[1] / "support" / "linked_tree.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "sglang_bed" / "linked_tree.py"
 
 
 @pytest.fixture(scope="module")

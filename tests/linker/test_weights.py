@@ -9,11 +9,11 @@ import pytest
 
 from flexkv_bed.controller import Geometry, boot
 from flexkv_bed.tiny_model import write_config
-from flexkv_sglang.epochs import WEIGHTS, Epoch
-from hanging import hold
-from linking import WAIT_S, Side, same, side, transfer
-from plain_pools import names
-from updating import forget_updates
+from flexkv_sglang.identity.epochs import WEIGHTS, Epoch
+from models.plain_pools import names
+from sglang_bed.faulty_linker import hold
+from sglang_bed.linker_bed import WAIT_S, Side, same, side, transfer
+from sglang_bed.weight_updater import forget_updates
 
 pytestmark = [pytest.mark.sglang]
 
@@ -79,7 +79,7 @@ def test_a_load_accepted_before_an_update_fails_after_it(stored: Side) -> None:
 def test_an_offload_that_waits_is_not_stored_under_the_new_weights(
     stored: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.pools._LEAVE_S", 0.2)
+    monkeypatch.setattr("flexkv_sglang.pools.stores._LEAVE_S", 0.2)
     early, late = names(2, seed=1), names(2, seed=2)
     gate = hold(stored.linker, "write")
     for keys in (early, late):

@@ -1,0 +1,1 @@
+"""Other machines: protocol, transport, membership, replica."""

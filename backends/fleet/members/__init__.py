@@ -1,0 +1,1 @@
+"""Which nodes there are and what changed: Redis or static peers."""

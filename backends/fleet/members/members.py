@@ -1,0 +1,121 @@
+"""Which other nodes there are, from all that say so: Redis and static peers. Pure.
+
+A node is *up* while any source lists it, *down* when none does any more, and gone a minute later. A source that
+says nothing changes nothing: silence of Redis is no news of its members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo
+
+REMOVE_AFTER_S = 60.0
+"""A node that is down this long is forgotten."""
+
+MEMBERS_MAX = 1000
+"""Nodes known at most; the replica's table has 1024 places."""
+
+
+class FeedHost(Protocol):
+    """What a feed tells the roster, and asks it. Any thread."""
+
+    def own_info(self) -> NodeInfo:
+        """What this node tells of itself, with the name it has now."""
+        ...
+
+    def listed(self, source: str, infos: list[NodeInfo], hold_s: float = 0.0) -> None:
+        """These nodes are there, and no others. ``hold_s``: who is missing stays for that long."""
+        ...
+
+    def own_name_seen(self, source: str, info: NodeInfo | None) -> None:
+        """Once per beat: who else uses this node's name (None: nobody)."""
+        ...
+
+    def followed(self) -> list[tuple[str, NodeId]]:
+        """(namespace, node) of every feed that is wanted."""
+        ...
+
+    def position(self, namespace: str, nid: NodeId) -> tuple[int, int] | None:
+        """(epoch, last number) for POLL; None: nothing to ask now."""
+        ...
+
+    def changed(self, namespace: str, nid: NodeId, changes: list[Change]) -> None:
+        """Entries of a feed."""
+        ...
+
+    def gap(self, namespace: str, nid: NodeId) -> None:
+        """Changes of a feed are not kept any more."""
+        ...
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a metric."""
+        ...
+
+
+@dataclass(slots=True)
+class Member:
+    """Another node. ``down_since``: ``time.monotonic()`` seconds, None while it is up."""
+
+    info: NodeInfo
+    down_since: float | None = None
+
+    @property
+    def up(self) -> bool:
+        """Does any source list it?"""
+        return self.down_since is None
+
+
+class Members:
+    """All other nodes, up or down. Not thread-safe. ``now``: ``time.monotonic()`` seconds."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, dict[NodeId, NodeInfo]] = {}
+        self._hold_until: dict[str, float] = {}
+        self.known: dict[NodeId, Member] = {}
+        self.refused = 0
+
+    def listed(
+        self, source: str, infos: Iterable[NodeInfo], now: float, hold_s: float = 0.0
+    ) -> None:
+        """A source lists these, and no others. ``hold_s``: for so long it may be missing some."""
+        until = self._hold_until.get(source, 0.0)
+        if hold_s:
+            until = self._hold_until[source] = max(until, now + hold_s)
+        listed = {info.nid: info for info in infos}
+        if now < until:
+            listed = {**self._sources.get(source, {}), **listed}
+        self._sources[source] = listed
+        self._settle(now)
+
+    def tick(self, now: float) -> list[NodeId]:
+        """Forget who has been down for long, and say whom."""
+        gone = [
+            nid
+            for nid, member in self.known.items()
+            if member.down_since is not None and now - member.down_since >= REMOVE_AFTER_S
+        ]
+        for nid in gone:
+            del self.known[nid]
+        return gone
+
+    def _settle(self, now: float) -> None:
+        """Static sources first: their nodes answered themselves, while an entry in Redis may be older."""
+        listed: dict[NodeId, NodeInfo] = {}
+        for source in sorted(self._sources, key=lambda name: (name == "redis", name)):
+            for nid, info in self._sources[source].items():
+                listed.setdefault(nid, info)
+        self.refused = 0
+        for nid in sorted(listed):
+            member = self.known.get(nid)
+            if member is not None:
+                member.info, member.down_since = listed[nid], None
+            elif len(self.known) < MEMBERS_MAX:
+                self.known[nid] = Member(listed[nid])
+            else:
+                self.refused += 1
+        for nid, member in self.known.items():
+            if nid not in listed and member.down_since is None:
+                member.down_since = now

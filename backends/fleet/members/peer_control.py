@@ -1,0 +1,201 @@
+"""An agent's questions to other agents: who are you, what has changed, everything you have. ``fleet.PeerControl``.
+
+Each call takes a link of its own out of a small store, or opens one, and puts it back when it was answered: a call
+that fails closes its link, so no late answer meets a later question.
+
+Threads: any; a call blocks for ``timeout_s`` at most.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flexkv_sglang.backends.fleet.vocabulary import (
+    Change,
+    NodeInfo,
+    ShareConfig,
+    Snapshot,
+    namespace_bytes,
+)
+from flexkv_sglang.backends.fleet.wire import curve
+from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire.link import Link
+from flexkv_sglang.errors import PeerError
+
+if TYPE_CHECKING:
+    import zmq
+
+LINKS_MAX = 64
+IDLE_S = 60.0
+KEYS_MAX = wire.SNAPSHOT_KEYS_MAX
+
+
+class WirePeerControl:
+    """Opens its context with the first call. Raises ``PeerError`` only, but for ``ConfigError`` when made."""
+
+    def __init__(self, share: ShareConfig, secret: curve.Secret | None) -> None:
+        self._share, self._secret = share, secret
+        self._lock = threading.Lock()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None  # guarded by _lock
+        self._links: OrderedDict[str, tuple[float, Link]] = (
+            OrderedDict()
+        )  # guarded by _lock; idle ones
+        self._closed = False  # guarded by _lock
+        self._rids = itertools.count(1)
+
+    def hello(self, address: str, timeout_s: float) -> NodeInfo:
+        """Who is there? Always a new connection: what it says is of now."""
+        deadline = time.monotonic() + timeout_s
+        link = self._open(address)
+        try:
+            self._until_ready(link, address, deadline)
+            assert link.welcome is not None
+            info = link.welcome.info
+        except PeerError:
+            link.close()
+            raise
+        self._put_back(address, link)
+        return info
+
+    def poll(
+        self, address: str, namespace: str, epoch: int, last: int, timeout_s: float
+    ) -> list[Change] | None:
+        """Changes after ``last`` of ``epoch``, the first of them if there are many; None: take a snapshot."""
+        rid = next(self._rids)
+        ask = wire.pack_poll(wire.Poll(rid, namespace_bytes(namespace), epoch, last))
+        answer = self._ask(address, rid, ask, timeout_s)[0]
+        if isinstance(answer, wire.Gone) and answer.reason is wire.GoneReason.LOST:
+            return None
+        if not isinstance(answer, wire.Changes):
+            raise _unexpected(address, answer)
+        return answer.changes
+
+    def snapshot(self, address: str, namespace: str, timeout_s: float) -> Snapshot:
+        """All pages of that node in a namespace."""
+        rid = next(self._rids)
+        answers = self._ask(
+            address, rid, wire.pack_snap(rid, namespace_bytes(namespace)), timeout_s
+        )
+        parts = [answer for answer in answers if isinstance(answer, wire.Part)]
+        if not parts or len(parts) != len(answers):
+            raise _unexpected(address, answers[0])
+        first = parts[0]
+        for number, part in enumerate(parts):
+            same = (part.epoch, part.last, part.count) == (first.epoch, first.last, first.count)
+            if part.part != number or not same:
+                raise PeerError(f"{address}: parts of different snapshots")
+        fps = np.concatenate([part.fps for part in parts]).astype(np.uint64, copy=False)
+        if len(fps) > 1 and not bool(np.all(fps[:-1] < fps[1:])):
+            raise PeerError(f"{address}: a snapshot out of order")
+        return Snapshot(first.epoch, first.last, fps)
+
+    def close(self) -> None:
+        """Close idle connections; calls under way fail. Idempotent."""
+        with self._lock:
+            self._closed = True
+            links, context = list(self._links.values()), self._context
+            self._links.clear()
+            self._context = None
+        for _, link in links:
+            link.close()
+        if context is not None:
+            context.term()  # waits for calls under way to close their links: their time-outs bound it
+
+    def _ask(self, address: str, rid: int, ask: list[bytes], timeout_s: float) -> list[wire.Answer]:
+        deadline = time.monotonic() + timeout_s
+        link = self._take(address) or self._open(address)
+        try:
+            self._until_ready(link, address, deadline)
+            link.send(ask)
+            answers = self._answers(link, address, rid, deadline)
+        except PeerError:
+            link.close()
+            raise
+        self._put_back(address, link)
+        return answers
+
+    def _answers(self, link: Link, address: str, rid: int, deadline: float) -> list[wire.Answer]:
+        """One answer, or all parts of a snapshot."""
+        answers: list[wire.Answer] = []
+        while True:
+            self._wait(link, address, deadline)
+            while (received := link.receive()) is not None:
+                answer = received[0]
+                if (
+                    not isinstance(answer, wire.Part | wire.Changes | wire.Gone)
+                    or answer.rid != rid
+                ):
+                    raise _unexpected(address, answer)
+                answers.append(answer)
+                if not isinstance(answer, wire.Part) or len(answers) == answer.parts:
+                    return answers
+            link.watch()
+
+    def _until_ready(self, link: Link, address: str, deadline: float) -> None:
+        while link.welcome is None:
+            self._wait(link, address, deadline)
+            if link.receive() is not None:
+                raise PeerError(f"{address}: an answer before it was asked")
+            if link.welcome is None:
+                link.watch()
+
+    def _wait(self, link: Link, address: str, deadline: float) -> None:
+        """Until something has come. Raises at the deadline, and for a dead link."""
+        import zmq
+
+        if not link.alive:
+            raise PeerError(f"{address}: {link.reason}")
+        poller = zmq.Poller()
+        poller.register(link.sock, zmq.POLLIN)
+        poller.register(link.monitor, zmq.POLLIN)
+        left_ms = int((deadline - time.monotonic()) * 1000)
+        if left_ms <= 0 or not poller.poll(left_ms):
+            raise PeerError(f"{address}: no answer in time")
+
+    def _open(self, address: str) -> Link:
+        import zmq
+
+        with self._lock:
+            if self._closed:
+                raise PeerError("closed")
+            if self._context is None:
+                self._context = zmq.Context(io_threads=1)
+            return Link(self._context, address, self._share, self._secret)
+
+    def _take(self, address: str) -> Link | None:
+        """An idle link that is still alive."""
+        with self._lock:
+            _, link = self._links.pop(address, (0.0, None))
+        if link is not None:
+            if link.receive() is None and link.alive:
+                link.watch()
+                if link.alive:
+                    return link
+            link.close()
+        return None
+
+    def _put_back(self, address: str, link: Link) -> None:
+        now = time.monotonic()
+        with self._lock:
+            old = [self._links.pop(address)] if address in self._links else []
+            while self._links and (
+                len(self._links) >= LINKS_MAX or next(iter(self._links.values()))[0] < now - IDLE_S
+            ):
+                old.append(self._links.popitem(last=False)[1])
+            if self._closed:
+                old.append((now, link))
+            else:
+                self._links[address] = (now, link)
+        for _, unused in old:
+            unused.close()
+
+
+def _unexpected(address: str, answer: wire.Answer) -> PeerError:
+    reason = answer.reason.name if isinstance(answer, wire.Gone) else type(answer).__name__
+    return PeerError(f"{address}: not what was asked for: {reason}")

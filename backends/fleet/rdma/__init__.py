@@ -1,0 +1,1 @@
+"""Optional one-sided transports: NIXL, Mooncake."""

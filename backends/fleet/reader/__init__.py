@@ -1,0 +1,1 @@
+"""A rank process reads pages of other nodes."""

@@ -1,0 +1,317 @@
+"""Everything one process has going on with one peer: links, reads that wait, requests that are out.
+
+A read is cut into requests of 8 MiB (at least a page), two of which are out at a time: that keeps the link full and is
+all the credit a peer gets, so a reader never has more than 16 MiB, or two pages, on its way to it. Reads take turns.
+
+Threads: the client's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flexkv_sglang.backends.fleet.reader.health import REFUSED_S, PeerHealth
+from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, Arrived, PageOutcome, Pending
+from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PageStatus
+from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire.link import Link, State
+
+if TYPE_CHECKING:
+    import zmq
+
+REQUEST_BYTES = 8 << 20
+OUTSTANDING = 2
+LINKS = 1
+"""Connections to a peer. With two cores a second one only costs; for a link of 25 Gbit/s it has not been tried."""
+
+GREETING_S = 1.0
+RECEIVE_MAX = 4
+"""Messages of one link in a row, then the others' turn."""
+
+Count = Callable[[str, int], None]
+
+
+@dataclass(eq=False, slots=True)
+class Out:
+    """A request that is out: pages ``[first, first + count)`` of ``pending``, ``got`` of them answered."""
+
+    pending: Pending
+    link: Link
+    first: int
+    count: int
+    got: int = 0
+
+
+class PeerChannel:
+    """``open_link``: makes a link for pages of so many bytes. ``count``: for metrics."""
+
+    def __init__(
+        self, health: PeerHealth, open_link: Callable[[str, int], Link], count: Count
+    ) -> None:
+        self.health = health
+        self._open_link, self._count = open_link, count
+        self._rids = itertools.count(1)
+        self._waiting: deque[Pending] = deque()  # reads with pages that were not asked for yet
+        self._out: dict[int, Out] = {}
+        self._page_bytes = 0
+        self._probe_until = 0.0
+        self.links: list[Link] = []
+        self.used_at = self.heard_at = time.monotonic()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is going on."""
+        return not self._waiting and not self._out and not self._probe_until
+
+    def begin(self, pending: Pending) -> None:
+        """Read these pages."""
+        if not pending.done:
+            self._waiting.append(pending)
+            self.pump()
+
+    def pump(self) -> None:
+        """Ask for what may be asked for now; open links if there are too few."""
+        self.used_at = time.monotonic()
+        self._waiting = deque(p for p in self._waiting if not p.done and p.asked < p.end)
+        if not self._waiting:
+            return
+        self._page_bytes = max(self._page_bytes, *(p.page_bytes for p in self._waiting))
+        self._open_links()
+        while self._waiting and len(self._out) < OUTSTANDING:
+            free = [link for link in self.links if link.state is State.READY]
+            if not free:
+                return
+            loads = [sum(out.link is link for out in self._out.values()) for link in free]
+            if (
+                loads[least := loads.index(min(loads))]
+                >= -(-OUTSTANDING // LINKS)
+                < len(self.links)
+            ):
+                return  # the others are still opening
+            self._request(free[least])
+
+    def _open_links(self) -> None:
+        fits = all(link.page_bytes >= self._page_bytes for link in self.links)
+        if not fits and not self._out:
+            self.close_links()
+        while len(self.links) < LINKS:
+            self.links.append(self._open_link(self.health.address, self._page_bytes))
+
+    def _request(self, link: Link) -> None:
+        pending = self._waiting.popleft()
+        most = REQUEST_BYTES
+        if link.welcome is not None:
+            most = min(most, link.welcome.request_bytes // OUTSTANDING)
+        most_pages = max(1, min(BATCH_PAGES, most // pending.page_bytes))
+        first, count = pending.asked, min(most_pages, pending.end - pending.asked)
+        pending.asked += count
+        if pending.asked < pending.end:
+            self._waiting.append(pending)
+        self._ask(link, pending, first, count)
+
+    def _ask(self, link: Link, pending: Pending, first: int, count: int) -> None:
+        rid = next(self._rids)
+        budget_ms = max(1, int((pending.read.deadline - time.monotonic()) * 1000))
+        keys = tuple(pending.read.keys[first : first + count])
+        read = wire.Read(rid, pending.read.namespace, budget_ms, wire.STOP_AT_FIRST, keys)
+        self._out[rid] = Out(pending, link, first, count)
+        link.send(self._pack(read))
+
+    def _pack(self, read: wire.Read) -> list[bytes]:
+        """The request on the wire."""
+        return wire.pack_read(read)
+
+    def receive(self, link: Link) -> None:
+        """Take what has come on a link, and see whether it is still alive."""
+        before = link.state
+        for _ in range(RECEIVE_MAX):
+            answer = link.receive()
+            if answer is None:
+                link.watch()  # only behind the last message: a peer may say goodbye after it
+                break
+            self.heard_at = time.monotonic()
+            self._take(link, *answer)
+        if link.state is State.READY and before is State.OPENING:
+            self.heard_at = time.monotonic()
+            if self._probe_until:
+                self._probe_until = 0.0
+                self.health.recovered()
+        if not link.alive:
+            self.lost(link)
+
+    def _take(self, link: Link, answer: wire.Answer, frame: zmq.Frame | None) -> None:
+        if not isinstance(answer, wire.Pages | wire.End):
+            link.fail(f"wire: {type(answer).__name__} was not asked for")
+            return
+        out = self._out.get(answer.rid)
+        if out is None:
+            return  # of a read that was given up
+        if isinstance(answer, wire.End):
+            self._ended(link, answer, out)
+        elif (
+            answer.index != out.got
+            or out.got + len(answer.checksums) > out.count
+            or out.link is not link
+        ):
+            link.fail(f"wire: page {answer.index} out of order")
+        else:
+            out.got += len(answer.checksums)
+            self._pages(link, answer, out, frame)
+
+    def _pages(self, link: Link, pages: wire.Pages, out: Out, frame: zmq.Frame | None) -> None:
+        place = out.first + pages.index
+        if pages.status is not PageStatus.OK or frame is None:
+            if pages.status is PageStatus.BUSY:
+                self.health.busy()
+            out.pending.fail(place, OUTCOME_OF[pages.status])
+            self._cancel_unwanted(out.pending)
+            return
+        if pages.length != out.pending.page_bytes:
+            out.pending.fail(place, PageOutcome.FAILED)
+            link.fail(f"wire: pages of {pages.length} bytes, not {out.pending.page_bytes}")
+            return
+        self._deliver(link, pages, out, frame)
+        out.pending.arrived(len(pages.checksums) * pages.length, self.heard_at)
+        self._cancel_unwanted(out.pending)
+
+    def _deliver(self, link: Link, pages: wire.Pages, out: Out, data: Arrived) -> None:
+        place = out.first + pages.index
+        delivered, failure = out.pending.deliver(place, pages, data)
+        if delivered:
+            self._count("remote_read_bytes", delivered * pages.length)
+        if failure is PageOutcome.CORRUPT:
+            key = out.pending.read.keys[place + delivered]
+            link.send(wire.pack_bad(out.pending.read.namespace, [key]))
+            if self.health.corrupt():
+                self._count("remote_breaker_trips", 1)
+
+    def _cancel_unwanted(self, pending: Pending) -> None:
+        """Requests for pages behind one that failed."""
+        for rid in [rid for rid, out in self._out.items() if out.pending is pending]:
+            if self._out[rid].first >= pending.end:
+                self._cancel(rid)
+
+    def _cancel(self, rid: int) -> None:
+        """Nobody wants this request any more."""
+        self._remove(rid).link.send(wire.pack_cancel(rid))
+
+    def _remove(self, rid: int) -> Out:
+        """This request is over."""
+        return self._out.pop(rid)
+
+    def _ended(self, link: Link, end: wire.End, out: Out) -> None:
+        del self._out[end.rid]
+        if end.sent != out.got:
+            link.fail(f"wire: {out.got} pages came, {end.sent} were sent")
+            self._failed(out, PageOutcome.FAILED)
+            return
+        if out.got < out.count:  # a page before it failed, or nobody wants the rest
+            out.pending.fail(out.first + out.got, PageOutcome.FAILED)
+        self._served(out)
+
+    def _served(self, out: Out) -> None:
+        """A request has been answered to its end."""
+        if out.got:
+            self.health.delivered()
+        if all(other.pending is not out.pending for other in self._out.values()):
+            self._measure(out.pending)
+        self.pump()
+
+    def _measure(self, pending: Pending) -> None:
+        if pending.byte_count > pending.first_bytes:
+            self.health.measured(
+                pending.byte_count - pending.first_bytes,
+                self.heard_at - pending.first_at,
+                pending.first_at - pending.begun,
+            )
+
+    def _failed(self, out: Out, outcome: PageOutcome) -> None:
+        out.pending.fail(out.first + out.got, outcome)
+
+    def lost(self, link: Link) -> None:
+        """A link is dead: what it was asked for fails, and the breaker opens if anybody waited for it."""
+        if link not in self.links:
+            return
+        self.links.remove(link)
+        link.close()
+        victims = [rid for rid, out in self._out.items() if out.link is link]
+        wanted = bool(victims or self._waiting or self._probe_until)
+        for rid in victims:
+            self._failed(self._remove(rid), PageOutcome.FAILED)
+        if wanted and not link.reason.endswith("NO_HELLO"):
+            self._trip(link.reason, REFUSED_S if link.state is State.REFUSED else None)
+
+    def _trip(self, reason: str, pause_s: float | None = None) -> None:
+        """Open the breaker: everything under way fails."""
+        self._probe_until = 0.0
+        self.health.failed(reason, pause_s)
+        self._count("remote_breaker_trips", 1)
+        self.fail_all(PageOutcome.FAILED)
+        self.close_links()
+
+    def fail_all(self, outcome: PageOutcome) -> None:
+        """Nothing that is wanted will come."""
+        for rid in list(self._out):
+            self._failed(self._remove(rid), outcome)
+        for pending in self._waiting:
+            pending.fail(pending.asked, outcome)
+        self._waiting.clear()
+
+    def renew(self) -> None:
+        """The peer has a new epoch or address."""
+        self.fail_all(PageOutcome.FAILED)
+        self.close_links()
+
+    def abandon(self, pending: Pending) -> None:
+        """Its time is over: late answers must not hold up later ones, nor a silent peer later reads."""
+        rids = [rid for rid, out in self._out.items() if out.pending is pending]
+        links = {self._out[rid].link for rid in rids}
+        waited = bool(rids) or pending in self._waiting
+        for rid in rids:
+            self._cancel(rid)
+        if pending in self._waiting:
+            self._waiting.remove(pending)
+        if not waited:
+            return
+        now = time.monotonic()
+        if now - max(self.heard_at, pending.begun) >= (now - pending.begun) / 2:
+            self._trip("silent until the deadline")
+            return
+        self._measure(pending)
+        for link in links - {out.link for out in self._out.values()}:
+            self.links.remove(link)
+            link.close()
+        self.pump()
+
+    def tick(self, now: float) -> None:
+        """What time brings: reads that are late, a greeting for a peer whose breaker is open."""
+        for link in [link for link in self.links if not link.alive]:
+            self.lost(link)
+        reads = {*self._waiting, *(out.pending for out in self._out.values())}
+        for pending in [p for p in reads if p.read.deadline <= now]:
+            self.abandon(pending)
+        if self._probe_until and now >= self._probe_until:
+            self._trip("no greeting")
+        elif not self._probe_until and self.health.probe_due():
+            self.close_links()
+            self._probe_until = now + GREETING_S
+            self.links.append(self._open_link(self.health.address, self._page_bytes))
+
+    def next_tick(self) -> float:
+        """When there is something for ``tick`` (``time.monotonic()`` seconds)."""
+        times = [out.pending.read.deadline for out in self._out.values()]
+        times += [pending.read.deadline for pending in self._waiting]
+        if self._probe_until:
+            times.append(self._probe_until)
+        return min(times, default=float("inf"))
+
+    def close_links(self) -> None:
+        """Close all connections."""
+        for link in self.links:
+            link.close()
+        self.links.clear()

@@ -1,0 +1,266 @@
+"""Reads pages of other nodes for one rank process. One thread owns all sockets; it starts with the first read.
+
+``usable`` and ``seconds_for`` look at memory only. A read ends by its deadline, whatever the peer does, and nothing
+is written to its targets after ``wait`` has returned (remote_read.py). A peer that is gone, silent or talks
+nonsense is left alone until a greeting in the background succeeds (peer_health.py).
+
+Threads: any. ``count`` is called with names of ``METRICS``, from the client's thread and from callers of ``begin``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from flexkv_sglang.backends.fleet.rdma.base import OneSidedEngine
+from flexkv_sglang.backends.fleet.reader.channel import Count, PeerChannel
+from flexkv_sglang.backends.fleet.reader.health import PeerHealth
+from flexkv_sglang.backends.fleet.reader.rdma_channel import EngineChannel
+from flexkv_sglang.backends.fleet.reader.rdma_memory import EngineReads
+from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
+from flexkv_sglang.backends.fleet.vocabulary import NodeId, ShareConfig
+from flexkv_sglang.backends.fleet.wire import curve
+from flexkv_sglang.backends.fleet.wire.link import Link
+
+if TYPE_CHECKING:
+    import zmq
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("remote_read_bytes", "remote_breaker_trips", "remote_engine_failures")
+CHANNELS_MAX = 64
+IDLE_S = 60.0
+IO_THREADS = 2
+_PEERS_MAX = 4096
+_ROUND_S = 0.25
+_CLOSE_TIMEOUT_S = 5.0
+_LARGE_PIECE_BYTES = (32 << 20) - (64 << 10)
+
+
+class PeerClient:
+    """Made in a rank process, used by its transfer threads.
+
+    ``engine``: used instead of the one that ``share.engine`` names. Raises ``ConfigError`` for a bad secret file, or an
+    engine that is not there.
+    """
+
+    def __init__(
+        self, share: ShareConfig, count: Count, engine: OneSidedEngine | None = None
+    ) -> None:
+        self._share, self._secret = share, curve.load_secret(share)
+        self._engine = EngineReads.of(share, engine)
+        self._count = count
+        self._lock = threading.Lock()
+        self._healths: dict[NodeId, PeerHealth] = {}  # guarded by _lock
+        self._closed = False  # guarded by _lock
+        self._thread: threading.Thread | None = None  # guarded by _lock
+        self._wake_fd = -1
+        self._todo: deque[Callable[[], None]] = deque()
+        self._channels: dict[NodeId, PeerChannel] = {}  # the thread's, like all below
+        self._polled: dict[zmq.Socket[bytes], tuple[PeerChannel, Link]] = {}
+
+    def usable(self, nid: NodeId, epoch: int, address: str) -> bool:
+        """May this peer be read from now? Memory only."""
+        health = self._healths.get(nid)
+        if health is None or (health.epoch, health.address) != (epoch, address):
+            return True
+        return health.usable()
+
+    def is_open(self, nid: NodeId) -> str:
+        """Why the breaker of this peer is open; "": it is closed."""
+        health = self._healths.get(nid)
+        return health.reason or "open" if health is not None and health.is_open else ""
+
+    def seconds_for(self, nid: NodeId, byte_count: int) -> float:
+        """How long a read of so many bytes takes at the rates of the last half minute; 0.0: not known."""
+        health = self._healths.get(nid)
+        return health.seconds_for(byte_count) if health is not None else 0.0
+
+    def begin(self, read: RemoteRead) -> Pending:
+        """Start a read; ``wait`` on what is returned. Pages that will not make it by the deadline are not asked for."""
+        pending = Pending(read, self._abandon)
+        health = self._health(read)
+        if not read.keys:
+            pending.cut(0)
+            return pending
+        if not health.usable():
+            pending.fail(0, PageOutcome.FAILED if health.is_open else PageOutcome.BUSY)
+            return pending
+        seconds = read.deadline - time.monotonic()
+        pages = min(float(len(read.keys)), health.bytes_within(seconds) // pending.page_bytes)
+        if pages < 1:
+            pending.fail(0, PageOutcome.LATE if seconds <= 0 else PageOutcome.BUSY)
+            return pending
+        pending.cut(int(pages))
+        if not self._start():
+            pending.fail(0, PageOutcome.FAILED)
+            return pending
+        self._post(lambda: self._channel(health).begin(pending))
+        return pending
+
+    def _health(self, read: RemoteRead) -> PeerHealth:
+        with self._lock:
+            health = self._healths.get(read.nid)
+            if health is None:
+                if len(self._healths) >= _PEERS_MAX:
+                    self._healths.pop(next(iter(self._healths)))
+                health = self._healths[read.nid] = PeerHealth(read.nid, read.epoch, read.address)
+        if health.meet(read.epoch, read.address):
+            self._post(lambda: self._renew(health))
+        return health
+
+    def _start(self) -> bool:
+        with self._lock:
+            if self._closed:
+                return False
+            if self._thread is None:
+                self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                _let_malloc_keep_messages()
+                self._thread = threading.Thread(target=self._run, name="flexkv-peers", daemon=True)
+                self._thread.start()
+        return True
+
+    def _post(self, todo: Callable[[], None]) -> None:
+        self._todo.append(todo)
+        with self._lock:
+            if self._thread is not None and not self._closed:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def _abandon(self, pending: Pending) -> None:
+        def give_up() -> None:
+            channel = self._channels.get(pending.read.nid)
+            if channel is not None:
+                channel.abandon(pending)
+
+        self._post(give_up)
+
+    def close(self) -> None:
+        """End all reads as FAILED and the thread. Idempotent."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            first, self._closed = not self._closed, True
+            if thread is not None:
+                os.eventfd_write(self._wake_fd, 1)
+        if thread is not None:
+            thread.join(_CLOSE_TIMEOUT_S)
+            if thread.is_alive():
+                return
+            os.close(self._wake_fd)
+        if self._engine is not None and (first or thread is not None):
+            self._engine.close()
+
+    # ---- the client's thread, from here on ----
+
+    def _run(self) -> None:
+        import zmq
+
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=IO_THREADS)
+        self._context.set(zmq.MAX_SOCKETS, 4096)
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        try:
+            while not self._closed:
+                self._round()
+        except Exception:  # a thread's outermost frame: reads end as FAILED
+            logger.exception("remote reads have ended")
+            with self._lock:
+                self._closed = True
+        finally:
+            while self._todo:
+                self._todo.popleft()()
+            for channel in self._channels.values():
+                channel.fail_all(PageOutcome.FAILED)
+                channel.close_links()
+            self._context.term()
+
+    def _round(self) -> None:
+        now = time.monotonic()
+        due = min((channel.next_tick() for channel in self._channels.values()), default=now + 60)
+        pause_s = max(0.0, min(due - now, _ROUND_S if self._channels else 1.0))
+        ready = dict(self._poller.poll(int(pause_s * 1000) + 1))
+        if self._wake_fd in ready:
+            os.eventfd_read(self._wake_fd)
+        for sock in ready:
+            entry = self._polled.get(sock)
+            if entry is not None:
+                channel, link = entry
+                channel.receive(link)
+                channel.pump()
+        while self._todo:  # behind what has arrived: a read that is given up may have been answered
+            self._todo.popleft()()
+        self._tick(time.monotonic())
+        self._forget_closed()
+
+    def _tick(self, now: float) -> None:
+        for health in list(self._healths.values()):
+            if health.probe_due():
+                self._channel(health)
+        if self._engine is not None:
+            self._engine.tick(now)
+        for nid, channel in list(self._channels.items()):
+            channel.tick(now)
+            if channel.idle and now - channel.used_at > IDLE_S:
+                channel.close_links()
+                if not channel.health.is_open:
+                    del self._channels[nid]
+
+    def _channel(self, health: PeerHealth) -> PeerChannel:
+        channel = self._channels.get(health.nid)
+        if channel is None or channel.health is not health:
+            idle = [c for c in self._channels.values() if c.idle]
+            if len(self._channels) >= CHANNELS_MAX and idle:
+                oldest = min(idle, key=lambda c: c.used_at)
+                oldest.close_links()
+                del self._channels[oldest.health.nid]
+            channel = self._make_channel(health)
+            self._channels[health.nid] = channel
+        return channel
+
+    def _make_channel(self, health: PeerHealth) -> PeerChannel:
+        def open_link(address: str, page_bytes: int) -> Link:
+            return self._open(health.nid, address, page_bytes)
+
+        if self._engine is None:
+            return PeerChannel(health, open_link, self._count)
+        return EngineChannel(health, open_link, self._count, self._engine)
+
+    def _renew(self, health: PeerHealth) -> None:
+        """It has a new epoch or address."""
+        channel = self._channels.get(health.nid)
+        if channel is not None:
+            channel.renew()
+
+    def _open(self, nid: NodeId, address: str, page_bytes: int) -> Link:
+        import zmq
+
+        link = Link(self._context, address, self._share, self._secret, page_bytes)
+        channel = self._channels[nid]
+        for sock in (link.sock, link.monitor):
+            self._polled[sock] = (channel, link)
+            self._poller.register(sock, zmq.POLLIN)
+        return link
+
+    def _forget_closed(self) -> None:
+        for sock in [sock for sock in self._polled if sock.closed]:
+            self._poller.unregister(sock)
+            del self._polled[sock]
+
+
+def _let_malloc_keep_messages() -> None:
+    """Free a piece of almost 32 MiB, which was never touched.
+
+    ZeroMQ allocates each message by itself. glibc maps a piece above its threshold anew each time, and the kernel has
+    to clear all of it; but the threshold rises to the largest piece of up to 32 MiB that was ever freed (mallopt(3),
+    M_MMAP_THRESHOLD). Most processes with torch have freed one; a young one may not. Where malloc is another one,
+    or its threshold was set, nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = (ctypes.c_void_p,), None
+    libc.free(libc.malloc(_LARGE_PIECE_BYTES))

@@ -1,0 +1,145 @@
+"""What one process thinks of one peer: breaker, pauses, rates. Memory only; nothing here talks to the peer.
+
+The breaker opens when a peer is silent, gone or talks nonsense; while it is open, reads cost nothing. A greeting
+by the client's thread closes it, never a user's read. MISS never opens it, BUSY makes a short pause. A new epoch
+or address is a new start.
+
+Threads: any.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from flexkv_sglang.backends.fleet.vocabulary import NodeId
+
+logger = logging.getLogger(__name__)
+
+PAUSE_S, PAUSE_MAX_S, JITTER = 2.0, 30.0, 0.2
+REFUSED_S = 60.0
+CORRUPT_MAX, CORRUPT_WITHIN_S, CORRUPT_S = 3, 60.0, 60.0
+BUSY_S = (0.05, 0.2)
+RATE_KEPT_S = 30.0
+"""After this long without a read the measured rates say nothing: else a peer once slow would never be asked again."""
+
+_WEIGHT = 0.3
+_PROBED_AFTER_ASKED_S = 120.0
+
+
+class PeerHealth:
+    """Closed: may be read from. Open: not until a greeting succeeds."""
+
+    def __init__(
+        self, nid: NodeId, epoch: int, address: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.nid = nid
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._reset(epoch, address)
+
+    def _reset(self, epoch: int, address: str) -> None:
+        self.epoch, self.address = epoch, address
+        self._open, self._retry_at, self._pause = False, 0.0, PAUSE_S
+        self.reason = ""
+        self._busy_until = 0.0
+        self._corrupt: deque[float] = deque(maxlen=CORRUPT_MAX)
+        self._rate = self._first_byte = self._measured_at = 0.0
+        self._asked_at = self._clock()
+
+    def meet(self, epoch: int, address: str) -> bool:
+        """It has this epoch and address now. True: it is not the one that was known."""
+        with self._lock:
+            if (epoch, address) == (self.epoch, self.address):
+                return False
+            self._reset(epoch, address)
+            return True
+
+    @property
+    def is_open(self) -> bool:
+        """Is the breaker open?"""
+        return self._open
+
+    def usable(self) -> bool:
+        """May it be read from now?"""
+        with self._lock:
+            now = self._asked_at = self._clock()
+            return not self._open and now >= self._busy_until
+
+    def failed(self, reason: str, pause_s: float | None = None) -> None:
+        """Open, for twice as long as the last time, or for ``pause_s``."""
+        with self._lock:
+            first = not self._open
+            pause = self._pause if pause_s is None else pause_s
+            self._pause = min(2 * self._pause, PAUSE_MAX_S)
+            self._open, self.reason = True, reason
+            self._retry_at = self._clock() + pause * random.uniform(1 - JITTER, 1 + JITTER)
+        if first:
+            logger.warning("node %s at %s is not read from: %s", self.nid, self.address, reason)
+
+    def recovered(self) -> None:
+        """It greeted us: close."""
+        with self._lock:
+            was_open, self._open = self._open, False
+            self.reason = ""
+        if was_open:
+            logger.info("node %s at %s is read from again", self.nid, self.address)
+
+    def delivered(self) -> None:
+        """It has sent pages: the next pause is a short one again."""
+        with self._lock:
+            self._pause = PAUSE_S
+
+    def busy(self) -> None:
+        """It has too much to do: leave it alone for a moment."""
+        with self._lock:
+            self._busy_until = self._clock() + random.uniform(*BUSY_S)
+
+    def corrupt(self) -> bool:
+        """It sent a page that is not what it should be. True: too many, the breaker is open now."""
+        now = self._clock()
+        with self._lock:
+            self._corrupt.append(now)
+            several = (
+                len(self._corrupt) == CORRUPT_MAX and now - self._corrupt[0] <= CORRUPT_WITHIN_S
+            )
+        if several:
+            self.failed(f"{CORRUPT_MAX} corrupt pages within {CORRUPT_WITHIN_S:.0f} s", CORRUPT_S)
+        return several
+
+    def probe_due(self) -> bool:
+        """Is it time to greet it? Only while somebody asks for it."""
+        now = self._clock()
+        wanted = now - self._asked_at < _PROBED_AFTER_ASKED_S
+        return self._open and now >= self._retry_at and wanted
+
+    def measured(self, byte_count: int, seconds: float, first_byte_s: float) -> None:
+        """One request's bytes, the time they took after the first ones, and the time to these."""
+        now = self._clock()
+        rate = byte_count / max(seconds, 1e-6)
+        with self._lock:
+            fresh = now - self._measured_at > RATE_KEPT_S
+            self._measured_at = now
+            if fresh:
+                self._rate, self._first_byte = rate, first_byte_s
+            else:
+                self._rate += _WEIGHT * (rate - self._rate)
+                self._first_byte += _WEIGHT * (first_byte_s - self._first_byte)
+
+    def seconds_for(self, byte_count: int) -> float:
+        """How long a read of so many bytes takes; 0.0: not known."""
+        with self._lock:
+            if not self._rate or self._clock() - self._measured_at > RATE_KEPT_S:
+                return 0.0
+            return self._first_byte + byte_count / self._rate
+
+    def bytes_within(self, seconds: float) -> float:
+        """How many bytes can be had in that time; infinite: not known."""
+        with self._lock:
+            if not self._rate or self._clock() - self._measured_at > RATE_KEPT_S:
+                return float("inf")
+            return (seconds - self._first_byte) * self._rate

@@ -1,0 +1,206 @@
+"""A channel whose pages are fetched by a one-sided engine, if the peer has it too: OFFER, OFFERED, fetch, DONE.
+
+Whatever goes wrong with the engine, the same pages are asked for over ZeroMQ, and all others of that peer for a minute.
+A fetch ends by half of the peer's hold, counted from before the peer was asked: so the peer does not use that memory
+again while the engine reads it, whatever the two clocks say.
+
+Threads: the client's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from flexkv_sglang.backends.fleet.rdma.base import EngineError, TransferState
+from flexkv_sglang.backends.fleet.reader.channel import Count, Out, PeerChannel
+from flexkv_sglang.backends.fleet.reader.health import PeerHealth
+from flexkv_sglang.backends.fleet.reader.rdma_memory import FALLBACK_S, EngineReads, Fetch
+from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, PageOutcome, Pending
+from flexkv_sglang.backends.fleet.vocabulary import PageStatus
+from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire.link import Link
+from flexkv_sglang.backends.fleet.wire.offers import pack_done, pack_offer
+
+if TYPE_CHECKING:
+    import zmq
+
+logger = logging.getLogger(__name__)
+
+
+class EngineChannel(PeerChannel):
+    """As ``PeerChannel``; ``engine``: this process's. A request is an OFFER while it is in ``_fetches``."""
+
+    def __init__(
+        self,
+        health: PeerHealth,
+        open_link: Callable[[str, int], Link],
+        count: Count,
+        engine: EngineReads,
+    ) -> None:
+        super().__init__(health, open_link, count)
+        self._engine = engine
+        self._zmq_until = 0.0
+        self._fetches: dict[int, Fetch] = {}
+
+    def _pack(self, read: wire.Read) -> list[bytes]:
+        out = self._out[read.rid]
+        welcome = out.link.welcome
+        if (
+            welcome is None
+            or self._engine.name not in welcome.info.engines
+            or time.monotonic() < self._zmq_until
+        ):
+            return super()._pack(read)
+        fetch = self._engine.take(out.count, out.pending.page_bytes)
+        if fetch is None:
+            return super()._pack(read)
+        self._fetches[read.rid] = fetch
+        return pack_offer(read)
+
+    def _take(self, link: Link, answer: wire.Answer, frame: zmq.Frame | None) -> None:
+        if isinstance(answer, wire.Offered):
+            self._offered(link, answer)
+        elif isinstance(answer, wire.Pages | wire.End) and answer.rid in self._fetches:
+            link.fail(f"wire: {type(answer).__name__} instead of an offer")
+        else:
+            super()._take(link, answer, frame)
+
+    def _offered(self, link: Link, offered: wire.Offered) -> None:
+        """The peer holds pages for the engine."""
+        rid = offered.rid
+        out, fetch = self._out.get(rid), self._fetches.get(rid)
+        if out is None:  # of a read that was given up
+            link.send(pack_done(offered.hold))
+            return
+        if fetch is None or fetch.transfer is not None or out.link is not link:
+            link.fail("wire: an offer out of place")
+            return
+        fetch.hold = offered.hold
+        pages = list(itertools.takewhile(lambda page: page.status is PageStatus.OK, offered.pages))
+        lengths = {page.length for page in pages}
+        if len(offered.pages) > out.count or lengths - {out.pending.page_bytes}:
+            out.pending.fail(out.first, PageOutcome.FAILED)
+            link.fail("wire: an offer of other pages")
+            return
+        if len(pages) < out.count:
+            self._fail_behind(out, offered, len(pages))
+        wanted = pages[: max(0, out.pending.end - out.first)]
+        if not wanted:
+            if rid in self._out:
+                self._remove(rid)
+            self.pump()
+            return
+        try:
+            self._engine.start(fetch, wanted, offered.hold_ms, offered.blob)
+        except EngineError as exc:
+            self._fall_back(rid, str(exc))
+
+    def _fail_behind(self, out: Out, offered: wire.Offered, count: int) -> None:
+        """The page behind the first ``count`` of an offer is not there."""
+        outcome = PageOutcome.FAILED  # an offer that ends early
+        if count < len(offered.pages):
+            outcome = OUTCOME_OF[offered.pages[count].status]
+        if outcome is PageOutcome.BUSY:
+            self.health.busy()
+        out.pending.fail(out.first + count, outcome)
+        self._cancel_unwanted(out.pending)
+
+    def _look_at_fetches(self, now: float) -> None:
+        for rid, fetch in list(self._fetches.items()):
+            if fetch.transfer is None or self._fetches.get(rid) is not fetch:
+                continue
+            state = fetch.transfer.poll()
+            if (
+                now >= fetch.deadline
+            ):  # also if it is done: the memory may have been another page's by then
+                self._fall_back(rid, "a transfer did not end within half of the peer's hold")
+            elif state is TransferState.DONE:
+                self._fetched(rid, fetch)
+            elif state is TransferState.FAILED:
+                self._fall_back(rid, "a transfer failed")
+
+    def _fetched(self, rid: int, fetch: Fetch) -> None:
+        """The bytes are here."""
+        out = self._out[rid]
+        self.heard_at = time.monotonic()
+        for index, page in enumerate(fetch.pages):
+            head = wire.Pages(rid, index, page.status, page.kind, page.length, (page.checksum,))
+            self._deliver(out.link, head, out, self._engine.landed(fetch, index))
+        out.got = len(fetch.pages)
+        out.pending.arrived(out.got * out.pending.page_bytes, self.heard_at)
+        self._remove(rid)
+        self._cancel_unwanted(out.pending)
+        self._served(out)
+
+    def _cancel(self, rid: int) -> None:
+        fetch = self._fetches.get(rid)
+        if fetch is None or not fetch.hold:
+            super()._cancel(rid)
+        else:
+            self._remove(rid)
+
+    def _remove(self, rid: int) -> Out:
+        """Also for the engine, and for the peer: what its engine may still read is of no use to anybody."""
+        out, fetch = super()._remove(rid), self._fetches.pop(rid, None)
+        if fetch is not None:
+            self._engine.give_back(fetch)
+            if fetch.hold and out.link.alive:
+                out.link.send(pack_done(fetch.hold))
+        return out
+
+    def _fall_back(self, rid: int, reason: str) -> None:
+        """This request's pages over ZeroMQ instead."""
+        self._leave_engine(reason)
+        out = self._remove(rid)
+        count = min(out.count, out.pending.end - out.first)
+        if not out.link.alive:
+            # DONE could not be sent: the peer is gone, and ``lost`` does not know of this request any more
+            self._failed(out, PageOutcome.FAILED)
+        elif count > 0 and not out.pending.done:
+            self._ask(out.link, out.pending, out.first, count)
+        else:
+            self.pump()
+
+    def _leave_engine(self, reason: str) -> None:
+        now = time.monotonic()
+        if now >= self._zmq_until:
+            nid = self.health.nid
+            logger.warning("node %s is read over zmq for %g s: %s", nid, FALLBACK_S, reason)
+            self._count("remote_engine_failures", 1)
+        self._zmq_until = now + FALLBACK_S
+
+    def renew(self) -> None:
+        """Another process: nothing is known against its engine."""
+        super().renew()
+        self._zmq_until = 0.0
+
+    def abandon(self, pending: Pending) -> None:
+        """A transfer that is late is the engine's fault, not a silence of the peer."""
+        late = [
+            rid
+            for rid, fetch in self._fetches.items()
+            if fetch.transfer is not None and self._out[rid].pending is pending
+        ]
+        for rid in late:
+            self._remove(rid)
+        if late:
+            self._leave_engine("a transfer did not end by the deadline of its read")
+            self.heard_at = time.monotonic()
+        super().abandon(pending)
+        if late:
+            self.pump()
+
+    def tick(self, now: float) -> None:
+        """As before, and what the engine has done."""
+        self._look_at_fetches(now)
+        super().tick(now)
+
+    def next_tick(self) -> float:
+        """At once while the engine is at work: it wakes nobody."""
+        if any(fetch.transfer is not None for fetch in self._fetches.values()):
+            return 0.0
+        return super().next_tick()

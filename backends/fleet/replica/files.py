@@ -1,0 +1,340 @@
+"""Files of the membership replica: what other nodes hold, written by the agent, mapped by the rank processes.
+
+    <run_dir>/peers.tbl               the nodes, when the agent last lived, how many namespaces there are
+    <run_dir>/<namespace>/index       which set file is current, per node
+    <run_dir>/<namespace>/p<slot>.<generation>.set
+
+A node has a *slot* of the table, and a *tenancy* for as long as it keeps it: a set names the tenancy it is for,
+so a slot that changes hands never lends one node's pages to another. Files appear by rename, whole. What
+changes afterwards in a mapped file are single aligned words, or entries with a checksum that is looked at. All
+space is allocated before it is mapped: a full disk is an error of the writer, never a fault of a reader.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flexkv_sglang.backends.failpoints import Failpoint, reach
+from flexkv_sglang.backends.fleet.replica.fingerprint_set import (
+    HEADS_PER_RECORD,
+    ChangeTable,
+    Parts,
+    SortedBase,
+    bucket_count,
+    bucket_starts,
+    record_count,
+)
+from flexkv_sglang.backends.fleet.vocabulary import NodeId
+from flexkv_sglang.types import U64, round_up
+
+SLOTS = 1024
+"""Nodes one replica follows at most."""
+
+NID_BYTES, ADDRESS_BYTES = 200, 280
+"""Longest name and longest "host:port" of a node, as UTF-8."""
+
+FREE, UP, DOWN = range(3)
+"""States of a slot of the table."""
+
+VERSION = 1
+_TABLE_MAGIC, _INDEX_MAGIC, _SET_MAGIC = b"FKPEERS1", b"FKINDEX1", b"FKFPSET1"
+_START = struct.Struct("<8sIIQ")  # magic, version, slots, writer
+_ENTRY = struct.Struct("<IIQQIHH")  # crc, version, tenancy, epoch, state, bytes of nid, of address
+_ENTRY_BYTES = 512
+_PAGE = 4096
+_ENTRIES_AT = 2 * _PAGE
+_TABLE_BYTES = _ENTRIES_AT + SLOTS * _ENTRY_BYTES
+_INDEX_BYTES = _PAGE + 16 * SLOTS
+_SET_HEADER = struct.Struct("<8sIIQQQII")  # magic, version, slot, generation, tenancy, count, ...
+_SET_HEADER_BYTES = 64
+_MADV_POPULATE_READ = 22  # of Linux; Python has no name for it
+_SET_NAME = re.compile(r"^p(?P<slot>\d+)\.(?P<generation>\d+)\.set(\.tmp)?$")
+_NAMESPACE = re.compile(r"^[a-z2-7]{26}$")
+_WRITER, _BEAT, _RETIRED, _NAMESPACES, _PID = 2, 3, 4, 5, 6  # 8-byte words of the table's header
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A node as the replica knows it. ``slot``: a small number that is its own until it is removed."""
+
+    slot: int
+    nid: NodeId
+    epoch: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the table says of one slot. ``version`` counts the changes of the slot, ``tenancy`` who has it."""
+
+    version: int
+    tenancy: int
+    state: int
+    peer: Peer
+
+    def pack(self) -> bytes:
+        """The bytes in the table."""
+        nid, address = self.peer.nid.encode(), self.peer.address.encode()
+        assert len(nid) <= NID_BYTES, self.peer
+        assert len(address) <= ADDRESS_BYTES, self.peer
+        fields = (self.version, self.tenancy, self.peer.epoch, self.state, len(nid), len(address))
+        data = _ENTRY.pack(0, *fields) + nid + address
+        data += bytes(_ENTRY_BYTES - len(data))
+        return struct.pack("<I", zlib.crc32(data[4:])) + data[4:]
+
+    @classmethod
+    def unpack(cls, slot: int, data: bytes) -> Entry | None:
+        """The entry, or None while it is being written."""
+        crc, version, tenancy, epoch, state, nid_bytes, address_bytes = _ENTRY.unpack_from(data)
+        if crc != zlib.crc32(data[4:]):
+            return None
+        split = _ENTRY.size + nid_bytes
+        nid, address = data[_ENTRY.size : split], data[split : split + address_bytes]
+        peer = Peer(slot, NodeId(nid.decode()), epoch, address.decode())
+        return cls(version, tenancy, state, peer)
+
+
+def _map(path: Path, *, writable: bool) -> mmap.mmap | None:
+    """The whole file, or None: there is none, or it is empty."""
+    try:
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(fd)
+
+
+def _new_file(path: Path, size: int) -> mmap.mmap:
+    """``path`` + ".tmp": ``size`` zeros, all of them allocated. Raises ``OSError``, and leaves nothing behind."""
+    temporary = path.with_name(path.name + ".tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+        return mmap.mmap(fd, size)
+    except OSError:
+        temporary.unlink()
+        raise
+    finally:
+        os.close(fd)
+
+
+def _put_in_place(path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    reach(Failpoint.REPLICA_WRITTEN)
+    temporary.rename(path)
+    reach(Failpoint.REPLICA_RENAMED)
+
+
+class PeersTable:
+    """``peers.tbl``, mapped. One process writes; any reads."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._words = memoryview(memory).cast("Q")
+        self._versions = memoryview(memory)[_PAGE : _PAGE + 4 * SLOTS].cast("I")
+        self._inode = -1
+
+    @staticmethod
+    def path(run_dir: Path) -> Path:
+        """Where it lies."""
+        return run_dir / "peers.tbl"
+
+    @classmethod
+    def create(cls, run_dir: Path, writer: int) -> PeersTable:
+        """A new, empty table in the place of the one that is there; that one says that it is retired."""
+        path = cls.path(run_dir)
+        old = cls.open(run_dir, writable=True)
+        memory = _new_file(path, _TABLE_BYTES)
+        memory[: _START.size] = _START.pack(_TABLE_MAGIC, VERSION, SLOTS, writer)
+        table = cls(memory)
+        table._words[_PID] = os.getpid()
+        _put_in_place(path)
+        if old is not None:
+            old._words[_RETIRED] = 1
+        return table
+
+    @classmethod
+    def open(cls, run_dir: Path, *, writable: bool = False) -> PeersTable | None:
+        """The table that is there; None: there is none, or it is of another version."""
+        path = cls.path(run_dir)
+        memory = _map(path, writable=writable)
+        if memory is None or len(memory) != _TABLE_BYTES:
+            return None
+        if _START.unpack_from(memory)[:3] != (_TABLE_MAGIC, VERSION, SLOTS):
+            return None
+        return cls(memory)
+
+    @property
+    def writer(self) -> int:
+        """Who writes it: random for each ``ReplicaWriter``."""
+        return int(self._words[_WRITER])
+
+    @property
+    def beat_ns(self) -> int:
+        """CLOCK_MONOTONIC of the last sign of life; 0: none yet."""
+        return int(self._words[_BEAT])
+
+    @beat_ns.setter
+    def beat_ns(self, now: int) -> None:
+        self._words[_BEAT] = now
+
+    @property
+    def retired(self) -> bool:
+        """Is there a newer table in its place?"""
+        return bool(self._words[_RETIRED])
+
+    @property
+    def namespaces(self) -> int:
+        """How many namespaces have an index."""
+        return int(self._words[_NAMESPACES])
+
+    @namespaces.setter
+    def namespaces(self, count: int) -> None:
+        self._words[_NAMESPACES] = count
+
+    def versions(self) -> bytes:
+        """Changes whenever an entry does; four bytes per slot."""
+        return self._memory[_PAGE : _PAGE + 4 * SLOTS]
+
+    def entry(self, slot: int) -> Entry | None:
+        """The entry of a slot, or None while it is being written."""
+        at = _ENTRIES_AT + slot * _ENTRY_BYTES
+        return Entry.unpack(slot, self._memory[at : at + _ENTRY_BYTES])
+
+    def put(self, entry: Entry) -> None:
+        """Write an entry, then say so."""
+        at = _ENTRIES_AT + entry.peer.slot * _ENTRY_BYTES
+        self._memory[at : at + _ENTRY_BYTES] = entry.pack()
+        self._versions[entry.peer.slot] = entry.version
+
+
+class SetIndex:
+    """``index`` of one namespace, mapped: per slot of the table the current generation, and its pages."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self.writer = int(_START.unpack_from(memory)[3])
+        words = memoryview(memory)[_PAGE:].cast("Q")
+        self.generation, self.pages = words[:SLOTS], words[SLOTS:]
+
+    @classmethod
+    def create(cls, directory: Path, writer: int) -> SetIndex:
+        """A new one, without sets. Raises ``OSError``."""
+        directory.mkdir(mode=0o700, exist_ok=True)
+        path = directory / "index"
+        memory = _new_file(path, _INDEX_BYTES)
+        memory[: _START.size] = _START.pack(_INDEX_MAGIC, VERSION, SLOTS, writer)
+        _put_in_place(path)
+        return cls(memory)
+
+    @classmethod
+    def open(cls, directory: Path, writer: int) -> SetIndex | None:
+        """The index that ``writer`` made; None: it has made none."""
+        memory = _map(directory / "index", writable=False)
+        if memory is None or len(memory) != _INDEX_BYTES:
+            return None
+        if _START.unpack_from(memory) != (_INDEX_MAGIC, VERSION, SLOTS, writer):
+            return None
+        return cls(memory)
+
+    def generations(self) -> bytes:
+        """Changes whenever a slot gets another set; eight bytes per slot."""
+        return self._memory[_PAGE : _PAGE + 8 * SLOTS]
+
+
+@dataclass(frozen=True, slots=True)
+class SetPlace:
+    """Which set: the namespace's directory, the slot, the tenancy of the slot, the generation of the set."""
+
+    directory: Path
+    slot: int
+    tenancy: int
+    generation: int
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.directory / f"p{self.slot}.{self.generation}.set"
+
+    def header(self, count: int, buckets: int, records: int) -> bytes:
+        """First bytes of the file, their checksum last."""
+        fields = (self.slot, self.generation, self.tenancy, count, buckets, records)
+        data = _SET_HEADER.pack(_SET_MAGIC, VERSION, *fields)
+        return data + struct.pack("<I", zlib.crc32(data))
+
+
+def _set_layout(count: int, buckets: int, records: int) -> tuple[int, int, int, int]:
+    """Where fingerprints, chains and records begin, and where the file ends."""
+    fps_at = round_up(_SET_HEADER_BYTES + 4 * (buckets + 1), 64)
+    heads_at = round_up(fps_at + 8 * count, 64)
+    records_at = heads_at + 4 * HEADS_PER_RECORD * records
+    return fps_at, heads_at, records_at, records_at + 16 * records
+
+
+def _set_parts(memory: mmap.mmap, place: SetPlace, sizes: tuple[int, int, int]) -> Parts:
+    count, buckets, records = sizes
+    fps_at, heads_at, records_at, _ = _set_layout(count, buckets, records)
+    starts = np.frombuffer(memory, np.uint32, buckets + 1, _SET_HEADER_BYTES)
+    fps = np.frombuffer(memory, np.uint64, count, fps_at)
+    heads = np.frombuffer(memory, np.uint32, HEADS_PER_RECORD * records, heads_at)
+    rows = np.frombuffer(memory, np.uint64, 2 * records, records_at).reshape(records, 2)
+    return SortedBase(fps, starts), ChangeTable(heads, rows, place.generation & 0xFFFFFFFF)
+
+
+def write_set(place: SetPlace, fps: U64) -> Parts:
+    """A new set file with sorted, distinct ``fps`` and no changes; mapped. Raises ``OSError``: nothing was made."""
+    sizes = len(fps), bucket_count(len(fps)), record_count(len(fps))
+    fps_at, heads_at, _, end = _set_layout(*sizes)
+    memory = _new_file(place.path, end)
+    header = place.header(*sizes)
+    memory[: len(header)] = header
+    np.frombuffer(memory, np.uint32, sizes[1] + 1, _SET_HEADER_BYTES)[:] = bucket_starts(fps)
+    np.frombuffer(memory, np.uint64, sizes[0], fps_at)[:] = fps
+    memory[heads_at:] = bytes(
+        end - heads_at
+    )  # else it is no memory yet, which readers cannot map at once
+    _put_in_place(place.path)
+    return _set_parts(memory, place, sizes)
+
+
+def open_set(place: SetPlace) -> Parts | None:
+    """The set, mapped to read; None: there is no such file, or it is of another tenancy."""
+    memory = _map(place.path, writable=False)
+    if memory is None or len(memory) < _SET_HEADER_BYTES:
+        return None
+    count, buckets, records = _SET_HEADER.unpack_from(memory)[5:]
+    header = place.header(count, buckets, records)
+    if memory[: len(header)] != header or len(memory) != _set_layout(count, buckets, records)[3]:
+        return None
+    _touch(memory)
+    return _set_parts(memory, place, (count, buckets, records))
+
+
+def _touch(memory: mmap.mmap) -> None:
+    """Have all of it mapped now: bit by bit it would cost many look-ups to come 100 us and more each."""
+    try:
+        memory.madvise(_MADV_POPULATE_READ)
+    except OSError:  # before Linux 5.14
+        return
+
+
+def remove_sets(run_dir: Path) -> None:
+    """Remove what an earlier writer left: indexes and sets of all namespaces. Files of others stay."""
+    for directory in run_dir.iterdir():
+        if not _NAMESPACE.match(directory.name) or not directory.is_dir():
+            continue
+        for path in directory.iterdir():
+            if path.name in {"index", "index.tmp"} or _SET_NAME.match(path.name):
+                path.unlink(missing_ok=True)

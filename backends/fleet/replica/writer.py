@@ -1,0 +1,254 @@
+"""ReplicaWriter: the agent's side of the membership replica (``replica_files`` says what lies where).
+
+Whatever moment it is killed at, readers see for every node either what was true before or what is true after.
+The next writer starts with no nodes, puts its table in the place of the old one and removes the old sets;
+readers follow. A full disk freezes a set as readers see it: the true one goes on in this process's memory, and
+is written when there is space again.
+
+Threads: one at a time. Nothing here waits for a reader.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from flexkv_sglang.backends.failpoints import Failpoint, reach
+from flexkv_sglang.backends.fleet.replica.files import (
+    ADDRESS_BYTES,
+    DOWN,
+    FREE,
+    NID_BYTES,
+    SLOTS,
+    UP,
+    Entry,
+    Peer,
+    PeersTable,
+    SetIndex,
+    SetPlace,
+    remove_sets,
+    write_set,
+)
+from flexkv_sglang.backends.fleet.replica.fingerprint_set import FingerprintSet, Parts, in_memory
+from flexkv_sglang.backends.fleet.vocabulary import NodeId, Op, Snapshot
+from flexkv_sglang.errors import PeerError
+from flexkv_sglang.types import U64
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaWriter:
+    """Keeps what other nodes hold in ``run_dir``. The only one that does: the caller holds the agent's lock.
+
+    Nothing but the constructor fails for the disk. Calls about nodes or sets it does not know do nothing.
+    """
+
+    def __init__(self, run_dir: Path | str) -> None:
+        """Make ``run_dir`` (mode 0700) and take over what is in it. Raises ``PeerError`` if it cannot."""
+        self._run_dir = Path(run_dir)
+        self._id = secrets.randbits(63) + 1
+        self._entries: dict[NodeId, Entry] = {}
+        self._versions = [0] * SLOTS
+        self._tenancies = secrets.randbits(62)  # a set of an earlier writer is never taken for ours
+        self._namespaces: dict[str, _Namespace] = {}
+        self._full = False
+        try:
+            self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._table = PeersTable.create(self._run_dir, self._id)
+            remove_sets(self._run_dir)
+        except OSError as exc:
+            raise PeerError(f"cannot keep the replica in {self._run_dir}: {exc}") from exc
+        self.beat()
+
+    @property
+    def frozen(self) -> bool:
+        """Do readers see something old because ``run_dir`` is full?"""
+        return any(space.frozen for space in self._namespaces.values())
+
+    def pages(self, nid: NodeId) -> int:
+        """Pages of a node, over all namespaces."""
+        entry = self._entries.get(nid)
+        if entry is None:
+            return 0
+        sets = [space.sets.get(entry.peer.slot, ()) for space in self._namespaces.values()]
+        return sum(len(pages) for pages in sets)
+
+    def beat(self) -> None:
+        """The agent lives."""
+        self._table.beat_ns = time.monotonic_ns()
+
+    def set_peer(self, nid: NodeId, epoch: int, address: str, up: bool) -> None:
+        """Make a node known, or what is new of it. ``up`` False: look-ups pass it over, its sets stay.
+
+        Raises ``PeerError`` for a name beyond 200 bytes, an address beyond 280, and the 1025th node.
+        """
+        if len(nid.encode()) > NID_BYTES or len(address.encode()) > ADDRESS_BYTES:
+            raise PeerError(f"name or address of node {nid[:80]!r} is too long")
+        known = self._entries.get(nid)
+        if known is None:
+            slot = next(self._free_slots(), None)
+            if slot is None:
+                raise PeerError(f"no room for node {nid!r}: {SLOTS} are followed already")
+            self._tenancies += 1
+            entry = Entry(0, self._tenancies, FREE, Peer(slot, nid, epoch, address))
+        else:
+            entry = replace(known, peer=replace(known.peer, epoch=epoch, address=address))
+        entry = replace(entry, state=UP if up else DOWN)
+        if entry != known:
+            self._put(entry)
+
+    def remove_peer(self, nid: NodeId) -> None:
+        """Forget a node and all its sets."""
+        entry = self._entries.get(nid)
+        if entry is not None:
+            for space in self._namespaces.values():
+                space.drop(entry.peer.slot)
+            self._put(replace(entry, state=FREE))
+            del self._entries[nid]
+
+    def reset(self, namespace: str, nid: NodeId, snapshot: Snapshot) -> None:
+        """Replace the set of a node."""
+        entry = self._entries.get(nid)
+        if entry is None:
+            return
+        space = self._namespaces.get(namespace)
+        if space is None:
+            space = self._namespaces[namespace] = _Namespace(self._run_dir / namespace)
+        fps = snapshot.fps
+        if not bool((fps[1:] > fps[:-1]).all()):
+            fps = np.unique(fps)
+        make = partial(self._make, space, entry)
+        space.sets[entry.peer.slot] = FingerprintSet(fps, make)
+
+    def apply(self, namespace: str, nid: NodeId, op: Op, fps: U64) -> None:
+        """Change the set of a node; readers see it at their next look-up."""
+        entry, space = self._entries.get(nid), self._namespaces.get(namespace)
+        pages = space.sets.get(entry.peer.slot) if entry and space else None
+        if entry is None or space is None or pages is None:
+            return
+        if op is Op.ADD:
+            pages.add(fps)
+        elif op is Op.DROP:
+            pages.drop(fps)
+        elif op is Op.CLEAR:
+            space.hide(entry.peer.slot)  # also if the empty set cannot be written
+            pages.clear()
+        space.count(entry.peer.slot)
+
+    def drop(self, namespace: str, nid: NodeId) -> None:
+        """Forget the set of a node, until its next ``reset``."""
+        entry, space = self._entries.get(nid), self._namespaces.get(namespace)
+        if entry is not None and space is not None:
+            space.drop(entry.peer.slot)
+
+    def tick(self) -> None:
+        """Remove files nobody needs any more; write what could not be written. Once a second."""
+        for space in self._namespaces.values():
+            space.sweep()
+            while space.frozen:
+                slot = min(space.frozen)
+                space.sets[slot].rebase()
+                if slot in space.frozen:
+                    return
+                space.count(slot)
+        if self._full:
+            self._full = False
+            logger.info("there is space in %s again: the replica is up to date", self._run_dir)
+
+    def close(self) -> None:
+        """Let go of everything. The files stay: readers use them until they are too old."""
+        self._entries.clear()
+        self._namespaces.clear()
+
+    def _free_slots(self) -> Iterator[int]:
+        taken = {entry.peer.slot for entry in self._entries.values()}
+        return (slot for slot in range(SLOTS) if slot not in taken)
+
+    def _put(self, entry: Entry) -> None:
+        slot = entry.peer.slot
+        self._versions[slot] = (self._versions[slot] + 1) & 0xFFFFFFFF
+        entry = replace(entry, version=self._versions[slot])
+        self._entries[entry.peer.nid] = entry
+        self._table.put(entry)
+
+    def _make(self, space: _Namespace, entry: Entry, fps: U64) -> Parts:
+        """Write a set and make it the current one. No space: in memory, and readers keep the one they have."""
+        try:
+            if space.index is None:
+                space.index = SetIndex.create(space.directory, self._id)
+                self._table.namespaces += 1
+            try:
+                return space.publish(entry, fps)
+            except OSError:
+                space.sweep()
+                return space.publish(entry, fps)
+        except OSError as exc:
+            space.frozen.add(entry.peer.slot)
+            if not self._full:
+                logger.warning("the replica in %s is frozen: %s", self._run_dir, exc)
+            self._full = True
+            return in_memory(fps)
+
+
+class _Namespace:
+    """The sets of one namespace. ``frozen``: slots whose set is newer than what readers see."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.index: SetIndex | None = None
+        self.sets: dict[int, FingerprintSet] = {}
+        self.frozen: set[int] = set()
+        self._places: dict[int, SetPlace] = {}
+        self._unused: list[Path] = []
+        self._generations = 0
+
+    def publish(self, entry: Entry, fps: U64) -> Parts:
+        """Write a set and make it the current one. Raises ``OSError``: nothing has changed."""
+        assert self.index is not None
+        slot = entry.peer.slot
+        self._generations += 1
+        place = SetPlace(self.directory, slot, entry.tenancy, self._generations)
+        parts = write_set(place, fps)
+        self.index.pages[slot] = len(fps)
+        self.index.generation[slot] = place.generation
+        reach(Failpoint.REPLICA_KNOWN)
+        self._forget_file(slot)
+        self._places[slot] = place
+        self.frozen.discard(slot)
+        return parts
+
+    def hide(self, slot: int) -> None:
+        """From now on readers find no set."""
+        if self.index is not None:
+            self.index.generation[slot] = 0
+            self.index.pages[slot] = 0
+        self._forget_file(slot)
+
+    def drop(self, slot: int) -> None:
+        """Forget the set."""
+        self.hide(slot)
+        self.sets.pop(slot, None)
+        self.frozen.discard(slot)
+
+    def count(self, slot: int) -> None:
+        """Say how many pages the set has."""
+        if self.index is not None and slot not in self.frozen:
+            self.index.pages[slot] = len(self.sets[slot])
+
+    def sweep(self) -> None:
+        """Remove files that are not current. Who has one mapped keeps it; who comes too late looks again."""
+        for path in self._unused:
+            path.unlink(missing_ok=True)
+        self._unused.clear()
+
+    def _forget_file(self, slot: int) -> None:
+        place = self._places.pop(slot, None)
+        if place is not None:
+            self._unused.append(place.path)

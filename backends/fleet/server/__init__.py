@@ -1,0 +1,1 @@
+"""The agent serves pages to other nodes."""

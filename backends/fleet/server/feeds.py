@@ -1,0 +1,125 @@
+"""The page server's side of SNAP and POLL: a node's own changes, told to its followers.
+
+Arrays are built in the worker's thread and kept for a second, since many followers ask at once after a restart. A
+snapshot goes out a part at a time, two per follower in flight, so that it does not crowd out pages.
+
+Threads: the server's loop, but for what is handed to the worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from flexkv_sglang.backends.fleet.server.queue import Reader
+from flexkv_sglang.backends.fleet.server.worker import Job, ServeWorker
+from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, Snapshot, namespace_name
+from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire.messages import GoneReason
+
+if TYPE_CHECKING:
+    import zmq
+
+SNAPSHOT_KEPT_S = 1.0
+SENDING_MAX = 64
+PARTS_IN_FLIGHT = 2
+
+Send = Callable[[Reader, "list[bytes]"], "zmq.MessageTracker | None"]
+"""Sends frames; None: the reader is gone."""
+
+
+@dataclass(eq=False, slots=True)
+class _Sending:
+    reader: Reader
+    rid: int
+    snapshot: Snapshot
+    part: int = 0
+    trackers: list[zmq.MessageTracker] = field(default_factory=list)
+
+
+class ServeFeeds:
+    """``logs``: namespace -> its changes here, or None."""
+
+    def __init__(
+        self, logs: Callable[[str], ChangeLog | None], worker: ServeWorker, send: Send
+    ) -> None:
+        self._logs, self._worker, self._send = logs, worker, send
+        self._kept: dict[bytes, tuple[float, Snapshot]] = {}  # used by the worker's thread only
+        self._sending: deque[_Sending] = deque()
+
+    def snap(self, reader: Reader, ask: wire.Snap) -> None:
+        """Answer with all parts, one after the other, or with GONE."""
+
+        def build() -> Callable[[], None]:
+            snapshot = self._snapshot(ask.namespace)
+            return lambda: self._begin(reader, ask.rid, snapshot)
+
+        self._ask(reader, ask.rid, build)
+
+    def poll(self, reader: Reader, ask: wire.Poll) -> None:
+        """Answer with CHANGES, or with GONE."""
+
+        def build() -> Callable[[], None]:
+            log = self._logs(namespace_name(ask.namespace))
+            changes = log.since(ask.epoch, ask.last) if log is not None else None
+            if changes is not None:
+                frames = wire.pack_changes(ask.rid, changes)
+            else:
+                reason = GoneReason.UNKNOWN_NAMESPACE if log is None else GoneReason.LOST
+                frames = wire.pack_gone(ask.rid, reason)
+            return lambda: _ignore(self._send(reader, frames))
+
+        self._ask(reader, ask.rid, build)
+
+    def _ask(self, reader: Reader, rid: int, build: Job) -> None:
+        def busy() -> None:
+            self._send(reader, wire.pack_gone(rid, GoneReason.BUSY))
+
+        if not self._worker.put(build, busy):
+            busy()
+
+    def advance(self) -> bool:
+        """Send what may go now; True while something is left."""
+        for _ in range(len(self._sending)):
+            sending = self._sending.popleft()
+            if not sending.reader.gone and self._advance(sending):
+                self._sending.append(sending)
+        return bool(self._sending)
+
+    def _advance(self, sending: _Sending) -> bool:
+        sending.trackers = [tracker for tracker in sending.trackers if not tracker.done]
+        while len(sending.trackers) < PARTS_IN_FLIGHT:
+            tracker = self._send(
+                sending.reader, wire.pack_part(sending.rid, sending.snapshot, sending.part)
+            )
+            if tracker is None:
+                return False
+            sending.trackers.append(tracker)
+            sending.part += 1
+            if sending.part == wire.snapshot_parts(sending.snapshot):
+                return False
+        return True
+
+    def _snapshot(self, namespace: bytes) -> Snapshot | None:
+        now = time.monotonic()
+        self._kept = {ns: kept for ns, kept in self._kept.items() if now < kept[0]}
+        if namespace not in self._kept:
+            log = self._logs(namespace_name(namespace))
+            if log is None:
+                return None
+            self._kept[namespace] = (now + SNAPSHOT_KEPT_S, log.snapshot())
+        return self._kept[namespace][1]
+
+    def _begin(self, reader: Reader, rid: int, snapshot: Snapshot | None) -> None:
+        if snapshot is None or len(self._sending) >= SENDING_MAX:
+            reason = GoneReason.UNKNOWN_NAMESPACE if snapshot is None else GoneReason.BUSY
+            self._send(reader, wire.pack_gone(rid, reason))
+        else:
+            self._sending.append(_Sending(reader, rid, snapshot))
+
+
+def _ignore(_: object) -> None:
+    pass

@@ -1,0 +1,351 @@
+"""The page server: answers other nodes' reads of pages, and their followers' questions. Part of the agent.
+
+One thread owns the ROUTER and never waits for a disk: pages are read by a second thread (serve_pages.py), snapshots are
+built by a third (serve_feeds.py). Read only: nobody writes, deletes or names a path here. What cannot be understood is
+dropped and counted; what is asked for without a greeting is refused.
+
+Threads: ``start`` and ``close`` from any; the three callables are called from the server's threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from flexkv_sglang.backends.fleet.rdma.base import EngineError, OneSidedEngine
+from flexkv_sglang.backends.fleet.rdma.choice import close_engine, open_engine
+from flexkv_sglang.backends.fleet.server.feeds import ServeFeeds
+from flexkv_sglang.backends.fleet.server.pages import ServePages
+from flexkv_sglang.backends.fleet.server.queue import QUEUE_MAX, Reader
+from flexkv_sglang.backends.fleet.server.worker import ServeWorker
+from flexkv_sglang.backends.fleet.vocabulary import (
+    BATCH_PAGES,
+    PROTOCOL,
+    ChangeLog,
+    NodeInfo,
+    PageSource,
+    ShareConfig,
+    namespace_name,
+)
+from flexkv_sglang.backends.fleet.wire import curve
+from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire.decode import decode_request
+from flexkv_sglang.errors import ConfigError
+
+if TYPE_CHECKING:
+    import zmq
+
+logger = logging.getLogger(__name__)
+
+READERS_MAX = 4096
+"""Connections that are remembered; the one silent for longest has to greet again."""
+
+MESSAGES_PER_ROUND = 64
+QUEUE_MESSAGES = QUEUE_MAX * (BATCH_PAGES + 1)
+"""Answers that may wait for one reader. Who lets more pile up does not read them, and is forgotten."""
+
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
+_IDLE_MS, _SENDING_MS, _WAITING_MS = 250, 10, 1
+_TURNS_AHEAD, _CONTROL_JOBS = 2, 64
+_CLOSE_TIMEOUT_S = 6.0
+
+
+class PageServer:
+    """Serves from ``start`` to ``close``. ``counts``: what was done, for metrics; read it from any thread.
+
+    ``engine``: used instead of the one that ``share.engine`` names. Raises ``ConfigError``.
+    """
+
+    def __init__(
+        self,
+        share: ShareConfig,
+        secret: curve.Secret | None,
+        info: Callable[[], NodeInfo],
+        sources: Callable[[str], PageSource | None],
+        logs: Callable[[str], ChangeLog | None],
+        engine: OneSidedEngine | None = None,
+    ) -> None:
+        self._share, self._secret = share, secret
+        self._info, self._sources, self._logs = info, sources, logs
+        self._host, self._port = curve.listen_address(share, secret)
+        self._engine = engine or open_engine(
+            share, lambda: curve.advertised_host(share, self._host)
+        )
+        self.engines = ("zmq", self._engine.name) if self._engine else ("zmq",)
+        self.counts: Counter[str] = Counter()
+        self._stop_fd = -1
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> str:
+        """Listen. Returns the address that others are to be told. Raises ``ConfigError``."""
+        import zmq
+
+        assert self._thread is None, "started twice"
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
+        self._door: curve.Door | None = None
+        if self._secret is not None and curve.uses_curve(self._share, self._secret):
+            self._door = curve.Door(self._context, self._secret)
+        self._router = self._open_router()
+        try:
+            self._bind()
+        except zmq.ZMQError as error:
+            self._close_sockets()
+            raise ConfigError(
+                f"share.listen {self._share.listen!r}: {error.strerror}; valid: a free port of an address"
+                " of this machine"
+            ) from None
+        bound = bytes(self._router.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
+        self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._disk = ServeWorker("flexkv-serve-disk", _TURNS_AHEAD)
+        self._control = ServeWorker("flexkv-serve-control", _CONTROL_JOBS)
+        self._feeds = ServeFeeds(self._logs, self._control, self._send_tracked)
+        self._pages = self._open_pages()
+        self._readers: OrderedDict[bytes, Reader] = OrderedDict()
+        self._thread = threading.Thread(target=self._run, name="flexkv-serve", daemon=True)
+        self._thread.start()
+        return curve.advertised(self._share, self._host, int(bound.rpartition(":")[2]))
+
+    def _bind(self) -> None:
+        """The port that nobody named may be another's: then any will do, though nobody can know it beforehand."""
+        import zmq
+
+        try:
+            self._router.bind(f"tcp://{curve.join_address(self._host, self._port)}")
+        except zmq.ZMQError as error:
+            if error.errno != errno.EADDRINUSE or self._share.listen != "auto" or not self._port:
+                raise
+            text = "port %d is in use: serving pages on another one. Set share.listen if others name this node"
+            logger.warning(text, self._port)
+            self._router.bind(f"tcp://{curve.join_address(self._host, 0)}")
+
+    def _open_pages(self) -> ServePages:
+        try:
+            return ServePages(
+                self._share, self._sources, self._disk, self._send, self.counts, self._engine
+            )
+        except EngineError as exc:
+            assert self._engine is not None
+            self._engine.close()
+            self._close_sockets()
+            self._disk.close()
+            self._control.close()
+            raise ConfigError(
+                f"share.engine: {self._share.engine!r}: {exc}. Valid without it: 'zmq'"
+            ) from exc
+
+    def _open_router(self) -> zmq.Socket[bytes]:
+        import zmq
+
+        router = self._context.socket(zmq.ROUTER)
+        router.linger = 0
+        router.router_mandatory = 1
+        router.maxmsgsize = wire.REQUEST_BYTES_MAX
+        router.sndhwm = router.rcvhwm = QUEUE_MESSAGES
+        router.heartbeat_ivl, router.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
+        router.ipv6 = ":" in self._host
+        curve.protect_server(router, self._share, self._secret)
+        return router
+
+    def close(self) -> bool:
+        """Stop. Requests under way are dropped. False: a disk hangs, and a thread is left behind. Idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return True
+        os.eventfd_write(self._stop_fd, 1)
+        thread.join(_CLOSE_TIMEOUT_S)
+        if thread.is_alive():
+            return False
+        os.close(self._stop_fd)
+        if self._engine is not None:
+            close_engine(self._engine, self._pages)  # before the slabs are freed
+        return self._disk.close() & self._control.close()
+
+    # ---- the loop's thread, from here on ----
+
+    def _run(self) -> None:
+        import zmq
+
+        poller = zmq.Poller()
+        doors = [self._door.sock] if self._door else []
+        for entry in (self._router, *doors, self._disk.fd, self._control.fd, self._stop_fd):
+            poller.register(entry, zmq.POLLIN)
+        try:
+            while not self._round(dict(poller.poll(self._pause_ms()))):
+                pass
+        finally:
+            self._close_sockets()
+
+    def _round(self, ready: dict[object, int]) -> bool:
+        """One round of the loop; True: stop."""
+        if self._stop_fd in ready:
+            return True
+        if self._door is not None and self._door.sock in ready:
+            self._door.answer()
+            self.counts["refused_connections"] = self._door.refused
+        self._pages.reap()
+        if self._router in ready:
+            self._take_messages()
+        for worker in (self._disk, self._control):
+            for then in worker.results():
+                then()
+        self._pages.issue()
+        self._feeds_left = self._feeds.advance()
+        return False
+
+    _feeds_left = False
+
+    def _pause_ms(self) -> int:
+        """How long nothing has to be looked at. ZeroMQ does not say when it has let go of a frame."""
+        if self._feeds_left or self._pages.wait_for_memory:
+            return _WAITING_MS
+        return _SENDING_MS if self._pages.are_leaving else _IDLE_MS
+
+    def _take_messages(self) -> None:
+        import zmq
+
+        for _ in range(MESSAGES_PER_ROUND):
+            try:
+                routing, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._dispatch(routing, decode_request(frames))
+            except wire.WireError:
+                self.counts["invalid_messages"] += 1
+            except Exception:
+                # ours or the agent's: one message is lost, not the server
+                logger.exception("a message could not be answered")
+                self.counts["errors"] += 1
+
+    def _dispatch(self, routing: bytes, ask: wire.Request) -> None:
+        reader = self._readers.get(routing)
+        if isinstance(ask, wire.Hello):
+            self._greet(routing, ask)
+        elif isinstance(ask, wire.Proof):
+            self._check_proof(reader, ask)
+        elif reader is None or not reader.welcomed:
+            self._refuse(reader or Reader(routing), wire.Refusal.NO_HELLO)
+        else:
+            self._readers.move_to_end(routing)
+            self._serve(reader, ask)
+
+    def _serve(self, reader: Reader, ask: wire.Request) -> None:
+        if isinstance(ask, wire.Read):
+            self._pages.read(reader, ask)
+        elif isinstance(ask, wire.Offer):
+            self._pages.offer(reader, ask.read)
+        elif isinstance(ask, wire.Done):
+            self._pages.done(reader, ask.hold)
+        elif isinstance(ask, wire.Cancel):
+            self._pages.cancel(reader, ask.rid)
+        elif isinstance(ask, wire.Bad):
+            self._reported_bad(ask)
+        elif isinstance(ask, wire.Snap):
+            self.counts["snapshots_asked"] += 1
+            self._feeds.snap(reader, ask)
+        elif isinstance(ask, wire.Poll):
+            self.counts["polls_asked"] += 1
+            self._feeds.poll(reader, ask)
+
+    # ---- greeting ----
+
+    def _greet(self, routing: bytes, hello: wire.Hello) -> None:
+        self._forget(routing)
+        reader = Reader(routing, hello)
+        if hello.protocol != PROTOCOL or hello.cluster_id != self._share.cluster_id:
+            other = hello.protocol != PROTOCOL
+            self._refuse(reader, wire.Refusal.PROTOCOL if other else wire.Refusal.CLUSTER)
+            return
+        self._readers[routing] = reader
+        if len(self._readers) > READERS_MAX:
+            self._forget(next(iter(self._readers)))
+        if self._secret is not None and self._door is None:
+            reader.challenge = secrets.token_bytes(wire.NONCE_BYTES)
+            self._send(reader, wire.pack_challenge(reader.challenge))
+        else:
+            self._welcome(reader, bytes(wire.PROOF_BYTES))
+
+    def _check_proof(self, reader: Reader | None, ask: wire.Proof) -> None:
+        import hmac
+
+        if reader is None or reader.challenge is None or reader.hello is None:
+            self.counts["invalid_messages"] += 1
+            return
+        challenge, reader.challenge = reader.challenge, None  # one try
+        if hmac.compare_digest(ask.proof, self._proof(b"reader", reader.hello, challenge)):
+            self._welcome(reader, self._proof(b"server", reader.hello, challenge))
+        else:
+            self._refuse(reader, wire.Refusal.PROOF)
+
+    def _proof(self, who: bytes, hello: wire.Hello, challenge: bytes) -> bytes:
+        assert self._secret is not None
+        return curve.proof(self._secret, who, hello.nonce, challenge, self._share.cluster_id)
+
+    def _welcome(self, reader: Reader, proof: bytes) -> None:
+        assert reader.hello is not None
+        reader.welcomed = True
+        limit = self._share.serve_inflight_peer
+        self._send(
+            reader,
+            wire.pack_welcome(wire.Welcome(reader.hello.nonce, proof, self._info(), limit, QUEUE_MAX)),
+        )  # fmt: skip
+
+    def _refuse(self, reader: Reader, why: wire.Refusal) -> None:
+        self.counts["refused_greetings"] += 1
+        self._send(reader, wire.pack_refused(why))
+
+    def _reported_bad(self, bad: wire.Bad) -> None:
+        self.counts["pages_reported_bad"] += len(bad.keys)
+
+        def verify() -> Callable[[], None]:
+            source = self._sources(namespace_name(bad.namespace))
+            if source is not None:
+                source.reported_bad(bad.keys)
+            return _nothing
+
+        self._control.put(verify, _nothing)  # no room: a hint is lost
+
+    # ---- sending ----
+
+    def _send(self, reader: Reader, frames: Sequence[bytes | zmq.Frame]) -> bool:
+        """False: the reader is gone, and with it its requests."""
+        import zmq
+
+        if reader.gone:
+            return False
+        try:
+            self._router.send_multipart([reader.routing, *frames], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError:  # EHOSTUNREACH: disconnected; EAGAIN: does not read what it asked for
+            reader.gone = True
+            self._forget(reader.routing)
+            return False
+        return True
+
+    def _send_tracked(self, reader: Reader, frames: list[bytes]) -> zmq.MessageTracker | None:
+        import zmq
+
+        *heads, last = frames
+        data = zmq.Frame(last, track=True, copy=False)
+        return data.tracker if self._send(reader, [*heads, data]) else None
+
+    def _forget(self, routing: bytes) -> None:
+        reader = self._readers.pop(routing, None)
+        if reader is not None:
+            reader.gone = True
+            self._pages.forget(reader)
+
+    def _close_sockets(self) -> None:
+        self._router.close(linger=0)
+        if self._door is not None:
+            self._door.close()
+        self._context.term()
+
+
+def _nothing() -> None:
+    pass

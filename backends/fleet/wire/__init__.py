@@ -1,0 +1,1 @@
+"""Messages between nodes, their encoding, and one authenticated connection."""

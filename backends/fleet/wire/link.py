@@ -1,0 +1,186 @@
+"""One connection to another node's page server: a DEALER socket, its monitor, and the greeting.
+
+A link is one attempt: it never reconnects. When the other side goes away, or was never there, the monitor
+says so at once and the link is dead; whoever needs the node makes another link. ``READY`` means that the other
+side has the same protocol and cluster, and the secret if there is one.
+
+Threads: one at a time.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PROTOCOL, ShareConfig
+from flexkv_sglang.backends.fleet.wire import curve
+from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire.decode import decode_answer
+
+if TYPE_CHECKING:
+    import zmq
+
+CONNECT_TIMEOUT_MS = 500
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 300, 1000
+QUEUE_MESSAGES = 4 * BATCH_PAGES
+MESSAGE_BYTES_MIN = 2 << 20
+"""A link takes messages of this size at least: several pages, parts of snapshots, changes."""
+
+_EVENT = struct.Struct("<Hi")
+
+
+class State(Enum):
+    """OPENING -> GREETING -> READY; DEAD from anywhere. REFUSED: dead, and it will not be better soon."""
+
+    OPENING = 0
+    READY = 1
+    DEAD = 2
+    REFUSED = 3
+
+
+class Link:
+    """``state``, ``reason`` (why it is dead), ``welcome`` (once READY). ``sock`` and ``monitor`` are to be polled."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        share: ShareConfig,
+        secret: curve.Secret | None,
+        page_bytes: int = 0,
+    ) -> None:
+        import zmq
+
+        self._share, self._secret = share, secret
+        self._nonce = secrets.token_bytes(wire.NONCE_BYTES)
+        self._challenge: bytes | None = None
+        self.page_bytes = page_bytes
+        self.state, self.reason = State.OPENING, ""
+        self.welcome: wire.Welcome | None = None
+        largest = max(MESSAGE_BYTES_MIN, page_bytes + 4096)
+        self.sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        self.sock.linger = 0
+        self.sock.ipv6 = "[" in address
+        self.sock.maxmsgsize = largest
+        self.sock.rcvhwm = QUEUE_MESSAGES
+        self.sock.sndhwm = QUEUE_MESSAGES
+        self.sock.connect_timeout = CONNECT_TIMEOUT_MS
+        self.sock.heartbeat_ivl = HEARTBEAT_MS
+        self.sock.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
+        self.sock.reconnect_ivl = -1
+        curve.protect_client(self.sock, share, secret)
+        self.monitor: zmq.Socket[bytes] = self.sock.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_CLOSED
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        )
+        self.monitor.linger = 0
+        try:
+            self.sock.connect(f"tcp://{address}")
+        except zmq.ZMQError as error:
+            self.fail(f"cannot connect: {error.strerror}")
+            return
+        self.send(wire.pack_hello(wire.Hello(self._nonce, share.cluster_id)))
+
+    @property
+    def alive(self) -> bool:
+        """Opening or ready."""
+        return self.state in (State.OPENING, State.READY)
+
+    def fail(self, reason: str, *, refused: bool = False) -> None:
+        """It is of no use any more."""
+        if self.alive:
+            self.state, self.reason = State.REFUSED if refused else State.DEAD, reason
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Queue one small message. A full queue means that nobody reads at the other end."""
+        import zmq
+
+        try:
+            self.sock.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self.fail(f"cannot send: {error.strerror}")
+
+    def watch(self) -> None:
+        """Read the monitor."""
+        import zmq
+
+        while self.alive:
+            try:
+                frames = self.monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            event = zmq.Event(_EVENT.unpack_from(frames[0])[0])
+            self.fail(str(event.name).lower().replace("_", " "))
+
+    def receive(self) -> tuple[wire.Answer, zmq.Frame | None] | None:
+        """The next answer that is not part of the greeting, and the bytes behind it; None: nothing more now.
+
+        An answer that cannot be understood makes the link dead.
+        """
+        import zmq
+
+        while self.alive:
+            try:
+                frames = self.sock.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return None
+            except zmq.ZMQError as error:
+                self.fail(f"cannot receive: {error.strerror}")
+                return None
+            try:
+                answer = decode_answer([frame.buffer for frame in frames])
+                if not self._greeted(answer):
+                    return answer, frames[1] if len(frames) > 1 else None
+            except wire.WireError as error:
+                self.fail(f"wire: {error}")
+        return None
+
+    def _greeted(self, answer: wire.Answer) -> bool:
+        """Was it part of the greeting?"""
+        if isinstance(answer, wire.Challenge):
+            if self._secret is None or self._challenge is not None or self.state is State.READY:
+                raise wire.WireError("a challenge out of place")
+            self._challenge = answer.nonce
+            self.send(wire.pack_proof(self._proof(b"reader", answer.nonce)))
+            return True
+        if isinstance(answer, wire.Welcome):
+            self._check_welcome(answer)
+            self.welcome, self.state = answer, State.READY
+            return True
+        if isinstance(answer, wire.Refused):
+            # after a restart the server has forgotten us: nothing wrong with it
+            self.fail(
+                f"refused: {answer.reason.name}", refused=answer.reason is not wire.Refusal.NO_HELLO
+            )
+            return True
+        if self.state is not State.READY:
+            raise wire.WireError("an answer before the greeting")
+        return False
+
+    def _check_welcome(self, welcome: wire.Welcome) -> None:
+        if welcome.nonce != self._nonce or self.state is State.READY:
+            raise wire.WireError("a welcome out of place")
+        if welcome.info.protocol != PROTOCOL:
+            raise wire.WireError(f"protocol {welcome.info.protocol}")
+        if self._secret is None or curve.uses_curve(self._share, self._secret):
+            return
+        if self._challenge is None or welcome.proof != self._proof(b"server", self._challenge):
+            raise wire.WireError("no proof that the other side knows the secret")
+
+    def _proof(self, who: bytes, challenge: bytes) -> bytes:
+        assert self._secret is not None
+        return curve.proof(self._secret, who, self._nonce, challenge, self._share.cluster_id)
+
+    def close(self) -> None:
+        """Nothing that arrives later is looked at. Idempotent."""
+        self.fail("closed")
+        if not self.sock.closed:
+            self.sock.disable_monitor()
+            self.monitor.close(linger=0)
+            self.sock.close(linger=0)

@@ -1,0 +1,1 @@
+"""Moves batches of pages between memory and files: io_uring, threads, buffered."""

@@ -1,0 +1,114 @@
+"""Lanes: what one direction of transfers owns: I/O engines, the bounce slab, the memory that may be pinned.
+
+Reads and writes have a lane each, so a long write does not hold up a read. Threads: any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from flexkv_sglang.backends.io.batch import IoEngine
+from flexkv_sglang.backends.io.traffic import Traffic
+from flexkv_sglang.errors import TierUnavailableError
+from flexkv_sglang.types import round_up
+
+MakeEngine = Callable[[str, Traffic], IoEngine]
+"""As ``probe.make_engine``."""
+
+_SLAB_BYTES = 32 << 20
+_HUGE_PAGE = 2 << 20
+
+
+class Slab:
+    """Memory for bounced pages, made at first use, in huge pages where the machine gives them.
+
+    ``addresses``: uint64 ``[rows]``; ``region``: (address, bytes). A forked child does not get
+    it: no copy-on-write while the kernel writes into it.
+    """
+
+    def __init__(self, row_bytes: int) -> None:
+        self.lock = threading.Lock()  # held while the bounced pages of one call use it
+        self.rows = max(1, _SLAB_BYTES // row_bytes)
+        byte_count = round_up(self.rows * row_bytes, _HUGE_PAGE)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = mmap.mmap(-1, byte_count + _HUGE_PAGE, flags=flags)
+        self._memory.madvise(mmap.MADV_DONTFORK)
+        with contextlib.suppress(OSError):  # EINVAL: a kernel without them
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        base = round_up(np.frombuffer(self._memory, np.uint8).ctypes.data, _HUGE_PAGE)
+        self.region = (base, byte_count)
+        self.addresses = np.uint64(base) + np.arange(self.rows, dtype=np.uint64) * np.uint64(
+            row_bytes
+        )
+
+
+class Lane:
+    """One direction: its engines (one per kind), and one slab."""
+
+    def __init__(self, row_bytes: int, traffic: Traffic, make: MakeEngine) -> None:
+        self._row_bytes = row_bytes
+        self._make = make
+        self._traffic = traffic
+        self._guard = threading.Lock()  # guards making engines and the slab, and announcing memory
+        self._engines: dict[str, IoEngine] = {}
+        self._abandoned: list[IoEngine] = []  # hold transfers that do not end
+        self._memory: list[tuple[int, int]] = []
+        self._slab: Slab | None = None
+        self._closed = False
+
+    def engine(self, kind: str) -> IoEngine:
+        """The engine of this kind, made at first use. Raises ``TierUnavailableError`` after ``close``."""
+        with self._guard:
+            if self._closed:  # the numbers of closed files may be others' by now
+                raise TierUnavailableError("transfers are closed")
+            if kind not in self._engines:
+                engine = self._engines[kind] = self._make(kind, self._traffic)
+                regions = self._memory if self._slab is None else [*self._memory, self._slab.region]
+                for address, byte_count in regions:
+                    engine.register_memory(address, byte_count)
+            return self._engines[kind]
+
+    def slab(self) -> Slab:
+        """The lane's slab, made at first use."""
+        with self._guard:
+            if self._slab is None:
+                self._slab = Slab(self._row_bytes)
+                self._announce(*self._slab.region)
+            return self._slab
+
+    def register_memory(self, address: int, byte_count: int) -> None:
+        """Announce it to the engines there are and to those to come; see ``IoEngine``."""
+        with self._guard:
+            self._memory.append((address, byte_count))
+            self._announce(address, byte_count)
+
+    def counts(self) -> Counter[str]:
+        """Sum of the engines' counts."""
+        with self._guard:
+            return sum((engine.counts for engine in self._engines.values()), Counter[str]())
+
+    def abandon(self, traffic: Traffic) -> None:
+        """Leave engines and slab to calls that hang in them; the next call gets new ones."""
+        with self._guard:
+            self._abandoned += self._engines.values()
+            self._engines = {}
+            self._slab = None
+            self._traffic = traffic
+
+    def close(self) -> bool:
+        """Close every engine; False if one still runs."""
+        with self._guard:
+            self._closed = True
+            engines = [*self._engines.values(), *self._abandoned]
+        ended = [engine.close() for engine in engines]  # each, also after a False
+        return all(ended)
+
+    def _announce(self, address: int, byte_count: int) -> None:
+        for engine in self._engines.values():
+            engine.register_memory(address, byte_count)

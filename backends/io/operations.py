@@ -1,0 +1,189 @@
+"""Operations: one batch cut into kernel operations, and their results put together per page again.
+
+Adjacent pages of a batch become one operation. Large pinned pages become one operation per buffer, because
+the kernel's operations on pinned memory take one buffer. A page that did not come whole, while it was not
+alone or came short, is tried once more by itself: so every page has its own result, and a short transfer
+is one of the medium, not of a neighbour in the same operation. Pure array work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_sglang.backends.io.batch import IOV_MAX, IOVEC, NOT_TRIED, IoBatch
+from flexkv_sglang.backends.io.regions import PLAIN
+from flexkv_sglang.backends.io.uring import (
+    OP_READ,
+    OP_READ_FIXED,
+    OP_READV,
+    OP_WRITE,
+    OP_WRITE_FIXED,
+    OP_WRITEV,
+    SQE,
+)
+from flexkv_sglang.types import I64
+
+MERGE_BYTES = 1 << 20
+"""Adjacent pages are joined up to this size. Larger operations are split by the block layer anyway."""
+
+FIXED_BYTES_MIN = 128 << 10
+"""Buffers from this size on are worth an operation of their own when they are pinned."""
+
+Positions = npt.NDArray[np.intp]
+
+
+def runs(batch: IoBatch) -> Positions:
+    """Borders of the operations, ``[m + 1]``: operation ``k`` is pages ``[borders[k], borders[k + 1])``.
+
+    Pages are joined while they are neighbours in the batch and adjacent in one file, up to
+    ``MERGE_BYTES`` and ``IOV_MAX`` buffers.
+    """
+    count = len(batch)
+    limit = min(MERGE_BYTES // max(batch.page_bytes, 1), IOV_MAX // batch.addresses.shape[1])
+    if limit < 2:
+        return np.arange(count + 1)
+    follows = batch.offsets[:-1] + np.uint64(batch.page_bytes) == batch.offsets[1:]
+    joined = np.concatenate([[False], follows & (batch.fds[:-1] == batch.fds[1:])])
+    places = np.arange(count)
+    start = np.maximum.accumulate(np.where(joined, 0, places))  # first page of the adjacent stretch
+    borders = np.flatnonzero((places - start) % limit == 0)
+    return np.concatenate([borders, [count]])
+
+
+def share(borders: Positions, ids: I64, moved: I64, page_bytes: int) -> tuple[Positions, I64]:
+    """Pages of the operations ``ids``, and what of ``moved`` (bytes or -errno) is each page's."""
+    counts = borders[ids + 1] - borders[ids]
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    got = np.repeat(moved, counts)
+    got = np.where(got < 0, got, np.clip(got - within * page_bytes, 0, page_bytes))
+    return np.repeat(borders[ids], counts) + within, got
+
+
+class Operations:
+    """The submission entries of one batch and the accounting of their completions. One thread.
+
+    ``results`` int64 ``[n]`` as ``IoEngine`` returns them, final for the pages that ``complete`` named.
+    The memory of the iovecs lives as long as this object: keep it until every completion is in.
+    """
+
+    def __init__(
+        self, batch: IoBatch, *, writing: bool, entries: npt.NDArray[np.intp] | None = None
+    ) -> None:
+        """``entries``: per buffer (row-major ``[n * b]``) its place in the ring's table, or ``PLAIN``."""
+        self.batch = batch
+        self.results = np.full(len(batch), NOT_TRIED, np.int64)
+        self._page_bytes = batch.page_bytes
+        self._writing = writing
+        self._vectors = batch.iovecs()
+        self._parts = batch.addresses.shape[1]
+        self._split = (
+            entries is not None
+            and int(batch.lengths.min()) >= FIXED_BYTES_MIN
+            and bool((entries != PLAIN).any())
+        )
+        if self._split:
+            assert entries is not None
+            self._borders = np.arange(len(batch) + 1)
+            self._entries = self._entry_per_buffer(entries)
+            self._left = np.full(len(batch), self._parts)
+            self._sums = np.zeros(len(batch), np.int64)
+        else:
+            self._borders = runs(batch)
+            self._entries = self._vectored(self._borders[:-1], np.diff(self._borders))
+        self._entries["user_data"] = np.arange(len(self._entries), dtype=np.uint64)
+        self._taken = 0
+        self._again: list[int] = []  # pages to be tried once more, alone
+
+    @property
+    def waiting(self) -> int:
+        """Operations not taken yet."""
+        return len(self._entries) - self._taken + len(self._again)
+
+    @property
+    def mean_bytes(self) -> int:
+        """Bytes of an average operation."""
+        return max(1, self._page_bytes * len(self.batch) // len(self._entries))
+
+    @property
+    def fixed(self) -> int:
+        """Operations on pinned memory."""
+        return int(np.isin(self._entries["opcode"], (OP_READ_FIXED, OP_WRITE_FIXED)).sum())
+
+    def take(self, room: int) -> npt.NDArray[Any]:
+        """At most ``room`` submission entries that were not taken yet; first tries first."""
+        taken = self._entries[self._taken : self._taken + room]
+        self._taken += len(taken)
+        if len(taken) or not self._again:
+            return taken
+        pages = np.array(self._again[:room], np.intp)
+        del self._again[:room]
+        second = self._vectored(pages, np.ones(len(pages), np.intp))
+        second["user_data"] = pages + len(self._entries)
+        return second
+
+    def complete(self, ids: I64, moved: I64) -> Positions:
+        """Account for completions (``user_data`` and ``res``). Returns the pages whose result is final."""
+        second = ids >= len(self._entries)
+        if not second.any():
+            pages, got = self._first(ids, moved)
+        else:
+            pages, got = self._first(ids[~second], moved[~second])
+            pages = np.concatenate([ids[second] - len(self._entries), pages])
+            got = np.concatenate([moved[second], got])
+        self.results[pages] = got
+        return pages
+
+    def _first(self, ids: I64, moved: I64) -> tuple[Positions, I64]:
+        """(pages, results) of first tries that are final; the others are noted for their second."""
+        if self._split:
+            pages, got = self._gathered(ids // self._parts, moved)
+            exact = got < 0
+        elif len(self._entries) == len(self.batch):  # no page has company
+            pages, got = ids, moved
+            exact = got < 0
+        else:
+            pages, got = share(self._borders, ids, moved, self._page_bytes)
+            counts = self._borders[ids + 1] - self._borders[ids]
+            exact = (got < 0) & np.repeat(counts == 1, counts)
+        final = (got == self._page_bytes) | exact
+        if final.all():
+            return pages, got
+        self._again += pages[~final].tolist()
+        return pages[final], got[final]
+
+    def _gathered(self, pages: I64, moved: I64) -> tuple[Positions, I64]:
+        """Add up the buffers of pages; those that are complete with their sum, or their last error."""
+        np.subtract.at(self._left, pages, 1)
+        bad = moved < 0
+        good = ~bad & (self._sums[pages] >= 0)
+        np.add.at(self._sums, pages[good], moved[good])
+        self._sums[pages[bad]] = moved[bad]
+        done = np.unique(pages[self._left[pages] == 0])
+        return done, self._sums[done]
+
+    def _entry_per_buffer(self, entries: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+        batch = self.batch
+        todo = np.zeros(batch.addresses.size, SQE)
+        pinned = entries != PLAIN
+        fixed, plain = (OP_WRITE_FIXED, OP_WRITE) if self._writing else (OP_READ_FIXED, OP_READ)
+        todo["opcode"] = np.where(pinned, fixed, plain)
+        todo["buf_index"] = np.where(pinned, entries, 0)
+        todo["fd"] = np.repeat(batch.fds, self._parts)
+        steps = np.cumsum(batch.lengths) - batch.lengths
+        todo["off"] = (batch.offsets[:, None] + steps[None, :]).reshape(-1)
+        todo["addr"] = batch.addresses.reshape(-1)
+        todo["len"] = np.tile(batch.lengths, len(batch))
+        return todo
+
+    def _vectored(self, pages: Positions, counts: Positions) -> npt.NDArray[Any]:
+        """Entries that move ``counts[k]`` pages from ``pages[k]`` on with one list of buffers."""
+        todo = np.zeros(len(pages), SQE)
+        todo["opcode"] = OP_WRITEV if self._writing else OP_READV
+        todo["fd"], todo["off"] = self.batch.fds[pages], self.batch.offsets[pages]
+        step = self._parts * IOVEC.itemsize
+        todo["addr"] = self._vectors.ctypes.data + pages * step
+        todo["len"] = counts * self._parts
+        return todo

@@ -1,0 +1,1 @@
+"""This machine's pages: slot files, journals, owners and neighbours."""

@@ -1,0 +1,232 @@
+"""Puts the parts of one namespace together: directories, slot files, neighbours, engines, hierarchy."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
+from flexkv_sglang.backends.io.mover import PageMover
+from flexkv_sglang.backends.io.probe import IoMode
+from flexkv_sglang.backends.slots.disk_space import total_bytes
+from flexkv_sglang.backends.slots.neighbours import NeighbourStore
+from flexkv_sglang.backends.slots.opening import (
+    note,
+    noted,
+    open_places,
+    open_tier,
+    prepare_directory,
+)
+from flexkv_sglang.backends.slots.retired import remove_folder, remove_unshared
+from flexkv_sglang.cache.engine import CacheEngine
+from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.config.settings import FlexKVConfig
+from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.identity.keys import Identity
+from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.sharing.rank import Sharing
+
+logger = logging.getLogger(__name__)
+
+_MANY_PAGES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one process may take of a tier for one namespace.
+
+    ``byte_count``: 0: it never writes there; None: what an earlier run left, else this ``part`` of the size
+    that is chosen when none is configured.
+    """
+
+    byte_count: int | None
+    part: float = 1.0
+
+
+def undivided(config: FlexKVConfig) -> list[Share]:
+    """Per tier, all of its size for one process and one namespace."""
+    return [Share(tier.size) for tier in config.tiers]
+
+
+def prepare_tiers(config: FlexKVConfig) -> list[dict[str, IoMode]]:
+    """Per tier: its directories and how I/O works there, proven by real I/O.
+
+    Raises ``ConfigError``. Of several directories of a tier, those that fail are left out, as long as
+    one works: a lost disk does not keep a server from starting.
+    """
+    prepared = []
+    for tier in config.tiers:
+        modes: dict[str, IoMode] = {}
+        problems: list[ConfigError] = []
+        for path in tier.path:
+            try:
+                modes[path] = prepare_directory(path, config.io_engine)
+            except ConfigError as exc:
+                problems.append(exc)
+        if not modes:
+            raise problems[0]
+        for problem in problems:
+            logger.error("flexkv: a directory is left out: %s", problem)
+        prepared.append(modes)
+    return prepared
+
+
+def check_capacity(config: FlexKVConfig, prepared: Sequence[Mapping[str, IoMode]]) -> None:
+    """Raises ``ConfigError`` if a size is more than its disks could ever hold; opening files says more, but later."""
+    for number, (tier, modes) in enumerate(zip(config.tiers, prepared, strict=True)):
+        for path in modes:
+            whole = total_bytes(Path(path).expanduser())
+            if tier.size is not None and tier.size // len(modes) > whole:
+                raise ConfigError(
+                    f"{_key_name(config, number)}: {tier.size // len(modes)} bytes for {path}, whose file "
+                    f"system has {whole}. Valid: a size that fits"
+                )
+
+
+def _key_name(config: FlexKVConfig, number: int) -> str:
+    return "size" if len(config.tiers) == 1 else f"tiers[{number}].size"
+
+
+def open_hierarchy(  # noqa: PLR0913 - one call, spelled out
+    config: FlexKVConfig,
+    prepared: Sequence[Mapping[str, IoMode]],
+    namespace: str,
+    fields: Mapping[str, object],
+    payload_bytes: int,
+    shares: Sequence[Share],
+    metrics: Metrics,
+    sharing: Sharing | None = None,
+) -> Hierarchy:
+    """Open ``namespace`` in every tier and recover what is there.
+
+    ``fields``: what the namespace stands for, for people. ``shares``: per tier, what this process may take.
+    ``sharing``: with other nodes. Raises ``ConfigError``.
+    """
+    engines: list[CacheEngine] = []
+    for path in {path for modes in prepared for path in modes}:
+        remove_unshared(Path(path).expanduser(), keep=str(fields.get("epoch", "")))
+    try:
+        for number, share in enumerate(shares):
+            engines.append(
+                _open_engine(
+                    config, number, prepared, namespace, fields, payload_bytes, share, metrics
+                )
+            )
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+    if sum(engine.page_count() for engine in engines) >= _MANY_PAGES:
+        _give_back_memory()
+    remote = None
+    if sharing is not None:
+        remote = sharing.pages(namespace, fields, payload_bytes, metrics)
+    keeps = remote is not None and config.share.promote
+    writes = any(share.byte_count != 0 for share in shares)
+    return Hierarchy(engines, metrics, remote, keep_bytes=payload_bytes if keeps and writes else 0)
+
+
+def _give_back_memory() -> None:
+    """glibc keeps what was used for loading, 60 bytes per page, unless it is asked (malloc_trim(3))."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def reclaim(left: Hierarchy, prepared: Sequence[Mapping[str, IoMode]], old: Identity) -> None:
+    """Delete what ``left``, which is closed and released, kept in ``old``, a namespace it will not be opened in again.
+
+    Raises ``OSError``.
+    """
+    left.discard()
+    for path in {path for modes in prepared for path in modes} if old.epoch else ():
+        remove_folder(Path(path).expanduser() / old.namespace)
+
+
+def _open_engine(  # noqa: PLR0913 - one call, spelled out
+    config: FlexKVConfig,
+    number: int,
+    prepared: Sequence[Mapping[str, IoMode]],
+    namespace: str,
+    fields: Mapping[str, object],
+    payload_bytes: int,
+    share: Share,
+    metrics: Metrics,
+) -> CacheEngine:
+    modes = prepared[number]
+    accepted = ACCEPTED_KINDS[config.verify]
+    durable = config.durability == "journal"
+    places = open_places(modes, namespace, fields, min_free=config.min_free, durable=durable)
+    slots, recovered = open_tier(
+        places,
+        namespace,
+        payload_bytes,
+        share.byte_count,
+        accepted=accepted,
+        key_name=_key_name(config, number),
+        auto_part=share.part,
+    )
+    neighbours = NeighbourStore(
+        [(place.directory, place.mode) for place in places],
+        namespace,
+        payload_bytes,
+        [store.lock.owner for store in slots.stores],
+        accepted,
+    )
+    engine = CacheEngine(
+        slots,
+        recovered,
+        neighbours,
+        PageMover(payload_bytes, metrics),
+        metrics,
+        config.verify,
+        min_free=config.min_free,
+        level=number,
+    )
+    logger.info(
+        "flexkv: tier ready: namespace=%s pool=%s io_engine=%s o_direct=%s pages=%d slots=%d page_bytes=%d "
+        "neighbour_pages=%d share_bytes=%s verify=%s durability=%s directories=%s",
+        namespace,
+        fields.get("pool", "kv"),
+        places[0].mode.engine,
+        str(places[0].mode.o_direct).lower(),
+        engine.page_count(),
+        slots.slot_count,
+        payload_bytes,
+        engine.neighbour_page_count(),
+        "auto" if share.byte_count is None else share.byte_count,
+        config.verify,
+        config.durability,
+        ",".join(modes),
+    )
+    return engine
+
+
+def remembered(prepared: Sequence[Mapping[str, IoMode]], namespace: str, name: str) -> object:
+    """What ``remember`` left under this name in any directory; None if there is nothing."""
+    for modes in prepared:
+        for path in modes:
+            found = noted(Path(path).expanduser() / namespace, name)
+            if found:
+                return found
+    return None
+
+
+def remember(
+    prepared: Sequence[Mapping[str, IoMode]], namespace: str, facts: Mapping[str, object]
+) -> None:
+    """Add ``facts`` to the namespace's NAMESPACE.json, for the next start and for people. What is empty and was not
+    there stays away."""
+    for modes in prepared:
+        for path in modes:
+            directory = Path(path).expanduser() / namespace
+            for name, fact in facts.items():
+                if (noted(directory, name) or type(fact)()) == fact:
+                    continue
+                try:
+                    note(directory, name, fact)
+                except (OSError, ValueError) as exc:
+                    logger.warning("flexkv: %s is not noted in %s: %s", name, path, exc)

@@ -1,0 +1,401 @@
+"""CacheEngine: plan, move, commit for one tier. The only place that knows index, slot files, neighbours and mover.
+
+Bytes move under no lock: pins, WRITING slots and the second look at a neighbour's journal protect them.
+The two locks are explained in ``local_pages``. Failures of the world end here: they are counted, reported
+to the directory's breaker, and become misses.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
+from flexkv_sglang.backends.io.extents import Extents
+from flexkv_sglang.backends.io.mover import Outcome, PageMover
+from flexkv_sglang.backends.slots.breaker import Breaker
+from flexkv_sglang.backends.slots.neighbours import NeighbourStore
+from flexkv_sglang.backends.slots.opening import Recovered
+from flexkv_sglang.backends.slots.slot_file import SlotFileTier
+from flexkv_sglang.cache.index.check import check_index
+from flexkv_sglang.cache.local_pages import LocalPages
+from flexkv_sglang.cache.plan import GetPlan
+from flexkv_sglang.cache.stats_file import Reporter
+from flexkv_sglang.cache.upkeep import Upkeep
+from flexkv_sglang.cache.watch import CallWatch
+from flexkv_sglang.errors import TierError, TierUnavailableError
+from flexkv_sglang.metrics.registry import Metrics, SlotAges
+from flexkv_sglang.prefix import cut_after_first_failure
+from flexkv_sglang.types import PageBuffers, PageKey, SlotId
+
+logger = logging.getLogger(__name__)
+
+_LOCK_SPAN = 512  # keys looked up under one hold of the lock
+_PUBLISH_S = 2.0  # for what has no deadline of its own
+
+
+class CacheEngine:
+    """Look up, get, put and clear pages of one namespace in one tier. Thread-safe.
+
+    ``verify``: "full" (every byte of every read), "sampled" or "off". Tier and neighbours know no page that
+    was written with less than is asked for. ``min_free``: bytes left to other users of each disk. ``level``:
+    number of the tier, the fastest is 0. Owns everything it is given and closes it.
+    """
+
+    def __init__(  # noqa: PLR0913 - one call, spelled out
+        self,
+        tier: SlotFileTier,
+        recovered: Recovered,
+        neighbours: NeighbourStore,
+        mover: PageMover,
+        metrics: Metrics,
+        verify: str,
+        *,
+        min_free: int | None = None,
+        level: int = 0,
+    ) -> None:
+        self._tier = self.files = tier  # public for those who delete them after ``close``
+        self._neighbours = neighbours
+        self._mover = mover
+        self._metrics = metrics
+        self._written_kind = WRITTEN_KIND[verify]
+        self._pages = self.local = LocalPages(tier, recovered)  # public for those who hold pages
+        self._watch = CallWatch()
+        metrics.count("recovered_pages", self._pages.recovered_count)
+        self._ages = SlotAges(tier.slot_count, metrics)
+        self._reporter = Reporter(metrics, tier, neighbours, self.page_count, level)
+        self._upkeep = Upkeep(self._pages, neighbours, mover, self._watch, metrics, min_free)
+        self._upkeep.reporter = self._reporter
+        self._neighbours.scan()
+        self._upkeep.start()
+
+    def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:
+        """Length of the leading run of pages that are here or at a neighbour. Memory only.
+
+        With ``promise`` what is here stays until it is read, for a short time: see ``promises``.
+        """
+        count = 0
+        while count < len(keys):
+            start = count
+            count += self._pages.prefix(keys[count : count + _LOCK_SPAN], promise=promise)
+            if count < len(keys):
+                count += self._neighbours.prefix(keys[count:])
+            if count == start:
+                break
+        return count
+
+    def find(self, key: PageKey) -> bool:
+        """Can this page be read here or at a neighbour?"""
+        return self.holds([key])[0]
+
+    def holds(self, keys: Sequence[PageKey]) -> list[bool]:
+        """``find`` of each: pages behind a hole count as well. Memory only."""
+        flags: list[bool] = []
+        for start in range(0, len(keys), _LOCK_SPAN):
+            flags += self._pages.holds(keys[start : start + _LOCK_SPAN])
+        if not all(flags):
+            flags = [a or b for a, b in zip(flags, self._neighbours.holds(keys), strict=True)]
+        return flags
+
+    def page_count(self) -> int:
+        """Own READY pages."""
+        with self._pages.lock:
+            return len(self._pages.index)
+
+    def neighbour_page_count(self) -> int:
+        """Pages that neighbours claim."""
+        return len(self._neighbours)
+
+    @property
+    def slot_count(self) -> int:
+        """Slots of this process, those of directories that are bypassed included."""
+        return self._tier.slot_count
+
+    def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
+        """Read pages into ``targets``. One bool per key; False from the first page that was not there,
+        not right, or not in time (``time.monotonic()`` seconds)."""
+        assert len(keys) == len(targets), (len(keys), len(targets))
+        started = time.monotonic()
+        with GetPlan(self._pages, self._neighbours, keys) as plan:
+            results = self._read(plan, targets.take(slice(len(plan.keys))), deadline)
+        results = cut_after_first_failure(results)
+        pages = sum(results)
+        self._metrics.transferred(
+            "read", pages, pages * targets.payload_bytes, time.monotonic() - started
+        )
+        return results + [False] * (len(keys) - len(results))
+
+    def _read(self, plan: GetPlan, targets: PageBuffers, deadline: float) -> list[bool]:
+        results = [False] * len(plan.keys)
+        bad: list[int] = []
+        if plan.own:
+            extents = self._tier.extents(plan.slots)
+            self._read_rows(plan, plan.own, plan.slots, extents, targets, deadline, results, bad)
+        if plan.foreign:
+            extents = self._neighbours.extents(plan.claims)
+            self._read_rows(plan, plan.foreign, [], extents, targets, deadline, results, bad)
+            self._recheck_neighbours(plan, results, bad)
+        if bad:
+            self._drop_corrupt(plan, frozenset(bad))
+        return results
+
+    def _read_rows(  # noqa: PLR0913 - one kind of rows of ``_read``
+        self,
+        plan: GetPlan,
+        rows: list[int],
+        own_slots: list[SlotId],
+        extents: Extents,
+        targets: PageBuffers,
+        deadline: float,
+        results: list[bool],
+        bad: list[int],
+    ) -> None:
+        """``own_slots``: the slots of ``rows``, or nothing if those are neighbours' pages."""
+        keys, kinds, sums = plan.keys, plan.kinds, plan.sums
+        unchecked = self._written_kind is ChecksumKind.NONE
+
+        def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
+            row = rows[position]
+            kind = kinds[row]
+            if unchecked or kind is ChecksumKind.NONE:
+                return True
+            return page_checksum(kind, keys[row], parts) == sums[row]
+
+        self._ages.touch(own_slots)
+        breakers = self._tier.breakers(own_slots)
+        outcomes = [Outcome.FAILED] * len(rows)
+        try:
+            with self._watch.call(deadline, frozenset(breakers)):
+                part = targets if len(rows) == len(targets) else targets.take(rows)
+                outcomes = self._mover.read(extents, part, deadline, inspect)
+        except (OSError, TierError) as exc:
+            self._trouble("read", exc)
+        if outcomes.count(Outcome.DONE) == len(rows):
+            for row in rows:
+                results[row] = True
+        else:
+            self._count_failures(rows, outcomes, results, bad)
+        if own_slots:
+            healthy = self._report_health(breakers, outcomes, "read")
+            bad += [  # one bad spot on a disk that works: this page will not get better either
+                row
+                for row, outcome, breaker in zip(rows, outcomes, breakers, strict=True)
+                if outcome is Outcome.FAILED and breaker in healthy
+            ]
+
+    def _count_failures(
+        self,
+        rows: list[int],
+        outcomes: Sequence[Outcome],
+        results: list[bool],
+        bad: list[int],
+    ) -> None:
+        for row, outcome in zip(rows, outcomes, strict=True):
+            results[row] = outcome is Outcome.DONE
+            if outcome in (Outcome.REFUSED, Outcome.SHORT):  # asking again does not help
+                bad.append(row)
+        self._metrics.count("read_failed_pages", outcomes.count(Outcome.FAILED))
+        self._metrics.count("read_late_pages", outcomes.count(Outcome.LATE))
+
+    def _report_health(
+        self, breakers: Sequence[Breaker], outcomes: Sequence[Outcome], what: str
+    ) -> set[Breaker]:
+        """Tell each directory's breaker how its pages fared. Returns those where some page moved."""
+        working, opened = set(), False
+        distinct = set(breakers)
+        for breaker in distinct:
+            mine = outcomes
+            if len(distinct) > 1:
+                mine = [o for o, b in zip(outcomes, breakers, strict=True) if b is breaker]
+            moved = mine.count(Outcome.DONE) + mine.count(Outcome.REFUSED)
+            if breaker.record(moved, mine.count(Outcome.FAILED), f"{what} errors"):
+                opened = True
+            if moved:
+                working.add(breaker)
+        if opened:
+            self._upkeep.bypass_failed()
+        return working
+
+    def _recheck_neighbours(self, plan: GetPlan, results: list[bool], bad: list[int]) -> None:
+        """The owner may have rewritten a slot while we read it: its journal says so by now."""
+        for row, valid in zip(plan.foreign, self._neighbours.still_valid(plan.claims), strict=True):
+            if not valid:
+                self._metrics.count("neighbour_lost_pages", int(results[row]))
+                results[row] = False
+                if row in bad:
+                    bad.remove(row)  # torn, not corrupt
+        self._metrics.count("neighbour_read_pages", sum(results[i] for i in plan.foreign))
+
+    def _drop_corrupt(self, plan: GetPlan, bad: frozenset[int]) -> None:
+        """Refuse the pages at these positions from now on, here and for the neighbours."""
+        self._metrics.count("corrupt_pages", len(bad))
+        logger.error(
+            "flexkv: %d pages failed their checksum and are dropped (first: %s)",
+            len(bad),
+            plan.keys[min(bad)].hex(),
+        )
+        own = [
+            (plan.keys[row], slot)
+            for row, slot in zip(plan.own, plan.slots, strict=True)
+            if row in bad
+        ]
+        self._neighbours.forget(
+            [claim for row, claim in zip(plan.foreign, plan.claims, strict=True) if row in bad]
+        )
+        with self._pages.lock:
+            gone = [(key, slot) for key, slot in own if self._pages.index.discard(key, slot)]
+        try:
+            self._pages.publish_del(gone, time.monotonic() + _PUBLISH_S)
+        except TierUnavailableError as exc:
+            self._trouble("tombstone", exc)
+
+    def put(
+        self,
+        keys: Sequence[PageKey],
+        sources: PageBuffers,
+        parent: PageKey | None,
+        deadline: float,
+        *,
+        own: bool = False,
+    ) -> list[bool]:
+        """Write the pages that are neither here nor, unless ``own``, at a neighbour. Per key: is it stored now?
+
+        True also for a page that was declined: it is worth less than what is cached, and answered as if
+        it had been written and evicted at once. SGLang drops the rest of an operation at a False.
+        ``keys`` is one chain; ``parent`` the page before it, if known. Returns after the data is complete
+        on the medium and its commit records are on the journal; the caller's memory is not read after.
+        """
+        assert len(keys) == len(sources), (len(keys), len(sources))
+        started = time.monotonic()
+        claimed = [] if own else self._neighbours.holds(keys)
+        held = frozenset(i for i, flag in enumerate(claimed) if flag)
+        reserved = self._pages.reserve(keys, parent, held)
+        results = [True] * len(keys)
+        for position in reserved.refused:
+            results[position] = False
+        self._metrics.count("write_refused_pages", len(reserved.refused))
+        self._metrics.count("write_declined_pages", len(reserved.declined))
+        self._ages.evicted(slot for _, slot in reserved.victims)
+        absent = len(reserved.granted) + len(reserved.refused) + len(reserved.declined)
+        self._metrics.count("write_present_pages", len(keys) - absent)
+        if not reserved.granted:
+            return results
+        rows = [position for position, _ in reserved.granted]
+        slots = [slot for _, slot in reserved.granted]
+        self._ages.touch(slots)
+        written = [keys[row] for row in rows]
+        done = self._write(written, slots, reserved.victims, sources.take(rows), deadline)
+        for row, flag in zip(rows, done, strict=True):
+            results[row] = flag
+        pages = sum(done)
+        self._metrics.transferred(
+            "write", pages, pages * sources.payload_bytes, time.monotonic() - started
+        )
+        self._metrics.count("write_failed_pages", len(done) - pages)
+        self._upkeep.rotate_if_due()
+        return results
+
+    def _write(
+        self,
+        keys: list[PageKey],
+        slots: list[SlotId],
+        victims: list[tuple[PageKey, SlotId]],
+        sources: PageBuffers,
+        deadline: float,
+    ) -> list[bool]:
+        """Tombstones, bytes, records, index. Slots that did not make it are free again when this returns."""
+        sums = [0] * len(keys)
+        kind = self._written_kind
+
+        def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
+            row = rows[position]
+            sums[row] = page_checksum(kind, keys[row], parts)
+            return True
+
+        done = [False] * len(keys)
+        try:
+            self._pages.publish_del(victims, deadline)  # before the slots are rewritten
+            rows = [i for i, flag in enumerate(self._tier.writable(slots)) if flag]
+            targets = [slots[row] for row in rows]
+            breakers = self._tier.breakers(targets)
+            if rows:
+                extents = self._tier.extents(targets)
+                outcomes = [Outcome.FAILED] * len(rows)
+                try:
+                    with self._watch.call(deadline, frozenset(breakers)):
+                        outcomes = self._mover.write(extents, sources.take(rows), deadline, inspect)
+                finally:
+                    self._report_health(breakers, outcomes, "write")
+                for row, outcome in zip(rows, outcomes, strict=True):
+                    done[row] = outcome is Outcome.DONE
+        except (OSError, TierError) as exc:
+            self._trouble("write", exc)
+        finally:
+            done = self._commit(keys, slots, sums, done)
+        return done
+
+    def _commit(
+        self, keys: list[PageKey], slots: list[SlotId], sums: list[int], moved: list[bool]
+    ) -> list[bool]:
+        """Journal records, then the index; under ``publish`` so that CLEAR cannot come in between."""
+        pages = self._pages
+        recorded = [False] * len(slots)
+        try:
+            if any(moved):
+                with pages.publishing(time.monotonic() + _PUBLISH_S):
+                    with pages.lock:
+                        alive = pages.index.still_writing(slots)
+                        parents = [pages.index.parent_slot(slot) for slot in slots]
+                    good = [i for i in range(len(slots)) if moved[i] and alive[i]]
+                    entries = [(keys[i], slots[i], sums[i], parents[i]) for i in good]
+                    flags = self._tier.publish_put(entries, self._written_kind) if entries else []
+                    for i, flag in zip(good, flags, strict=True):
+                        recorded[i] = flag
+                    return pages.commit(slots, recorded)
+        except TierUnavailableError as exc:
+            self._trouble("commit", exc)
+        return pages.commit(slots, recorded)
+
+    def register_memory(self, address: int, byte_count: int) -> None:
+        """Announce the host pool's memory; see ``PageMover.register_memory``."""
+        self._mover.register_memory(address, byte_count)
+
+    def clear(self) -> None:
+        """Forget every page of this process in this namespace, on disk and for the neighbours."""
+        try:
+            with self._pages.publishing(time.monotonic() + _PUBLISH_S):
+                self._tier.publish_clear()
+                self._pages.clear()
+        except TierUnavailableError as exc:
+            # Its journals are brought in line with the empty index when they answer again.
+            for store in self._tier.stores:
+                store.breaker.trip("a journal does not answer")
+            self._pages.clear()
+            self._trouble("clear", exc)
+        self._upkeep.bypass_failed()
+        self._metrics.count("clears")
+
+    def close(self) -> None:
+        """Wait for running transfers, flush, mark the journals clean, release the owner locks. Idempotent."""
+        self._upkeep.stop()
+        self._reporter.close()
+        if not self._mover.close():
+            # A disk hangs. Whoever adopted the files now could be overwritten by what is in flight: they stay ours.
+            logger.error("flexkv: transfers are still in flight; the files stay locked")
+            return
+        self._neighbours.close()
+        try:
+            with self._pages.publishing(time.monotonic() + _PUBLISH_S):  # no record on its way
+                self._tier.close()
+        except TierError as exc:
+            self._trouble("close", exc)
+
+    def check(self) -> None:
+        """Assert the index's invariants (tests, ``flexkv check``)."""
+        with self._pages.lock:
+            check_index(self._pages.index)
+
+    def _trouble(self, what: str, exc: Exception) -> None:
+        self._metrics.count(f"{what.replace(' ', '_')}_errors")
+        logger.warning("flexkv: %s failed: %s: %s", what, type(exc).__name__, exc)

@@ -1,0 +1,1 @@
+"""Which leaf page gives up its slot. Pure."""

@@ -1,0 +1,1 @@
+"""Which page is in which slot. Pure."""

@@ -1,0 +1,393 @@
+"""TierIndex: which page is in which slot, and which one goes next. Pure: no I/O, no lock, no clock.
+
+States of a slot::
+
+    free --reserve--> WRITING --commit--> READY --(victim of reserve | discard | clear)--> free
+                         |                  |
+                         +---- abort ---> free
+                         +---- clear ---> DOOMED  (still written to, found by nobody)
+                                            READY and pinned --discard/clear--> DOOMED
+    DOOMED --abort, or the last unpin--> free
+    READY --suspend--> SUSPENDED --resume--> READY   (its directory does not answer: found by nobody)
+    free or READY --retire--> RETIRED                (given back to the disk for good)
+
+The one invariant: **a key found here names a slot whose bytes are complete, or is WRITING and then
+found by nobody but ``reserve``**. Victims are leaves only: READY, unpinned, and with no cached child,
+because a page whose parent is gone can never be hit again (page keys chain over the whole prefix).
+
+Not thread-safe: the engine holds its lock around every call. Columns are arrays and a slot's number is
+its row; no page has a Python object of its own (``key_table`` says what those cost).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from math import inf
+
+import numpy as np
+
+from flexkv_sglang.cache.eviction.policies import EvictionPolicy, Recency
+from flexkv_sglang.cache.index.chains import ChainLinks
+from flexkv_sglang.cache.index.free_slots import FreeSlots
+from flexkv_sglang.cache.index.key_table import KeyTable
+from flexkv_sglang.cache.index.snapshot import FrozenPages
+from flexkv_sglang.types import (
+    DOOMED,
+    FREE,
+    I64,
+    NO_SLOT,
+    READY,
+    RETIRED,
+    SUSPENDED,
+    WRITING,
+    BoolArray,
+    KeyArray,
+    PageKey,
+    Reserved,
+    SlotId,
+)
+
+_MAX_SLOTS = (1 << 32) - 1
+
+FOUND = (WRITING, READY, SUSPENDED)
+"""States of slots whose key is in the map."""
+
+
+class TierIndex:
+    """Index over ``slot_count`` slots; ``policy`` (made for as many, default LRU) picks among the leaves.
+
+    ``regions``: how many of the slots lie in each slot file, in order (default: all in one).
+    """
+
+    def __init__(
+        self,
+        slot_count: int,
+        policy: EvictionPolicy | None = None,
+        regions: Sequence[int] | None = None,
+    ) -> None:
+        assert 0 <= slot_count <= _MAX_SLOTS, slot_count
+        self.slot_count = slot_count
+        self._keys = KeyTable(slot_count)
+        self._state = bytearray(slot_count)
+        self._states = np.frombuffer(self._state, np.uint8)  # the same memory, for array work
+        self._pins = array("I", [0]) * slot_count
+        self._links = ChainLinks(slot_count)
+        self._policy = policy if policy is not None else Recency(slot_count)
+        self._free_slots = FreeSlots(regions if regions is not None else [slot_count])
+        self._ready_count = 0
+
+    def __len__(self) -> int:
+        """READY pages."""
+        return self._ready_count
+
+    def find(self, key: PageKey) -> SlotId | None:
+        """Slot of a READY page, or None. Does not touch recency."""
+        slot = self._keys.get(key)
+        return SlotId(slot) if slot != NO_SLOT and self._state[slot] == READY else None
+
+    def holds(self, key: PageKey) -> bool:
+        """True if the page is READY or being written: writing it again would be waste."""
+        return key in self._keys
+
+    def found(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Per key: would ``find`` find it?"""
+        flags: list[bool] = self._in_state(self._keys.get_all(keys), READY).tolist()
+        return flags
+
+    def run(self, keys: Sequence[PageKey]) -> list[SlotId]:
+        """Slots of the leading run of READY keys. Does not touch recency: asking is not using."""
+        first = self._keys.get(keys[0]) if keys else NO_SLOT
+        if first == NO_SLOT or self._state[first] != READY:  # the most frequent answer, at once
+            return []
+        slots = self._keys.get_all(keys)
+        ready = self._in_state(slots, READY)
+        run: list[SlotId] = (slots if ready.all() else slots[: ready.argmin()]).tolist()
+        return run
+
+    def prefix(self, keys: Sequence[PageKey]) -> int:
+        """Length of ``run``."""
+        return len(self.run(keys))
+
+    def hold(self, slots: Iterable[SlotId]) -> None:
+        """Pin slots without using them. Each must be given to ``unpin`` exactly once."""
+        for slot in slots:
+            self._pins[slot] += 1
+
+    def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
+        """Pin the READY pages among ``keys`` up to the first absent one; touch them, refresh links.
+
+        Returns the slots of that leading run. Each must be given to ``unpin`` exactly once.
+        """
+        slots = self.run(keys)
+        self.hold(slots)
+        for before, slot in pairwise(slots):
+            self._links.link(slot, before)
+        self._touch_chain(slots)
+        return slots
+
+    def unpin(self, slots: Iterable[SlotId]) -> None:
+        """Release pins. A doomed slot becomes free with its last pin."""
+        for slot in slots:
+            assert self._pins[slot] > 0, f"slot {slot} is not pinned"
+            self._pins[slot] -= 1
+            if self._pins[slot] == 0 and self._state[slot] == DOOMED:
+                self._free(slot)
+
+    def discard(self, key: PageKey, slot: SlotId) -> bool:
+        """Forget a READY page whose bytes turned out wrong. False if ``key`` is no longer in ``slot``.
+
+        Its children stay as roots. A pinned slot is reused only after its last unpin.
+        """
+        if self._keys.get(key) != slot or self._state[slot] != READY:
+            return False
+        self._forget(slot)
+        if self._pins[slot]:
+            self._state[slot] = DOOMED
+        else:
+            self._free(slot)
+        return True
+
+    def reserve(
+        self, keys: Sequence[PageKey], parent: PageKey | None, skip: frozenset[int] = frozenset()
+    ) -> Reserved:
+        """Slots for the absent ones of a chain; they become WRITING.
+
+        ``parent``: the page before ``keys[0]``, if known. ``skip``: positions not wanted (a neighbour
+        has them). Present keys are touched and never victims of this call. Never waits, never raises:
+        when nothing can be evicted the rest of the batch is refused, when nothing that is worth less
+        can, declined; a leading part is granted.
+        """
+        chain = keys if parent is None else [parent, *keys]
+        at = self._keys.get_all(chain)
+        if self._replace_suspended(at[len(chain) - len(keys) :]):
+            at = self._keys.get_all(chain)
+        found = at.tolist()
+        slot_of = dict(zip(chain, found, strict=True))
+        held = [SlotId(slot) for slot in found if slot != NO_SLOT]
+        before = found[0] if parent is not None else NO_SLOT
+        for slot in held:  # a batch never evicts its own pages
+            self._pins[slot] += 1
+        absent = {
+            key: position
+            for position, key in reversed(list(enumerate(keys)))
+            if slot_of[key] == NO_SLOT and position not in skip
+        }
+        wanted = sorted(absent.values())
+        slots, victims, dear = self._take([keys[position] for position in wanted])
+        granted = list(zip(wanted, slots, strict=False))
+        for position, slot in granted:
+            self._begin_write(keys[position], slot)
+            slot_of[keys[position]] = slot
+        previous = before
+        unplaced: list[int] = []
+        for position, key in enumerate(keys):
+            current = slot_of[key]
+            if current == NO_SLOT and position not in skip:
+                unplaced.append(position)
+            elif current != NO_SLOT and previous != NO_SLOT:
+                self._links.link(current, previous)
+            previous = current
+        for slot in held:
+            self._pins[slot] -= 1
+        self._touch_chain(held if before == NO_SLOT else held[1:])
+        if before != NO_SLOT and self._state[before] == READY:
+            # It may have a child now. Whether it was used, another call says.
+            self._policy.renew(before, self._links.children[before])
+        if dear:
+            self._policy.declined([keys[position] for position in unplaced])
+        return Reserved(granted, victims, [] if dear else unplaced, unplaced if dear else [])
+
+    def still_writing(self, slots: Iterable[SlotId]) -> list[bool]:
+        """Per slot: False if ``clear`` or ``suspend`` hit it since ``reserve``. It must be aborted then."""
+        is_open = self._free_slots.is_open
+        return [self._state[slot] == WRITING and is_open(slot) for slot in slots]
+
+    def commit(self, slots: Iterable[SlotId]) -> None:
+        """WRITING -> READY. The commit records of these slots are on the journal already."""
+        ready = list(slots)
+        for slot in ready:
+            assert self._state[slot] == WRITING, f"slot {slot} is in state {self._state[slot]}"
+            self._state[slot] = READY
+            self._ready_count += 1
+        self._policy.used(ready, self._keys, self._links.children)
+
+    def abort(self, slots: Iterable[SlotId]) -> None:
+        """WRITING -> free: nothing was published for these slots."""
+        for slot in slots:
+            assert self._state[slot] in (WRITING, DOOMED), (
+                f"slot {slot} is in state {self._state[slot]}"
+            )
+            if self._state[slot] == WRITING:
+                self._forget(slot)
+            self._free(slot)
+
+    def clear(self) -> None:
+        """Forget every page. The journal says so already.
+
+        Pinned slots and slots being written are doomed: they come back by ``unpin`` / ``abort``.
+        """
+        for slot in self._keys.slots().tolist():
+            self._links.reset(slot)
+            if self._state[slot] == WRITING or self._pins[slot]:
+                self._state[slot] = DOOMED
+            else:
+                self._free(slot)
+        self._keys.clear()
+        self._policy.clear()
+        self._ready_count = 0
+
+    def suspend(self, region: int, *, readable: bool = False) -> int:
+        """The directory of a region fails: its slots are not used, its pages found by nobody.
+
+        Returns how many pages. One that is put again meanwhile goes elsewhere and is forgotten here.
+        ``readable``: it only takes no writes; its pages stay, and none is evicted.
+        """
+        low, high = self._free_slots.span(region)
+        self._free_slots.close(region)
+        self._policy.retain(lambda slot: not low <= slot < high)
+        if readable:
+            return 0
+        state = self._states[low:high]
+        ready = state == READY
+        state[ready] = SUSPENDED
+        count = int(ready.sum())
+        self._ready_count -= count
+        return count
+
+    def resume(self, region: int) -> int:
+        """Undo ``suspend``. Returns how many pages are back."""
+        low, high = self._free_slots.span(region)
+        self._free_slots.reopen(region)
+        state = self._states[low:high]
+        back = state == SUSPENDED
+        state[back] = READY
+        count = int(back.sum())
+        self._ready_count += count
+        for slot in (np.flatnonzero(state == READY) + low).tolist():
+            if self._links.children[slot] == 0:
+                self._policy.offer(slot)
+        return count
+
+    def retire(self, region: int, count: int) -> tuple[list[tuple[PageKey, SlotId]], int]:
+        """Take slots at the end of a region out of use for good, at most ``count``.
+
+        Stops at the first one that is pinned or being written. Returns the (key, slot) of pages that are
+        gone and how many slots the region has left.
+        """
+        low, high = self._free_slots.span(region)
+        gone: list[tuple[PageKey, SlotId]] = []
+        slot = high
+        while slot > low and self._state[slot - 1] == RETIRED:
+            slot -= 1
+        for _ in range(min(count, slot - low)):
+            if self._state[slot - 1] == FREE:
+                self._free_slots.remove(slot - 1)
+            elif self._state[slot - 1] == READY and not self._pins[slot - 1]:
+                gone.append((self._forget(slot - 1), SlotId(slot - 1)))
+            else:
+                break
+            slot -= 1
+            self._state[slot] = RETIRED
+        return gone, slot - low
+
+    def load(self, keys: KeyArray, slots: I64, parents: I64) -> list[int]:
+        """Fill an empty index from a recovered journal, oldest first. ``parents``: slots, or -1.
+
+        Returns the positions that were dropped because an earlier one has the same key.
+        """
+        dropped = self._keys.load(keys, slots)
+        if dropped:
+            slots, parents = np.delete(slots, dropped), np.delete(parents, dropped)
+        self._states[slots] = READY
+        assert np.count_nonzero(self._states) == len(slots), "two pages in one slot"
+        self._links.load(slots, parents, self._states)
+        self._ready_count = len(slots)
+        self._free_slots.load(self._states == FREE)
+        children = np.frombuffer(self._links.children, np.uint32)
+        self._policy.load(slots, slots[children[slots] == 0])
+        return dropped
+
+    def freeze(self) -> FrozenPages:
+        """A copy of what a snapshot needs. Copies only: a million pages are not sorted under a lock."""
+        return FrozenPages(
+            self._keys.column(),
+            self._states.copy(),
+            np.array(self._policy.last_use, np.uint64),
+            *self._links.copy(),
+        )
+
+    @property
+    def parents(self) -> Sequence[int]:
+        """Parent slots as they were linked; some may hold other pages by now. To read only."""
+        return self._links.parent
+
+    def parent_slot(self, slot: int) -> int:
+        """Slot of the cached parent page, or -1."""
+        return self._links.parent_of(slot)
+
+    def _touch_chain(self, slots: Sequence[int]) -> None:
+        """Touch from tail to head, so that within one request the tail is older and goes first."""
+        ready = [slot for slot in reversed(slots) if self._state[slot] == READY]
+        self._policy.used(ready, self._keys, self._links.children)
+
+    def _take(
+        self, keys: Sequence[PageKey]
+    ) -> tuple[list[SlotId], list[tuple[PageKey, SlotId]], bool]:
+        """Slots, ascending: what is free, then what is evicted for it; (key, slot) of the evicted; and if
+        it ends because what is left is worth more than the next key.
+        """
+        slots = [SlotId(slot) for slot in self._free_slots.take(len(keys))]
+        victims: list[tuple[PageKey, SlotId]] = []
+        dear = False
+        bids = self._policy.bids(keys) if len(slots) < len(keys) else None
+        while len(slots) < len(keys):
+            bid = bids[len(slots)] if bids is not None else inf
+            victim = self._policy.victim(self._may_go, bid)
+            if victim is None:
+                dear = bids is not None and self._policy.victim(self._may_go) is not None
+                break
+            victims.append((self._forget(victim), SlotId(victim)))
+            self._state[victim] = FREE
+            slots.append(SlotId(victim))
+        # Pages of a chain were evicted tail first; in order again, they lie side by side.
+        return sorted(slots), victims, dear
+
+    def _may_go(self, slot: int) -> bool:
+        return self._pins[slot] == 0 and self._free_slots.is_open(slot)
+
+    def _replace_suspended(self, slots: I64) -> bool:
+        """Forget pages that cannot be read now, so that they can be written elsewhere. Were there any?"""
+        suspended = set(slots[self._in_state(slots, SUSPENDED)].tolist())
+        lost = [slot for slot in suspended if not self._pins[slot]]
+        for slot in lost:
+            self._forget(slot)
+            self._free(slot)
+        return bool(lost)
+
+    def _begin_write(self, key: PageKey, slot: SlotId) -> None:
+        self._keys.put(key, slot)
+        self._state[slot] = WRITING
+
+    def _forget(self, slot: int) -> PageKey:
+        """Take a page out of the map and out of the tree; its slot is not free yet. Returns its key."""
+        key = self._keys.remove(slot)
+        if self._state[slot] in (READY, SUSPENDED):
+            self._ready_count -= self._state[slot] == READY
+            self._policy.forget(slot, key)
+        parent = self._links.cut(slot)
+        if parent != NO_SLOT and self._state[parent] == READY:
+            self._policy.offer(parent)
+        return key
+
+    def _in_state(self, slots: I64, state: int) -> BoolArray:
+        """Per slot, or -1: is it in ``state``?"""
+        if not self.slot_count:
+            return np.zeros(len(slots), np.bool_)
+        flags: BoolArray = (slots >= 0) & (self._states.take(slots, mode="clip") == state)
+        return flags
+
+    def _free(self, slot: int) -> None:
+        self._state[slot] = FREE
+        self._free_slots.give(slot)

@@ -1,0 +1,159 @@
+"""LocalPages: one tier's index, slot files and promises with the two locks that keep them in step.
+
+``lock`` guards index and promises and is held for dict work only: never for I/O, never while logging.
+``publish`` puts journal appends and the index changes they announce into one order; it is taken before
+``lock``, never after it, no read takes it, and nobody waits for it without a bound.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from flexkv_sglang.backends.slots.opening import Recovered
+from flexkv_sglang.backends.slots.slot_file import SlotFileTier
+from flexkv_sglang.cache.eviction.policies import ReuseDensity
+from flexkv_sglang.cache.index.index import TierIndex
+from flexkv_sglang.cache.index.promises import Promises
+from flexkv_sglang.errors import TierUnavailableError
+from flexkv_sglang.types import PageKey, Reserved, SlotId
+
+_SPAN = 512  # keys looked up under one hold of the lock
+
+
+class LocalPages:
+    """What an engine, its plans and its upkeep share. Everything but ``tier`` is guarded as said above."""
+
+    def __init__(self, tier: SlotFileTier, recovered: Recovered) -> None:
+        self.tier = tier
+        self.lock = threading.Lock()
+        self._publish = threading.Lock()
+        count = tier.slot_count
+        self.index = TierIndex(count, ReuseDensity(count), tier.regions())
+        self._promises = Promises(count)
+        dropped = self.index.load(recovered.keys, recovered.slots, recovered.parents)
+        keys, slots = recovered.keys[dropped].tolist(), recovered.slots[dropped].tolist()
+        lost = [(PageKey(key), SlotId(slot)) for key, slot in zip(keys, slots, strict=True)]
+        # Else their slots would be rewritten while their records still stand.
+        tier.publish_del(lost)
+        self.recovered_count = len(recovered.keys) - len(dropped)
+        self._owed: list[tuple[PageKey, SlotId]] = []  # tombstones not on the journal yet
+
+    @contextmanager
+    def publishing(self, deadline: float) -> Iterator[None]:
+        """Hold ``publish``. Raises ``TierUnavailableError`` if that is not possible before ``deadline``."""
+        if not self._publish.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TierUnavailableError("a journal does not answer")
+        try:
+            yield
+        finally:
+            self._publish.release()
+
+    def prefix(self, keys: Sequence[PageKey], *, promise: bool) -> int:
+        """Length of the leading run of READY keys, at most one hold of the lock long."""
+        with self.lock:
+            run = self.index.run(keys)
+            if promise and run:
+                now = time.monotonic()
+                self._end(self._promises.expire(now))
+                self.index.hold(self._promises.make(run, self.index.parents, now))
+        return len(run)
+
+    def holds(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Per key: is it READY? At most one hold of the lock long."""
+        with self.lock:
+            return self.index.found(keys)
+
+    def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
+        """Pin and touch the leading run of READY keys; what was promised of it is kept now."""
+        with self.lock:
+            slots = self.index.pin(keys)
+            self._end(self._promises.keep(slots))
+        return slots
+
+    def hold(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
+        """Pin the READY pages among ``keys`` without using them. Per key its slot; undone by ``unpin``, once each."""
+        slots: list[SlotId | None] = []
+        for start in range(0, len(keys), _SPAN):
+            with self.lock:
+                found = [self.index.find(key) for key in keys[start : start + _SPAN]]
+                self.index.hold([slot for slot in found if slot is not None])
+            slots += found
+        return slots
+
+    def still(self, pages: Sequence[tuple[PageKey, SlotId]]) -> list[bool]:
+        """Per held page: is it READY in its slot to this moment? A pin keeps a slot, not a page found to be bad."""
+        flags: list[bool] = []
+        for start in range(0, len(pages), _SPAN):
+            with self.lock:
+                find = self.index.find
+                flags += [find(key) == slot for key, slot in pages[start : start + _SPAN]]
+        return flags
+
+    def unpin(self, slots: Sequence[SlotId]) -> None:
+        """Undo ``pin`` or ``hold``."""
+        with self.lock:
+            self.index.unpin(slots)
+
+    def reserve(
+        self, keys: Sequence[PageKey], parent: PageKey | None, held: frozenset[int]
+    ) -> Reserved:
+        """Slots for what is absent; see ``TierIndex.reserve``. Promises give way when nothing else can."""
+        with self.lock:
+            self._end(self._promises.expire(time.monotonic()))
+            first = self.index.reserve(keys, parent, held)
+            if not first.refused or not len(self._promises):
+                return first
+            self._end(self._promises.break_all())
+            second = self.index.reserve(keys, parent, held)
+        return Reserved(
+            sorted(first.granted + second.granted),
+            first.victims + second.victims,
+            second.refused,
+            second.declined,
+        )
+
+    def publish_del(self, victims: Sequence[tuple[PageKey, SlotId]], deadline: float) -> None:
+        """Tombstones, with those that are owed. Raises ``TierUnavailableError``: then they are owed as well."""
+        with self.lock:
+            self._owed += victims
+            # Under the lock: whoever takes our tombstones may not have appended them yet. Wait for it.
+            if not self._owed:
+                return
+        with self.publishing(deadline):
+            with self.lock:
+                owed, self._owed = self._owed, []
+            self.tier.publish_del(owed)
+
+    def commit(self, slots: Sequence[SlotId], done: Sequence[bool]) -> list[bool]:
+        """Make READY what is ``done`` and still wanted, free the rest. Returns which are READY."""
+        with self.lock:
+            alive = self.index.still_writing(slots)
+            ready = [a and b for a, b in zip(alive, done, strict=True)]
+            good = [slot for slot, flag in zip(slots, ready, strict=True) if flag]
+            self.index.commit(good[::-1])  # tail first, as a chain is used
+            self.index.abort([slot for slot, flag in zip(slots, ready, strict=True) if not flag])
+            self._end(self._promises.keep(good))
+        return ready
+
+    def clear(self) -> None:
+        """Forget every page."""
+        with self.lock:
+            self._end(self._promises.break_all())
+            self.index.clear()
+
+    def suspend(self, region: int, *, readable: bool = False) -> int:
+        """See ``TierIndex.suspend``."""
+        with self.lock:
+            return self.index.suspend(region, readable=readable)
+
+    def break_promises(self) -> None:
+        """End all promises."""
+        with self.lock:
+            self._end(self._promises.break_all())
+
+    def _end(self, slots: Sequence[SlotId]) -> None:
+        if slots:
+            self.index.unpin(slots)

@@ -1,0 +1,1 @@
+"""``flexkv doctor``: why nothing is stored or found. Judges; never repairs."""

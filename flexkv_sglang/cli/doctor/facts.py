@@ -1,0 +1,221 @@
+"""What ``flexkv doctor`` knows before it judges: directories, counters, the server, the plug-in, the machine.
+
+Gathering reads and never judges; ``Facts`` is frozen and answers questions about the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexkv_sglang.cli.doctor.fleet_facts import Fleet, look_at_fleets
+from flexkv_sglang.cli.doctor.machine import Disk, Machine, look_at_disk, look_at_machine
+from flexkv_sglang.cli.doctor.server import Server
+from flexkv_sglang.cli.scan import Namespace, namespaces
+from flexkv_sglang.cli.stats import OwnerStats, owner_stats
+from flexkv_sglang.config.settings import FlexKVConfig
+
+_FIT_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """See ``fit.look``. ``sglang`` is None where it is not installed or was not asked: nothing is known then."""
+
+    sglang: str | None = None
+    entry_point: bool = False
+    allowed: str = ""
+    listed: bool = False
+    misfit: str | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One namespace in one directory, and its owners."""
+
+    namespace: Namespace
+    owners: tuple[OwnerStats, ...]
+
+    @property
+    def pool(self) -> str:
+        """The host pool whose pages it holds."""
+        return str(self.namespace.fields.get("pool", "kv"))
+
+    @property
+    def pages(self) -> int:
+        """Pages all owners hold."""
+        return sum(item.pages for item in self.owners)
+
+    @property
+    def alive(self) -> bool:
+        """Does a process hold one of the owners?"""
+        return any(item.owner.alive for item in self.owners)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One configured directory. ``trouble``: why it could not be looked at. ``users``: whose files are in it."""
+
+    path: Path
+    there: bool
+    trouble: str = ""
+    groups: tuple[Group, ...] = ()
+    users: tuple[int, ...] = ()
+    disk: Disk | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything a cause may look at. ``now``: seconds as ``time.time()``; ``server``: None if none was named."""
+
+    now: float
+    places: tuple[Place, ...]
+    plugin: Plugin
+    machine: Machine
+    server: Server | None = None
+    fleets: tuple[Fleet, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Namespaces of all directories."""
+        return tuple(group for place in self.places for group in place.groups)
+
+    @property
+    def alive(self) -> bool:
+        """Does any process hold an owner here?"""
+        return any(group.alive for group in self.groups)
+
+    @property
+    def pages(self) -> int:
+        """KV pages in all directories."""
+        return sum(group.pages for group in self.groups if group.pool == "kv")
+
+    def runs(self, pool: str | None = None) -> Iterator[dict[str, Any]]:
+        """Stats of each process and pool once: of the live ones, or if none is alive of the last run of each."""
+        seen = set()
+        for group in self.groups:
+            for item in group.owners:
+                counts = item.live and (item.owner.alive or not self.alive)
+                if counts and pool in (None, group.pool) and item.live["process"] not in seen:
+                    seen.add(item.live["process"])
+                    yield item.live
+
+    def count(self, name: str, pool: str | None = "kv") -> int:
+        """A counter, summed over processes; ``pool`` None: over pools too."""
+        return sum(int(run["counters"].get(name, 0)) for run in self.runs(pool))
+
+    def counts_ending(self, ending: str) -> dict[str, int]:
+        """Counters above 0 whose names end so, over all pools."""
+        total: Counter[str] = Counter()
+        for run in self.runs():
+            total.update({k: v for k, v in run["counters"].items() if k.endswith(ending) and v})
+        return dict(total)
+
+    def gauges(self, name: str) -> dict[str, float]:
+        """``name:label`` gauges of all runs, by label; the highest of each."""
+        found: dict[str, float] = {}
+        for run in self.runs():
+            for key, value in run.get("gauges", {}).items():
+                if key.startswith(name + ":"):
+                    label = key.partition(":")[2]
+                    found[label] = max(value, found.get(label, value))
+        return found
+
+    def median(self, name: str) -> float | None:
+        """Upper bound of the bucket the median of a KV histogram is in; infinity above all; None if empty."""
+        bounds: list[float] = []
+        counts: list[int] = []
+        for run in self.runs("kv"):
+            item = run.get("histograms", {}).get(name)
+            if item:
+                bounds = item["bounds"]
+                old = counts or [0] * len(item["counts"])
+                counts = [a + b for a, b in zip(old, item["counts"], strict=True)]
+        half, passed = sum(counts) / 2, 0
+        for bound, count in zip([*bounds, float("inf")], counts, strict=bool(counts)):
+            passed += count
+            if count and passed >= half:
+                return bound
+        return None
+
+    @property
+    def hit_rate(self) -> float | None:
+        """KV pages found per page asked for; None if nobody has asked."""
+        asked = self.count("asked_pages")
+        return self.count("found_pages") / asked if asked else None
+
+    @property
+    def written_at(self) -> float | None:
+        """When a stats file was written last."""
+        return max((float(run["written_at"]) for run in self.runs()), default=None)
+
+
+def look_at_place(path: Path, config: FlexKVConfig | None) -> Place:
+    """Never raises: what cannot be read is said in ``trouble``."""
+    settings = config or FlexKVConfig()
+    try:
+        if not path.is_dir():
+            return Place(path, there=False)
+        found = [Group(item, _owners(item)) for item in namespaces(path)]
+        users = {file.stat().st_uid for file in _files(found)}
+        disk = look_at_disk(path, settings.min_free, settings.io_engine)
+        return Place(path, True, "", tuple(found), tuple(sorted(users)), disk)
+    except FileNotFoundError as exc:  # removed while we look
+        return Place(path, True, f"{exc.filename}: {exc.strerror}; look again")
+    except OSError as exc:
+        return Place(path, True, f"{exc.filename or path}: {exc.strerror or exc}")
+
+
+def look_at_plugin() -> Plugin:
+    """Asks a child process, which imports SGLang; at most two minutes."""
+    command = [sys.executable, "-P", "-m", "flexkv_sglang.cli.doctor.plugin_check"]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_FIT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        return Plugin(sglang="?", error=f"importing it failed: {exc}")
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        last = said[-1] if said else f"exit status {done.returncode}"
+        return Plugin(sglang="?", error=f"importing it failed: {last}")
+    return Plugin(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def gather(
+    paths: Iterable[Path], server: Server | None, plugin: Plugin | None, now: float
+) -> Facts:
+    """Look at everything. ``plugin``: None to ask the SGLang of this environment, unless a server holds a directory
+    or may hold one that cannot be read."""
+    config = server.config if server is not None else None
+    places = tuple(look_at_place(path.expanduser(), config) for path in paths)
+    fleets = look_at_fleets([place.path for place in places], config, now)
+    facts = Facts(now, places, plugin or Plugin(), look_at_machine(None), server, fleets)
+    if facts.alive:  # a live store is proof that the plug-in was loaded where it counts
+        pid = next((int(run["pid"]) for run in facts.runs() if "pid" in run), None)
+        return replace(facts, machine=look_at_machine(pid))
+    if any(place.trouble for place in places):
+        return facts
+    return replace(facts, plugin=plugin or look_at_plugin())
+
+
+def _owners(namespace: Namespace) -> tuple[OwnerStats, ...]:
+    return tuple(owner_stats(namespace, owner) for owner in namespace.owners)
+
+
+def _files(groups: Iterable[Group]) -> Iterator[Path]:
+    for group in groups:
+        for item in group.owners:
+            yield from (path for path in item.owner.files if path.exists())

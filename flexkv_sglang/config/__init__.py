@@ -1,0 +1,1 @@
+"""Settings: the JSON that SGLang passes on, parsed once, strict and frozen."""

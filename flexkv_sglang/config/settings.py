@@ -1,0 +1,190 @@
+"""FlexKVConfig: the JSON of ``--hicache-storage-backend-extra-config``, parsed once, frozen, strict.
+
+An unknown key, a wrong type or an impossible value is a ``ConfigError`` that names the key, the value
+and what is valid. Nothing is read from the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flexkv_sglang.config.parsers import (
+    choice,
+    parse_size,
+    reject_unknown,
+    shown,
+    size_or_zero,
+    text,
+)
+from flexkv_sglang.config.share import ShareConfig, address_list, parse_share, redis_url
+from flexkv_sglang.errors import ConfigError
+
+SGLANG_KEYS = frozenset(
+    {
+        # SGLang takes these out of the dict, but not on every path (decode offload leaves the first five).
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "prefetch_timeout_max",
+        "hicache_storage_pass_prefix_keys",
+        "tp_lcm_size",
+        # These it leaves: the dynamic loader's own, and one it adds itself.
+        "backend_name",
+        "module_path",
+        "class_name",
+        "interface_v1",
+        "allocator",
+        "file_storage_path",
+    }
+)
+"""Keys that belong to SGLang: accepted, and none of our business."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierConfig:
+    """One tier. ``path``: directories, striped evenly. ``size``: bytes one server may take over all of them
+    and all its rank processes, or None (what an earlier run left, else a quarter of the free space, at
+    most 64 GB per rank process and directory)."""
+
+    path: tuple[str, ...] = ("~/.cache/flexkv-sglang",)
+    size: int | None = None
+
+    def describe(self) -> str:
+        """For the log."""
+        return f"path={','.join(self.path)} size={'auto' if self.size is None else self.size}"
+
+
+_SHARE_DEFAULT = ShareConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class FlexKVConfig:
+    """Effective settings of one storage instance. Field docs are the README's configuration table.
+
+    ``tiers``: the fastest first. ``verify``: full | sampled | off. ``durability``: none | journal.
+    ``io_engine``: auto | io_uring | threads | buffered. ``min_free``: bytes left to others on each disk,
+    or None (2 % of the file system, at most 1 GiB). ``model_id``: names the weights instead of
+    fingerprinting them. ``pool_density``: (name, pages per KV page) of host pools beside KV, for dividing the size.
+    ``share``: with other nodes. ``given``: what was parsed, without SGLang's keys.
+    """
+
+    tiers: tuple[TierConfig, ...] = (TierConfig(),)
+    verify: str = "full"
+    durability: str = "none"
+    io_engine: str = "auto"
+    min_free: int | None = None
+    model_id: str | None = None
+    pool_density: tuple[tuple[str, float], ...] = ()
+    share: ShareConfig = _SHARE_DEFAULT
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any] | None) -> FlexKVConfig:
+        """From SGLang's extra_config dict. Raises ``ConfigError``."""
+        given = {
+            key: value for key, value in (extra_config or {}).items() if key not in SGLANG_KEYS
+        }
+        reject_unknown(given, [*_TIER_PARSERS, *_PARSERS], "", SGLANG_KEYS)
+        original = dict(given)
+        tier = {key: given.pop(key) for key in tuple(given) if key in _TIER_PARSERS}
+        if tier and "tiers" in given:
+            raise ConfigError(
+                f"tiers: {given['tiers']!r} is given beside {', '.join(tier)}={next(iter(tier.values()))!r}. "
+                "Valid: either path and size (one tier), or tiers"
+            )
+        parsed = {key: _PARSERS[key](key, value) for key, value in given.items()}
+        short = {key: parsed.pop(key) for key in tuple(parsed) if key in _SHARE_SHORT}
+        for key in short:
+            if key in (given.get("share") or {}):
+                raise ConfigError(
+                    f"{key}: {shown(given[key])} is given twice, also as share.{key}. Valid: one of them"
+                )
+        if short:
+            parsed["share"] = replace(parsed.get("share", ShareConfig()), **short)
+        if tier:
+            parsed["tiers"] = (_tier("", tier),)
+        return cls(**parsed, given=original)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        tiers = "; ".join(tier.describe() for tier in self.tiers)
+        return (
+            f"tiers=[{tiers}] verify={self.verify} durability={self.durability} "
+            f"io_engine={self.io_engine} model_id={self.model_id or 'fingerprint'} "
+            f"pool_density={dict(self.pool_density) or 'default'} share={self.share.describe()}"
+        )
+
+
+def _paths(key: str, value: object) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(items, list | tuple)
+        or not items
+        or not all(isinstance(i, str) and i for i in items)
+    ):
+        raise ConfigError(f"{key}: {value!r}. Valid: a directory, or a list of directories")
+    if len(set(items)) != len(items):
+        raise ConfigError(f"{key}: {value!r} names a directory twice. Valid: different directories")
+    return tuple(items)
+
+
+def _tier(where: str, given: Mapping[str, Any]) -> TierConfig:
+    return TierConfig(
+        **{key: _TIER_PARSERS[key](where + key, value) for key, value in given.items()}
+    )
+
+
+def _tiers(key: str, value: object) -> tuple[TierConfig, ...]:
+    help_text = (
+        'a list of tiers, fastest first, such as [{"path": "/dev/shm/flexkv", "size": "32GiB"}]'
+    )
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f"{key}: {value!r}. Valid: {help_text}")
+    tiers = []
+    for number, item in enumerate(value):
+        where = f"{key}[{number}]."
+        if not isinstance(item, Mapping):
+            raise ConfigError(f"{key}[{number}]: {item!r}. Valid: {help_text}")
+        given = dict(item)
+        choice("slots")(where + "type", given.pop("type", "slots"))
+        reject_unknown(given, ["type", *_TIER_PARSERS], where)
+        if "path" not in given:
+            raise ConfigError(f"{where}path: missing in {item!r}. Valid: {help_text}")
+        tiers.append(_tier(where, given))
+    paths = [path for tier in tiers for path in tier.path]
+    if len(set(paths)) != len(paths):
+        raise ConfigError(f"{key}: {value!r} names a directory twice. Valid: different directories")
+    return tuple(tiers)
+
+
+def _densities(key: str, value: object) -> tuple[tuple[str, float], ...]:
+    help_text = (
+        'pool names with how many of their pages are stored per KV page, such as {"mamba": 0.05}: '
+        'above 0, at most 1, and not for "kv"'
+    )
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: {value!r}. Valid: {help_text}")
+    for name, density in value.items():
+        number = isinstance(density, int | float) and not isinstance(density, bool)
+        if not isinstance(name, str) or name in ("", "kv") or not number or not 0 < density <= 1:
+            raise ConfigError(f"{key}.{name}: {density!r}. Valid: {help_text}")
+    return tuple((name, float(density)) for name, density in value.items())
+
+
+_TIER_PARSERS: dict[str, Callable[[str, object], Any]] = {"path": _paths, "size": parse_size}
+_PARSERS: dict[str, Callable[[str, object], Any]] = {
+    "tiers": _tiers,
+    "verify": choice("full", "sampled", "off"),
+    "durability": choice("none", "journal"),
+    "min_free": size_or_zero,
+    "io_engine": choice("auto", "io_uring", "threads", "buffered"),
+    "model_id": text,
+    "pool_density": _densities,
+    "share": parse_share,
+    "redis_url": redis_url,
+    "peers": address_list,
+}
+_SHARE_SHORT = ("redis_url", "peers")
+"""Settings of ``share`` that may be given beside it: often the only ones."""

@@ -1,0 +1,174 @@
+"""ShareConfig: the settings of sharing between nodes, object ``share`` of the configuration. Frozen, strict.
+
+``redis_url`` and ``peers`` may also be given at the top level: for many users they are all there is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from flexkv_sglang.config.parsers import choice, flag, number, redacted, reject_unknown, shown, text
+from flexkv_sglang.errors import ConfigError
+
+_NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+_ADDRESS = re.compile(r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
+_SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix")
+
+
+@dataclass(frozen=True, slots=True)
+class ShareConfig:
+    """How this node shares with others; nothing is shared unless ``redis_url`` or ``peers`` is set.
+
+    Sizes in bytes, times in seconds. ``listen``: "host:port", or "auto": loopback without a secret, else
+    the address from which this node reaches Redis or its first peer, any port. ``advertise``: what others are
+    told instead. ``peers``: "host:port" of other nodes' agents. ``nid``: this node's name. ``pod``: only nodes of
+    the same pod share. ``promote``: keep pages read from other nodes here as well. ``recompute_tokens_per_s``:
+    how fast this server computes a prompt; a prefix that takes longer to fetch is left. 0: not known, always fetch.
+    """
+
+    redis_url: str | None = None
+    redis_password_file: str | None = None
+    redis_ca_file: str | None = None
+    peers: tuple[str, ...] = ()
+    cluster_id: str = "default"
+    nid: str | None = None
+    listen: str = "auto"
+    advertise: str | None = None
+    secret_file: str | None = None
+    auth: str = "curve"
+    insecure: bool = False
+    pod: str = ""
+    engine: str = "zmq"
+    promote: bool = True
+    recompute_tokens_per_s: float = 0.0
+    heartbeat_s: float = 2.0
+    node_ttl_s: float = 6.0
+    remote_deadline_s: float = 0.25
+    serve_inflight: int = 256 << 20
+    serve_inflight_peer: int = 64 << 20
+    serve_depth: int = 8
+    publish_flush_s: float = 0.01
+    replica_ttl_s: float = 30.0
+    agent_linger_s: float = 300.0
+    run_dir: str | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Is anything to be shared with other nodes?"""
+        return bool(self.redis_url or self.peers)
+
+    def describe(self) -> str:
+        """For the log; no password."""
+        if not self.wanted:
+            return "off"
+        default = asdict(ShareConfig())
+        changed = {key: value for key, value in asdict(self).items() if value != default[key]}
+        if self.redis_url:
+            changed["redis_url"] = redacted(self.redis_url)
+        return str(changed)
+
+
+def redis_url(key: str, value: object) -> str:
+    """Address of the Redis that nodes meet at. Raises ``ConfigError``, without the password in it."""
+    help_text = "redis://host:6379/0, rediss://user@host:6379/0 (TLS), redis+sentinel://h1:26379,h2:26379/service/0"
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{key}: {shown(value)}. Valid: {help_text}")
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in _SCHEMES and bool(parts.netloc or parts.scheme == "unix")
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"{key}: {redacted(value)!r}. Valid: {help_text}")
+    return value
+
+
+def address(key: str, value: object) -> str:
+    """ "host:port" of an agent."""
+    match = _ADDRESS.match(value) if isinstance(value, str) else None
+    if match is None or not 0 <= int(match[2]) < 65536:
+        raise ConfigError(f'{key}: {value!r}. Valid: "host:port", such as "10.0.0.5:7400"')
+    return match[0]
+
+
+def address_list(key: str, value: object) -> tuple[str, ...]:
+    """List of ``address``."""
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f'{key}: {value!r}. Valid: a list such as ["10.0.0.5:7400"]')
+    return tuple(address(f"{key}[{i}]", item) for i, item in enumerate(value))
+
+
+def parse_share(key: str, value: object) -> ShareConfig:
+    """From the object ``share``. Raises ``ConfigError``."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f'{key}: {shown(value)}. Valid: an object such as {{"redis_url": "redis://host:6379/0"}}'
+        )
+    reject_unknown(value, list(_PARSERS), f"{key}.")
+    fields = {}
+    for name, given in value.items():
+        field, parse = _PARSERS[name]
+        fields[field] = parse(f"{key}.{name}", given)
+    share = ShareConfig(**fields)
+    if share.node_ttl_s < 2 * share.heartbeat_s:
+        raise ConfigError(
+            f"{key}.node_ttl_s: {share.node_ttl_s:g} is less than two heartbeats "
+            f"({key}.heartbeat_s: {share.heartbeat_s:g}). Valid: at least {2 * share.heartbeat_s:g}"
+        )
+    return share
+
+
+def _listen(key: str, value: object) -> str:
+    return "auto" if value == "auto" else address(key, value)
+
+
+def _name(key: str, value: object) -> str:
+    if not isinstance(value, str) or not _NAME.match(value):
+        raise ConfigError(f"{key}: {value!r}. Valid: up to 64 letters, digits, '.', '_' and '-'")
+    return value
+
+
+def _pod(key: str, value: object) -> str:
+    return "" if value == "" else _name(key, value)
+
+
+def _megabytes(key: str, value: object) -> int:
+    return int(number(1, 1 << 20, "MiB")(key, value)) << 20
+
+
+def _depth(key: str, value: object) -> int:
+    return int(number(1, 1024, "operations")(key, value))
+
+
+_PARSERS: dict[str, tuple[str, Callable[[str, object], Any]]] = {
+    "redis_url": ("redis_url", redis_url),
+    "redis_password_file": ("redis_password_file", text),
+    "redis_ca_file": ("redis_ca_file", text),
+    "peers": ("peers", address_list),
+    "cluster_id": ("cluster_id", _name),
+    "nid": ("nid", _name),
+    "listen": ("listen", _listen),
+    "advertise": ("advertise", address),
+    "secret_file": ("secret_file", text),
+    "auth": ("auth", choice("curve", "hmac")),
+    "insecure": ("insecure", flag),
+    "pod": ("pod", _pod),
+    "engine": ("engine", choice("zmq", "nixl", "mooncake")),
+    "promote": ("promote", flag),
+    "recompute_tokens_per_s": ("recompute_tokens_per_s", number(0, 1e9, "tokens per second")),
+    "heartbeat_s": ("heartbeat_s", number(0.05, 3600, "seconds")),
+    "node_ttl_s": ("node_ttl_s", number(0.1, 86400, "seconds")),
+    "remote_deadline_ms": ("remote_deadline_s", number(1, 60000, "milliseconds", 1e-3)),
+    "serve_inflight_mb": ("serve_inflight", _megabytes),
+    "serve_inflight_peer_mb": ("serve_inflight_peer", _megabytes),
+    "serve_depth": ("serve_depth", _depth),
+    "publish_flush_ms": ("publish_flush_s", number(0, 10000, "milliseconds", 1e-3)),
+    "replica_ttl_s": ("replica_ttl_s", number(0.5, 86400, "seconds")),
+    "agent_linger_s": ("agent_linger_s", number(0, 86400 * 365, "seconds")),
+    "run_dir": ("run_dir", text),
+}
+"""Key -> field of ``ShareConfig`` and how it is read."""

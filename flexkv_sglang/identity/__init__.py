@@ -1,0 +1,1 @@
+"""What must match for a page to be right: page keys, namespaces, weights."""

@@ -1,0 +1,1 @@
+"""Everything that knows SGLang: plug-in, storage interface, hooks, releases."""

@@ -1,0 +1,117 @@
+"""Device pages: pools of KV cache on the device, and the blocks their pages become.
+
+A block is a page's bytes in the order of SGLang's host layout ``page_first_direct`` (``triton_kernels.layout``). A
+``DevicePool`` knows the addresses of its per-layer buffers (``PtrTable``), copies whole pages into blocks, and blocks
+back into pages, all layers or one. It does not know which model it belongs to (``device_models``).
+
+Imports torch, not SGLang. Copies run on the current stream of the calling thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexkv_sglang.linker.staging import HostShape
+from flexkv_sglang.prefix import ALL_PAGES
+from flexkv_sglang.triton_kernels.layout import BlockLayout, Part
+from flexkv_sglang.triton_kernels.ops import PtrTable, gather_pages, scatter_pages, warmup
+
+QUOTA = 16
+"""Programs (CTAs) of a copy kernel at a time: copies go no faster than PCIe, and the forward pass keeps the rest.
+
+By the design's arithmetic, not yet by a measurement.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePool:
+    """One pool. ``source``: the pool whose indices and keys it shares ("kv" for an indexer), else its own name.
+
+    ``policy``: what a prefix asks of it (``prefix``). ``page_size``: indices per page (1 for Mamba state).
+    ``layers``: SGLang's transfer layer -> layer of this pool; others have nothing to wait for.
+    """
+
+    name: str
+    source: str
+    policy: str
+    page_size: int
+    tables: tuple[PtrTable, ...]
+    layout: BlockLayout
+    layers: Mapping[int, int]
+    shape: HostShape
+
+    @property
+    def device(self) -> torch.device:
+        """Where its buffers are."""
+        return self.tables[0].device
+
+    @property
+    def for_every_page(self) -> bool:
+        """Needed for each page of a prefix, not for its end alone."""
+        return self.policy == ALL_PAGES
+
+    def page_ids(self, indices: torch.Tensor) -> torch.Tensor:
+        """Indices as SGLang gives them (int64 ``[pages * page_size]``, any device) -> int64 ``[pages]``.
+
+        Computed where they are, without waiting: a page is one run of slots that begins at a multiple of its size.
+        """
+        if self.page_size == 1:
+            return indices.to(torch.int64)
+        return indices[:: self.page_size].to(torch.int64) // self.page_size
+
+    def gather(self, page_ids: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Pages to blocks: uint8 ``[len(page_ids), >= block_bytes]`` on the pool's device.
+
+        Raises ``KernelArgumentError``.
+        """
+        for run in self.layout.runs():
+            gather_pages(
+                self.tables[run.table],
+                page_ids,
+                blocks,
+                first=run.first,
+                count=run.count,
+                offset_bytes=run.offset_bytes,
+                quota=QUOTA,
+                trusted_ids=True,
+            )
+
+    def scatter(
+        self, page_ids: torch.Tensor, blocks: torch.Tensor, layer: int | None = None
+    ) -> None:
+        """Blocks to pages, which are distinct: all layers, or one ``layer`` of this pool. As ``gather``."""
+        layers = (0, None) if layer is None else (layer, layer + 1)
+        for run in self.layout.runs(*layers):
+            scatter_pages(
+                self.tables[run.table],
+                page_ids,
+                blocks,
+                first=run.first,
+                count=run.count,
+                offset_bytes=run.offset_bytes,
+                quota=QUOTA,
+                trusted_ids=True,
+            )
+
+    def warm_up(self) -> None:
+        """Compile what it needs, so that no request waits for the compiler."""
+        warmup(*self.tables)
+
+
+def tables_of(
+    parts: Sequence[Sequence[torch.Tensor]], page_size: int, *, rows_are_pages: bool
+) -> tuple[tuple[PtrTable, ...], BlockLayout]:
+    """Pointer tables and block layout for ``parts`` in stored order (K of all layers, V of all layers).
+
+    Parts whose chunks have one size share a table, as ``BlockLayout`` wants it. Raises ``KernelArgumentError`` for
+    buffers that the kernels cannot address.
+    """
+    single = [PtrTable(part, page_size, rows_are_pages) for part in parts]
+    layout = BlockLayout(tuple(Part(table.buffer_count, table.chunk_bytes) for table in single))
+    if layout.table_count == len(single):
+        return tuple(single), layout
+    every = [buffer for part in parts for buffer in part]
+    return (PtrTable(every, page_size, rows_are_pages),), layout

@@ -1,0 +1,347 @@
+"""FlexKVLinker: SGLang's external-linker interface on the same stores as the storage backend.
+
+A linker moves pages between the device pools and the tiers without a host cache in between:
+
+    lookups.py         which prefixes can be restored, and leases that keep them so
+    linker_load.py     tiers -> staging -> device slots, layer by layer
+    linker_offload.py  device slots -> staging -> tiers, in order
+    promotion.py       what neighbours have becomes one's own
+
+Its pages have the bytes and the identity of a HiCache replica's with ``--hicache-mem-layout page_first_direct``.
+
+The boundary: after construction nothing is raised into SGLang. A failed lookup finds nothing, a failed load is
+reported by ``finish_layer_wise_loading`` (SGLang aborts its requests), a failed offload is one that was not stored.
+
+Threads: SGLang calls from its scheduler, and ``layer_done_counter`` calls back from the forward thread; the work is
+done by ``flexkv-load``, ``flexkv-offload`` and ``flexkv-promote``; ``flexkv-watch`` ends what takes too long.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any, ClassVar
+
+import torch
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
+    LayerWiseLoadCounter,
+    UnifiedCacheLinker,
+)
+from sglang.srt.runtime_context import get_parallel
+
+from flexkv_sglang.cache.assembly import prepare_tiers
+from flexkv_sglang.config.settings import FlexKVConfig
+from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.identity.epochs import WEIGHTS
+from flexkv_sglang.integration.boundary import Boundary, boundary
+from flexkv_sglang.integration.compat import pool_name
+from flexkv_sglang.integration.pool_identity import Identities
+from flexkv_sglang.integration.weight_updates import agree_before_attach, install_now
+from flexkv_sglang.linker.device_models import REPLICATED_CLASSES, device_pools, transfer_layers
+from flexkv_sglang.linker.device_pages import DevicePool
+from flexkv_sglang.linker.leases import Lookups
+from flexkv_sglang.linker.load import Loader, LoadTimes, Wanted
+from flexkv_sglang.linker.offload import OFFLOAD_S, Given, Offloader
+from flexkv_sglang.linker.promotion import Promoter
+from flexkv_sglang.linker.staging import StagingPool
+from flexkv_sglang.metrics.prometheus import export
+from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.pools.host_pages import Pages
+from flexkv_sglang.pools.pool import Described
+from flexkv_sglang.pools.pool_rules import KV, MAMBA
+from flexkv_sglang.pools.stores import PoolStores
+from flexkv_sglang.sharing.rank import Sharing
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.1
+"""How often overdue loads and leases are looked for."""
+
+QUIET_S = 5.0
+"""How long ``reset`` and ``close`` wait for offloads that run, and then for each thread."""
+
+
+class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLang ships no types
+    """One per SGLang rank process. Construction opens all files; raises ``ConfigError`` for what cannot work.
+
+    ``extra_config``: as ``--hicache-storage-backend-extra-config`` of the storage backend. ``components``: of
+    SGLang's tree. ``forward_stream``: what writes the device pools. ``metrics``: of KV pages.
+    """
+
+    load_times: ClassVar[LoadTimes] = LoadTimes()
+    offload_seconds: ClassVar[float] = OFFLOAD_S
+
+    def __init__(
+        self,
+        server_args: Any,
+        params: Any,
+        *,
+        components: Any,
+        extra_config: dict[str, Any] | None = None,
+        forward_stream: Any = None,
+    ) -> None:
+        self.forward_stream = forward_stream
+        self._config = FlexKVConfig.parse(extra_config)
+        logger.info("flexkv: linker: %s", self._config.describe())
+        kvcache = params.token_to_kv_pool_allocator.get_kvcache()
+        unified = bool(getattr(server_args, "enable_unified_memory", False))
+        self._pools = device_pools(
+            kvcache, params, dcp_size=int(get_parallel().attn_dcp_size), unified=unified
+        )
+        _check_components(components, self._pools)
+        replicated = type(kvcache).__name__ in REPLICATED_CLASSES
+        self._storage_config = _storage_config(params, replicated, dict(extra_config or {}))
+        self._metrics: dict[str, Metrics] = {}
+        self.metrics = self._metrics_of(KV)
+        self._identities = Identities(self._config, self._storage_config)
+        prepared = prepare_tiers(self._config)
+        self._sharing = Sharing.of(self._config, self.metrics)
+        self._stores = PoolStores(self._config, prepared, self._describe, sharing=self._sharing)
+        device = self._pools[0].device
+        self._staging = {pool.name: StagingPool(pool.shape, device) for pool in self._pools}
+        for pool in self._pools:
+            pool.warm_up()
+        self.pools = {PoolName(pool.name): pool for pool in self._pools}
+        layers = transfer_layers(self._pools)
+        self.layer_done_counter = LayerWiseLoadCounter(layers, self._follow_layer)
+        self._epoch = 0
+        self._closed = False
+        install_now()
+        self._open_stores()
+        self._promoter = Promoter(self._stores, self._staging)
+        self._lookups = Lookups(self._stores, self._pools, self._promoter.ask)
+        self._loader = Loader(
+            self._stores,
+            self._staging,
+            self.layer_done_counter,
+            layers,
+            device,
+            self.metrics,
+            lambda: self._epoch,
+            self.load_times,
+        )
+        self._offloader = Offloader(
+            self._stores,
+            self._staging,
+            device,
+            self.metrics,
+            lambda: self._epoch,
+            self.offload_seconds,
+        )
+        self._stopping = threading.Event()
+        self._watch = threading.Thread(target=self._watching, name="flexkv-watch", daemon=True)
+        self._watch.start()
+        if MAMBA in self._staging:
+            params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
+        WEIGHTS.attach(self)
+
+    def _open_stores(self) -> None:
+        agree_before_attach()
+        try:
+            self._stores.anchor(self._staging[KV], opens=WEIGHTS.settled)
+            for name, staging in self._staging.items():
+                self._stores.add(name, staging)
+            self._stores.burst_over()
+        except BaseException:
+            self._stores.close()
+            raise
+
+    @boundary(lambda self, *a, **k: [])
+    def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
+        """Every prefix length, in pages, that can be restored at once. Memory only; renews the request's lease."""
+        if self._closed:
+            return []
+        return self._lookups.answer(
+            rid, {pool_name(transfer.name): transfer.keys or () for transfer in transfers}
+        )
+
+    @boundary(lambda self, *a, **k: False)
+    def load(self, rid: str, transfers: list[Any]) -> bool:
+        """Queue pages for ``start_layer_wise_loading``. ``device_indices``: int64, one per token, whole pages.
+
+        The answer depends on the transfers alone, so it is the same on every rank.
+        """
+        by_name = {pool_name(transfer.name): transfer for transfer in transfers}
+        wanted = []
+        for pool in self._pools:
+            texts, page_ids = _pages_of(pool, by_name)
+            if texts:
+                wanted.append(Wanted(pool, texts, page_ids))
+        accepted = bool(wanted) and self._loader.queue(rid, wanted)
+        if accepted:
+            self._lookups.loading(rid)
+        return accepted
+
+    @boundary(lambda self: -1)
+    def start_layer_wise_loading(self) -> int:
+        """Start what is queued as one batch; its index for ``layer_done_counter``, -1 if nothing is."""
+        return self._loader.start()
+
+    @boundary(lambda self, counter_index: False)
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        """Wait until the batch writes no device memory any more; did every layer land? Bounded by its deadline."""
+        landed, rids = self._loader.finish(counter_index)
+        for rid in rids:
+            if landed:
+                self._lookups.loaded(rid)
+            else:
+                self._lookups.end(rid)
+        return landed
+
+    @boundary(lambda self, rid: False)
+    def cancel_queued_load(self, rid: str) -> bool:
+        """True if a load of this request was queued and had not been started."""
+        cancelled = self._loader.cancel(rid)
+        if cancelled:
+            self._lookups.end(rid)
+        return cancelled
+
+    @boundary(lambda self, *a, **k: False)
+    def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
+        """Queue pages to be stored. True: exactly one result follows. The answer depends on the transfers alone."""
+        by_name = {pool_name(transfer.name): transfer for transfer in transfers}
+        given = []
+        for pool in reversed(
+            self._pools
+        ):  # KV last: a page without its sidecars would be found first
+            texts, page_ids = _pages_of(pool, by_name)
+            if texts:
+                given.append(Given(pool, texts, page_ids))
+        if not given:
+            return False
+        try:
+            parent = self._lookups.page_before(given[-1].texts[0])
+            self._offloader.accept(given, self.record_offload_ready(), parent)
+        except Exception as exc:  # noqa: BLE001 - boundary: a rank that says no while others say yes loses count
+            self._report("offload", exc)
+            self._offloader.refuse()
+        return True
+
+    @boundary(lambda self: 0)
+    def num_completed_offloads(self) -> int:
+        """Results that can be popped, oldest first."""
+        return self._offloader.completed()
+
+    @boundary(lambda self: False)
+    def pop_completed_offload(self) -> bool:
+        """Take the oldest result: is everything stored?"""
+        return self._offloader.pop()
+
+    @boundary(lambda self: None)
+    def reset(self) -> None:
+        """SGLang's cache is emptied: end all transfers, bounded, and forget all results. Idempotent."""
+        self._quiesce(QUIET_S)
+        self.layer_done_counter.reset()
+        if not self._closed:
+            WEIGHTS.flushed()
+
+    def close(self) -> None:
+        """End all transfers, bounded, and release the files. Idempotent, never raises."""
+        if self._closed:
+            return
+        self._closed = True
+        WEIGHTS.detach(self)
+        try:
+            self._quiesce(QUIET_S)
+            self._stopping.set()
+            ended = [
+                worker.stop(QUIET_S) for worker in (self._loader, self._offloader, self._promoter)
+            ]
+            if not all(ended):
+                logger.error("flexkv: a transfer hangs while the linker is closed")
+            self._watch.join(QUIET_S)
+            self._stores.close()
+            if self._sharing is not None:
+                self._sharing.close()
+        except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this while it shuts down
+            self._report("close", exc)
+
+    @boundary(lambda self: None)
+    def leave_epoch(self) -> None:
+        """Before a weight update: from now on nothing is found and nothing stored; what runs fails."""
+        self._epoch += 1
+        self._lookups.end_all()
+        self._stores.leave()
+
+    @boundary(lambda self: None)
+    def enter_epoch(self) -> None:
+        """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
+        self._stores.enter()
+
+    def _quiesce(self, seconds: float) -> None:
+        self._loader.quiesce()
+        self._lookups.end_all()
+        self._offloader.quiesce(seconds)
+
+    def _follow_layer(self, index: int, layer: int) -> None:
+        try:
+            self._loader.follow_layer(index, layer)
+        except Exception as exc:  # noqa: BLE001 - boundary: called in the forward pass
+            self._report("follow_layer", exc)
+
+    def _watching(self) -> None:
+        while not self._stopping.wait(WATCH_S):
+            try:
+                self._loader.fail_overdue()
+                self._lookups.expire()
+            except Exception as exc:  # noqa: BLE001 - a thread of ours: nobody else watches
+                self._report("watch", exc)
+
+    def _metrics_of(self, name: str) -> Metrics:
+        if name not in self._metrics:
+            self._metrics[name] = Metrics()
+            export(self._metrics[name], self._storage_config, name)
+        return self._metrics[name]
+
+    def _describe(self, name: str, pool: Any, pages: Pages) -> Described:
+        writers, writes = self._identities.writers(name)
+        identity = self._identities.of(name, pool, pages)
+        return Described(identity, writers, writes, self._metrics_of(name))
+
+
+def _pages_of(pool: DevicePool, transfers: dict[str, Any]) -> tuple[list[str], torch.Tensor]:
+    """(page hashes, page ids) of what a pool is given; nothing if its indices are not those of so many pages."""
+    transfer = transfers.get(pool.source)
+    texts = list(transfer.keys or ()) if transfer is not None else []
+    indices = transfer.device_indices if transfer is not None else None
+    if indices is None or len(indices) != len(texts) * pool.page_size:
+        return [], torch.empty(0, dtype=torch.int64)
+    return texts, pool.page_ids(indices)
+
+
+def _check_components(components: Any, pools: list[DevicePool]) -> None:
+    """Every part of SGLang's tree has a pool. Raises ``ConfigError``."""
+    names = {"FULL": KV, "SWA": "swa", "MAMBA": MAMBA}
+    carried = {pool.name for pool in pools}
+    for component in components:
+        name = getattr(component, "name", str(component))
+        if names.get(name) not in carried:
+            raise ConfigError(
+                f"tree component: {name}: the linker has no pool for it. Valid: {', '.join(sorted(carried))}"
+            )
+
+
+def _storage_config(params: Any, replicated: bool, extra: dict[str, Any]) -> HiCacheStorageConfig:
+    """What SGLang's cache controller would tell a storage backend of this rank."""
+    parallel = get_parallel()
+    attention = is_dp_attention_enabled()
+    cp_rank, cp_size = 0, 1
+    if params.attn_cp_cache_group is not None:
+        cp_rank = torch.distributed.get_rank(group=params.attn_cp_cache_group)
+        cp_size = torch.distributed.get_world_size(group=params.attn_cp_cache_group)
+    return HiCacheStorageConfig(
+        tp_rank=parallel.attn_tp_rank if attention else parallel.tp_rank,
+        tp_size=parallel.attn_tp_size if attention else parallel.tp_size,
+        pp_rank=parallel.pp_rank,
+        pp_size=parallel.pp_size,
+        attn_cp_rank=cp_rank,
+        attn_cp_size=cp_size,
+        is_mla_model=replicated,
+        enable_storage_metrics=bool(getattr(params, "enable_metrics", False)),
+        is_page_first_layout=False,
+        model_name=None,
+        dp_rank=parallel.attn_dp_rank if attention else 0,
+        extra_config=extra,
+    )

@@ -1,0 +1,1 @@
+"""Counters, histograms and gauges, their one catalog, and how Prometheus gets them."""

@@ -1,0 +1,1 @@
+"""A model's host pools: where their pages lie in memory, and one store for each."""

@@ -1,0 +1,248 @@
+"""Host pages: SGLang's host pool + token indices -> where each page lies in memory.
+
+Three ways, chosen once per pool by ``open_pages``: ``HostPages`` names the addresses inside the pool (no copy);
+``FlatPages`` copies through the pool's flat-page calls; ``MarkerPages`` stands for pools without bytes.
+
+Buffers are put into one canonical order, K of all layers before V of all layers, which is also the order
+of SGLang's flat pages (``get_data_page(flat=True)``): a page written through the zero-copy interface and
+one written through the generic interface have the same bytes.
+
+Does not import sglang: the pool is a duck type, ``HostPool``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
+from flexkv_sglang.types import PageBuffers, PageKey
+
+PROBE_FAILURES = (
+    *(AttributeError, NotImplementedError, ValueError, AssertionError),
+    *(TypeError, RuntimeError, IndexError, KeyError),
+)
+"""What a pool raises for a call it does not support in its layout."""
+
+
+class HostPool(Protocol):
+    """What we use of ``sglang.srt.mem_cache.pool_host.base.HostKVCache``."""
+
+    layout: str
+    page_size: int
+    dtype: Any
+
+    def get_page_buffer_meta(self, indices: Any) -> tuple[list[int], list[int]] | None:
+        """One index per token -> (addresses, lengths) of all buffers, page after page."""
+
+
+class UnsupportedPoolError(Exception):
+    """The pool offers no page buffers that could be stored: every access is a miss, said once in the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageGeometry:
+    """Shape of one page: ``lengths`` bytes per buffer in stored order; ``order`` SGLang's buffer positions."""
+
+    lengths: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of one page."""
+        return sum(self.lengths)
+
+
+def _as_they_are(flags: list[bool]) -> list[bool]:
+    return flags
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pages of one call. ``memory`` is kept alive for ``buffers``.
+
+    ``landed(flags)``: to be called after a read with which pages arrived; returns which of them the host pool
+    has now.
+    """
+
+    buffers: PageBuffers
+    memory: object = None
+    landed: Callable[[list[bool]], list[bool]] = _as_they_are
+
+
+class Pages(Protocol):
+    """The pages of one host pool. ``span``: pages that fit one call. Any thread.
+
+    ``groups``: what is stored of a page. ``geometry`` and buffers are those of one group, ``groups.count`` of them
+    per page, page after page.
+
+    ``host_indices``: int64 tensor ``[len(keys) * tokens_per_page]``; None where they are not those of so many
+    whole pages.
+    """
+
+    how: str
+    tokens_per_page: int
+    geometry: PageGeometry
+    span: int
+    groups: HeadGroups
+
+    def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
+        """Pages as they are now, to be written."""
+
+    def incoming(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
+        """Memory to read pages into."""
+
+    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
+        """The same for SGLang's flat page tensors, in either direction."""
+
+    def memory(self) -> list[tuple[int, int]]:
+        """(address, bytes) of memory that an I/O engine may pin as long as this object lives."""
+
+
+class HostPages:
+    """Page addresses of one host pool. Raises ``UnsupportedPoolError`` when the pool cannot name them."""
+
+    how = "zero-copy"
+    span = 1 << 30
+    groups = WHOLE
+
+    def __init__(self, pool: HostPool, first_page_indices: Any) -> None:
+        """``first_page_indices``: int64 tensor ``[tokens per page]`` of any page, to learn the geometry."""
+        self._pool = pool
+        self.tokens_per_page = tokens_per_page(pool)
+        try:
+            meta = pool.get_page_buffer_meta(first_page_indices)
+        except PROBE_FAILURES as exc:
+            raise UnsupportedPoolError(f"{type(pool).__name__} ({pool.layout}): {exc}") from exc
+        if meta is None or not meta[0]:
+            raise UnsupportedPoolError(
+                f"{type(pool).__name__} ({pool.layout}) holds no bytes of its own"
+            )
+        lengths = [int(length) for length in meta[1]]
+        order = _stored_order(pool, len(lengths))
+        self.geometry = PageGeometry(tuple(lengths[i] for i in order), order)
+        self._order = np.array(order, np.intp)
+        self._kept: list[Any] = []  # keeps the memory of memory() mapped
+        self._lengths = np.array(self.geometry.lengths, np.uint64)
+
+    def buffers(self, host_indices: Any, page_count: int) -> PageBuffers | None:
+        """Addresses of ``page_count`` pages, or None if the indices are not those of so many whole pages.
+
+        ``host_indices``: int64 tensor ``[page_count * tokens per page]``.
+        """
+        if page_count == 0 or int(host_indices.numel()) != page_count * self.tokens_per_page:
+            return None
+        meta = self._meta(host_indices)
+        page_count *= self.groups.count
+        if meta is None or len(meta[0]) != page_count * len(self._order):
+            return None
+        addresses = np.array(meta[0], np.uint64).reshape(page_count, len(self._order))
+        return PageBuffers(np.ascontiguousarray(addresses[:, self._order]), self._lengths)
+
+    def _meta(self, host_indices: Any) -> tuple[list[int], list[int]] | None:
+        return self._pool.get_page_buffer_meta(host_indices)
+
+    def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
+        """See ``Pages``."""
+        buffers = self.buffers(host_indices, len(keys))
+        return None if buffers is None else Batch(buffers)
+
+    incoming = outgoing
+
+    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
+        """See ``Pages``."""
+        return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
+
+    def memory(self) -> list[tuple[int, int]]:
+        """(address, bytes) of the pool's CPU memory, or nothing where it is not a tensor or several.
+
+        It stays mapped as long as this object lives, so an I/O engine may pin it.
+        """
+        found = getattr(self._pool, "kv_buffer", None)
+        tensors: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
+        if not all(hasattr(t, "untyped_storage") and t.device.type == "cpu" for t in tensors):
+            return []
+        self._kept = tensors
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        return [(address, size) for address, size in storages.items() if size]
+
+
+class HeadGroupPages(HostPages):
+    """Pages in the layout ``page_head``, cut into head groups: K and V of each. Raises ``UnsupportedPoolError``."""
+
+    how = "zero-copy, by head groups"
+
+    def __init__(self, pool: HostPool, first_page_indices: Any, groups: HeadGroups) -> None:
+        obstacle = groups.obstacle(pool.layout)
+        if obstacle is not None:
+            raise UnsupportedPoolError(obstacle)
+        super().__init__(pool, first_page_indices)
+        whole = self.geometry
+        self.groups = groups
+        try:
+            meta = self._meta(first_page_indices)
+        except PROBE_FAILURES as exc:
+            raise UnsupportedPoolError(
+                f"{groups.count} groups per rank: {type(exc).__name__} {exc}"
+            ) from exc
+        lengths = {int(length) for length in meta[1]}
+        part = whole.lengths[0] // groups.count
+        all_of_it = whole.lengths == (part * groups.count,) * 2
+        if not all_of_it or len(meta[0]) != 2 * groups.count or lengths != {part}:
+            raise UnsupportedPoolError("its head groups are not K and V, or not all of a page")
+        self._half = whole.lengths[0]
+        self.geometry = PageGeometry((part, part), (0, 1))
+        self._lengths = np.array(self.geometry.lengths, np.uint64)
+
+    def _meta(self, host_indices: Any) -> tuple[list[int], list[int]]:
+        pool: Any = self._pool
+        found: tuple[list[int], list[int]] = pool.get_split_heads_page_buffer_meta(
+            host_indices, self.groups.count
+        )
+        return found
+
+    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
+        """See ``Pages``. A flat page is K of all heads, then V of all heads."""
+        pages = flat_batch(tensors, len(keys), 2 * self._half)
+        if pages is None:
+            return None
+        steps = np.arange(self.groups.count, dtype=np.uint64) * self._lengths[0]
+        starts = np.stack([steps, steps + np.uint64(self._half)], axis=1)  # [groups, 2]
+        addresses = (pages.buffers.addresses[:, :, None] + starts).reshape(-1, 2)
+        return Batch(PageBuffers(addresses, self._lengths), pages.memory)
+
+
+def tokens_per_page(pool: HostPool) -> int:
+    """Entries of ``host_indices`` per page."""
+    return int(getattr(pool, "logical_page_size", None) or pool.page_size)
+
+
+def _stored_order(pool: HostPool, count: int) -> tuple[int, ...]:
+    """SGLang lists layer_first MHA buffers as K0 V0 K1 V1 ...; they are stored as K0 K1 ... V0 V1 ..."""
+    layers = int(getattr(pool, "layer_num", 0) or 0)
+    if pool.layout == "layer_first" and count == 2 * layers:
+        return (*range(0, count, 2), *range(1, count, 2))
+    return tuple(range(count))
+
+
+def flat_batch(tensors: list[Any], count: int, payload_bytes: int) -> Batch | None:
+    """``count`` flat page tensors; None if it is another number or one of them is no page."""
+    buffers = tensor_buffers(tensors, payload_bytes)
+    return None if buffers is None or len(buffers) != count else Batch(buffers, tensors)
+
+
+def tensor_buffers(tensors: list[Any], payload_bytes: int) -> PageBuffers | None:
+    """Flat page tensors (CPU, contiguous, ``payload_bytes`` each) as pages of one buffer; None if any is not."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        if tensor.numel() * tensor.element_size() != payload_bytes:
+            return None
+    addresses: npt.NDArray[np.uint64] = np.array(
+        [[tensor.data_ptr()] for tensor in tensors], np.uint64
+    )
+    return PageBuffers(addresses.reshape(len(tensors), 1), np.array([payload_bytes], np.uint64))

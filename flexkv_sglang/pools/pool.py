@@ -1,0 +1,70 @@
+"""Pool: one host pool as it is stored: what is known of it, and its open files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flexkv_sglang.cache.assembly import Share
+from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.identity.keys import Identity
+from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.pools.flat_pages import MarkerPages
+from flexkv_sglang.pools.host_pages import Pages
+from flexkv_sglang.pools.pool_rules import Claim
+from flexkv_sglang.prefix import Demand
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the adapter knows of a pool. ``writers``: rank processes of the server that write it; ``writes``: is
+    this one of them?"""
+
+    identity: Identity
+    writers: int
+    writes: bool
+    metrics: Metrics
+
+
+@dataclass(slots=True)
+class Pool:
+    """One host pool that can be stored. ``store`` is None while its files are not open; ``opened``: what it was last
+    opened as, which is what it is ``told`` unless the weights changed.
+
+    ``demand``: what SGLang asked of it last, or is expected to ask.
+    """
+
+    name: str
+    pages: Pages
+    told: Described
+    claim: Claim
+    demand: Demand
+    store: Hierarchy | None = None
+    opened: Identity | None = None
+    shares: tuple[Share, ...] = ()
+
+    def close(self) -> None:
+        """Close its files. Idempotent."""
+        store, self.store = self.store, None
+        if store is not None:
+            store.close()
+
+    @property
+    def ready(self) -> bool:
+        """Is it open as what it is? Not while it waits to be opened anew; opening may take longer than an update."""
+        return self.store is not None and self.opened == self.told.identity
+
+    @property
+    def is_marker(self) -> bool:
+        """The pool has no bytes of its own."""
+        return isinstance(self.pages, MarkerPages)
+
+    @property
+    def slot_payload(self) -> int:
+        """Bytes of what is stored by itself: a page, or one head group of it."""
+        return self.pages.geometry.payload_bytes
+
+
+Describe = Callable[[str, Any, Pages], Described]
+"""(name, host pool, its pages) -> what they are."""

@@ -1,0 +1,176 @@
+"""What one call of SGLang's storage interface does with a pool: look prefixes up, read pages, write pages.
+
+A hybrid lookup first finds out what every pool holds, folds it (``prefix``), and then promises what it announces,
+in every pool and nothing else. Reads and writes of a pool know nothing of the others.
+
+Threads: any; nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flexkv_sglang.identity.keys import page_keys
+from flexkv_sglang.pools.host_pages import Batch
+from flexkv_sglang.pools.pool import Pool
+from flexkv_sglang.pools.stores import PoolStores
+from flexkv_sglang.prefix import ALL_PAGES, BLOCK_GROUPS, Demand, Usable, usable_prefixes
+from flexkv_sglang.types import PageKey
+
+EXISTS_SPAN = 512
+"""Keys converted and looked up at a time."""
+
+
+def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int, list[PageKey]]:
+    """(leading run of stored KV pages, their keys). Most end early: keys are converted as needed."""
+    found: list[PageKey] = []
+    for start in range(0, len(texts), EXISTS_SPAN):
+        span = page_keys(texts[start : start + EXISTS_SPAN])
+        count = leading_run(kv, span, promise=promise)
+        found += span[:count]
+        if count < len(span):
+            break
+    return len(found), found
+
+
+def usable(stores: PoolStores, kv: Pool, texts: Sequence[str], demands: Sequence[Demand]) -> Usable:
+    """Prefixes that can be restored from all pools. What the longest needs is promised in each of them."""
+    kv_pages, keys = leading_pages(kv, texts, promise=not demands)
+    result = usable_prefixes(kv_pages, _held(stores, keys, demands))
+    if demands and result.pages:
+        leading_run(kv, keys[: result.pages], promise=True)
+        for demand in demands:
+            pool = stores.get(demand.pool)
+            if pool is not None and demand.policy != BLOCK_GROUPS:
+                whole = demand.policy == ALL_PAGES
+                first = 0 if whole else max(0, result.pages - max(1, demand.window))
+                leading_run(pool, keys[first : result.pages], promise=True)
+    return result
+
+
+def _held(
+    stores: PoolStores, keys: Sequence[PageKey], demands: Sequence[Demand]
+) -> Iterator[tuple[Demand, Sequence[bool]]]:
+    for demand in demands:
+        pool = stores.get(demand.pool)
+        opened = pool.store if pool is not None else None
+        flags: Sequence[bool] = []
+        if pool is not None and opened is not None:
+            if demand.policy == ALL_PAGES:
+                flags = [True] * leading_run(pool, keys, promise=False)
+            else:
+                groups = pool.pages.groups
+                flags = groups.whole(opened.holds(groups.keys(keys)))
+            pool.told.metrics.count("asked_pages", len(keys))
+            pool.told.metrics.count("found_pages", sum(flags))
+        yield demand, flags
+
+
+def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
+    """How many pages from the first on are there, with all of their head groups."""
+    opened, groups = pool.store, pool.pages.groups
+    return (
+        0 if opened is None else opened.prefix(groups.keys(keys), promise=promise) // groups.count
+    )
+
+
+def read(
+    pool: Pool, keys: Sequence[PageKey], host_indices: Any, deadline: float
+) -> list[bool] | None:
+    """Read pages into the host pool. One bool per key, False from the first that is not there.
+
+    None: ``host_indices`` (int64) are not those of so many pages.
+    """
+    if not _fits(pool, keys, host_indices):
+        return None
+    results: list[bool] = []
+    while len(results) < len(keys):
+        part = slice(len(results), len(results) + pool.pages.span)
+        batch = pool.pages.incoming(_indices(pool, host_indices, part), keys[part])
+        if batch is None:
+            return None
+        flags = fetch(pool, keys[part], batch, deadline)
+        results += flags
+        if not all(flags):
+            break
+    return results + [False] * (len(keys) - len(results))
+
+
+def fetch(pool: Pool, keys: Sequence[PageKey], batch: Batch, deadline: float) -> list[bool]:
+    """Read one batch."""
+    opened = pool.store
+    if opened is None:
+        return [False] * len(keys)
+    with pool.told.metrics.timed("get"):
+        groups = pool.pages.groups
+        flags = opened.get(groups.keys(keys), batch.buffers, deadline)
+        return batch.landed(groups.whole(flags))
+
+
+def write(
+    pool: Pool,
+    keys: Sequence[PageKey],
+    host_indices: Any,
+    parent: PageKey | None,
+    deadline: float,
+) -> list[bool] | None:
+    """Write pages of the host pool. One bool per key: is it stored now? None: as ``read``."""
+    if not _fits(pool, keys, host_indices):
+        return None
+    results: list[bool] = []
+    while len(results) < len(keys):
+        part = slice(len(results), len(results) + pool.pages.span)
+        batch = pool.pages.outgoing(_indices(pool, host_indices, part), keys[part])
+        if batch is None:
+            return None
+        before = keys[part.start - 1] if results else parent
+        results += store(pool, keys[part], batch, before, deadline)
+    return results
+
+
+def store(
+    pool: Pool, keys: Sequence[PageKey], batch: Batch, parent: PageKey | None, deadline: float
+) -> list[bool]:
+    """Write one batch."""
+    opened = pool.store
+    if opened is None:
+        return [False] * len(keys)
+    with pool.told.metrics.timed("put"):
+        groups = pool.pages.groups
+        stored = groups.keys(keys)
+        return groups.whole(opened.put(stored, batch.buffers, groups.last_key(parent), deadline))
+
+
+def store_own(
+    pool: Pool, keys: Sequence[PageKey], batch: Batch, parent: PageKey | None, deadline: float
+) -> list[bool]:
+    """As ``store``, also what a neighbour has."""
+    opened = pool.store
+    if opened is None:
+        return [False] * len(keys)
+    return opened.put(keys, batch.buffers, parent, deadline, own=True)
+
+
+def _fits(pool: Pool, keys: Sequence[PageKey], host_indices: Any) -> bool:
+    return host_indices is not None and (
+        int(host_indices.numel()) == len(keys) * pool.pages.tokens_per_page
+    )
+
+
+def _indices(pool: Pool, host_indices: Any, part: slice) -> Any:
+    tokens = pool.pages.tokens_per_page
+    return host_indices[part.start * tokens : part.stop * tokens]
+
+
+class PoolAnswer:
+    """Per pool one bool per key. A pool that is named twice in one call: the last one's flags, all False if any
+    of the first ones is."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, list[bool]] = {}
+
+    def add(self, name: str, flags: list[bool]) -> None:
+        """The outcome of one transfer."""
+        good = all(self.results.get(name, ()))
+        self.results[name] = flags if good else [False] * len(flags)

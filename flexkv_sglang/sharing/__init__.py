@@ -1,0 +1,1 @@
+"""Pages of other machines: a rank process's side, and the agent."""

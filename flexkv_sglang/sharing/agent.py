@@ -1,0 +1,249 @@
+"""Agent: the one process per node that shares the node's pages with other nodes.
+
+It follows the journals of the node's rank processes, tells other nodes what is here (``Roster``), keeps the
+replica of what is there (``ReplicaWriter``) for the rank processes, and serves pages (``PageServer``). It owns no
+page and holds no state that could be lost: killed at any moment, it starts again from the journals.
+
+Threads: ``run`` is the process's main thread: it follows journals, and everything periodic; the parts have
+their own. A part that fails is logged, counted, and tried again; nothing but ``ConfigError`` at start ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
+from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
+from flexkv_sglang.backends.fleet.members.roster import Roster
+from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.server.server import PageServer
+from flexkv_sglang.backends.fleet.vocabulary import NodeId, NodeInfo
+from flexkv_sglang.backends.fleet.wire.curve import load_secret
+from flexkv_sglang.backends.io.probe import IoMode
+from flexkv_sglang.backends.slots.opening import prepare_directory
+from flexkv_sglang.config.settings import FlexKVConfig
+from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.sharing.node_pages import NodePages, is_shareable, payload_bytes_of
+from flexkv_sglang.sharing.run_dir import RunDir, node_name
+
+logger = logging.getLogger(__name__)
+
+_POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
+_SCAN_S = 1.0
+_LOG_INTERVAL_S = 60.0
+
+
+def _version() -> str:
+    try:
+        return version("flexkv-sglang")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return ""
+
+
+_VERSION = _version()
+
+
+class Agent:
+    """Opens everything at construction (``ConfigError``); ``close`` is idempotent.
+
+    ``by_hand``: started by a person, so it stays when no rank process is left.
+    """
+
+    def __init__(self, config: FlexKVConfig, run_dir: RunDir, *, by_hand: bool) -> None:
+        self._run_dir = run_dir
+        self._by_hand = by_hand
+        self._config = config
+        self.metrics = Metrics()
+        self._modes: dict[Path, IoMode] = {}
+        self._refused: dict[str, str] = {}  # directory -> why
+        self._pages: dict[str, NodePages] = {}  # replaced, never changed: other threads read it
+        self._counts: Counter[str] = Counter()
+        self._counts_lock = threading.Lock()
+        self._logged_at: dict[str, float] = {}
+        self._needed_at = time.monotonic()
+        self._changes = 0
+        self._doubts: dict[tuple[str, str, str], int] = {}  # (rank, namespace, node) -> as reported
+        self._share = share = config.share
+        self._nid = NodeId(node_name(config))
+        self._logs = ChangeLogs(outbox=share.redis_url is not None)
+        secret = load_secret(share)
+        run_dir.add_places(config)
+        self._address = ""
+        self._server = PageServer(share, secret, self.info, self._pages_of, self._logs.find)
+        self._replica = ReplicaWriter(run_dir.path)
+        self._control = WirePeerControl(share, secret)
+        self._roster = Roster(
+            share, self._own, self._logs.find, self._control, self._replica, self._count
+        )
+        self._round("scan", self._scan)
+        self._address = self._server.start()
+        self._roster.start()
+
+    def info(self) -> NodeInfo:
+        """What other nodes are told, with the name this node has by now."""
+        return self._roster.own_info()
+
+    def _count(self, name: str, amount: int = 1) -> None:
+        with self._counts_lock:
+            self._counts[name] += amount
+
+    def _own(self) -> NodeInfo:
+        return NodeInfo(
+            nid=self._nid,
+            epoch=self._logs.epoch,
+            address=self._address,
+            pod=self._share.pod,
+            namespaces=tuple(sorted(self._pages)),
+            engines=self._server.engines,
+            version=_VERSION,
+        )
+
+    def run(self, stop: threading.Event, in_place: Callable[[], bool] = lambda: True) -> None:
+        """Until ``stop`` is set, or no rank process has lived for ``agent_linger_s``, or it is not ``in_place``.
+
+        ``in_place``: can rank processes still find this agent?
+        """
+        pause = _POLL_MIN_S
+        scan_at = 0.0
+        while not stop.wait(pause):
+            before = self._changes
+            self._round("journals", self._poll)
+            pause = _POLL_MIN_S if self._changes != before else min(2 * pause, _POLL_MAX_S)
+            now = time.monotonic()
+            if now >= scan_at:
+                scan_at = now + _SCAN_S
+                if not in_place():
+                    logger.warning("flexkv: %s was removed", self._run_dir.path)
+                    return
+                self._round("scan", self._scan)
+                # right after the look at the rank processes, else a short linger_s ends it beside living ones
+                if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
+                    logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
+                    return
+
+    def close(self) -> None:
+        """Leave the others' lists, stop serving. Bounded, idempotent."""
+        ends: list[Callable[[], object]] = [self._roster.close, self._server.close]
+        ends += [self._control.close, self._replica.close]
+        for end in (*ends, *(pages.close for pages in self._pages.values())):
+            self._round("close", end)
+
+    def _pages_of(self, namespace: str) -> NodePages | None:
+        return self._pages.get(namespace)
+
+    def _poll(self) -> None:
+        for pages in self._pages.values():
+            pages.poll()
+        self._changes = sum(pages.changes for pages in self._pages.values())
+
+    def _scan(self) -> None:
+        """New directories, namespaces and owners; those that are gone; what ``flexkv nodes`` shows."""
+        if self._run_dir.ranks():
+            self._needed_at = time.monotonic()
+        for path, io_engine in self._run_dir.places().items():
+            self._prepare(path, io_engine)
+        found = self._namespaces()
+        for namespace in self._pages.keys() - found.keys():
+            self._forget(namespace)
+        for namespace, payload_bytes in found.items():
+            if namespace not in self._pages:
+                self._serve(namespace, payload_bytes)
+        for pages in self._pages.values():
+            pages.scan()
+        self._roster.wanted_namespaces(set(self._pages))
+        self._round("doubts", self._hear_doubts)
+        self._run_dir.write_status(self._status())
+
+    def _hear_doubts(self) -> None:
+        """Rank processes whose reads miss time after time at a node: the replica of it may be wrong."""
+        heard: dict[tuple[str, str, str], int] = {}
+        for rank, said in self._run_dir.reports().items():
+            for namespace, nodes in said.get("doubts", {}).items():
+                heard |= {(rank, namespace, nid): int(count) for nid, count in nodes.items()}
+        new = {(key[1], key[2]) for key, n in heard.items() if n > self._doubts.get(key, 0)}
+        self._doubts = heard
+        for namespace, nid in new:
+            self._roster.doubted(namespace, NodeId(nid))
+
+    def _prepare(self, path: str, io_engine: str) -> None:
+        """Prove a directory with real I/O, once. A directory that is lost is tried again at every scan."""
+        directory = Path(path)
+        if directory in self._modes or not directory.is_dir():
+            return
+        try:
+            self._modes[directory] = prepare_directory(path, io_engine)
+        except ConfigError as exc:
+            if self._refused.get(path) != str(exc):
+                self._refused[path] = str(exc)
+                logger.error("flexkv: a directory is not served: %s", exc)
+            return
+        self._refused.pop(path, None)
+        for namespace in tuple(self._pages):  # their pages may lie in the new directory as well
+            self._forget(namespace)
+
+    def _namespaces(self) -> dict[str, int]:
+        """Namespace -> bytes of its pages, of all that have pages to share in some directory."""
+        found: dict[str, int] = {}
+        for directory in self._modes:
+            try:
+                folders = list(directory.glob("?" * 26))
+            except OSError as exc:  # one disk that fails does not take the others' pages along
+                self._refused[str(directory)] = f"cannot be listed: {exc.strerror or exc}"
+                continue
+            self._refused.pop(str(directory), None)
+            for folder in folders:
+                if folder.name not in found and is_shareable(folder):
+                    payload_bytes = payload_bytes_of(folder)
+                    if payload_bytes is not None:
+                        found[folder.name] = payload_bytes
+        return found
+
+    def _serve(self, namespace: str, payload_bytes: int) -> None:
+        log = self._logs.log(namespace)
+        pages = NodePages(
+            self._modes, namespace, payload_bytes, log, self.metrics, self._share.serve_depth
+        )
+        self._pages = {**self._pages, namespace: pages}
+        logger.info("flexkv: serving namespace %s, pages of %d bytes", namespace, payload_bytes)
+
+    def _forget(self, namespace: str) -> None:
+        pages = self._pages[namespace]
+        self._pages = {name: held for name, held in self._pages.items() if name != namespace}
+        self._logs.remove(namespace)
+        pages.close()
+
+    def _status(self) -> dict[str, object]:
+        return {
+            **self._roster.status(),
+            "written_at": time.time(),
+            "address": self._address,
+            "cluster_id": self._share.cluster_id,
+            "pod": self._share.pod,
+            "guarded": self._share.secret_file is not None or self._share.insecure,
+            "version": _VERSION,
+            "ranks": self._run_dir.ranks(),
+            "directories": sorted(map(str, self._modes)),
+            "refused_directories": self._refused,
+            "served_pages": {name: len(pages) for name, pages in self._pages.items()},
+            "counters": {name: n for name, n in self.metrics.snapshot().items() if n},
+            "sharing": dict(self._counts),
+            "served": dict(self._server.counts),
+        }
+
+    def _round(self, name: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as exc:
+            self._count("agent_exceptions")
+            now = time.monotonic()
+            if now - self._logged_at.get(name, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
+                self._logged_at[name] = now
+                level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
+                logger.log(level, "flexkv: agent: %s failed", name, exc_info=True)

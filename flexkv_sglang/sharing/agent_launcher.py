@@ -1,0 +1,155 @@
+"""AgentKeeper: sees to it that an agent lives beside this rank process.
+
+The agent must outlive the server, so it is no descendant of it: SGLang kills those when it ends. A shell starts
+it in the background and exits, and the agent belongs to init. Of several that are started at once, one takes
+the lock and the others end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from flexkv_sglang.config.settings import FlexKVConfig
+from flexkv_sglang.sharing.run_dir import RunDir, settings_digest
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 5.0
+_IDLE_S = 1.0
+_PAUSE_MAX_S = 60.0
+_JOIN_S = 2.0
+_SHELL_S = 10.0
+_LOG_INTERVAL_S = 60.0
+
+
+class AgentKeeper:
+    """Takes this process's rank lock. Raises ``OSError``. ``idle`` is called every second, by the thread."""
+
+    def __init__(
+        self,
+        config: FlexKVConfig,
+        run_dir: RunDir,
+        idle: Callable[[], None] = lambda: None,
+        *,
+        look_s: float = _LOOK_S,
+    ) -> None:
+        self._idle = idle
+        self._config = config
+        self._run_dir = run_dir
+        self._look_s = look_s
+        self._digest = settings_digest(config.share)
+        self._stop = threading.Event()
+        self._lock = run_dir.take_rank_lock()
+        self._told = False
+        self._reported = ""
+        self._failure_at = -_LOG_INTERVAL_S  # when a failure of the thread was logged
+        self.usable = True  # False: the agent runs with other settings
+        self._thread = threading.Thread(target=self._run, name="flexkv-agent-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it starts the agent."""
+        self._run_dir.add_places(self._config)
+        self._thread.start()
+
+    def report(self, fields: Mapping[str, object]) -> None:
+        """For ``flexkv nodes``: what this rank process thinks of other nodes. Raises ``OSError``."""
+        text = json.dumps(fields, sort_keys=True)
+        if text != self._reported:
+            self._lock.write(text)
+            self._reported = text
+
+    def close(self) -> None:
+        """Stop looking; the agent stays. Idempotent."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_S)
+        self._lock.close()
+        self._lock.path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        look_at, started = 0.0, 1.0
+        while not self._stop.is_set():
+            if time.monotonic() >= look_at:
+                pause = self._look_s
+                if self._looked():
+                    started = 1.0
+                else:
+                    started = min(2 * started, _PAUSE_MAX_S)
+                    pause = max(started, self._look_s) * random.uniform(0.8, 1.2)
+                look_at = time.monotonic() + pause
+            if self._stop.wait(_IDLE_S):
+                return
+            try:
+                self._idle()
+            except Exception:
+                now = time.monotonic()
+                if now - self._failure_at >= _LOG_INTERVAL_S:
+                    self._failure_at = now
+                    logger.warning("flexkv: the replica cannot be followed", exc_info=True)
+
+    def _looked(self) -> bool:
+        """True if an agent lives; else one was started, or could not be."""
+        try:
+            self._come_back()
+            if self._look():
+                return True
+            launch_agent(self._config, self._run_dir)
+        except (OSError, subprocess.SubprocessError) as exc:
+            logger.warning("flexkv: the agent cannot be started: %s", exc)
+        return False
+
+    def _come_back(self) -> None:
+        """Somebody may have cleaned /dev/shm (at a logout, systemd does): be found again, and the agent with us."""
+        if self._lock.in_place:
+            return
+        self._run_dir.make()
+        lost, self._lock = self._lock, self._run_dir.take_rank_lock()
+        lost.close()
+        self._reported = ""
+        self._run_dir.add_places(self._config)
+        logger.warning("flexkv: %s had been removed; it is made anew", self._run_dir.path)
+
+    def _look(self) -> bool:
+        """Does an agent live? Whether its settings are ours is another question."""
+        agent = self._run_dir.agent()
+        if agent is None:
+            return False
+        other = agent.get("settings", self._digest) != self._digest
+        self.usable = not other
+        if other and not self._told:
+            self._told = True
+            logger.error(
+                "flexkv: the agent of %s (pid %s) runs with other settings of share: this process does not share "
+                "with other nodes. Give all servers of a node the same settings, or their own share.run_dir",
+                self._run_dir.path,
+                agent.get("pid"),
+            )
+        return True
+
+
+def launch_agent(config: FlexKVConfig, run_dir: RunDir) -> None:
+    """Start an agent that nobody is the parent of, in our working directory: paths may be relative to it.
+
+    Raises ``OSError``, ``subprocess.SubprocessError``.
+    """
+    run_dir.write_config(config)
+    command = [sys.executable, "-P", "-m", "flexkv_sglang.cli", "agent"]
+    command += ["--config", str(run_dir.config_path), "--run-dir", str(run_dir.path), "--for-ranks"]
+    with run_dir.log_path.open("ab") as log:
+        subprocess.run(
+            ["/bin/sh", "-c", '"$@" &', "sh", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            timeout=_SHELL_S,
+            check=True,
+        )
+    logger.info("flexkv: agent started; it writes %s", run_dir.log_path)

@@ -1,0 +1,112 @@
+"""Keeping: pages that came from other nodes are stored here as well, after the call that read them.
+
+The host pages are SGLang's again when its call returns, so the bytes are copied once, into a bounded buffer,
+and one thread puts them into the local tiers while nothing else waits for it. A full buffer drops pages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.types import SECTOR, PageBuffers, PageKey, round_up
+
+logger = logging.getLogger(__name__)
+
+_BUFFER_BYTES = 128 << 20
+_PUT_S = 8.0
+_JOIN_S = 10.0
+
+Put = Callable[[Sequence[PageKey], PageBuffers, PageKey | None, float], list[bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    keys: Sequence[PageKey]
+    parent: PageKey | None
+    rows: list[int]
+
+
+class Keeping:
+    """``put`` stores pages, as ``Hierarchy.put``. ``lengths``: bytes of a page's buffers, learned at first use.
+
+    Threads: ``keep`` any; ``close`` once nobody calls ``keep``.
+    """
+
+    def __init__(self, payload_bytes: int, put: Put, metrics: Metrics) -> None:
+        self._put = put
+        self._metrics = metrics
+        self._row_bytes = round_up(payload_bytes, SECTOR)
+        self._rows = max(1, _BUFFER_BYTES // self._row_bytes)
+        self._lock = threading.Lock()  # guards _free, _closed and making the buffer and the thread
+        self._closed = False
+        self._free = list(range(self._rows))
+        self._memory: mmap.mmap | None = None
+        self._base = 0
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lengths = np.zeros(0, np.uint64)
+
+    def keep(self, keys: Sequence[PageKey], parent: PageKey | None, pages: PageBuffers) -> None:
+        """Copy these pages, one chain, and store them later. Those that find no room are dropped."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._thread is None:
+                self._begin(pages)
+            count = min(len(keys), len(self._free))
+            rows = [self._free.pop() for _ in range(count)]
+        self._metrics.count("remote_unkept_pages", len(keys) - count)
+        if not count:
+            return
+        for row, addresses in zip(rows, pages.addresses[:count].tolist(), strict=True):
+            target = self._base + row * self._row_bytes
+            for address, length in zip(addresses, pages.lengths.tolist(), strict=True):
+                ctypes.memmove(target, address, length)
+                target += length
+        self._jobs.put(_Job(keys[:count], parent, rows))
+
+    def close(self) -> None:
+        """Drop what waits, end the thread. Idempotent; bounded by one put."""
+        with self._lock:
+            self._closed = True
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(_JOIN_S)
+
+    def _begin(self, pages: PageBuffers) -> None:
+        self._memory = mmap.mmap(
+            -1, self._rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+        self._memory.madvise(mmap.MADV_DONTFORK)
+        self._base = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._lengths = pages.lengths
+        self._thread = threading.Thread(target=self._run, name="flexkv-keeping", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._closed:
+            try:
+                done = self._put(
+                    job.keys, self._pages(job.rows), job.parent, time.monotonic() + _PUT_S
+                )
+                self._metrics.count("remote_kept_pages", sum(done))
+            except Exception:
+                self._metrics.count("upkeep_exceptions")
+                logger.warning("flexkv: pages of another node are not kept", exc_info=True)
+            with self._lock:
+                self._free += job.rows
+
+    def _pages(self, rows: list[int]) -> PageBuffers:
+        starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]]).astype(np.uint64)
+        bases = self._base + np.array(rows, np.uint64) * np.uint64(self._row_bytes)
+        return PageBuffers(bases[:, None] + starts, self._lengths)

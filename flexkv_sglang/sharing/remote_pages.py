@@ -1,0 +1,296 @@
+"""RemotePages: pages of one namespace on other nodes, as one rank process sees them.
+
+Looking up is memory only: the replica that this node's agent keeps. Reading asks the other node's agent
+directly. What is found there is a hint; every page is verified before it counts (``PeerClient``). A page that
+was not there after all is not believed in again for a while, so that a request does not wait for it again.
+
+Threads: any.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.fleet.reader.client import PeerClient
+from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
+from flexkv_sglang.backends.fleet.replica.files import Peer
+from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
+from flexkv_sglang.backends.fleet.vocabulary import fingerprints, namespace_bytes
+from flexkv_sglang.config.share import ShareConfig
+from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.types import U64, PageBuffers, PageKey
+
+_RATE_MIN = 100e6
+"""Bytes per second that a remote read is given at least; see ``latest``."""
+
+_DISBELIEVED_S = 30.0
+_DISBELIEVED_MAX = 1 << 16
+_RUNS_MAX = 8
+_MISSES_MAX = 16
+"""So many reads in a row that end with a page that the peer does not have: its set here is wrong."""
+
+_LOST = {PageOutcome.MISS, PageOutcome.CORRUPT}
+"""Not LATE: a peer that hangs has a breaker, and when it answers again its pages are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Pages ``start`` to ``stop`` of a request, all at one peer."""
+
+    peer: Peer
+    start: int
+    stop: int
+
+
+class RemoteGet:
+    """A read of some runs that has begun. ``wait`` once."""
+
+    def __init__(
+        self, owner: RemotePages, keys: Sequence[PageKey], started: list[tuple[Run, Pending]]
+    ):
+        self._owner = owner
+        self._keys = keys
+        self._started = started
+
+    def wait(self) -> int:
+        """Length of the leading run that arrived whole and right. Nothing is written into targets after."""
+        done, broken = 0, False
+        # all of them, also behind a hole and before anything can fail: their targets are the caller's again
+        ended = [(run, pending.wait()) for run, pending in self._started]
+        for run, outcomes in ended:
+            got = self._owner.ended(run, self._keys[run.start : run.stop], outcomes)
+            if not broken:
+                done += got
+                broken = got < run.stop - run.start
+        return done
+
+
+class RemotePages:
+    """``page_tokens``: tokens of a page, to weigh fetching against computing; 0: do not weigh."""
+
+    def __init__(  # noqa: PLR0913 - one call, spelled out
+        self,
+        namespace: str,
+        payload_bytes: int,
+        reader: ReplicaReader,
+        client: PeerClient,
+        accepted: frozenset[ChecksumKind],
+        share: ShareConfig,
+        metrics: Metrics,
+        *,
+        page_tokens: int = 0,
+        usable: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._namespace = namespace_bytes(namespace)
+        self._payload_bytes = payload_bytes
+        self._reader = reader
+        self._client = client
+        self._accepted = accepted
+        self._share = share
+        self._metrics = metrics
+        self._page_tokens = page_tokens
+        self._usable = usable
+        self._ended = threading.Event()
+        metrics.gauge("remote_pages", self.page_count)
+        metrics.gauge("remote_peers", lambda: len(self.peers()))
+        self.namespace = namespace
+        self._lock = threading.Lock()  # guards the next three; dict work
+        self._misses: dict[str, int] = {}  # nid -> reads in a row that ended with a miss
+        self._doubts: dict[str, int] = {}  # nid -> how often there were too many
+        self._disbelieved: dict[
+            tuple[str, int, PageKey], float
+        ] = {}  # until when; the oldest first
+
+    def prefix(self, keys: Sequence[PageKey]) -> int:
+        """Length of the leading run that other nodes hold and that is worth fetching. Memory only."""
+        runs = self._plan(keys)
+        return runs[-1].stop if runs else 0
+
+    def holds(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Per key: does another node claim it? Memory only."""
+        if not keys or not self._ready():
+            return [False] * len(keys)
+        return list(map(bool, self._reader.holds(fingerprints(keys), self._skip)))
+
+    def begin(
+        self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float
+    ) -> RemoteGet | None:
+        """Start reading the leading run of ``keys`` that other nodes hold into ``targets``; None if there is none.
+
+        The targets are the caller's again when ``wait`` has returned: at the deadline at the latest.
+        """
+        runs = self._plan(keys)
+        if not runs:
+            return None
+        deadline = self.latest(runs[-1].stop, deadline)
+        started: list[tuple[Run, Pending]] = []
+        try:
+            for run in runs:
+                read = RemoteRead(
+                    run.peer.nid,
+                    run.peer.epoch,
+                    run.peer.address,
+                    self._namespace,
+                    keys[run.start : run.stop],
+                    targets.take(slice(run.start, run.stop)),
+                    self._accepted,
+                    deadline,
+                )
+                started.append((run, self._client.begin(read)))
+        except BaseException:
+            for _run, pending in started:  # nobody will wait for them
+                pending.cut(0)
+                pending.wait()
+            raise
+        return RemoteGet(self, keys, started)
+
+    def latest(self, page_count: int, deadline: float) -> float:
+        """When reads of so many pages that begin now must have ended, however many turns they take."""
+        seconds = self._share.remote_deadline_s + page_count * self._payload_bytes / _RATE_MIN
+        return min(deadline, time.monotonic() + seconds)
+
+    def page_count(self) -> int:
+        """Pages that other nodes claim (one that two have counts twice)."""
+        return self._reader.page_count()
+
+    def ended(self, run: Run, keys: Sequence[PageKey], outcomes: Sequence[PageOutcome]) -> int:
+        """Count what became of a run; returns how many of its pages came, up to the first that did not."""
+        good = 0
+        for outcome in outcomes:
+            if outcome is not PageOutcome.OK:
+                break
+            good += 1
+        self._metrics.count("remote_read_pages", good)
+        self._weigh(run.peer.nid, good, missed=PageOutcome.MISS in outcomes)
+        for outcome in PageOutcome:
+            if outcome not in (PageOutcome.OK, PageOutcome.SKIPPED):
+                self._metrics.count(f"remote_{outcome.name.lower()}_pages", outcomes.count(outcome))
+        lost = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome in _LOST]
+        if lost:
+            self._disbelieve(run.peer, lost)
+        return good
+
+    def doubts(self) -> dict[str, int]:
+        """Node -> how often so far it did not have what the replica says, time after time."""
+        with self._lock:
+            return dict(self._doubts)
+
+    def follow(self) -> None:
+        """Take in what the agent says now. Once a second at least, or files it has replaced stay in memory."""
+        self._refresh()
+
+    @property
+    def closed(self) -> bool:
+        """Has ``close`` been called?"""
+        return self._ended.is_set()
+
+    def peers(self) -> Sequence[Peer]:
+        """Other nodes that are up."""
+        return () if self.closed else self._reader.peers()
+
+    def close(self) -> None:
+        """Idempotent. Nothing is found any more."""
+        if not self.closed:
+            for name in ("remote_pages", "remote_peers"):  # what is closed must not be kept alive
+                self._metrics.gauge(name, 0)
+        self._ended.set()
+        self._reader.close()
+
+    def _ready(self) -> bool:
+        return self._usable() and self._refresh() and self._reader.alive
+
+    def _refresh(self) -> bool:
+        """False: closed. What is opened again by a call that overlaps ``close`` is let go of."""
+        if not self._ended.is_set():
+            self._reader.refresh()
+        if self._ended.is_set():
+            self._reader.close()
+            return False
+        return True
+
+    def _skip(self, peer: Peer) -> bool:
+        return not self._client.usable(peer.nid, peer.epoch, peer.address)
+
+    def _plan(self, keys: Sequence[PageKey]) -> list[Run]:
+        """Runs that cover the leading run of ``keys``: the longest at one peer first, and so on."""
+        if not keys or not self._ready():
+            return []
+        fps = fingerprints(keys)
+        runs: list[Run] = []
+        done = 0
+        while done < len(keys) and len(runs) < _RUNS_MAX:
+            run = self._next_run(keys, fps, done)
+            if run is None:
+                break
+            runs.append(run)
+            done = run.stop
+        return self._worthwhile(runs)
+
+    def _next_run(self, keys: Sequence[PageKey], fps: U64, start: int) -> Run | None:
+        excluded: set[str] = set()
+
+        def skip(peer: Peer) -> bool:
+            return peer.nid in excluded or self._skip(peer)
+
+        while True:
+            found = self._reader.run(fps[start:], skip)
+            if found is None:
+                return None
+            peer, count = found
+            believed = self._believed(peer, keys[start : start + count])
+            if believed:
+                return Run(peer, start, start + believed)
+            excluded.add(peer.nid)
+
+    def _worthwhile(self, runs: list[Run]) -> list[Run]:
+        """Leave what would be late, and what is computed sooner than it is fetched, as far as rates are known."""
+        kept: list[Run] = []
+        for run in runs:
+            pages = run.stop - run.start
+            byte_count = pages * self._payload_bytes
+            seconds = self._client.seconds_for(run.peer.nid, byte_count)
+            budget = self._share.remote_deadline_s + byte_count / _RATE_MIN
+            speed = self._share.recompute_tokens_per_s
+            if speed and self._page_tokens and seconds > pages * self._page_tokens / speed:
+                self._metrics.count("remote_left_pages", pages)
+                break
+            fitting = pages if seconds <= budget else int(pages * budget / seconds)
+            if fitting:
+                kept.append(Run(run.peer, run.start, run.start + fitting))
+            if fitting < pages:
+                self._metrics.count("remote_left_pages", pages - fitting)
+                break
+        return kept
+
+    def _believed(self, peer: Peer, keys: Sequence[PageKey]) -> int:
+        """Length of the leading run that this peer has not disappointed with lately."""
+        if not self._disbelieved:
+            return len(keys)
+        now = time.monotonic()
+        with self._lock:
+            for count, key in enumerate(keys):
+                if self._disbelieved.get((peer.nid, peer.epoch, key), 0.0) > now:
+                    return count
+        return len(keys)
+
+    def _weigh(self, nid: str, good: int, *, missed: bool) -> None:
+        with self._lock:
+            if good:
+                self._misses.pop(nid, None)
+            elif missed:
+                self._misses[nid] = self._misses.get(nid, 0) + 1
+                if self._misses[nid] == _MISSES_MAX:
+                    del self._misses[nid]
+                    self._doubts[nid] = self._doubts.get(nid, 0) + 1
+
+    def _disbelieve(self, peer: Peer, keys: Sequence[PageKey]) -> None:
+        until = time.monotonic() + _DISBELIEVED_S
+        with self._lock:
+            for key in keys:
+                self._disbelieved[peer.nid, peer.epoch, key] = until
+            while len(self._disbelieved) > _DISBELIEVED_MAX:
+                del self._disbelieved[next(iter(self._disbelieved))]

@@ -1,0 +1,135 @@
+"""The server's side of OFFER, asked by hand: what is held, for whom, and until when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from flexkv_sglang.backends.fleet.server import holds as serve_holds
+from flexkv_sglang.backends.fleet.server.server import PageServer
+from flexkv_sglang.backends.fleet.vocabulary import PageStatus, ShareConfig
+from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire.offers import pack_done, pack_offer
+from flexkv_sglang.types import PageKey
+from nodes.copy_engine import CopyEngine
+from nodes.page_servers import SPACE, serving, until
+from nodes.page_sources import MemorySource, keys_of
+from nodes.raw_peer import RawPeer
+
+KEYS = keys_of(20)
+SIZE = 8000  # not a multiple of a sector
+
+
+def held(server: PageServer) -> int:
+    """Bytes of pages that the server has not let go of."""
+    return server._pages.held_bytes
+
+
+def offer(rid: int, keys: Sequence[PageKey] = KEYS, budget_ms: int = 5000) -> list[bytes]:
+    """An OFFER of pages."""
+    return pack_offer(wire.Read(rid, SPACE, budget_ms, wire.STOP_AT_FIRST, tuple(keys)))
+
+
+def read(rid: int, keys: Sequence[PageKey] = KEYS) -> list[bytes]:
+    """A READ of the same."""
+    return wire.pack_read(wire.Read(rid, SPACE, 5000, wire.STOP_AT_FIRST, tuple(keys)))
+
+
+def test_a_hold_lasts_until_done_of_the_same_reader() -> None:
+    engine = CopyEngine()
+    with (
+        serving(MemorySource(KEYS, SIZE), engine=engine) as (server, address),
+        RawPeer(address) as peer,
+        RawPeer(address) as other,
+    ):
+        peer.say(offer(1))
+        offered = peer.hear()
+        assert isinstance(offered, wire.Offered)
+        assert (offered.rid, offered.hold_ms, offered.blob) == (1, 5000, engine.blob())
+        assert [page.status for page in offered.pages] == [PageStatus.OK] * 20
+        start, byte_count = engine.memory
+        assert all(start <= page.address < start + byte_count for page in offered.pages)
+        assert held(server) == 20 * 8192
+        other.say(pack_done(offered.hold))
+        other.say(read(2))  # answered behind it
+        assert len(other.hear_all()) == 21
+        peer.say(pack_done(offered.hold + 1))
+        peer.say(read(3))
+        assert len(peer.hear_all()) == 21
+        until(lambda: not server._pages.are_leaving)  # what was read
+        assert held(server) == 20 * 8192
+        peer.say(pack_done(offered.hold))
+        until(lambda: not held(server))
+        peer.say(pack_done(offered.hold))  # twice does no harm
+        peer.say(read(4))
+        assert len(peer.hear_all()) == 21
+
+
+def test_memory_in_a_hold_is_not_used_and_comes_back_when_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve_holds, "HOLD_MS", 1000)
+    share = ShareConfig(
+        listen="127.0.0.1:0", serve_inflight=20 * 8192, serve_inflight_peer=20 * 8192
+    )
+    with serving(MemorySource(KEYS, SIZE), share, engine=CopyEngine()) as (server, address):
+        peer = RawPeer(address)
+        with peer, RawPeer(address) as other:
+            peer.say(offer(1))
+            assert isinstance(peer.hear(), wire.Offered)
+            other.say(read(2))
+            busy = other.hear()
+            assert isinstance(busy, wire.Pages)
+            assert busy.status is PageStatus.BUSY
+        # both are gone, but an engine may still be reading
+        assert held(server) == 20 * 8192
+        until(lambda: not held(server))
+        assert server.counts["holds_expired"] == 1
+        with RawPeer(address) as third:
+            third.say(read(3))
+            assert len(third.hear_all()) == 21
+
+
+def test_an_offer_that_is_cancelled_holds_nothing() -> None:
+    source, cancelled = MemorySource(KEYS, 1 << 20), []
+    with serving(source, engine=CopyEngine()) as (server, address), RawPeer(address) as peer:
+
+        def cancel(asked: Sequence[PageKey]) -> None:
+            if KEYS[3] in asked:
+                peer.say(wire.pack_cancel(1))
+                until(lambda: held(server) < 20 << 20)
+                cancelled.append(asked)
+
+        source.before = cancel
+        peer.say(offer(1))
+        until(lambda: bool(cancelled) and not held(server))
+        source.before = lambda asked: None
+        peer.say(offer(2))
+        answer = peer.hear()
+        assert isinstance(answer, wire.Offered)
+        assert answer.rid == 2
+
+
+def test_an_offer_of_what_is_not_there_holds_only_what_is() -> None:
+    source = MemorySource(KEYS[:3], SIZE)
+    with serving(source, engine=CopyEngine()) as (server, address), RawPeer(address) as peer:
+        peer.say(offer(1))
+        offered = peer.hear()
+        assert isinstance(offered, wire.Offered)
+        assert [page.status for page in offered.pages] == [PageStatus.OK] * 3 + [PageStatus.MISS]
+        until(lambda: held(server) == 3 * 8192)
+        peer.say(offer(2, KEYS[5:]))
+        offered = peer.hear()
+        assert isinstance(offered, wire.Offered)
+        assert (offered.hold, len(offered.pages)) == (0, 1)
+        until(lambda: held(server) == 3 * 8192)
+
+
+def test_a_server_without_an_engine_makes_no_offers() -> None:
+    with serving(MemorySource(KEYS, SIZE)) as (server, address), RawPeer(address) as peer:
+        peer.say(offer(1))
+        peer.say(read(2))
+        assert len(peer.hear_all()) == 21
+        assert server.counts["invalid_messages"] == 1
+        assert server.engines == ("zmq",)

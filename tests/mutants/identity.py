@@ -1,0 +1,123 @@
+"""Seeded bugs in what names the weights and in what happens when they change; see ``run.py``."""
+
+from __future__ import annotations
+
+EPOCHS = "flexkv_sglang/identity/epochs.py"
+POOLS = "flexkv_sglang/pools/stores.py"
+OF_POOLS = "tests/integration/test_weight_updates_of_pools.py"
+
+MUTANTS = (
+    (
+        "a store opens inside a session of updates",
+        EPOCHS,
+        "return not (self.stale or self._changing or self._session)",
+        "return not (self.stale or self._changing)",
+        "tests/identity/test_epochs.py",
+    ),
+    (
+        "old KV cache is stored under the new weights",
+        EPOCHS,
+        "self.stale = not (clean or self._flushed)",
+        "self.stale = False",
+        "tests/identity/test_epochs.py",
+    ),
+    (
+        "a flush before the weights changed counts",
+        EPOCHS,
+        "self.stale, self._flushed = True, False",
+        "self.stale = True",
+        "tests/identity/test_epochs.py",
+    ),
+    (
+        "changed weights keep their name",
+        EPOCHS,
+        'self.epoch = Epoch("", _nonce(), agreed=False)',
+        'self.epoch = Epoch(self.epoch.content, "", agreed=False)',
+        "tests/identity/test_epochs.py",
+    ),
+    (
+        "an edit of one layer goes unseen",
+        "flexkv_sglang/identity/fingerprint.py",
+        "sorted({*_spread(size, per_file), *tensors.get(name, ())})",
+        "sorted(_spread(size, per_file))",
+        "tests/identity/test_fingerprint.py",
+    ),
+    (
+        "arguments are read as they were given",
+        "flexkv_sglang/integration/compat.py",
+        "return None if record is None else resolved_view(record)",
+        "return record",
+        "tests/integration/test_served_model.py",
+    ),
+    (
+        "all GGUF files of a directory are one model",
+        "flexkv_sglang/integration/served_model.py",
+        "return checkpoint(path.parent, only=path.name)",
+        "return checkpoint(path.parent)",
+        "tests/integration/test_served_model.py",
+    ),
+    (
+        "the usual cache is looked at, not --download-dir",
+        "flexkv_sglang/integration/served_model.py",
+        "if path.is_dir() or not download_dir:",
+        "if True:",
+        "tests/integration/test_served_model.py",
+    ),
+    (
+        "switches of the environment are no part of the namespace",
+        "flexkv_sglang/integration/kv_settings.py",
+        "if value != usual:",
+        "if False:",
+        "tests/integration/test_served_model.py",
+    ),
+    (
+        "server arguments are no part of the namespace",
+        "flexkv_sglang/identity/keys.py",
+        "settings=dict(self.settings)",
+        "settings={}",
+        "tests/identity/test_keys.py",
+    ),
+    (
+        "only KV gets the name of the new weights",
+        POOLS,
+        "for pool, now in zip(pools, told, strict=True):",
+        "for pool, now in zip(pools[:1], told[:1], strict=True):",
+        OF_POOLS,
+    ),
+    (
+        "namespaces of new weights are opened under calls of before",
+        POOLS,
+        "if not alone or not self._unsettled or self._away",
+        "if not self._unsettled or self._away",
+        OF_POOLS,
+    ),
+    (
+        "a pool that comes during an update is opened at once",
+        POOLS,
+        "if not alone or not self._unsettled or self._away",
+        "if not alone or not self._unsettled",
+        OF_POOLS,
+    ),
+    (
+        "files that were being opened for old weights are used for new ones",
+        "flexkv_sglang/pools/pool.py",
+        "return self.store is not None and self.opened == self.told.identity",
+        "return self.store is not None",
+        OF_POOLS,
+    ),
+    (
+        "files of weights that are gone stay",
+        POOLS,
+        "if left[0].namespace not in entered:",
+        "if False:",
+        OF_POOLS,
+    ),
+    (
+        "opening one pool removes the files of the others",
+        "backends/slots/retired.py",
+        'fields.get("epoch") not in (None, "", keep)',
+        'fields.get("epoch") not in (None, "")',
+        OF_POOLS,
+    ),
+)
+"""Fields of ``Mutant``."""

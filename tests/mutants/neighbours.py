@@ -1,0 +1,58 @@
+"""Seeded bugs in the neighbour protocol, which the stress run must notice. ``scripts/mutants`` applies them."""
+
+from __future__ import annotations
+
+STRESS = "tests/crash/test_campaign.py::test_processes_that_are_killed_read_only_right_pages_of_each_other"
+ENGINE, NEIGHBOURS = "flexkv_sglang/cache/engine.py", "backends/slots/neighbours.py"
+TOMBSTONE = (
+    "            self._pages.publish_del(victims, deadline)  # before the slots are rewritten\n"
+)
+MOVE = """\
+            rows = [i for i, flag in enumerate(self._tier.writable(slots)) if flag]
+            targets = [slots[row] for row in rows]
+            breakers = self._tier.breakers(targets)
+            if rows:
+                extents = self._tier.extents(targets)
+                outcomes = [Outcome.FAILED] * len(rows)
+                try:
+                    with self._watch.call(deadline, frozenset(breakers)):
+                        outcomes = self._mover.write(extents, sources.take(rows), deadline, inspect)
+                finally:
+                    self._report_health(breakers, outcomes, "write")
+                for row, outcome in zip(rows, outcomes, strict=True):
+                    done[row] = outcome is Outcome.DONE
+"""
+
+MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
+    ("no tombstone before a rewrite", ENGINE, TOMBSTONE, "", STRESS),
+    ("tombstone after the rewrite", ENGINE, TOMBSTONE + MOVE, MOVE + TOMBSTONE, STRESS),
+    (
+        "under stress: no second look at a neighbour",
+        ENGINE,
+        "self._neighbours.still_valid(plan.claims), strict=True",
+        "[True] * len(plan.claims), strict=True",
+        STRESS,
+    ),
+    (
+        "the second look does not read the journal",
+        NEIGHBOURS,
+        "            self._poll_locked()\n            return [page.replica.confirms",
+        "            return [page.replica.confirms",
+        STRESS,
+    ),
+    (
+        "what neighbours hold is written again",
+        ENGINE,
+        "claimed = [] if own else self._neighbours.holds(keys)",
+        "claimed: list[bool] = []",
+        STRESS,
+    ),
+    (
+        "under stress: an owner's lock is not taken",
+        "backends/slots/ownership.py",
+        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        STRESS,
+    ),
+)
+"""(name, file, old, new, tests); ``old`` occurs exactly once."""

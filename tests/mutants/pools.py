@@ -1,0 +1,203 @@
+"""Seeded bugs in what hybrid models need, for ``run.py``: (name, file, old line, new line, tests)."""
+
+from __future__ import annotations
+
+FOLD = "flexkv_sglang/prefix.py"
+FOLD_TESTS = "tests/test_prefix.py"
+GROUP_TESTS = "tests/pools/test_head_groups.py"
+POOLS = "flexkv_sglang/pools/stores.py"
+POOL_TESTS = (
+    "tests/pools/test_stores.py tests/pools/test_pools_in_trouble.py tests/pools/test_transfers.py"
+)
+
+MUTANTS = (
+    (
+        "a clear that finds files closed is lost",
+        POOLS,
+        "            if self._owes_clear:\n                self._clear()",
+        "            pass",
+        POOL_TESTS,
+    ),
+    (
+        "a call opens files itself, however long that takes",
+        POOLS,
+        "self._settle_within(_OPEN_S)",
+        "self.settle()",
+        POOL_TESTS,
+    ),
+    (
+        "what was being opened during a detach stays open",
+        POOLS,
+        "if self._closed.is_set() or self._pools.get(pool.name) is not pool:",
+        "if self._pools.get(pool.name) is not pool:",
+        POOL_TESTS,
+    ),
+    (
+        "a pool that was replaced while its files were opened keeps them",
+        POOLS,
+        "if self._closed.is_set() or self._pools.get(pool.name) is not pool:",
+        "if self._closed.is_set():",
+        POOL_TESTS,
+    ),
+    (
+        "a pool that cannot be stored leaves no trace",
+        POOLS,
+        'self._unstored[name] = "it could not be looked at, see the log"',
+        "pass",
+        POOL_TESTS,
+    ),
+    (
+        "transfers begin after close",
+        "backends/io/lane.py",
+        "            if self._closed:  # the numbers of closed files may be others' by now",
+        "            if False:",
+        "tests/backends/io/test_mover.py",
+    ),
+    (
+        "files are closed under a record",
+        "flexkv_sglang/cache/engine.py",
+        "with self._pages.publishing(time.monotonic() + _PUBLISH_S):  # no record on its way",
+        "if True:",
+        "tests/integration/test_failures.py",
+    ),
+    (
+        "a missing sidecar page does not end the prefix",
+        FOLD,
+        "lengths = [length for length in lengths if length <= boundary]",
+        "pass",
+        FOLD_TESTS,
+    ),
+    (
+        "a window is not cut at the start",
+        FOLD,
+        "if run >= min(max(1, demand.window), length):",
+        "if run >= max(1, demand.window):",
+        FOLD_TESTS,
+    ),
+    (
+        "a window is one page short",
+        FOLD,
+        "if run >= min(max(1, demand.window), length):",
+        "if run >= min(max(1, demand.window - 1), length):",
+        FOLD_TESTS,
+    ),
+    (
+        "a hole does not end a window",
+        FOLD,
+        "run = run + 1 if flag else 0",
+        "run = run + 1 if flag else run",
+        FOLD_TESTS,
+    ),
+    (
+        "the last trailing pool decides alone",
+        FOLD,
+        "lengths = [length for length in lengths if length in allowed]",
+        "lengths = legal",
+        FOLD_TESTS,
+    ),
+    (
+        "shorter lengths than a restorable one are taken for restorable",
+        FOLD,
+        "return Usable(lengths, boundaries)",
+        "return Usable(list(range(1, lengths[-1] + 1)) if lengths else [], boundaries)",
+        FOLD_TESTS,
+    ),
+    (
+        "block groups gate",
+        FOLD,
+        "boundary = _covered_by_groups(demand, held, kv_pages)",
+        "boundary = _covered_by_groups(demand, held, kv_pages)\n            lengths = lengths[:boundary]",
+        FOLD_TESTS,
+    ),
+    (
+        "pools share a namespace",
+        "flexkv_sglang/integration/pool_identity.py",
+        "pool=name,\n            pool_class=",
+        'pool="kv",\n            pool_class=',
+        POOL_TESTS,
+    ),
+    (
+        "the call for KV alone forgets the sidecars",
+        "flexkv_sglang/integration/storage.py",
+        "return self._usable(keys, self._stores.sidecars()).pages",
+        "return self._usable(keys, []).pages",
+        POOL_TESTS,
+    ),
+    (
+        "a pool named twice answers for its last part",
+        "flexkv_sglang/pools/transfers.py",
+        "flags if good else [False] * len(flags)",
+        "flags",
+        POOL_TESTS,
+    ),
+    (
+        "hybrid hits are not promised",
+        "flexkv_sglang/pools/transfers.py",
+        "leading_run(pool, keys[first : result.pages], promise=True)",
+        "pass",
+        POOL_TESTS,
+    ),
+    (
+        "more is promised than the fold announces",
+        "flexkv_sglang/pools/transfers.py",
+        "promise=not demands)",
+        "promise=True)",
+        POOL_TESTS,
+    ),
+    (
+        "Mamba state is taken for replicated",
+        "flexkv_sglang/pools/pool_rules.py",
+        "if not mla or name == MAMBA:\n        return False",
+        "if not mla:\n        return False\n    if name == MAMBA:\n        return True",
+        POOL_TESTS,
+    ),
+    (
+        "heads of another rank are taken for one's own",
+        "flexkv_sglang/pools/pool_rules.py",
+        'if hasattr(pool, "head_num") and',
+        "if False and",
+        POOL_TESTS,
+    ),
+    (
+        "a marker is there without a record",
+        "flexkv_sglang/pools/transfers.py",
+        "return batch.landed(groups.whole(flags))",
+        "return batch.landed([True] * len(keys))",
+        POOL_TESTS,
+    ),
+    (
+        "pools beside KV come on top of the size",
+        POOLS,
+        "if changed and pool.shares != shares[pool.name]:",
+        "if False:",
+        POOL_TESTS,
+    ),
+    (
+        "a page is there with one of its head groups",
+        "flexkv_sglang/pools/head_groups.py",
+        "all(flags[i : i + self.count])",
+        "any(flags[i : i + self.count])",
+        GROUP_TESTS,
+    ),
+    (
+        "the chain of head groups breaks between calls",
+        "flexkv_sglang/pools/transfers.py",
+        "groups.last_key(parent)",
+        "parent",
+        GROUP_TESTS,
+    ),
+    (
+        "every rank takes its head groups for the first ones",
+        "flexkv_sglang/pools/head_groups.py",
+        "int(config.tp_rank) * count",
+        "0",
+        GROUP_TESTS,
+    ),
+    (
+        "windows by groups are taken for windows by pages",
+        "flexkv_sglang/pools/transfers.py",
+        "groups.whole(opened.holds(groups.keys(keys)))",
+        "opened.holds(groups.keys(keys))",
+        GROUP_TESTS,
+    ),
+)

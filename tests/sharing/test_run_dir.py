@@ -1,0 +1,194 @@
+"""The run directory: one agent per directory, rank locks, the node's name; all of it among several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from flexkv_sglang.config.settings import FlexKVConfig
+from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.sharing.run_dir import RunDir, node_name, settings_digest
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> FlexKVConfig:
+    given = {
+        "path": str(tmp_path / "pages"),
+        "share": {"peers": ["127.0.0.1:7400"], "run_dir": str(tmp_path / "run")},
+    }
+    return FlexKVConfig.parse(given)
+
+
+def test_one_agent_and_its_settings(config: FlexKVConfig) -> None:
+    run_dir = RunDir.of(config)
+    assert run_dir.agent() is None
+    digest = settings_digest(config.share)
+    lock = run_dir.take_agent_lock(digest)
+    assert lock is not None
+    assert run_dir.take_agent_lock(digest) is None
+    assert run_dir.agent() == {"pid": os.getpid(), "settings": digest}
+    lock.close()
+    assert run_dir.agent() is None
+
+
+def test_a_rank_that_is_killed_is_no_rank_any_more(config: FlexKVConfig, tmp_path: Path) -> None:
+    run_dir = RunDir.of(config)
+    code = (
+        "import sys; from pathlib import Path; from flexkv_sglang.sharing.run_dir import RunDir\n"
+        "lock = RunDir(Path(sys.argv[1])).take_rank_lock(); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(run_dir.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        assert run_dir.ranks() == 1
+        child.kill()
+        child.wait()
+    assert run_dir.ranks() == 0
+    assert list((run_dir.path / "ranks").iterdir()) == []
+
+
+def test_places_of_all_configurations(config: FlexKVConfig, tmp_path: Path) -> None:
+    run_dir = RunDir.of(config)
+    run_dir.add_places(config)
+    run_dir.add_places(FlexKVConfig.parse({"path": ["/x/a", "/x/b"], "io_engine": "threads"}))
+    (run_dir.path / "places" / ".half").write_text("{")
+    (run_dir.path / "places" / "0bad").write_text("{")
+    assert run_dir.places() == {
+        str(tmp_path / "pages"): "auto",
+        "/x/a": "threads",
+        "/x/b": "threads",
+    }
+
+
+def test_what_an_agent_is_started_with_is_what_was_given(config: FlexKVConfig) -> None:
+    run_dir = RunDir.of(config)
+    run_dir.write_config(config)
+    assert run_dir.config_path.stat().st_mode & 0o77 == 0  # there may be a password in it
+    assert FlexKVConfig.parse(json.loads(run_dir.config_path.read_text())) == config
+
+
+def test_eight_processes_that_start_at_once_agree_on_the_nodes_name(tmp_path: Path) -> None:
+    code = (
+        "import sys; from flexkv_sglang.config.settings import FlexKVConfig\n"
+        "from flexkv_sglang.sharing.run_dir import node_name\n"
+        "print(node_name(FlexKVConfig.parse({'path': sys.argv[1]})))"
+    )
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "new")]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    names = {child.communicate()[0] for child in children}
+    assert len(names) == 1
+    assert names != {""}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["node-id"]
+
+
+def test_other_nodes_have_other_names(tmp_path: Path) -> None:
+    names = {node_name(FlexKVConfig.parse({"path": str(tmp_path / which)})) for which in "ab"}
+    assert len(names) == 2
+
+
+def test_settings_that_differ_without_harm() -> None:
+    def digest(**share: object) -> str:
+        return settings_digest(FlexKVConfig.parse({"share": share}).share)
+
+    assert digest(listen="127.0.0.1:1") == digest(nid="x") == digest()
+    assert digest(cluster_id="blue") != digest()
+    assert digest(secret_file="/s") != digest()
+
+
+def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = FlexKVConfig.parse(
+        {"path": str(tmp_path / "p"), "share": {"run_dir": str(tmp_path / "file" / "run")}}
+    )
+    with pytest.raises(ConfigError, match=r"share\.run_dir.*file/run"):
+        RunDir.of(config)
+
+
+def test_a_rank_lock_appears_held(config: FlexKVConfig) -> None:
+    """The agent looks at all locks every second, and removes those that nobody holds."""
+    run_dir = RunDir.of(config)
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            run_dir.ranks()
+            run_dir.breakers()
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for thread in lookers:
+        thread.start()
+    try:
+        for _ in range(300):
+            lock = run_dir.take_rank_lock()
+            assert lock.in_place
+            lock.close()
+    finally:
+        done.set()
+        for thread in lookers:
+            thread.join()
+
+
+def test_a_lock_whose_file_was_removed_is_not_in_place(config: FlexKVConfig) -> None:
+    run_dir = RunDir.of(config)
+    lock = run_dir.take_agent_lock("")
+    assert lock is not None
+    assert lock.in_place
+    shutil.rmtree(run_dir.path)
+    assert not lock.in_place
+    run_dir.make()
+    other = run_dir.take_agent_lock("")
+    assert other is not None
+    assert not lock.in_place
+    lock.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        lock.write("")  # not into a file that has this number by now
+    assert other.in_place
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"../../tmp", b"\xff\xfe\x00", b"ABCDEFGH"])
+def test_a_node_id_that_is_no_mark_is_replaced(tmp_path: Path, rubbish: bytes) -> None:
+    (tmp_path / "node-id").write_bytes(rubbish)
+    config = FlexKVConfig.parse({"path": str(tmp_path)})
+    assert node_name(config) == node_name(config)
+    assert len((tmp_path / "node-id").read_text().strip()) == 8
+
+
+def test_a_run_directory_that_others_can_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/shm is everybody's: whoever owns what lies above could exchange it, and read the password in agent.json."""
+    monkeypatch.setattr("flexkv_sglang.sharing.run_dir._MEMORY", tmp_path / "shm")
+    above = tmp_path / "shm" / f"flexkv-{os.getuid()}"
+    above.mkdir(parents=True)
+    above.chmod(0o777)
+    config = FlexKVConfig.parse({"path": str(tmp_path / "p"), "peers": ["127.0.0.1:7400"]})
+    run_dir = RunDir.of(config)
+    assert run_dir.path.parent == above
+    assert [path.stat().st_mode & 0o777 for path in (above, run_dir.path)] == [0o700, 0o700]
+    shutil.move(above, tmp_path / "elsewhere")
+    above.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is a link"):
+        RunDir.of(config)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_a_run_directory_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexkv_sglang.sharing.run_dir._MEMORY", tmp_path / "shm")
+    above = tmp_path / "shm" / "flexkv-0"
+    above.mkdir(parents=True)
+    os.chown(above, 65534, 65534)
+    config = FlexKVConfig.parse({"path": str(tmp_path / "p"), "peers": ["127.0.0.1:7400"]})
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        RunDir.of(config)

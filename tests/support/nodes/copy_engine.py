@@ -1,0 +1,76 @@
+"""A one-sided engine between a server and a client of this process: it copies memory, when and how a test wants."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+from flexkv_sglang.backends.fleet.rdma.base import EngineError, Move, TransferState
+
+RUNNING, DONE, FAILED = TransferState.RUNNING, TransferState.DONE, TransferState.FAILED
+
+
+class CopyTransfer:
+    """Moves that are carried out by ``finish``."""
+
+    def __init__(self, moves: Sequence[Move]) -> None:
+        self.moves = list(moves)
+        self.state = RUNNING
+
+    def finish(self, state: TransferState = DONE) -> None:
+        """Write to the targets, now; and end as ``state``."""
+        for move in self.moves:
+            ctypes.memmove(move.target, move.source, move.byte_count)
+        self.state = state
+
+    def poll(self) -> TransferState:
+        """As ``Transfer``."""
+        return self.state
+
+
+class CopyEngine:
+    """``behaviour``: "copy" at once, "hang", "fail", "refuse" or "no memory". ``transfers``: all of them.
+
+    ``before``: called when a read is to start. ``settle_s``: not that of any real one.
+    """
+
+    name = "nixl"
+    settle_s = 20.0
+
+    def __init__(self, behaviour: str = "copy") -> None:
+        self.behaviour = behaviour
+        self.memory = (0, 0)
+        self.transfers: list[CopyTransfer] = []
+        self.closed = False
+        self.before: Callable[[], object] = lambda: None
+
+    def register(self, address: int, byte_count: int) -> None:
+        """As ``OneSidedEngine``."""
+        if self.behaviour == "no memory":
+            raise EngineError("no memory")
+        self.memory = (address, byte_count)
+
+    def blob(self) -> bytes:
+        """As ``OneSidedEngine``."""
+        return b"blob of %d" % self.memory[0]
+
+    def read(self, blob: bytes, moves: Sequence[Move]) -> CopyTransfer:
+        """As ``OneSidedEngine``."""
+        self.before()
+        assert blob.startswith(b"blob of ")
+        start, byte_count = self.memory
+        assert all(start <= m.target <= start + byte_count - m.byte_count for m in moves)
+        if self.behaviour == "refuse":
+            raise EngineError("refused")
+        transfer = CopyTransfer(moves)
+        self.transfers.append(transfer)
+        if self.behaviour == "copy":
+            transfer.finish()
+        elif self.behaviour == "fail":
+            transfer.state = FAILED
+        return transfer
+
+    def close(self) -> bool:
+        """As ``OneSidedEngine``."""
+        self.closed = True
+        return all(transfer.state is not RUNNING for transfer in self.transfers)

@@ -1,0 +1,56 @@
+"""A node in a process of its own, told by lines of JSON what to do: ``feed_node.py SHARE NID``.
+
+Answers each line with one: what it holds of a peer, and when (CLOCK_MONOTONIC, common to all processes).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support
+
+
+from flexkv_sglang.backends.fleet.vocabulary import NodeId, Op, ShareConfig
+from flexkv_sglang.types import U64
+from nodes.fleet_bed import NS, MemorySink, WireNode, fps
+
+
+class Stamped(MemorySink):
+    """Notes when each page came."""
+
+    def apply(self, namespace: str, nid: NodeId, op: Op, keys: U64) -> None:
+        super().apply(namespace, nid, op, keys)
+        now = time.monotonic()
+        for key in keys.tolist():
+            seen[key] = now
+
+
+seen: dict[int, float] = {}
+
+
+def main() -> None:
+    """Until the input ends."""
+    share = ShareConfig(**json.loads(sys.argv[1]))
+    node = WireNode(share, sys.argv[2])
+    node.sink = Stamped()
+    node.meet(share)
+    print(json.dumps({"address": node.address}), flush=True)
+    for line in sys.stdin:
+        ask = json.loads(line)
+        node.logs.log(NS).add(fps(*ask.get("add", ())))
+        held = node.holds(ask["peer"])
+        answer = {
+            "held": None if held is None else len(held),
+            "status": node.roster and node.roster.status(),
+        }
+        if ask.get("seen"):
+            answer["seen"] = seen
+        print(json.dumps(answer), flush=True)
+    node.close()
+
+
+if __name__ == "__main__":
+    main()

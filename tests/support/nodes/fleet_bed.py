@@ -1,0 +1,288 @@
+"""Nodes of a fleet in one process: real change logs and rosters, sets in memory, questions between them direct."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace, TracebackType
+from typing import Any, cast
+
+import numpy as np
+import redis
+
+from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
+from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
+from flexkv_sglang.backends.fleet.members.redis_entries import (
+    encode_change,
+    encode_info,
+    member_keys,
+    stream_key,
+)
+from flexkv_sglang.backends.fleet.members.roster import Roster
+from flexkv_sglang.backends.fleet.server.server import PageServer
+from flexkv_sglang.backends.fleet.vocabulary import (
+    Change,
+    NodeId,
+    NodeInfo,
+    Op,
+    ShareConfig,
+    Snapshot,
+    namespace_name,
+)
+from flexkv_sglang.errors import PeerError
+from flexkv_sglang.types import U64
+
+NS = namespace_name(bytes(range(16)))
+OTHER_NS = namespace_name(bytes(range(1, 17)))
+
+
+def fps(*numbers: int) -> U64:
+    """Fingerprints."""
+    return np.array(numbers, np.uint64)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Poll until it holds. False: it did not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+@dataclass
+class MemorySink:
+    """A ``ReplicaSink`` whose sets are Python sets; fails on demand."""
+
+    peers: dict[NodeId, tuple[int, str, bool]] = field(default_factory=dict)
+    sets: dict[tuple[str, NodeId], set[int]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    was_down: set[NodeId] = field(default_factory=set)
+    error: OSError | None = None
+    _user: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def _used(self, name: str) -> Iterator[None]:
+        assert self._user.acquire(blocking=False), "two threads in the sink"
+        try:
+            self.calls[name] += 1
+            if self.error:
+                raise self.error
+            yield
+        finally:
+            self._user.release()
+
+    def set_peer(self, nid: NodeId, epoch: int, address: str, up: bool) -> None:
+        with self._used("set_peer"):
+            self.peers[nid] = (epoch, address, up)
+            if not up:
+                self.was_down.add(nid)
+
+    def remove_peer(self, nid: NodeId) -> None:
+        with self._used("remove_peer"):
+            self.peers.pop(nid, None)
+
+    def reset(self, namespace: str, nid: NodeId, snapshot: Snapshot) -> None:
+        with self._used("reset"):
+            self.sets[namespace, nid] = set(snapshot.fps.tolist())
+
+    def apply(self, namespace: str, nid: NodeId, op: Op, keys: U64) -> None:
+        with self._used("apply"):
+            held = self.sets[namespace, nid]
+            self.sets[namespace, nid] = {
+                Op.ADD: held.union(keys.tolist()),
+                Op.DROP: held.difference(keys.tolist()),
+            }.get(op, set())
+
+    def drop(self, namespace: str, nid: NodeId) -> None:
+        with self._used("drop"):
+            self.sets.pop((namespace, nid), None)
+
+    def beat(self) -> None:
+        with self._used("beat"):
+            pass
+
+    def tick(self) -> None:
+        with self._used("tick"):
+            pass
+
+
+class Wires:
+    """Who can be asked at which address; a ``PeerControl`` for all. ``cut``: addresses that do not answer."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.cut: set[str] = set()
+        self.asked: Counter[str] = Counter()
+
+    def _at(self, address: str, what: str) -> Node:
+        self.asked[what] += 1
+        if address in self.cut or address not in self.nodes:
+            raise PeerError(f"{address} does not answer")
+        return self.nodes[address]
+
+    def hello(self, address: str, timeout_s: float) -> NodeInfo:
+        return self._at(address, "hello").own_info()
+
+    def poll(
+        self, address: str, namespace: str, epoch: int, last: int, timeout_s: float
+    ) -> list[Change] | None:
+        log = self._at(address, "poll").logs.find(namespace)
+        return None if log is None else log.since(epoch, last)
+
+    def snapshot(self, address: str, namespace: str, timeout_s: float) -> Snapshot:
+        log = self._at(address, "snapshot").logs.find(namespace)
+        if log is None:
+            raise PeerError("unknown namespace")
+        return log.snapshot()
+
+
+class Node:
+    """One node: its own changes, its roster, what it knows of others."""
+
+    def __init__(
+        self, share: ShareConfig, wires: Wires, nid: str, logs: ChangeLogs | None = None
+    ) -> None:
+        self.logs = logs or ChangeLogs(outbox=bool(share.redis_url))
+        self.logs.log(NS)
+        self.first_nid = NodeId(nid)
+        self.address = f"{nid}:1"
+        self.share = share
+        self.sink = MemorySink()
+        self.counts: Counter[str] = Counter()
+        self.wires = wires
+        self.roster = Roster(share, self.info, self.logs.find, wires, self.sink, self._count)
+        wires.nodes[self.address] = self
+        self.roster.wanted_namespaces({NS})
+
+    def _count(self, name: str, amount: int) -> None:
+        self.counts[name] += amount
+
+    def info(self) -> NodeInfo:
+        return NodeInfo(
+            self.first_nid, self.logs.epoch, self.address, self.share.pod, self.logs.namespaces()
+        )
+
+    def own_info(self) -> NodeInfo:
+        return self.roster.own_info()
+
+    def start(self) -> Node:
+        self.roster.start()
+        return self
+
+    def knows(self, other: Node, namespace: str = NS) -> bool:
+        """Is the replica of ``other`` what it has?"""
+        log = other.logs.find(namespace)
+        assert log is not None
+        mine = self.sink.sets.get((namespace, other.roster.nid))
+        return mine == set(log.snapshot().fps.tolist()) and self.sees(other)
+
+    def sees(self, other: Node) -> bool:
+        """Is ``other`` up here?"""
+        return self.sink.peers.get(other.roster.nid, (0, "", False))[2]
+
+    def __enter__(self) -> Node:
+        return self.start()
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.roster.close()
+        self.wires.nodes.pop(self.address, None)
+
+
+class WireNode:
+    """A node that others reach over the real wire, on loopback."""
+
+    def __init__(self, share: ShareConfig, nid: str) -> None:
+        self.logs = ChangeLogs()
+        self.logs.log(NS)
+        self.nid = NodeId(nid)
+        self.sink = MemorySink()
+        self.counts: Counter[str] = Counter()
+        self.roster: Roster | None = None
+        self.control = WirePeerControl(share, None)
+        self.address = ""  # asked for before ``start`` returns
+        listen = "127.0.0.1:0" if share.listen == "auto" else share.listen
+        served = replace(share, listen=listen)
+        self._server = PageServer(served, None, self.own_info, lambda _ns: None, self.logs.find)
+        self.address = self._server.start()
+
+    def own_info(self) -> NodeInfo:
+        nid = self.roster.nid if self.roster else self.nid
+        return NodeInfo(nid, self.logs.epoch, self.address, "", self.logs.namespaces())
+
+    def meet(self, share: ShareConfig) -> None:
+        """Begin to follow."""
+        self.roster = Roster(
+            share, self.own_info, self.logs.find, self.control, self.sink, self._count
+        )
+        self.roster.wanted_namespaces({NS})
+        self.roster.start()
+
+    def _count(self, name: str, amount: int) -> None:
+        self.counts[name] += amount
+
+    def holds(self, nid: str) -> set[int] | None:
+        """The replica of a node that is up."""
+        up = self.sink.peers.get(NodeId(nid), (0, "", False))[2]
+        return self.sink.sets.get((NS, NodeId(nid))) if up else None
+
+    def close(self) -> None:
+        if self.roster:
+            self.roster.close()
+        self.control.close()
+        self._server.close()
+
+
+class HandNode:
+    """A node that a test plays by hand: its entry and its stream in Redis say what the test wants."""
+
+    def __init__(
+        self, client: redis.Redis, wires: Wires, nid: str, cluster_id: str = "default"
+    ) -> None:
+        self.client = client
+        self.nid = NodeId(nid)
+        self.logs = ChangeLogs()
+        self.log = self.logs.log(NS)
+        self.roster = SimpleNamespace(nid=self.nid)
+        self._cluster_id = cluster_id
+        wires.nodes[f"{nid}:1"] = cast(Node, self)
+
+    def own_info(self) -> NodeInfo:
+        return NodeInfo(self.nid, self.logs.epoch, f"{self.nid}:1", "", (NS,))
+
+    def beat(self, entry: bytes | None = None, ahead_s: float = 0.0) -> None:
+        """Be in the list until the expiry, as if it were ``ahead_s`` seconds later."""
+        live, nodes, version = member_keys(self._cluster_id)
+        self.client.zadd(live, {self.nid: (time.time() + ahead_s) * 1000})
+        self.client.hset(nodes, self.nid, entry or encode_info(self.own_info()))
+        self.client.set(version, os.urandom(8))
+
+    def write(self, *changes: Change, entry_id: str = "*") -> None:
+        """Append to the stream."""
+        key = stream_key(self._cluster_id, NS, self.nid)
+        for change in changes:
+            self.client.xadd(key, cast(Any, encode_change(change)), id=entry_id)
+
+    def take(self) -> list[Change]:
+        """What is to be written; whether the test does so is up to it."""
+        found = self.log.pending(1000)
+        if found:
+            self.log.published(found[-1].epoch, found[-1].first + found[-1].numbers - 1)
+        return found
+
+    def added(self, *numbers: int) -> Change:
+        """Have more pages; the change that says so."""
+        self.log.add(fps(*numbers))
+        (change,) = self.take()
+        return change

@@ -1,0 +1,180 @@
+"""A rank process without SGLang: a hierarchy that shares, driven by JSON lines on stdin. Run as a program.
+
+Bytes of a page follow from its key, so every process can tell right ones from wrong ones. Whatever the hierarchy
+raises ends the process: a test that survives has seen no exception.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_sglang.cache.assembly import open_hierarchy, prepare_tiers, undivided
+from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.config.settings import FlexKVConfig
+from flexkv_sglang.identity.keys import Identity
+from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.sharing.rank import Sharing
+from flexkv_sglang.types import PageBuffers, PageKey
+
+POISON = 0xA5
+
+
+def identity(payload_bytes: int) -> Identity:
+    """The same on every node."""
+    whole = (0, 1)
+    return Identity(
+        model="fleet-test",
+        settings={},
+        pool="kv",
+        pool_class="Plain",
+        dtype="uint8",
+        layout="page_first",
+        page_size=16,
+        buffer_bytes=(payload_bytes,),
+        geometry={},
+        first_layer=0,
+        layer_count=1,
+        tp=whole,
+        pp=whole,
+        attn_cp=whole,
+        dcp=whole,
+        split_heads=0,
+        storage_format_tag="",
+    )
+
+
+def key(seed: int, number: int) -> PageKey:
+    """Of page ``number`` of chain ``seed``."""
+    return PageKey(hashlib.sha256(f"{seed}:{number}".encode()).digest())
+
+
+def chain(seed: int, count: int) -> list[PageKey]:
+    return [key(seed, number) for number in range(count)]
+
+
+def content(page: PageKey, payload_bytes: int) -> npt.NDArray[np.uint8]:
+    """Bytes that belong to a key."""
+    return np.random.default_rng(list(page[:16])).integers(0, 256, payload_bytes, np.uint8)
+
+
+class Memory:
+    """Host pages: uint8 ``[n, payload_bytes]``, 4096-aligned."""
+
+    def __init__(self, count: int, payload_bytes: int) -> None:
+        raw = np.empty(count * payload_bytes + 4096, np.uint8)
+        start = -raw.ctypes.data % 4096
+        self.rows = raw[start : start + count * payload_bytes].reshape(count, payload_bytes)
+        steps = np.arange(count, dtype=np.uint64)[:, None] * np.uint64(payload_bytes)
+        addresses = np.uint64(self.rows.ctypes.data) + steps
+        self.buffers = PageBuffers(addresses, np.array([payload_bytes], np.uint64))
+
+
+class Rank:
+    """The commands. Every answer has ``seconds``."""
+
+    def __init__(self, config: FlexKVConfig, payload_bytes: int) -> None:
+        self._payload_bytes = payload_bytes
+        self._metrics = Metrics()
+        told = identity(payload_bytes)
+        self._sharing = Sharing.of(config, self._metrics)
+        self.store: Hierarchy = open_hierarchy(
+            config,
+            prepare_tiers(config),
+            told.namespace,
+            told.fields(),
+            payload_bytes,
+            undivided(config),
+            self._metrics,
+            self._sharing,
+        )
+        self._last: tuple[Memory, npt.NDArray[np.uint8]] | None = None
+
+    def put(self, seed: int, pages: int, start: int = 0) -> dict[str, Any]:
+        """Store pages ``start`` to ``pages`` of a chain."""
+        keys = chain(seed, pages)[start:]
+        memory = Memory(len(keys), self._payload_bytes)
+        for row, page in zip(memory.rows, keys, strict=True):
+            row[:] = content(page, self._payload_bytes)
+        parent = key(seed, start - 1) if start else None
+        done = sum(self.store.put(keys, memory.buffers, parent, time.monotonic() + 8))
+        return {"done": done, "at": time.monotonic()}
+
+    def prefix(self, seed: int, pages: int) -> dict[str, Any]:
+        """How many pages can be had?"""
+        return {"pages": self.store.prefix(chain(seed, pages))}
+
+    def await_prefix(self, seed: int, pages: int, seconds: float = 10.0) -> dict[str, Any]:
+        """Wait until so many pages can be had; ``at``: when that was seen, ``time.monotonic()`` s."""
+        keys, until = chain(seed, pages), time.monotonic() + seconds
+        while self.store.prefix(keys) < pages:
+            if time.monotonic() > until:
+                return {"at": None}
+            time.sleep(0.0005)
+        return {"at": time.monotonic()}
+
+    def get(self, seed: int, pages: int, seconds: float = 5.0) -> dict[str, Any]:
+        """Read pages; ``wrong``: those reported True whose bytes are not theirs."""
+        keys = chain(seed, pages)
+        memory = Memory(pages, self._payload_bytes)
+        memory.rows[:] = POISON
+        flags = self.store.get(keys, memory.buffers, time.monotonic() + seconds)
+        good = sum(flags)
+        wrong = sum(
+            not np.array_equal(memory.rows[i], content(keys[i], self._payload_bytes))
+            for i in range(good)
+        )
+        self._last = memory, memory.rows.copy()
+        return {
+            "pages": good,
+            "wrong": wrong,
+            "leading": flags == [True] * good + [False] * (pages - good),
+        }
+
+    def unchanged(self) -> dict[str, Any]:
+        """Has anybody written into the pages of the last ``get`` since it returned?"""
+        assert self._last is not None
+        memory, before = self._last
+        return {"unchanged": bool(np.array_equal(memory.rows, before))}
+
+    def counters(self) -> dict[str, Any]:
+        return {"counters": {name: n for name, n in self._metrics.snapshot().items() if n}}
+
+    def clear(self) -> dict[str, Any]:
+        """Forget own pages."""
+        self.store.clear()
+        return {}
+
+    def remote_pages(self) -> dict[str, Any]:
+        return {"pages": self.store.remote_page_count()}
+
+    def close(self) -> None:
+        self.store.close()
+        if self._sharing is not None:
+            self._sharing.close()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    config = FlexKVConfig.parse(json.loads(Path(sys.argv[1]).read_text()))
+    rank = Rank(config, int(sys.argv[2]))
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        begin = time.monotonic()
+        answer = getattr(rank, asked.pop("op"))(**asked)
+        answer["seconds"] = time.monotonic() - begin
+        print(json.dumps(answer), flush=True)
+    rank.close()
+
+
+if __name__ == "__main__":
+    main()

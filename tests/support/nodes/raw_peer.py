@@ -1,0 +1,65 @@
+"""A peer made by hand: a bare DEALER that says exactly what a test wants."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import TracebackType
+
+import zmq
+
+from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire.decode import decode_answer
+
+
+class RawPeer:
+    """Connected to ``address``; greets unless told otherwise. ``queue``: messages it takes unread, 0: all."""
+
+    def __init__(
+        self, address: str, *, greet: bool = True, cluster_id: str = "default", queue: int = 0
+    ) -> None:
+        self._context = zmq.Context()
+        self.sock = self._context.socket(zmq.DEALER)
+        self.sock.linger = 0
+        self.sock.rcvhwm = queue
+        self.sock.connect(f"tcp://{address}")
+        if greet:
+            self.say(wire.pack_hello(wire.Hello(bytes(16), cluster_id)))
+            self.greeting = self.hear()
+
+    def say(self, frames: list[bytes]) -> None:
+        """Send one message."""
+        self.sock.send_multipart(frames)
+
+    def hear(self, seconds: float = 10.0) -> wire.Answer | None:
+        """The next answer; None: there is none in time."""
+        if not self.sock.poll(int(seconds * 1000)):
+            return None
+        return decode_answer(self.sock.recv_multipart())
+
+    def hear_all(self) -> list[wire.Answer]:
+        """Answers up to an END; pages that came in one message are taken apart."""
+        heard: list[wire.Answer] = []
+        while not isinstance(answer := self.hear(), wire.End):
+            assert answer is not None, heard
+            heard += one_by_one(answer) if isinstance(answer, wire.Pages) else [answer]
+        return [*heard, answer]
+
+    def __enter__(self) -> RawPeer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.sock.close(0)
+        self._context.term()
+
+
+def one_by_one(pages: wire.Pages) -> list[wire.Pages]:
+    """As if each had come in a message of its own."""
+    return [
+        replace(pages, index=pages.index + place, checksums=(checksum,))
+        for place, checksum in enumerate(pages.checksums)
+    ]

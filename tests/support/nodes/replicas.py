@@ -1,0 +1,38 @@
+"""Replicas on real files: nodes with random pages, readers that have looked once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from flexkv_sglang.backends.fleet.replica.files import Peer
+from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
+from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.vocabulary import NodeId, Snapshot
+from flexkv_sglang.types import U64
+
+SPACE, OTHER = "n" * 26, "m" * 26
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+RNG = np.random.default_rng(1)
+
+
+def pages(count: int) -> U64:
+    """Fresh fingerprints, sorted."""
+    return np.unique(RNG.integers(0, 1 << 64, count, dtype=np.uint64))
+
+
+def nobody(peer: Peer) -> bool:
+    """Pass over none."""
+    return False
+
+
+def open_reader(run_dir: Path, namespace: str = SPACE, ttl_s: float = 30.0) -> ReplicaReader:
+    reader = ReplicaReader(run_dir, namespace, ttl_s)
+    reader.refresh()
+    return reader
+
+
+def fill(writer: ReplicaWriter, nid: NodeId, fps: U64, namespace: str = SPACE) -> None:
+    writer.set_peer(nid, 7, f"{nid}:1", up=True)
+    writer.reset(namespace, nid, Snapshot(7, 0, fps))
