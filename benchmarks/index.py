@@ -28,10 +28,10 @@ import numpy as np
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.slots.journal import keys_field, new_records
 from flexkv_sglang.backends.slots.opening import open_places
-from flexkv_sglang.backends.slots.records import Op, SlotClass
+from flexkv_sglang.backends.slots.records import RecordOp, SlotClass
 from flexkv_sglang.backends.slots.slot_file import OwnedStore
 from flexkv_sglang.bench.ssd import environment
-from flexkv_sglang.cache.assembly import open_hierarchy, prepare_tiers, undivided
+from flexkv_sglang.cache.assembly import open_tiers, prepare_tiers, undivided
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import PageKey
@@ -47,7 +47,7 @@ def make_store(config: FlexKVConfig, count: int, keys: list[PageKey]) -> None:
     store = OwnedStore.create(place.directory, "ns", SlotClass(PAGE, PAGE, count), place.mode)
     for start in range(0, count, CHAIN * 64):
         rows = np.arange(start, min(start + CHAIN * 64, count))
-        records = new_records(Op.PUT, len(rows))
+        records = new_records(RecordOp.PUT, len(rows))
         records["slot"], records["len"], records["flags"] = rows, PAGE, ChecksumKind.XXH3_64
         records["key"] = keys_field([keys[row] for row in rows.tolist()])
         records["parent"] = np.where(rows % CHAIN == 0, records["parent"], rows - 1)
@@ -84,7 +84,7 @@ def measure(directory: Path, count: int) -> dict[str, float]:
     prepared = prepare_tiers(config)
     gc.collect()
     memory, cpu, wall = resident_bytes(), time.process_time(), time.perf_counter()
-    store = open_hierarchy(config, prepared, "ns", {}, PAGE, undivided(config), Metrics())
+    store = open_tiers(config, prepared, "ns", {}, PAGE, undivided(config), Metrics())
     start_cpu, start_wall = time.process_time() - cpu, time.perf_counter() - wall
     gc.collect()
     grown = resident_bytes() - memory

@@ -36,7 +36,7 @@ def cut_after_first_failure(flags: Sequence[bool]) -> list[bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class PoolRequirement:
     """What a prefix asks of one pool beside KV.
 
     ``all_pages``: every page of the prefix. ``trailing_pages``: its last ``window`` pages, or all of them where
@@ -53,7 +53,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Usable:
+class RestorablePrefixes:
     """``lengths``: what can be restored, ascending, in pages. ``boundaries``: per pool, KV included, how far it goes
     by itself; a pool without an entry has no page to offer or was not looked at any more."""
 
@@ -66,7 +66,9 @@ class Usable:
         return self.lengths[-1] if self.lengths else 0
 
 
-def usable_prefixes(kv_pages: int, pools: Iterable[tuple[Demand, Sequence[bool]]]) -> Usable:
+def usable_prefixes(
+    kv_pages: int, pools: Iterable[tuple[PoolRequirement, Sequence[bool]]]
+) -> RestorablePrefixes:
     """Fold what each pool holds into the prefix lengths that can be restored.
 
     ``kv_pages``: the leading run of KV pages. ``pools``: per pool its demand and, for each of these pages,
@@ -90,10 +92,10 @@ def usable_prefixes(kv_pages: int, pools: Iterable[tuple[Demand, Sequence[bool]]
             lengths = [length for length in lengths if length in allowed]
         if boundary:
             boundaries[demand.pool] = boundary
-    return Usable(lengths, boundaries)
+    return RestorablePrefixes(lengths, boundaries)
 
 
-def _ends(demand: Demand, held: Sequence[bool], kv_pages: int) -> list[int]:
+def _ends(demand: PoolRequirement, held: Sequence[bool], kv_pages: int) -> list[int]:
     """Prefix lengths whose last ``window`` pages are all held."""
     run = 0
     legal = []
@@ -104,7 +106,7 @@ def _ends(demand: Demand, held: Sequence[bool], kv_pages: int) -> list[int]:
     return legal
 
 
-def _covered_by_groups(demand: Demand, held: Sequence[bool], kv_pages: int) -> int:
+def _covered_by_groups(demand: PoolRequirement, held: Sequence[bool], kv_pages: int) -> int:
     """Pages of the leading blocks whose group is complete."""
     block, group = demand.block_pages, demand.group_pages
     if not 1 <= group <= block:

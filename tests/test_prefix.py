@@ -12,7 +12,7 @@ from flexkv_sglang.prefix import (
     ALL_PAGES,
     BLOCK_GROUPS,
     TRAILING_PAGES,
-    Demand,
+    PoolRequirement,
     cut_after_first_failure,
     leading_run,
     usable_prefixes,
@@ -21,9 +21,9 @@ from models.fold_oracle import Case, by_definition, compare_with_hicache_file, f
 
 flags = st.lists(st.booleans())
 INDEXER, SWA, MAMBA = (
-    Demand("indexer"),
-    Demand("swa", TRAILING_PAGES, window=2),
-    Demand("mamba", TRAILING_PAGES),
+    PoolRequirement("indexer"),
+    PoolRequirement("swa", TRAILING_PAGES, window=2),
+    PoolRequirement("mamba", TRAILING_PAGES),
 )
 
 
@@ -41,13 +41,13 @@ def test_nothing_is_true_behind_a_hole(values: list[bool]) -> None:
     assert sum(cut) == leading_run(values) == leading_run(cut)
 
 
-def trailing(name: str, window: int, *pages: int) -> tuple[Demand, set[int]]:
+def trailing(name: str, window: int, *pages: int) -> tuple[PoolRequirement, set[int]]:
     """Pages count from 1, as in the table of the contract."""
-    return Demand(name, TRAILING_PAGES, window), {page - 1 for page in pages}
+    return PoolRequirement(name, TRAILING_PAGES, window), {page - 1 for page in pages}
 
 
-def every(name: str, *pages: int) -> tuple[Demand, set[int]]:
-    return Demand(name, ALL_PAGES), {page - 1 for page in pages}
+def every(name: str, *pages: int) -> tuple[PoolRequirement, set[int]]:
+    return PoolRequirement(name, ALL_PAGES), {page - 1 for page in pages}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def every(name: str, *pages: int) -> tuple[Demand, set[int]]:
     ],
 )
 def test_the_acceptance_vectors(
-    kv: tuple[int, ...], pools: list[tuple[Demand, set[int]]], expected: list[int]
+    kv: tuple[int, ...], pools: list[tuple[PoolRequirement, set[int]]], expected: list[int]
 ) -> None:
     case: Case = (max(kv, default=3), {page - 1 for page in kv}, pools)
     usable = folded(case)
@@ -86,7 +86,7 @@ def test_every_subset_of_three_pools_as_defined(pages: int) -> None:
 
 held = st.sets(st.integers(0, 7))
 demands = st.builds(
-    Demand,
+    PoolRequirement,
     st.sampled_from(["mamba", "swa", "indexer"]),
     st.sampled_from([ALL_PAGES, TRAILING_PAGES]),
     window=st.integers(0, 9),
@@ -95,7 +95,7 @@ demands = st.builds(
 
 @given(st.integers(0, 8), held, st.lists(st.tuples(demands, held), max_size=3))
 def test_up_to_eight_pages_and_three_pools_as_defined(
-    pages: int, kv: set[int], pools: list[tuple[Demand, set[int]]]
+    pages: int, kv: set[int], pools: list[tuple[PoolRequirement, set[int]]]
 ) -> None:
     case: Case = (pages, kv, pools)
     assert folded(case).lengths == by_definition(case)
@@ -120,7 +120,7 @@ def test_pools_are_not_looked_at_when_nothing_is_left() -> None:
 
 
 def test_a_policy_nobody_knows_makes_nothing_usable() -> None:
-    usable = usable_prefixes(3, [(Demand("odd", "every_other_page"), [True] * 3)])
+    usable = usable_prefixes(3, [(PoolRequirement("odd", "every_other_page"), [True] * 3)])
     assert (usable.lengths, usable.boundaries) == ([], {"kv": 3})
 
 
@@ -140,7 +140,7 @@ def test_a_policy_nobody_knows_makes_nothing_usable() -> None:
 def test_block_groups_report_what_they_cover_and_gate_nothing(
     block: int, group: int, missing: tuple[int, ...], expected: int
 ) -> None:
-    demand = Demand("blocks", BLOCK_GROUPS, block_pages=block, group_pages=group)
+    demand = PoolRequirement("blocks", BLOCK_GROUPS, block_pages=block, group_pages=group)
     usable = usable_prefixes(9, [(demand, [i not in missing for i in range(9)])])
     assert usable.lengths == list(range(1, 10))
     assert usable.boundaries.get("blocks", 0) == expected

@@ -20,7 +20,7 @@ REPEAT_LOG_S = 60.0
 """A failure that goes on is said again after this long."""
 
 
-class Outage:
+class Backoff:
     """How long a partner has failed. One thread calls ``failed`` and ``worked``; any may read.
 
     One WARNING when it begins, one a minute while it lasts, one INFO when it is over.
@@ -72,7 +72,7 @@ class Outage:
         }
 
 
-class Worker:
+class PeriodicThread:
     """A thread named ``flexkv-...`` that repeats ``step``. ``step`` returns the seconds until the next one.
 
     ``event``: set it to have the next step at once. ``close`` waits for a step under way, up to a limit.

@@ -41,7 +41,7 @@ class Op(IntEnum):
     ADD = 1
     DROP = 2
     CLEAR = 3
-    KEEP = 4
+    HEARTBEAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Change:
     @property
     def numbers(self) -> int:
         """How many numbers this change takes."""
-        return {Op.CLEAR: 1, Op.KEEP: 0}.get(self.op, len(self.fps))
+        return {Op.CLEAR: 1, Op.HEARTBEAT: 0}.get(self.op, len(self.fps))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.io.batch import IOV_MAX, NOT_TRIED, IoBatch
+from flexkv_sglang.backends.io.direction import Direction, MakeEngine, Slab
 from flexkv_sglang.backends.io.extents import Extents
-from flexkv_sglang.backends.io.lane import Lane, MakeEngine, Slab
 from flexkv_sglang.backends.io.probe import IoMode, make_engine
-from flexkv_sglang.backends.io.traffic import Traffic
+from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, U64, BoolArray, PageBuffers, round_up
 
@@ -159,9 +159,10 @@ class PageMover:
         self._payload_bytes = payload_bytes
         self._metrics = metrics
         self._row_bytes = round_up(payload_bytes, SECTOR)
-        self._traffic = Traffic()
+        self._traffic = ReadPriority()
         self._lanes = {
-            direction: Lane(self._row_bytes, self._traffic, make) for direction in ("read", "write")
+            direction: Direction(self._row_bytes, self._traffic, make)
+            for direction in ("read", "write")
         }
 
     def register_memory(self, address: int, byte_count: int) -> None:
@@ -173,7 +174,7 @@ class PageMover:
             lane.register_memory(address, byte_count)
 
     def counts(self) -> dict[str, int]:
-        """ "read_operations", "write_fixed_operations", ...: see ``Ring``, ``PosixIo`` and ``Traffic``."""
+        """ "read_operations", "write_fixed_operations", ...: see ``Ring``, ``PosixIo`` and ``ReadPriority``."""
         found = {
             f"{direction}_{name}": value
             for direction, lane in self._lanes.items()
@@ -198,7 +199,7 @@ class PageMover:
 
     def abandon(self) -> None:
         """A disk hangs: what is in flight keeps its engines until it ends; other calls get new ones."""
-        self._traffic = Traffic()  # a read that hangs must not hold back writes for ever
+        self._traffic = ReadPriority()  # a read that hangs must not hold back writes for ever
         for lane in self._lanes.values():
             lane.abandon(self._traffic)
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.io.batch import IOV_MAX, IOVEC, NOT_TRIED, IoBatch
-from flexkv_sglang.backends.io.regions import PLAIN
+from flexkv_sglang.backends.io.pinned_memory import PLAIN
 from flexkv_sglang.backends.io.uring import (
     OP_READ,
     OP_READ_FIXED,

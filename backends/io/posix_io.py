@@ -20,7 +20,7 @@ import numpy as np
 
 from flexkv_sglang.backends.io.batch import CLOSE_TIMEOUT_S, NOT_TRIED, IoBatch, Progress
 from flexkv_sglang.backends.io.operations import Positions, runs, share
-from flexkv_sglang.backends.io.traffic import Traffic
+from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.types import I64
 
 _SHY_PAUSE_S = 0.001
@@ -33,11 +33,11 @@ class PosixIo:
     """
 
     def __init__(
-        self, workers: int = 8, *, kind: str = "threads", traffic: Traffic | None = None
+        self, workers: int = 8, *, kind: str = "threads", traffic: ReadPriority | None = None
     ) -> None:
         self.kind = kind
         self._workers = workers
-        self._traffic = traffic or Traffic()
+        self._traffic = traffic or ReadPriority()
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()  # one batch at a time, as for the ring
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="flexkv-io")

@@ -18,8 +18,8 @@ import numpy as np
 
 from flexkv_sglang.backends.io.batch import IoBatch, IoEngine
 from flexkv_sglang.backends.io.posix_io import PosixIo
+from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.ring import Ring
-from flexkv_sglang.backends.io.traffic import Traffic
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR
 
@@ -91,7 +91,7 @@ def file_system(directory: str, mounts: Path = _MOUNTS) -> str:
     return ""
 
 
-def make_engine(kind: str, traffic: Traffic | None = None) -> IoEngine:
+def make_engine(kind: str, traffic: ReadPriority | None = None) -> IoEngine:
     """A fresh engine for a probed mode. ``traffic``: shared by the engines whose writes give way to reads."""
     return Ring(traffic=traffic) if kind == "io_uring" else PosixIo(kind=kind, traffic=traffic)
 

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from flexkv_sglang.backends.io import uring
 from flexkv_sglang.backends.io.batch import CLOSE_TIMEOUT_S, NOT_TRIED, IoBatch, Progress
 from flexkv_sglang.backends.io.operations import Operations, Positions
-from flexkv_sglang.backends.io.regions import Regions
-from flexkv_sglang.backends.io.traffic import Traffic
+from flexkv_sglang.backends.io.pinned_memory import PinnedMemory
+from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.types import I64
 
 _MASK32 = 0xFFFFFFFF
@@ -46,10 +46,10 @@ class Ring:
 
     kind = "io_uring"
 
-    def __init__(self, entries: int = _MAX_DEPTH, traffic: Traffic | None = None) -> None:
+    def __init__(self, entries: int = _MAX_DEPTH, traffic: ReadPriority | None = None) -> None:
         self._lock = threading.Lock()  # one batch at a time; guards the queues and the regions
-        self._traffic = traffic or Traffic()
-        self._regions = Regions()
+        self._traffic = traffic or ReadPriority()
+        self._regions = PinnedMemory()
         self._announced: deque[tuple[int, int]] = deque()  # for the next batch; append is atomic
         self.counts: Counter[str] = Counter()
         params = uring.Params()

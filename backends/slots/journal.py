@@ -31,7 +31,7 @@ from flexkv_sglang.backends.slots.records import (
     RECORD_BYTES,
     SNAPSHOT_MAGIC,
     Header,
-    Op,
+    RecordOp,
     Records,
     SlotClass,
     seal_records,
@@ -74,7 +74,7 @@ def boot_id() -> str:
         return ""
 
 
-def new_records(op: Op, count: int) -> Records:
+def new_records(op: RecordOp, count: int) -> Records:
     """``count`` blank records of one kind."""
     records = np.zeros(count, RECORD)
     records["op"] = op
@@ -202,7 +202,7 @@ class JournalWriter:
         reach(Failpoint.ROTATE_DONE)
 
     def _seal(self, new_fd: int, generation: int) -> None:
-        seal = new_records(Op.SEAL, 1)
+        seal = new_records(RecordOp.SEAL, 1)
         seal["slot"] = generation
         try:
             self.append(seal)
@@ -233,7 +233,7 @@ class JournalWriter:
             return
         try:
             if clean and not self._broken:
-                self.append(new_records(Op.CLOSE, 1))
+                self.append(new_records(RecordOp.CLOSE, 1))
                 reach(Failpoint.CLOSE_RECORDED)
                 self.sync()
         finally:
@@ -337,14 +337,14 @@ def _recover_generation(directory: Path, owner: str, namespace: str, generation:
     # One part alone is not copied: 64 bytes per page that are never touched.
     live = last_words(parts[0] if len(parts) == 1 else np.concatenate(parts), header)
     ops = journal["op"]
-    sealed = int(journal["slot"][-1]) if len(journal) and ops[-1] == Op.SEAL else None
+    sealed = int(journal["slot"][-1]) if len(journal) and ops[-1] == RecordOp.SEAL else None
     return LiveState(
         header,
         live,
         HEADER_BYTES + len(journal) * RECORD_BYTES,
         header.base_seq + len(journal),
         sealed,
-        bool(len(journal) and ops[-1] == Op.CLOSE),
+        bool(len(journal) and ops[-1] == RecordOp.CLOSE),
     )
 
 
@@ -363,12 +363,14 @@ def read_snapshot(directory: Path, journal_header: Header) -> Records:
 def last_words(records: Records, header: Header) -> Records:
     """The PUTs that still hold after all of ``records``, in the order they were written."""
     ops = np.ascontiguousarray(records["op"])
-    clears = np.flatnonzero(ops == Op.CLEAR)
+    clears = np.flatnonzero(ops == RecordOp.CLEAR)
     if len(clears):
         records, ops = records[clears[-1] + 1 :], ops[clears[-1] + 1 :]
     counts = np.array([item.slot_count for item in header.files], np.int64)
     bases = np.concatenate([[0], np.cumsum(counts)])
-    known = np.flatnonzero(((ops == Op.PUT) | (ops == Op.DEL)) & (records["file"] < len(counts)))
+    known = np.flatnonzero(
+        ((ops == RecordOp.PUT) | (ops == RecordOp.DEL)) & (records["file"] < len(counts))
+    )
     file, slot = _taken(records["file"], known), _taken(records["slot"], known)
     inside = slot < counts[file]
     if not inside.all():
@@ -378,7 +380,7 @@ def last_words(records: Records, header: Header) -> Records:
     position[place] = known  # of several, the last stays
     stands = np.zeros(len(records), np.bool_)
     stands[position[position >= 0]] = True
-    return _taken(records, np.flatnonzero(stands & (ops == Op.PUT)))
+    return _taken(records, np.flatnonzero(stands & (ops == RecordOp.PUT)))
 
 
 def _taken(column: Records, rows: npt.NDArray[np.intp]) -> Records:

@@ -20,7 +20,7 @@ from flexkv_sglang.backends.slots.records import (
     JOURNAL_MAGIC,
     RECORD_BYTES,
     Header,
-    Op,
+    RecordOp,
     Records,
     valid_prefix,
 )
@@ -35,7 +35,7 @@ _MAX_TAIL_BYTES = 1 << 20
 class NeighbourPage:
     """A neighbour's claim to hold a page: valid only if ``still_valid`` says so after the read."""
 
-    replica: Replica
+    replica: NeighbourJournal
     key: PageKey
     slot: int
     version: int
@@ -43,7 +43,7 @@ class NeighbourPage:
     checksum: int
 
 
-class Replica:
+class NeighbourJournal:
     """What one neighbour holds, as its journal says. Guarded by ``NeighbourStore``'s lock."""
 
     def __init__(
@@ -133,7 +133,9 @@ class Replica:
             ):  # once more after the file was unlinked: SEAL may have come in between
                 while (records := self._read_tail()) is not None:
                     self._apply(records)
-                    if records["op"][-1] == Op.SEAL and not self._follow(int(records["slot"][-1])):
+                    if records["op"][-1] == RecordOp.SEAL and not self._follow(
+                        int(records["slot"][-1])
+                    ):
                         return False
                 status = os.fstat(self._fd)
                 if status.st_size < self._position:
@@ -162,7 +164,7 @@ class Replica:
             return None  # a record that is being written right now; next time
         self._position += len(records) * RECORD_BYTES
         self._seq += len(records)
-        seals = np.flatnonzero(records["op"] == Op.SEAL)
+        seals = np.flatnonzero(records["op"] == RecordOp.SEAL)
         return records[: seals[0] + 1] if len(seals) else records
 
     def _follow(self, generation: int) -> bool:
@@ -193,25 +195,25 @@ class Replica:
             self._next_version += 1
             if self.said is not None:
                 self._tell(op, key)
-            if op == Op.PUT and slot < len(self._sums) and self._usable(flags, length):
+            if op == RecordOp.PUT and slot < len(self._sums) and self._usable(flags, length):
                 self._slot_of[key] = slot
                 self._version[slot] = self._next_version
                 self._sums[slot] = total
                 self._kinds[slot] = flags & 0xFF
-            elif op == Op.DEL and slot < len(self._sums):
+            elif op == RecordOp.DEL and slot < len(self._sums):
                 self._version[slot] = self._next_version
                 if self._slot_of.get(key) == slot:
                     del self._slot_of[key]
-            elif op == Op.CLEAR:
+            elif op == RecordOp.CLEAR:
                 self._slot_of.clear()
 
     def _tell(self, op: int, key: PageKey) -> None:
         """For an observer, before the record is applied; what it says of a key the observer looks up anew."""
         assert self.said is not None
-        if op == Op.CLEAR:
+        if op == RecordOp.CLEAR:
             self.said += [(False, held) for held in self._slot_of]
-        elif op in (Op.PUT, Op.DEL):
-            self.said.append((op == Op.PUT, key))
+        elif op in (RecordOp.PUT, RecordOp.DEL):
+            self.said.append((op == RecordOp.PUT, key))
 
     def _usable(self, flags: int, length: int) -> bool:
         return length == self._payload_bytes and flags & 0xFF in self._accepted

@@ -24,7 +24,7 @@ import numpy as np
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.io.extents import Extents
 from flexkv_sglang.backends.io.probe import IoMode
-from flexkv_sglang.backends.slots.neighbour import NeighbourPage, Replica
+from flexkv_sglang.backends.slots.neighbour import NeighbourJournal, NeighbourPage
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.errors import JournalError, TierUnavailableError
 from flexkv_sglang.types import PageKey
@@ -60,7 +60,7 @@ class NeighbourStore:
         self._payload_bytes = payload_bytes
         self._own = frozenset(own)
         self._lock = threading.Lock()
-        self._replicas: dict[tuple[Path, str], Replica] = {}  # guarded by _lock
+        self._replicas: dict[tuple[Path, str], NeighbourJournal] = {}  # guarded by _lock
         self._polled_at = 0.0  # guarded by _lock
         self._rejected: dict[
             tuple[Path, str], str
@@ -170,7 +170,7 @@ class NeighbourStore:
     def _load(self, directory: Path, owner: str, mode: IoMode) -> None:
         for _ in range(_LOAD_TRIES):  # the owner may start a new generation while we read
             try:
-                replica = Replica(
+                replica = NeighbourJournal(
                     directory,
                     owner,
                     self._namespace,
@@ -229,6 +229,6 @@ class NeighbourStore:
         self._close_if_unused(replica)
 
     @staticmethod
-    def _close_if_unused(replica: Replica) -> None:
+    def _close_if_unused(replica: NeighbourJournal) -> None:
         if replica.dropped and replica.leases == 0:
             replica.close()

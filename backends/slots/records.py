@@ -33,7 +33,7 @@ _CRC_BY_COLUMN = 1 << 10  # fewer are faster one by one
 _HEAD = struct.Struct("<8sIII")  # magic, version, length of the JSON, CRC-32 of the JSON
 
 
-class Op(IntEnum):
+class RecordOp(IntEnum):
     """What a record says."""
 
     PUT = 1  # ``slot`` of ``file`` holds ``key``: ``len`` payload bytes with checksum ``sum``

@@ -38,7 +38,7 @@ from flexkv_sglang.backends.slots.journal import (
     snapshot_path,
 )
 from flexkv_sglang.backends.slots.ownership import OwnerLock
-from flexkv_sglang.backends.slots.records import NO_PARENT, Op, Records, SlotClass
+from flexkv_sglang.backends.slots.records import NO_PARENT, RecordOp, Records, SlotClass
 from flexkv_sglang.errors import JournalError, TierUnavailableError
 from flexkv_sglang.types import I64, KeyArray, PageKey, SlotId
 
@@ -175,7 +175,7 @@ class OwnedStore:
     def append(self, records: Records) -> bool:
         """Append to the journal. A journal that does not take them opens the directory's breaker."""
         try:
-            if self.durable and records["op"][0] == Op.PUT:
+            if self.durable and records["op"][0] == RecordOp.PUT:
                 self.slots.sync()
             self.journal.append(records)
             if self.durable:
@@ -310,7 +310,7 @@ class SlotFileTier:
             rows = np.flatnonzero(store_of == index).tolist()
             if not rows or store.failed:
                 continue
-            records = new_records(Op.PUT, len(rows))
+            records = new_records(RecordOp.PUT, len(rows))
             records["flags"] = int(kind)
             records["len"] = store.slots.slot_class.payload_bytes
             records["slot"] = local[rows]
@@ -335,7 +335,7 @@ class SlotFileTier:
         for index, store in enumerate(self.stores):
             rows = np.flatnonzero(store_of == index).tolist()
             if rows and not store.failed:
-                records = new_records(Op.DEL, len(rows))
+                records = new_records(RecordOp.DEL, len(rows))
                 records["slot"] = local[rows]
                 records["key"] = keys_field([victims[row][0] for row in rows])
                 store.append(records)
@@ -346,7 +346,7 @@ class SlotFileTier:
         reach(Failpoint.CLEAR_BEFORE)
         for store in self.stores:
             if not store.failed:
-                store.append(new_records(Op.CLEAR, 1))
+                store.append(new_records(RecordOp.CLEAR, 1))
         reach(Failpoint.CLEAR_RECORDED)
 
     def snapshot_records(
@@ -357,7 +357,7 @@ class SlotFileTier:
         low, high = self.base(store_index), self.base(store_index + 1)
         mine = np.flatnonzero((slots >= low) & (slots < high))
         local, linked = slots[mine] - low, parents[mine]
-        records = new_records(Op.PUT, len(mine))
+        records = new_records(RecordOp.PUT, len(mine))
         records["slot"] = local
         records["len"] = store.slots.slot_class.payload_bytes
         records["key"] = keys[mine]

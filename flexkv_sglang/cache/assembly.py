@@ -22,7 +22,7 @@ from flexkv_sglang.backends.slots.opening import (
 )
 from flexkv_sglang.backends.slots.retired import remove_folder, remove_unshared
 from flexkv_sglang.cache.engine import CacheEngine
-from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.keys import Identity
@@ -35,7 +35,7 @@ _MANY_PAGES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Quota:
     """What one process may take of a tier for one namespace.
 
     ``byte_count``: 0: it never writes there; None: what an earlier run left, else this ``part`` of the size
@@ -46,9 +46,9 @@ class Share:
     part: float = 1.0
 
 
-def undivided(config: FlexKVConfig) -> list[Share]:
+def undivided(config: FlexKVConfig) -> list[Quota]:
     """Per tier, all of its size for one process and one namespace."""
-    return [Share(tier.size) for tier in config.tiers]
+    return [Quota(tier.size) for tier in config.tiers]
 
 
 def prepare_tiers(config: FlexKVConfig) -> list[dict[str, IoMode]]:
@@ -90,16 +90,16 @@ def _key_name(config: FlexKVConfig, number: int) -> str:
     return "size" if len(config.tiers) == 1 else f"tiers[{number}].size"
 
 
-def open_hierarchy(  # noqa: PLR0913 - one call, spelled out
+def open_tiers(  # noqa: PLR0913 - one call, spelled out
     config: FlexKVConfig,
     prepared: Sequence[Mapping[str, IoMode]],
     namespace: str,
     fields: Mapping[str, object],
     payload_bytes: int,
-    shares: Sequence[Share],
+    shares: Sequence[Quota],
     metrics: Metrics,
     sharing: Sharing | None = None,
-) -> Hierarchy:
+) -> Tiers:
     """Open ``namespace`` in every tier and recover what is there.
 
     ``fields``: what the namespace stands for, for people. ``shares``: per tier, what this process may take.
@@ -126,7 +126,7 @@ def open_hierarchy(  # noqa: PLR0913 - one call, spelled out
         remote = sharing.pages(namespace, fields, payload_bytes, metrics)
     keeps = remote is not None and config.share.promote
     writes = any(share.byte_count != 0 for share in shares)
-    return Hierarchy(engines, metrics, remote, keep_bytes=payload_bytes if keeps and writes else 0)
+    return Tiers(engines, metrics, remote, keep_bytes=payload_bytes if keeps and writes else 0)
 
 
 def _give_back_memory() -> None:
@@ -136,7 +136,7 @@ def _give_back_memory() -> None:
         trim(0)
 
 
-def reclaim(left: Hierarchy, prepared: Sequence[Mapping[str, IoMode]], old: Identity) -> None:
+def reclaim(left: Tiers, prepared: Sequence[Mapping[str, IoMode]], old: Identity) -> None:
     """Delete what ``left``, which is closed and released, kept in ``old``, a namespace it will not be opened in again.
 
     Raises ``OSError``.
@@ -153,7 +153,7 @@ def _open_engine(  # noqa: PLR0913 - one call, spelled out
     namespace: str,
     fields: Mapping[str, object],
     payload_bytes: int,
-    share: Share,
+    share: Quota,
     metrics: Metrics,
 ) -> CacheEngine:
     modes = prepared[number]

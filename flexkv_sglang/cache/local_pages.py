@@ -16,7 +16,7 @@ from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
 from flexkv_sglang.cache.eviction.policies import ReuseDensity
 from flexkv_sglang.cache.index.index import TierIndex
-from flexkv_sglang.cache.index.promises import Promises
+from flexkv_sglang.cache.index.lookup_pins import LookupPins
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.types import PageKey, Reserved, SlotId
 
@@ -32,7 +32,7 @@ class LocalPages:
         self._publish = threading.Lock()
         count = tier.slot_count
         self.index = TierIndex(count, ReuseDensity(count), tier.regions())
-        self._promises = Promises(count)
+        self._promises = LookupPins(count)
         dropped = self.index.load(recovered.keys, recovered.slots, recovered.parents)
         keys, slots = recovered.keys[dropped].tolist(), recovered.slots[dropped].tolist()
         lost = [(PageKey(key), SlotId(slot)) for key, slot in zip(keys, slots, strict=True)]

@@ -1,4 +1,4 @@
-"""Hierarchy: several tiers as one, the fastest first; each is a ``CacheEngine`` of its own.
+"""Tiers: several tiers as one, the fastest first; each is a ``CacheEngine`` of its own.
 
 Written through: a put goes to every tier, so evicting from a fast one loses nothing. Read from the
 fastest that has the page; a page that is bad there is read from the next. Promotion: a page that is read
@@ -23,7 +23,7 @@ from flexkv_sglang.backends.io.huge_pages import huge_pages
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.sharing.backfill import Keeping
+from flexkv_sglang.sharing.backfill import Backfill
 from flexkv_sglang.sharing.remote_pages import RemotePages
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _HUGE_PAGES_HINT = " (transfers cost less CPU with them: docs/OPERATING.md, 'Huge pages')"
 
 
-class Hierarchy:
+class Tiers:
     """``tiers`` (at least one) as one store; owns and closes them. Thread-safe as they are."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Hierarchy:
         self.tiers = tuple(tiers)
         self._metrics = metrics
         self._remote = remote
-        self._keeping = Keeping(keep_bytes, self.put, metrics) if keep_bytes else None
+        self._keeping = Backfill(keep_bytes, self.put, metrics) if keep_bytes else None
         self._seen = [_SeenOnce(max(1024, tier.slot_count)) for tier in self.tiers[:-1]]
 
     def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flexkv_sglang.backends.slots.ownership import OwnerLock
-from flexkv_sglang.cli.output import Progress, counted, emit, human_bytes, human_seconds, table
+from flexkv_sglang.cli.output import ProgressLine, counted, emit, human_bytes, human_seconds, table
 from flexkv_sglang.cli.repair import repair as repair_owner
 from flexkv_sglang.cli.scan import Namespace, Owner, namespaces, strangers
-from flexkv_sglang.cli.verify import Examined, Finding, examine, load
+from flexkv_sglang.cli.verify import Damage, Examined, examine, load
 from flexkv_sglang.errors import JournalError
 
 
@@ -18,7 +18,7 @@ def run_check(root: Path, *, repair: bool, as_json: bool) -> int:
     """Returns the exit code: 1 if a problem remains."""
     found = namespaces(root)
     everything: list[Examined] = []
-    loose = [Finding("note", "unknown_file", f"{name} is not ours") for name in strangers(root)]
+    loose = [Damage("note", "unknown_file", f"{name} is not ours") for name in strangers(root)]
     with ExitStack() as locks:
         held: set[tuple[Path, str]] = set()
         for namespace in found:
@@ -27,7 +27,7 @@ def run_check(root: Path, *, repair: bool, as_json: bool) -> int:
                 if repair and _take(locks, owner):
                     held.add((owner.directory, owner.name))
                 everything.append(load(namespace, owner))
-        progress = Progress(sum(item.pages for item in everything))
+        progress = ProgressLine(sum(item.pages for item in everything))
         for item in everything:
             mine = (item.owner.directory, item.owner.name) in held
             examine(item, progress, held=mine)
@@ -60,21 +60,21 @@ def _repair(item: Examined) -> None:
         item.note("problem", "repair_failed", str(exc))
 
 
-def _loose(namespace: Namespace) -> list[Finding]:
+def _loose(namespace: Namespace) -> list[Damage]:
     found = [
-        Finding("note", "unknown_file", f"{namespace.name}/{name} is not ours")
+        Damage("note", "unknown_file", f"{namespace.name}/{name} is not ours")
         for name in namespace.unknown
     ]
     if not namespace.fields:
         text = f"{namespace.name}/NAMESPACE.json is missing or unreadable"
-        found.append(Finding("note", "no_namespace_json", text))
+        found.append(Damage("note", "no_namespace_json", text))
     return found
 
 
 def _text(
     found: list[Namespace],
     everything: list[Examined],
-    loose: list[Finding],
+    loose: list[Damage],
     seconds: float,
     *,
     repair: bool,
@@ -121,7 +121,7 @@ def _row(item: Examined) -> tuple[object, ...]:
     )
 
 
-def _line(finding: Finding) -> str:
+def _line(finding: Damage) -> str:
     return f"{'repaired' if finding.repaired else finding.severity}: {finding.text}"
 
 
@@ -130,7 +130,7 @@ def _payload(item: Examined) -> int:
 
 
 def _fields(
-    root: Path, everything: list[Examined], loose: list[Finding], left: int
+    root: Path, everything: list[Examined], loose: list[Damage], left: int
 ) -> dict[str, object]:
     owners = [
         {

@@ -51,7 +51,7 @@ def emit(text: str, fields: dict[str, object], *, as_json: bool) -> None:
     print(json.dumps(fields, sort_keys=True) if as_json else text)
 
 
-class Progress:
+class ProgressLine:
     """Pages and bytes done, on stderr: one moving line on a terminal, else a line every few seconds."""
 
     def __init__(self, pages: int) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.slots.records import Records, SlotClass
-from flexkv_sglang.cli.output import Progress
+from flexkv_sglang.cli.output import ProgressLine
 from flexkv_sglang.types import PageKey
 
 _BUFFER_BYTES = 8 << 20
@@ -55,7 +55,7 @@ class PageReader:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
-    def verify(self, records: Records, progress: Progress | None = None) -> Verdicts:
+    def verify(self, records: Records, progress: ProgressLine | None = None) -> Verdicts:
         """One verdict per PUT record, uint8 ``[n]``."""
         verdicts = np.zeros(len(records), np.uint8)
         order = np.argsort(records["slot"], kind="stable")

@@ -20,7 +20,7 @@ from flexkv_sglang.backends.slots.journal import (
     new_records,
     slots_path,
 )
-from flexkv_sglang.backends.slots.records import Op, Records
+from flexkv_sglang.backends.slots.records import RecordOp, Records
 from flexkv_sglang.cli.verify import Examined, slot_class_of, whole_slots
 from flexkv_sglang.types import PageKey
 
@@ -88,7 +88,7 @@ def _rewrite(examined: Examined, state: LiveState) -> bool:
 
 
 def _tombstones(records: Records) -> Records:
-    dels = new_records(Op.DEL, len(records))
+    dels = new_records(RecordOp.DEL, len(records))
     dels["slot"] = records["slot"]
     dels["key"] = keys_field([PageKey(key) for key in records["key"].tolist()])
     return dels

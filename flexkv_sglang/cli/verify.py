@@ -25,12 +25,12 @@ from flexkv_sglang.backends.slots.journal import (
 from flexkv_sglang.backends.slots.records import (
     HEADER_BYTES,
     RECORD_BYTES,
-    Op,
+    RecordOp,
     Records,
     SlotClass,
     valid_prefix,
 )
-from flexkv_sglang.cli.output import Progress, counted
+from flexkv_sglang.cli.output import ProgressLine, counted
 from flexkv_sglang.cli.page_reader import PageReader, Verdict
 from flexkv_sglang.cli.scan import Namespace, Owner
 from flexkv_sglang.errors import JournalError
@@ -40,7 +40,7 @@ _PAUSE_S = 0.2
 
 
 @dataclass(slots=True)
-class Finding:
+class Damage:
     """``severity``: "problem" (exit code 1) or "note". ``what``: a stable word for tools."""
 
     severity: str
@@ -56,14 +56,14 @@ class Examined:
     namespace: Namespace
     owner: Owner
     state: LiveState | None = None
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Damage] = field(default_factory=list)
     bad: list[int] = field(default_factory=list)
     pages: int = 0
     unproven: int = 0
 
     def note(self, severity: str, what: str, text: str) -> None:
         """Add a finding."""
-        self.findings.append(Finding(severity, what, text))
+        self.findings.append(Damage(severity, what, text))
 
 
 def load(namespace: Namespace, owner: Owner) -> Examined:
@@ -89,7 +89,7 @@ def load(namespace: Namespace, owner: Owner) -> Examined:
     return examined
 
 
-def examine(examined: Examined, progress: Progress, *, held: bool) -> None:
+def examine(examined: Examined, progress: ProgressLine, *, held: bool) -> None:
     """Fill in findings and bad pages. ``held``: we hold the owner's lock, so nothing changes under us."""
     if examined.state is None:
         return
@@ -108,27 +108,27 @@ def slot_class_of(state: LiveState) -> SlotClass:
     return state.header.files[0]
 
 
-def _shape(examined: Examined) -> list[Finding]:
+def _shape(examined: Examined) -> list[Damage]:
     """Generations, journal tail, slot file size and leftovers, as they are now."""
     owner = examined.owner
     try:
         state = recover(owner.directory, owner.name, examined.namespace.name)
         found = [*_tail(owner, state), *_dropped(owner, state), *_slot_file(owner, state)]
     except (JournalError, OSError) as exc:
-        return [Finding("problem", "unstable", f"cannot be read again: {exc}")]
+        return [Damage("problem", "unstable", f"cannot be read again: {exc}")]
     newest = max(generations(owner.directory, owner.name), default=0)
     if newest > state.header.generation:
         text = f"generation {newest} is not valid; {state.header.generation} is used"
-        found.append(Finding("problem", "bad_generation", text))
+        found.append(Damage("problem", "bad_generation", text))
     _, stale = owner.generation_files(state.header.generation)
     if names := [path.name for path in stale if path.exists()]:
-        found.append(Finding("note", "stale_generation", f"left over: {', '.join(names)}"))
+        found.append(Damage("note", "stale_generation", f"left over: {', '.join(names)}"))
     if names := [path.name for path in owner.temporary if path.exists() and not owner.alive]:
-        found.append(Finding("note", "temporary", f"left over: {', '.join(names)}"))
+        found.append(Damage("note", "temporary", f"left over: {', '.join(names)}"))
     return found
 
 
-def _tail(owner: Owner, state: LiveState) -> list[Finding]:
+def _tail(owner: Owner, state: LiveState) -> list[Damage]:
     raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
     rest = raw[state.end :]
     rest = rest[len(valid_prefix(rest, state.header.epoch, state.seq)) * RECORD_BYTES :]
@@ -142,36 +142,36 @@ def _tail(owner: Owner, state: LiveState) -> list[Finding]:
     text = f"{len(rest)} bytes at the end of the journal are no valid records"
     if whole:
         text += f"; {whole} whole records behind the first wrong one are lost"
-    return [Finding("problem", "torn_tail", text)]
+    return [Damage("problem", "torn_tail", text)]
 
 
-def _dropped(owner: Owner, state: LiveState) -> list[Finding]:
+def _dropped(owner: Owner, state: LiveState) -> list[Damage]:
     """Valid PUTs that name a file or slot that does not exist."""
     raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
     records = valid_prefix(raw[HEADER_BYTES : state.end], state.header.epoch, state.header.base_seq)
-    puts = records[records["op"] == Op.PUT]
+    puts = records[records["op"] == RecordOp.PUT]
     outside = (puts["file"] > 0) | (puts["slot"] >= slot_class_of(state).slot_count)
     count = int(outside.sum())
     text = f"{count} records name slots that do not exist; they are ignored"
-    return [Finding("problem", "records_out_of_range", text)] if count else []
+    return [Damage("problem", "records_out_of_range", text)] if count else []
 
 
-def _slot_file(owner: Owner, state: LiveState) -> list[Finding]:
+def _slot_file(owner: Owner, state: LiveState) -> list[Damage]:
     slot_class = slot_class_of(state)
     if len(state.header.files) != 1:
         text = f"{len(state.header.files)} slot files; this release knows owners with one"
-        return [Finding("problem", "slot_files", text)]
+        return [Damage("problem", "slot_files", text)]
     path = slots_path(owner.directory, owner.name, slot_class.slot_bytes)
     wanted = slot_class.slot_bytes * slot_class.slot_count
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        return [Finding("problem", "no_slot_file", f"{path.name} is missing")]
+        return [Damage("problem", "no_slot_file", f"{path.name} is missing")]
     if size < wanted:
         text = f"{path.name} has {size} bytes, not {wanted}: nobody can adopt it"
-        return [Finding("problem", "short_slot_file", text)]
+        return [Damage("problem", "short_slot_file", text)]
     if size > wanted:
-        return [Finding("note", "long_slot_file", f"{path.name} has {size} bytes, not {wanted}")]
+        return [Damage("note", "long_slot_file", f"{path.name} has {size} bytes, not {wanted}")]
     return []
 
 
@@ -187,7 +187,7 @@ def _doubles(examined: Examined) -> None:
         examined.note("problem", "double_keys", text)
 
 
-def _pages(examined: Examined, progress: Progress, *, held: bool) -> None:
+def _pages(examined: Examined, progress: ProgressLine, *, held: bool) -> None:
     state = examined.state
     assert state is not None
     path = slots_path(

@@ -12,7 +12,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
-from flexkv_sglang.prefix import ALL_PAGES, Demand, Usable
+from flexkv_sglang.prefix import ALL_PAGES, PoolRequirement, RestorablePrefixes
 
 UNKNOWN = (ImportError, AttributeError, ValueError, AssertionError, RuntimeError)
 """What a question to a release that does not know the answer may raise."""
@@ -109,7 +109,7 @@ def data_parallel_size() -> int:
         return 1
 
 
-def pool_result(usable: Usable) -> Any:
+def pool_result(usable: RestorablePrefixes) -> Any:
     """A ``PoolTransferResult`` of the installed SGLang, with as much of the answer as it has fields for."""
     answer = {
         "kv_hit_pages": usable.pages,
@@ -124,9 +124,9 @@ def pool_result(usable: Usable) -> Any:
     return PoolTransferResult(**{name: item for name, item in answer.items() if name in known})
 
 
-def pool_demand(transfer: Any) -> Demand:
+def pool_demand(transfer: Any) -> PoolRequirement:
     """What a ``PoolTransfer`` of an exists-check asks for."""
-    return Demand(
+    return PoolRequirement(
         pool_name(transfer.name),
         pool_name(getattr(transfer, "hit_policy", ALL_PAGES)),
         max(1, len(transfer.keys or ())),

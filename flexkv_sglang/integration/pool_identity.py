@@ -10,7 +10,7 @@ from flexkv_sglang.identity.keys import Identity
 from flexkv_sglang.integration.compat import data_parallel_size
 from flexkv_sglang.integration.kv_settings import kv_settings
 from flexkv_sglang.integration.served_model import model_identity, pool_geometry
-from flexkv_sglang.pools.host_pages import Pages
+from flexkv_sglang.pools.host_pages import PoolPages
 from flexkv_sglang.pools.pool_rules import (
     element_types,
     is_draft,
@@ -45,7 +45,7 @@ class Identities:
         )
         return writers, bool(everyone or chosen)
 
-    def of(self, name: str, pool: Any, pages: Pages) -> Identity:
+    def of(self, name: str, pool: Any, pages: PoolPages) -> Identity:
         """The identity of a host pool's pages as of now.
 
         Raises ``ConfigError`` if nothing tells what the weights are, or a file that an argument names is gone.

@@ -33,12 +33,12 @@ from flexkv_sglang.integration.weight_updates import agree_before_attach, instal
 from flexkv_sglang.metrics.prometheus import export
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.pools.host_pages import Pages
-from flexkv_sglang.pools.pool import Described, Pool
+from flexkv_sglang.pools.host_pages import PoolPages
+from flexkv_sglang.pools.pool import Pool, PoolSpec
 from flexkv_sglang.pools.pool_rules import KV
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.pools.transfers import PoolAnswer, fetch, read, store, usable, write
-from flexkv_sglang.prefix import Demand, Usable
+from flexkv_sglang.prefix import PoolRequirement, RestorablePrefixes
 from flexkv_sglang.sharing.rank import Sharing
 from flexkv_sglang.types import PageKey
 
@@ -136,9 +136,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
             export(self._metrics[name], self._storage_config, name)
         return self._metrics[name]
 
-    def _describe(self, name: str, pool: Any, pages: Pages) -> Described:
+    def _describe(self, name: str, pool: Any, pages: PoolPages) -> PoolSpec:
         writers, writes = self._identities.writers(name)
-        return Described(
+        return PoolSpec(
             self._identities.of(name, pool, pages), writers, writes, self._metrics_of(name)
         )
 
@@ -150,7 +150,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         """
         return self._usable(keys, self._stores.sidecars()).pages
 
-    @boundary(lambda self, keys, *a, **k: pool_result(Usable([], {})), moves=True)
+    @boundary(lambda self, keys, *a, **k: pool_result(RestorablePrefixes([], {})), moves=True)
     def batch_exists_v2(
         self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
     ) -> Any:
@@ -160,10 +160,10 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
             self._stores.learn(demand)
         return pool_result(self._usable(keys, demands or self._stores.sidecars()))
 
-    def _usable(self, keys: Sequence[str], demands: list[Demand]) -> Usable:
+    def _usable(self, keys: Sequence[str], demands: list[PoolRequirement]) -> RestorablePrefixes:
         kv = self._stores.get(KV)
         if kv is None:
-            return Usable([], {})
+            return RestorablePrefixes([], {})
         started = time.perf_counter()
         found = usable(self._stores, kv, keys, demands)
         self.metrics.asked(len(keys), found.pages, time.perf_counter() - started)

@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flexkv_sglang.cache.tiers import Held, Hierarchy
+from flexkv_sglang.cache.tiers import Held, Tiers
 from flexkv_sglang.identity.keys import page_key, page_keys
 from flexkv_sglang.linker.device_pages import DevicePool
 from flexkv_sglang.pools.pool import Pool
 from flexkv_sglang.pools.pool_rules import KV
 from flexkv_sglang.pools.stores import PoolStores
-from flexkv_sglang.prefix import Demand, usable_prefixes
+from flexkv_sglang.prefix import PoolRequirement, usable_prefixes
 from flexkv_sglang.types import PageKey
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ Promote = Callable[[str, list[PageKey], PageKey | None], None]
 class _Pinned:
     """What one lease keeps of one pool, in the store it was pinned in."""
 
-    store: Hierarchy
+    store: Tiers
     held: dict[PageKey, Held] = field(default_factory=dict)
 
 
@@ -164,12 +164,12 @@ class Lookups:
 
     def _demands(
         self, lease: _Lease, asked: Mapping[str, Sequence[str]], keys: list[PageKey]
-    ) -> Iterator[tuple[Demand, Sequence[bool]]]:
+    ) -> Iterator[tuple[PoolRequirement, Sequence[bool]]]:
         """Per pool beside KV what a prefix asks of it, and which of ``keys`` it has."""
         for pool in self._pools:
             if pool.name == KV:
                 continue
-            demand = Demand(pool.name, pool.policy, max(1, len(asked[pool.source])))
+            demand = PoolRequirement(pool.name, pool.policy, max(1, len(asked[pool.source])))
             opened = self._stores.get(pool.name)
             if opened is None or not keys:
                 yield demand, []

@@ -48,8 +48,8 @@ from flexkv_sglang.linker.promotion import Promoter
 from flexkv_sglang.linker.staging import StagingPool
 from flexkv_sglang.metrics.prometheus import export
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.pools.host_pages import Pages
-from flexkv_sglang.pools.pool import Described
+from flexkv_sglang.pools.host_pages import PoolPages
+from flexkv_sglang.pools.pool import PoolSpec
 from flexkv_sglang.pools.pool_rules import KV, MAMBA
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.sharing.rank import Sharing
@@ -295,10 +295,10 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             export(self._metrics[name], self._storage_config, name)
         return self._metrics[name]
 
-    def _describe(self, name: str, pool: Any, pages: Pages) -> Described:
+    def _describe(self, name: str, pool: Any, pages: PoolPages) -> PoolSpec:
         writers, writes = self._identities.writers(name)
         identity = self._identities.of(name, pool, pages)
-        return Described(identity, writers, writes, self._metrics_of(name))
+        return PoolSpec(identity, writers, writes, self._metrics_of(name))
 
 
 def _pages_of(pool: DevicePool, transfers: dict[str, Any]) -> tuple[list[str], torch.Tensor]:

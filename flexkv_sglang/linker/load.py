@@ -30,7 +30,7 @@ from flexkv_sglang.identity.keys import page_keys
 from flexkv_sglang.linker.device_pages import DevicePool
 from flexkv_sglang.linker.side_stream import SideStream, finish, follow, record_here
 from flexkv_sglang.linker.staging import StagingPool, chunks
-from flexkv_sglang.linker.worker import Worker
+from flexkv_sglang.linker.worker import JobThread
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.pool_rules import KV
 from flexkv_sglang.pools.stores import PoolStores
@@ -123,7 +123,7 @@ class Loader:
             tuple[str, int], Any
         ] = {}  # (pool, half) -> event of its last copy; the thread's alone
         self._stream = SideStream(device)
-        self._worker = Worker[LoadBatch](
+        self._worker = JobThread[LoadBatch](
             "flexkv-load", self._run, self._failed, self._stream.current
         )
 

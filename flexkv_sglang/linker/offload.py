@@ -27,7 +27,7 @@ from flexkv_sglang.identity.keys import page_keys
 from flexkv_sglang.linker.device_pages import DevicePool
 from flexkv_sglang.linker.side_stream import SideStream, finish
 from flexkv_sglang.linker.staging import StagingPool, chunks
-from flexkv_sglang.linker.worker import Worker
+from flexkv_sglang.linker.worker import JobThread
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.pools.transfers import write
@@ -110,7 +110,7 @@ class Offloader:
         self._epoch, self._seconds = epoch, seconds
         self._accepted: deque[Offload] = deque()  # the scheduler's alone
         self._stream = SideStream(device)
-        self._worker = Worker[Offload](
+        self._worker = JobThread[Offload](
             "flexkv-offload", self._run, self._failed, self._stream.current
         )
 

@@ -1,7 +1,7 @@
 """Promotion: pages that are elsewhere are fetched into the local tier, in the background.
 
 A linker can promise only pages of its own (``lookups``). What a neighbour has is read into staging and put into the
-own files although the neighbour holds it, so that a later lookup finds and pins it. ``Hierarchy`` answers for where
+own files although the neighbour holds it, so that a later lookup finds and pins it. ``Tiers`` answers for where
 "elsewhere" is: whatever its ``prefix`` counts and ``get`` reads can be promoted.
 
 Threads: ``ask`` from SGLang's scheduler, returns at once; the work is done by one thread.
@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from flexkv_sglang.linker.staging import StagingPool, chunks
-from flexkv_sglang.linker.worker import Worker
+from flexkv_sglang.linker.worker import JobThread
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.pools.transfers import fetch, store_own
 from flexkv_sglang.types import PageKey
@@ -33,7 +33,7 @@ _WAITING_MAX = 8192  # pages that may wait
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _PromotionJob:
     pool: str
     keys: list[PageKey]
     parent: PageKey | None
@@ -46,7 +46,9 @@ class Promoter:
         self._stores, self._staging = stores, staging
         self._wanted: set[tuple[str, PageKey]] = set()  # each operation on these is atomic
         self._tried: dict[tuple[str, PageKey], float] = {}  # first pages of chains, until when
-        self._worker = Worker[_Job]("flexkv-promote", self._run, self._failed, nullcontext)
+        self._worker = JobThread[_PromotionJob](
+            "flexkv-promote", self._run, self._failed, nullcontext
+        )
 
     def ask(self, pool: str, keys: list[PageKey], parent: PageKey | None) -> None:
         """Fetch ``keys``, a chain after ``parent``, unless that is under way. Beyond a bound nothing happens."""
@@ -60,7 +62,7 @@ class Promoter:
         self._tried[first] = now + AGAIN_S
         fresh = [key for key in keys if (pool, key) not in self._wanted]
         self._wanted.update((pool, key) for key in fresh)
-        if not self._worker.put(_Job(pool, fresh, parent)):
+        if not self._worker.put(_PromotionJob(pool, fresh, parent)):
             self._wanted.clear()
 
     def wait_idle(self, seconds: float) -> bool:
@@ -71,7 +73,7 @@ class Promoter:
         """Begin nothing more; False if a job still runs after ``seconds``."""
         return self._worker.stop(seconds)
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: _PromotionJob) -> None:
         staging = self._staging[job.pool]
         parent = job.parent
         try:
@@ -97,5 +99,5 @@ class Promoter:
         finally:
             self._wanted.difference_update((job.pool, key) for key in job.keys)
 
-    def _failed(self, job: _Job, error: Exception) -> None:
+    def _failed(self, job: _PromotionJob, error: Exception) -> None:
         logger.warning("flexkv: %d pages are not promoted: %s", len(job.keys), error)

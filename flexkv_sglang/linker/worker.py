@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 J = TypeVar("J")
 
 
-class Worker(Generic[J]):
+class JobThread(Generic[J]):
     """``work(job)`` for each job, ``failed(job, error)`` when it raises; both on the thread, ``within`` its context.
 
     ``put``, ``wait_idle`` and ``stop``: any thread. A daemon: a disk that hangs for ever does not keep the process.

@@ -32,7 +32,7 @@ class Histogram:
     total: float
 
 
-class Exporter(Protocol):
+class MetricsSink(Protocol):
     """Publishes metrics elsewhere. ``update`` is called every few seconds, by each tier's upkeep thread."""
 
     def update(self) -> None: ...
@@ -53,7 +53,7 @@ class Metrics:
         self._gauges: dict[tuple[str, str], float | Callable[[], float]] = {}
         self._reads: list[tuple[int, float]] = []
         self._writes: list[tuple[int, float]] = []
-        self.exporter: Exporter | None = None  # set once, before the engine starts
+        self.exporter: MetricsSink | None = None  # set once, before the engine starts
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter."""

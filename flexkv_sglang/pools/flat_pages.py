@@ -21,7 +21,7 @@ from flexkv_sglang.pools.host_pages import (
     HostPages,
     HostPool,
     PageGeometry,
-    Pages,
+    PoolPages,
     UnsupportedPoolError,
     flat_batch,
     tokens_per_page,
@@ -37,7 +37,7 @@ _MARKER_BYTES = 64
 _MARKER_TAIL = b"flexkv: this page has no bytes".ljust(_MARKER_BYTES - 32, b".")
 
 
-def open_pages(pool: HostPool, groups: HeadGroups = WHOLE) -> Pages:
+def open_pages(pool: HostPool, groups: HeadGroups = WHOLE) -> PoolPages:
     """Zero-copy where the pool names its buffers, else flat pages. Raises ``UnsupportedPoolError``: neither.
 
     ``groups``: cut the pages like this if the pool can; else they are whole, and the log says so.
@@ -83,7 +83,7 @@ class FlatPages:
         self.span = max(1, STAGING_BYTES // payload_bytes)
 
     def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
-        """See ``Pages``."""
+        """See ``PoolPages``."""
         starts = self._starts(host_indices, len(keys))
         if starts is None:
             return None
@@ -94,7 +94,7 @@ class FlatPages:
         return Batch(buffers, rows)
 
     def incoming(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
-        """See ``Pages``."""
+        """See ``PoolPages``."""
         starts = self._starts(host_indices, len(keys))
         if starts is None:
             return None
@@ -114,7 +114,7 @@ class FlatPages:
         return starts
 
     def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
-        """See ``Pages``."""
+        """See ``PoolPages``."""
         return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
 
     def memory(self) -> list[tuple[int, int]]:
@@ -137,14 +137,14 @@ class MarkerPages:
         self.geometry = PageGeometry((_MARKER_BYTES,), (0,))
 
     def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
-        """See ``Pages``."""
+        """See ``PoolPages``."""
         fits = keys and int(host_indices.numel()) == len(keys) * self.tokens_per_page
         return self._batch(keys) if fits else None
 
     incoming = outgoing
 
     def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
-        """See ``Pages``. The tensors are empty."""
+        """See ``PoolPages``. The tensors are empty."""
         fits = len(tensors) == len(keys) and not any(tensor.numel() for tensor in tensors)
         return self._batch(keys) if fits else None
 

@@ -74,7 +74,7 @@ class Batch:
     landed: Callable[[list[bool]], list[bool]] = _as_they_are
 
 
-class Pages(Protocol):
+class PoolPages(Protocol):
     """The pages of one host pool. ``span``: pages that fit one call. Any thread.
 
     ``groups``: what is stored of a page. ``geometry`` and buffers are those of one group, ``groups.count`` of them
@@ -147,14 +147,14 @@ class HostPages:
         return self._pool.get_page_buffer_meta(host_indices)
 
     def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
-        """See ``Pages``."""
+        """See ``PoolPages``."""
         buffers = self.buffers(host_indices, len(keys))
         return None if buffers is None else Batch(buffers)
 
     incoming = outgoing
 
     def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
-        """See ``Pages``."""
+        """See ``PoolPages``."""
         return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
 
     def memory(self) -> list[tuple[int, int]]:
@@ -206,7 +206,7 @@ class HeadGroupPages(HostPages):
         return found
 
     def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
-        """See ``Pages``. A flat page is K of all heads, then V of all heads."""
+        """See ``PoolPages``. A flat page is K of all heads, then V of all heads."""
         pages = flat_batch(tensors, len(keys), 2 * self._half)
         if pages is None:
             return None

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flexkv_sglang.cache.assembly import Share
-from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.cache.assembly import Quota
+from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.identity.keys import Identity
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.flat_pages import MarkerPages
-from flexkv_sglang.pools.host_pages import Pages
-from flexkv_sglang.pools.pool_rules import Claim
-from flexkv_sglang.prefix import Demand
+from flexkv_sglang.pools.host_pages import PoolPages
+from flexkv_sglang.pools.pool_rules import SizeClaim
+from flexkv_sglang.prefix import PoolRequirement
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class PoolSpec:
     """What the adapter knows of a pool. ``writers``: rank processes of the server that write it; ``writes``: is
     this one of them?"""
 
@@ -36,13 +36,13 @@ class Pool:
     """
 
     name: str
-    pages: Pages
-    told: Described
-    claim: Claim
-    demand: Demand
-    store: Hierarchy | None = None
+    pages: PoolPages
+    told: PoolSpec
+    claim: SizeClaim
+    demand: PoolRequirement
+    store: Tiers | None = None
     opened: Identity | None = None
-    shares: tuple[Share, ...] = ()
+    shares: tuple[Quota, ...] = ()
 
     def close(self) -> None:
         """Close its files. Idempotent."""
@@ -66,5 +66,5 @@ class Pool:
         return self.pages.geometry.payload_bytes
 
 
-Describe = Callable[[str, Any, Pages], Described]
+Describe = Callable[[str, Any, PoolPages], PoolSpec]
 """(name, host pool, its pages) -> what they are."""

@@ -81,7 +81,7 @@ def element_types(name: str, pool: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class SizeClaim:
     """What one pool needs of the disk. ``writers``: rank processes of the server that write it.
 
     ``density``: its pages per KV page, in units of 1 / 65536.
@@ -93,7 +93,7 @@ class Claim:
     density: int
 
     @classmethod
-    def of(cls, name: str, payload_bytes: int, writers: int, density: float) -> Claim:
+    def of(cls, name: str, payload_bytes: int, writers: int, density: float) -> SizeClaim:
         """``payload_bytes``: of one page; ``density``: pages per KV page."""
         return cls(name, round_up(payload_bytes, SECTOR), writers, max(1, round(density * _FINE)))
 
@@ -112,7 +112,7 @@ class Claim:
         return self.slot_bytes * self.density
 
 
-def divide(size: int, claims: Sequence[Claim]) -> dict[str, int]:
+def divide(size: int, claims: Sequence[SizeClaim]) -> dict[str, int]:
     """Bytes of each pool for one writing process, out of ``size`` bytes for the whole server.
 
     In proportion to what a KV page brings along, so that all pools are full at the same time; trailing pools
@@ -134,22 +134,22 @@ def divide(size: int, claims: Sequence[Claim]) -> dict[str, int]:
     return floors | _proportional(rest, [claim for claim in claims if claim.name not in floors])
 
 
-def _proportional(size: int, claims: Sequence[Claim]) -> dict[str, int]:
+def _proportional(size: int, claims: Sequence[SizeClaim]) -> dict[str, int]:
     total = sum(claim.units * claim.writers for claim in claims)
     return {claim.name: size * claim.units // total for claim in claims}
 
 
-def part_of(name: str, claims: Sequence[Claim]) -> float:
+def part_of(name: str, claims: Sequence[SizeClaim]) -> float:
     """The fraction of one process's bytes that goes to a pool; ``claims``: what this process writes."""
     total = sum(claim.units for claim in claims)
     return next((claim.units / total for claim in claims if claim.name == name), 1.0)
 
 
-def claims_from(fields: object) -> list[Claim]:
+def claims_from(fields: object) -> list[SizeClaim]:
     """Claims as they were written to NAMESPACE.json; [] if they are none."""
     if not isinstance(fields, list):
         return []
     try:
-        return [Claim(**item) for item in fields if isinstance(item, Mapping)]
+        return [SizeClaim(**item) for item in fields if isinstance(item, Mapping)]
     except TypeError:
         return []

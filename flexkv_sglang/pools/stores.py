@@ -24,32 +24,32 @@ from typing import Any
 
 from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.cache.assembly import (
-    Share,
+    Quota,
     check_capacity,
-    open_hierarchy,
+    open_tiers,
     reclaim,
     remember,
     remembered,
 )
-from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError, TierUnavailableError
 from flexkv_sglang.identity.keys import Identity
+from flexkv_sglang.pools.call_gate import CallGate
 from flexkv_sglang.pools.flat_pages import open_pages
-from flexkv_sglang.pools.gate import Gate
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
 from flexkv_sglang.pools.host_pages import UnsupportedPoolError
 from flexkv_sglang.pools.pool import Describe, Pool
 from flexkv_sglang.pools.pool_rules import (
     KV,
-    Claim,
+    SizeClaim,
     claims_from,
     default_density,
     divide,
     expected_policy,
     part_of,
 )
-from flexkv_sglang.prefix import POLICIES, Demand
+from flexkv_sglang.prefix import POLICIES, PoolRequirement
 from flexkv_sglang.sharing.rank import Sharing
 from flexkv_sglang.types import SECTOR, round_up
 
@@ -87,12 +87,12 @@ class PoolStores:
         self._groups = groups
         self._pools: dict[str, Pool | None] = {}  # None: cannot be stored
         self._host_pools: dict[str, Any] = {}
-        self._divided: list[Claim] = []  # what the shares of the open stores assume
+        self._divided: list[SizeClaim] = []  # what the shares of the open stores assume
         self._unsettled = False
         self._burst_over = False
         self._away = False  # the weights change, or older KV cache may be left: nothing is open
-        self._left: list[tuple[Identity, Hierarchy]] = []  # closed, their files not yet deleted
-        self._gate = Gate()  # shut while files are closed and opened
+        self._left: list[tuple[Identity, Tiers]] = []  # closed, their files not yet deleted
+        self._gate = CallGate()  # shut while files are closed and opened
         self._policies = set(POLICIES)  # and those that were complained about
         self._closed = threading.Event()
         self._owes_clear = False  # a clear that found files closed
@@ -262,15 +262,15 @@ class PoolStores:
         pool = self._pools.get(name)
         return pool if pool is not None and pool.ready and not self._away else None
 
-    def sidecars(self) -> list[Demand]:
+    def sidecars(self) -> list[PoolRequirement]:
         """What every registered pool beside KV asks of a prefix, as far as is known."""
         return [
-            pool.demand if pool is not None else Demand(name)
+            pool.demand if pool is not None else PoolRequirement(name)
             for name, pool in list(self._pools.items())
             if name != KV
         ]
 
-    def learn(self, demand: Demand) -> None:
+    def learn(self, demand: PoolRequirement) -> None:
         """SGLang asked for this: the widest window it ever asked for is what a prefix may need."""
         pool = self._pools.get(demand.pool)
         if demand.policy not in self._policies:
@@ -320,7 +320,7 @@ class PoolStores:
         told = self._describe(name, host_pool, pages)
         density = dict(self._config.pool_density).get(name, default_density(name))
         slot_bytes = round_up(pages.geometry.payload_bytes, SECTOR) * pages.groups.count
-        claim = Claim.of(name, slot_bytes, max(1, told.writers), density)
+        claim = SizeClaim.of(name, slot_bytes, max(1, told.writers), density)
         logger.info(
             "flexkv: host pool %s (%s, %s) is stored by %s",
             name,
@@ -328,30 +328,30 @@ class PoolStores:
             host_pool.layout,
             pages.how,
         )
-        return Pool(name, pages, told, claim, Demand(name, expected_policy(name)))
+        return Pool(name, pages, told, claim, PoolRequirement(name, expected_policy(name)))
 
-    def _shares(self, pool: Pool, claims: list[Claim]) -> tuple[Share, ...]:
+    def _shares(self, pool: Pool, claims: list[SizeClaim]) -> tuple[Quota, ...]:
         """Per tier, what this process may take for a pool when these claims share the disk."""
         if not pool.told.writes:
-            return tuple(Share(0) for _ in self._config.tiers)
+            return tuple(Quota(0) for _ in self._config.tiers)
         shares = []
         for level, tier in enumerate(self._config.tiers):
             if tier.size is not None:
-                shares.append(Share(divide(tier.size, claims)[pool.name]))
+                shares.append(Quota(divide(tier.size, claims)[pool.name]))
                 continue
             part = part_of(pool.name, claims)
             before = part_of(pool.name, self._divided)
             if pool.name == KV and pool.store is not None and part < before:
                 slot_bytes = round_up(pool.slot_payload, SECTOR)
                 have = pool.store.tiers[level].slot_count * slot_bytes
-                shares.append(Share(int(have * part / before)))  # make room for the others
+                shares.append(Quota(int(have * part / before)))  # make room for the others
             else:
-                shares.append(Share(None, part))
+                shares.append(Quota(None, part))
         return tuple(shares)
 
-    def _open(self, pool: Pool, shares: tuple[Share, ...]) -> None:
+    def _open(self, pool: Pool, shares: tuple[Quota, ...]) -> None:
         identity = pool.told.identity
-        store = open_hierarchy(
+        store = open_tiers(
             self._config,
             self.prepared,
             identity.namespace,
@@ -376,7 +376,7 @@ class PoolStores:
                 pool.name,
             )
 
-    def _try_open(self, pool: Pool, shares: tuple[Share, ...]) -> None:
+    def _try_open(self, pool: Pool, shares: tuple[Quota, ...]) -> None:
         try:
             self._open(pool, shares)
         except (FlexKVError, OSError, ValueError) as exc:
@@ -384,7 +384,7 @@ class PoolStores:
             logger.error(text, pool.name, exc)
             self._unstored[pool.name] = str(exc)
 
-    def _remember(self, kv: Pool, claims: list[Claim], *, division: bool) -> None:
+    def _remember(self, kv: Pool, claims: list[SizeClaim], *, division: bool) -> None:
         """For the next start (how the size is divided) and for people (what is not stored, and why)."""
         facts: dict[str, object] = {"unstored": self._unstored}
         if division:

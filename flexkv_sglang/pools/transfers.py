@@ -15,7 +15,13 @@ from flexkv_sglang.identity.keys import page_keys
 from flexkv_sglang.pools.host_pages import Batch
 from flexkv_sglang.pools.pool import Pool
 from flexkv_sglang.pools.stores import PoolStores
-from flexkv_sglang.prefix import ALL_PAGES, BLOCK_GROUPS, Demand, Usable, usable_prefixes
+from flexkv_sglang.prefix import (
+    ALL_PAGES,
+    BLOCK_GROUPS,
+    PoolRequirement,
+    RestorablePrefixes,
+    usable_prefixes,
+)
 from flexkv_sglang.types import PageKey
 
 EXISTS_SPAN = 512
@@ -34,7 +40,9 @@ def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int
     return len(found), found
 
 
-def usable(stores: PoolStores, kv: Pool, texts: Sequence[str], demands: Sequence[Demand]) -> Usable:
+def usable(
+    stores: PoolStores, kv: Pool, texts: Sequence[str], demands: Sequence[PoolRequirement]
+) -> RestorablePrefixes:
     """Prefixes that can be restored from all pools. What the longest needs is promised in each of them."""
     kv_pages, keys = leading_pages(kv, texts, promise=not demands)
     result = usable_prefixes(kv_pages, _held(stores, keys, demands))
@@ -50,8 +58,8 @@ def usable(stores: PoolStores, kv: Pool, texts: Sequence[str], demands: Sequence
 
 
 def _held(
-    stores: PoolStores, keys: Sequence[PageKey], demands: Sequence[Demand]
-) -> Iterator[tuple[Demand, Sequence[bool]]]:
+    stores: PoolStores, keys: Sequence[PageKey], demands: Sequence[PoolRequirement]
+) -> Iterator[tuple[PoolRequirement, Sequence[bool]]]:
     for demand in demands:
         pool = stores.get(demand.pool)
         opened = pool.store if pool is not None else None

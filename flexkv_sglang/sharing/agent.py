@@ -1,6 +1,6 @@
 """Agent: the one process per node that shares the node's pages with other nodes.
 
-It follows the journals of the node's rank processes, tells other nodes what is here (``Roster``), keeps the
+It follows the journals of the node's rank processes, tells other nodes what is here (``Membership``), keeps the
 replica of what is there (``ReplicaWriter``) for the rank processes, and serves pages (``PageServer``). It owns no
 page and holds no state that could be lost: killed at any moment, it starts again from the journals.
 
@@ -19,8 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
+from flexkv_sglang.backends.fleet.members.membership import Membership
 from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
-from flexkv_sglang.backends.fleet.members.roster import Roster
 from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, NodeInfo
@@ -79,7 +79,7 @@ class Agent:
         self._server = PageServer(share, secret, self.info, self._pages_of, self._logs.find)
         self._replica = ReplicaWriter(run_dir.path)
         self._control = WirePeerControl(share, secret)
-        self._roster = Roster(
+        self._roster = Membership(
             share, self._own, self._logs.find, self._control, self._replica, self._count
         )
         self._round("scan", self._scan)

@@ -1,4 +1,4 @@
-"""AgentKeeper: sees to it that an agent lives beside this rank process.
+"""AgentLauncher: sees to it that an agent lives beside this rank process.
 
 The agent must outlive the server, so it is no descendant of it: SGLang kills those when it ends. A shell starts
 it in the background and exits, and the agent belongs to init. Of several that are started at once, one takes
@@ -29,7 +29,7 @@ _SHELL_S = 10.0
 _LOG_INTERVAL_S = 60.0
 
 
-class AgentKeeper:
+class AgentLauncher:
     """Takes this process's rank lock. Raises ``OSError``. ``idle`` is called every second, by the thread."""
 
     def __init__(

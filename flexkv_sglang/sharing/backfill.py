@@ -30,14 +30,14 @@ Put = Callable[[Sequence[PageKey], PageBuffers, PageKey | None, float], list[boo
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _BackfillJob:
     keys: Sequence[PageKey]
     parent: PageKey | None
     rows: list[int]
 
 
-class Keeping:
-    """``put`` stores pages, as ``Hierarchy.put``. ``lengths``: bytes of a page's buffers, learned at first use.
+class Backfill:
+    """``put`` stores pages, as ``Tiers.put``. ``lengths``: bytes of a page's buffers, learned at first use.
 
     Threads: ``keep`` any; ``close`` once nobody calls ``keep``.
     """
@@ -52,7 +52,7 @@ class Keeping:
         self._free = list(range(self._rows))
         self._memory: mmap.mmap | None = None
         self._base = 0
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_BackfillJob | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lengths = np.zeros(0, np.uint64)
 
@@ -73,7 +73,7 @@ class Keeping:
             for address, length in zip(addresses, pages.lengths.tolist(), strict=True):
                 ctypes.memmove(target, address, length)
                 target += length
-        self._jobs.put(_Job(keys[:count], parent, rows))
+        self._jobs.put(_BackfillJob(keys[:count], parent, rows))
 
     def close(self) -> None:
         """Drop what waits, end the thread. Idempotent; bounded by one put."""

@@ -20,8 +20,8 @@ from flexkv_sglang.backends.fleet.vocabulary import MISSING, PageStatus, ServedP
 from flexkv_sglang.backends.io.batch import IoEngine
 from flexkv_sglang.backends.io.mover import Outcome, PageMover
 from flexkv_sglang.backends.io.probe import IoMode, make_engine
+from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.ring import Ring
-from flexkv_sglang.backends.io.traffic import Traffic
 from flexkv_sglang.backends.slots.journal import generations, journal_path
 from flexkv_sglang.backends.slots.neighbour import NeighbourPage
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
@@ -65,7 +65,7 @@ class NodePages:
             observer=self._changed,
         )
 
-        def make(kind: str, traffic: Traffic) -> IoEngine:
+        def make(kind: str, traffic: ReadPriority) -> IoEngine:
             return Ring(depth, traffic) if kind == "io_uring" else make_engine(kind, traffic)
 
         # Whole slots, padding and all: so that aligned memory takes them without a copy.

@@ -13,7 +13,7 @@ from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.sharing.agent_launcher import AgentKeeper
+from flexkv_sglang.sharing.agent_launcher import AgentLauncher
 from flexkv_sglang.sharing.remote_pages import RemotePages
 from flexkv_sglang.sharing.run_dir import RunDir
 
@@ -39,7 +39,7 @@ class Sharing:
         self._client = PeerClient(config.share, metrics.count)
         keeper = None
         try:
-            keeper = self._keeper = AgentKeeper(config, self._run_dir, self._follow)
+            keeper = self._keeper = AgentLauncher(config, self._run_dir, self._follow)
             keeper.start()
         except OSError as exc:
             if keeper is not None:

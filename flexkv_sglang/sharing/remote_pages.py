@@ -27,8 +27,8 @@ from flexkv_sglang.types import U64, PageBuffers, PageKey
 _RATE_MIN = 100e6
 """Bytes per second that a remote read is given at least; see ``latest``."""
 
-_DISBELIEVED_S = 30.0
-_DISBELIEVED_MAX = 1 << 16
+_NEGATIVE_CACHE_S = 30.0
+_NEGATIVE_CACHE_MAX = 1 << 16
 _RUNS_MAX = 8
 _MISSES_MAX = 16
 """So many reads in a row that end with a page that the peer does not have: its set here is wrong."""
@@ -38,7 +38,7 @@ _LOST = {PageOutcome.MISS, PageOutcome.CORRUPT}
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PeerRun:
     """Pages ``start`` to ``stop`` of a request, all at one peer."""
 
     peer: Peer
@@ -50,7 +50,7 @@ class RemoteGet:
     """A read of some runs that has begun. ``wait`` once."""
 
     def __init__(
-        self, owner: RemotePages, keys: Sequence[PageKey], started: list[tuple[Run, Pending]]
+        self, owner: RemotePages, keys: Sequence[PageKey], started: list[tuple[PeerRun, Pending]]
     ):
         self._owner = owner
         self._keys = keys
@@ -101,7 +101,7 @@ class RemotePages:
         self._lock = threading.Lock()  # guards the next three; dict work
         self._misses: dict[str, int] = {}  # nid -> reads in a row that ended with a miss
         self._doubts: dict[str, int] = {}  # nid -> how often there were too many
-        self._disbelieved: dict[
+        self._negative_cache: dict[
             tuple[str, int, PageKey], float
         ] = {}  # until when; the oldest first
 
@@ -127,7 +127,7 @@ class RemotePages:
         if not runs:
             return None
         deadline = self.latest(runs[-1].stop, deadline)
-        started: list[tuple[Run, Pending]] = []
+        started: list[tuple[PeerRun, Pending]] = []
         try:
             for run in runs:
                 read = RemoteRead(
@@ -157,7 +157,7 @@ class RemotePages:
         """Pages that other nodes claim (one that two have counts twice)."""
         return self._reader.page_count()
 
-    def ended(self, run: Run, keys: Sequence[PageKey], outcomes: Sequence[PageOutcome]) -> int:
+    def ended(self, run: PeerRun, keys: Sequence[PageKey], outcomes: Sequence[PageOutcome]) -> int:
         """Count what became of a run; returns how many of its pages came, up to the first that did not."""
         good = 0
         for outcome in outcomes:
@@ -171,7 +171,7 @@ class RemotePages:
                 self._metrics.count(f"remote_{outcome.name.lower()}_pages", outcomes.count(outcome))
         lost = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome in _LOST]
         if lost:
-            self._disbelieve(run.peer, lost)
+            self._remember_miss(run.peer, lost)
         return good
 
     def doubts(self) -> dict[str, int]:
@@ -215,12 +215,12 @@ class RemotePages:
     def _skip(self, peer: Peer) -> bool:
         return not self._client.usable(peer.nid, peer.epoch, peer.address)
 
-    def _plan(self, keys: Sequence[PageKey]) -> list[Run]:
+    def _plan(self, keys: Sequence[PageKey]) -> list[PeerRun]:
         """Runs that cover the leading run of ``keys``: the longest at one peer first, and so on."""
         if not keys or not self._ready():
             return []
         fps = fingerprints(keys)
-        runs: list[Run] = []
+        runs: list[PeerRun] = []
         done = 0
         while done < len(keys) and len(runs) < _RUNS_MAX:
             run = self._next_run(keys, fps, done)
@@ -230,7 +230,7 @@ class RemotePages:
             done = run.stop
         return self._worthwhile(runs)
 
-    def _next_run(self, keys: Sequence[PageKey], fps: U64, start: int) -> Run | None:
+    def _next_run(self, keys: Sequence[PageKey], fps: U64, start: int) -> PeerRun | None:
         excluded: set[str] = set()
 
         def skip(peer: Peer) -> bool:
@@ -243,12 +243,12 @@ class RemotePages:
             peer, count = found
             believed = self._believed(peer, keys[start : start + count])
             if believed:
-                return Run(peer, start, start + believed)
+                return PeerRun(peer, start, start + believed)
             excluded.add(peer.nid)
 
-    def _worthwhile(self, runs: list[Run]) -> list[Run]:
+    def _worthwhile(self, runs: list[PeerRun]) -> list[PeerRun]:
         """Leave what would be late, and what is computed sooner than it is fetched, as far as rates are known."""
-        kept: list[Run] = []
+        kept: list[PeerRun] = []
         for run in runs:
             pages = run.stop - run.start
             byte_count = pages * self._payload_bytes
@@ -260,7 +260,7 @@ class RemotePages:
                 break
             fitting = pages if seconds <= budget else int(pages * budget / seconds)
             if fitting:
-                kept.append(Run(run.peer, run.start, run.start + fitting))
+                kept.append(PeerRun(run.peer, run.start, run.start + fitting))
             if fitting < pages:
                 self._metrics.count("remote_left_pages", pages - fitting)
                 break
@@ -268,12 +268,12 @@ class RemotePages:
 
     def _believed(self, peer: Peer, keys: Sequence[PageKey]) -> int:
         """Length of the leading run that this peer has not disappointed with lately."""
-        if not self._disbelieved:
+        if not self._negative_cache:
             return len(keys)
         now = time.monotonic()
         with self._lock:
             for count, key in enumerate(keys):
-                if self._disbelieved.get((peer.nid, peer.epoch, key), 0.0) > now:
+                if self._negative_cache.get((peer.nid, peer.epoch, key), 0.0) > now:
                     return count
         return len(keys)
 
@@ -287,10 +287,10 @@ class RemotePages:
                     del self._misses[nid]
                     self._doubts[nid] = self._doubts.get(nid, 0) + 1
 
-    def _disbelieve(self, peer: Peer, keys: Sequence[PageKey]) -> None:
-        until = time.monotonic() + _DISBELIEVED_S
+    def _remember_miss(self, peer: Peer, keys: Sequence[PageKey]) -> None:
+        until = time.monotonic() + _NEGATIVE_CACHE_S
         with self._lock:
             for key in keys:
-                self._disbelieved[peer.nid, peer.epoch, key] = until
-            while len(self._disbelieved) > _DISBELIEVED_MAX:
-                del self._disbelieved[next(iter(self._disbelieved))]
+                self._negative_cache[peer.nid, peer.epoch, key] = until
+            while len(self._negative_cache) > _NEGATIVE_CACHE_MAX:
+                del self._negative_cache[next(iter(self._negative_cache))]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.cache.tiers import Tiers
 from stores.engines import keys, open_hierarchy_on, page_memory, soon
 
 PAGE = 8192
@@ -21,30 +21,30 @@ def place(tmp_path: Path, shm_path: Path) -> list[tuple[Path, int]]:
 
 
 @pytest.fixture
-def both(place: list[tuple[Path, int]]) -> Iterator[Hierarchy]:
+def both(place: list[tuple[Path, int]]) -> Iterator[Tiers]:
     hierarchy = open_hierarchy_on(place, PAGE)
     yield hierarchy
     hierarchy.check()
     hierarchy.close()
 
 
-def put(hierarchy: Hierarchy, count: int, seed: int) -> Any:
+def put(hierarchy: Tiers, count: int, seed: int) -> Any:
     source, buffers = page_memory(count, PAGE, seed=seed)
     assert hierarchy.put(keys(count, seed), buffers, None, soon()) == [True] * count
     return source
 
 
-def get(hierarchy: Hierarchy, count: int, seed: int) -> tuple[list[bool], Any]:
+def get(hierarchy: Tiers, count: int, seed: int) -> tuple[list[bool], Any]:
     target, buffers = page_memory(count, PAGE)
     return hierarchy.get(keys(count, seed), buffers, soon()), target
 
 
-def hits(hierarchy: Hierarchy) -> tuple[int, int]:
+def hits(hierarchy: Tiers) -> tuple[int, int]:
     counters = hierarchy._metrics.snapshot()
     return counters.get("tier0_hit_pages", 0), counters.get("tier1_hit_pages", 0)
 
 
-def test_pages_are_written_to_both_and_read_from_memory(both: Hierarchy) -> None:
+def test_pages_are_written_to_both_and_read_from_memory(both: Tiers) -> None:
     source = put(both, 10, seed=1)
     assert [tier.page_count() for tier in both.tiers] == [10, 10]
     done, target = get(both, 10, seed=1)
@@ -54,7 +54,7 @@ def test_pages_are_written_to_both_and_read_from_memory(both: Hierarchy) -> None
 
 
 def test_what_memory_evicted_comes_from_the_disk_and_is_promoted_on_its_second_hit(
-    both: Hierarchy,
+    both: Tiers,
 ) -> None:
     source = put(both, 8, seed=1)
     for seed in range(2, 8):
@@ -72,7 +72,7 @@ def test_what_memory_evicted_comes_from_the_disk_and_is_promoted_on_its_second_h
     assert both._metrics.snapshot()["promoted_pages"] == 8
 
 
-def test_a_run_that_alternates_between_the_tiers_is_read_whole(both: Hierarchy) -> None:
+def test_a_run_that_alternates_between_the_tiers_is_read_whole(both: Tiers) -> None:
     source = put(both, 12, seed=1)
     memory = both.tiers[0]
     with memory._pages.lock:
@@ -87,9 +87,7 @@ def test_a_run_that_alternates_between_the_tiers_is_read_whole(both: Hierarchy) 
     assert hits(both) == (8, 4)
 
 
-def test_a_page_that_is_bad_in_memory_is_served_by_the_disk(
-    both: Hierarchy, shm_path: Path
-) -> None:
+def test_a_page_that_is_bad_in_memory_is_served_by_the_disk(both: Tiers, shm_path: Path) -> None:
     source = put(both, 6, seed=1)
     for path in shm_path.rglob("*.slots"):
         data = bytearray(path.read_bytes())
@@ -119,7 +117,7 @@ def test_memory_is_shared_with_neighbours_and_kept_over_a_restart(
     third.close()
 
 
-def test_clear_empties_every_tier(both: Hierarchy) -> None:
+def test_clear_empties_every_tier(both: Tiers) -> None:
     put(both, 6, seed=1)
     both.clear()
     assert both.prefix(keys(6, 1)) == 0

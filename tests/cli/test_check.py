@@ -12,7 +12,7 @@ import pytest
 
 from flexkv_sglang.backends.slots.journal import JournalWriter, keys_field, new_records, recover
 from flexkv_sglang.backends.slots.ownership import owners
-from flexkv_sglang.backends.slots.records import Op
+from flexkv_sglang.backends.slots.records import RecordOp
 from stores.command import die_after_put, flexkv
 from stores.engines import keys, open_engine, page_memory, soon
 
@@ -172,7 +172,7 @@ def test_a_key_in_two_slots_is_dropped_once(tmp_path: Path) -> None:
     data[10 * PAGE : 11 * PAGE] = data[:PAGE]
     path.write_bytes(data)
     journal = JournalWriter(tmp_path / "ns", state.header, position=state.end, seq=state.seq)
-    again = new_records(Op.PUT, 1)
+    again = new_records(RecordOp.PUT, 1)
     again[:] = state.records[state.records["slot"] == 0]
     again["slot"] = 10
     journal.append(again)
@@ -189,7 +189,7 @@ def test_records_for_slots_that_do_not_exist(tmp_path: Path) -> None:
     (owner,) = owners(tmp_path / "ns")
     state = recover(tmp_path / "ns", owner, "ns")
     journal = JournalWriter(tmp_path / "ns", state.header, position=state.end, seq=state.seq)
-    wild = new_records(Op.PUT, 1)
+    wild = new_records(RecordOp.PUT, 1)
     wild["slot"], wild["key"], wild["len"] = 1000, keys_field(keys(1, 9)), PAGE
     journal.append(wild)
     journal.close(clean=False)

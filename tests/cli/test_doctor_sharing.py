@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flexkv_sglang.cli.doctor.command import diagnose
-from flexkv_sglang.cli.doctor.facts import Facts, Group, Place, Plugin, gather
+from flexkv_sglang.cli.doctor.facts import Facts, Group, DirectoryFacts, Plugin, gather
 from flexkv_sglang.cli.doctor.fleet_facts import Fleet, look_at_fleets
 from flexkv_sglang.cli.doctor.machine import Machine
 from flexkv_sglang.cli.scan import Namespace
@@ -122,7 +122,7 @@ def test_nodes_without_this_namespace(tmp_path: Path) -> None:
         Group(Namespace(tmp_path / name, {"page_size": size, "dtype": "x"}, (), ()), ())
         for name, size in ((OURS, 16), (THEIRS, 64))
     )
-    place = Place(tmp_path, there=True, groups=groups)
+    place = DirectoryFacts(tmp_path, there=True, groups=groups)
     finding = found(fleet, places=(place,))["no_common_namespace"]
     assert "page_size (16 and 64: --page-size)" in finding.evidence
     both = status(peers=[{**PEER, "serves": [THEIRS]}, {**PEER, "nid": "c", "serves": [OURS]}])

@@ -130,7 +130,7 @@ def test_host_memory_as_a_staging_buffer_only(tmp_path: Path, model: Path) -> No
     assert "Traceback" not in replica.log_text()
 
 
-class Traffic:
+class ReadPriority:
     """Two clients that repeat a few prompts until the block is left, and note every answer that differs."""
 
     def __init__(self, replica: Replica, expected: dict[int, Answer]) -> None:
@@ -142,7 +142,7 @@ class Traffic:
         self.problems: list[str] = []
         self.from_storage = 0
 
-    def __enter__(self) -> Traffic:
+    def __enter__(self) -> ReadPriority:
         for thread in self._threads:
             thread.start()
         return self
@@ -204,7 +204,7 @@ def test_injected_failures_and_delays_with_detach_and_attach_under_traffic(
         replica.wait_ready()
         assert "HiCache storage test injector enabled" in replica.log_text()
         expected = {seed: replica.generate(prompt(seed)) for seed in range(8)}
-        with Traffic(replica, expected) as traffic:
+        with ReadPriority(replica, expected) as traffic:
             for _ in range(2):
                 traffic.change(replica.detach)
                 with traffic.paused():

@@ -14,9 +14,9 @@ import pytest
 
 import flexkv_sglang.cache.upkeep as upkeep_module
 from flexkv_sglang.backends.io.batch import IoBatch
-from flexkv_sglang.cache.assembly import open_hierarchy, prepare_tiers, undivided
+from flexkv_sglang.cache.assembly import open_tiers, prepare_tiers, undivided
 from flexkv_sglang.cache.engine import CacheEngine
-from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
 from flexkv_sglang.metrics.registry import Metrics
 from stores.engines import keys, open_engine, open_hierarchy_on, page_memory, soon, wait_until
@@ -60,13 +60,11 @@ class BadDisk:
         return bool(self._real.close())
 
 
-def two_disks(tmp_path: Path) -> Hierarchy:
+def two_disks(tmp_path: Path) -> Tiers:
     config = FlexKVConfig(
         tiers=(TierConfig((str(tmp_path / "a"), str(tmp_path / "b")), 128 * PAGE),)
     )
-    return open_hierarchy(
-        config, prepare_tiers(config), "ns", {}, PAGE, undivided(config), Metrics()
-    )
+    return open_tiers(config, prepare_tiers(config), "ns", {}, PAGE, undivided(config), Metrics())
 
 
 def spoil(engine: CacheEngine, directory: Path, direction: str) -> BadDisk:
@@ -79,25 +77,25 @@ def spoil(engine: CacheEngine, directory: Path, direction: str) -> BadDisk:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Hierarchy]:
+def store(tmp_path: Path) -> Iterator[Tiers]:
     hierarchy = two_disks(tmp_path)
     yield hierarchy
     hierarchy.check()
     hierarchy.close()
 
 
-def put(hierarchy: Hierarchy, count: int, seed: int) -> tuple[list[bool], Any]:
+def put(hierarchy: Tiers, count: int, seed: int) -> tuple[list[bool], Any]:
     source, buffers = page_memory(count, PAGE, seed=seed)
     return hierarchy.put(keys(count, seed), buffers, None, soon()), source
 
 
-def get(hierarchy: Hierarchy, count: int, seed: int) -> tuple[list[bool], Any]:
+def get(hierarchy: Tiers, count: int, seed: int) -> tuple[list[bool], Any]:
     target, buffers = page_memory(count, PAGE)
     return hierarchy.get(keys(count, seed), buffers, soon()), target
 
 
 def test_a_disk_that_fails_reads_is_bypassed_its_pages_are_put_elsewhere_and_it_comes_back(
-    store: Hierarchy, tmp_path: Path
+    store: Tiers, tmp_path: Path
 ) -> None:
     _, source = put(store, 16, seed=1)
     engine = store.tiers[0]
@@ -155,9 +153,7 @@ def test_what_changed_while_a_disk_was_bypassed_holds_after_a_restart(tmp_path: 
     store.close()
 
 
-def test_a_disk_that_hangs_holds_up_one_call_and_nobody_else(
-    store: Hierarchy, tmp_path: Path
-) -> None:
+def test_a_disk_that_hangs_holds_up_one_call_and_nobody_else(store: Tiers, tmp_path: Path) -> None:
     put(store, 16, seed=1)
     engine = store.tiers[0]
     disk = spoil(engine, tmp_path / "a", "read")
@@ -230,9 +226,7 @@ def test_durability_decides_about_flushes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: str
 ) -> None:
     config = FlexKVConfig(tiers=(TierConfig((str(tmp_path),), 16 * PAGE),), durability=durability)
-    store = open_hierarchy(
-        config, prepare_tiers(config), "ns", {}, PAGE, undivided(config), Metrics()
-    )
+    store = open_tiers(config, prepare_tiers(config), "ns", {}, PAGE, undivided(config), Metrics())
     owned = store.tiers[0]._tier.stores[0]
     events: list[str] = []
     for place, name in ((owned.slots, "sync"), (owned.journal, "sync"), (owned.journal, "append")):

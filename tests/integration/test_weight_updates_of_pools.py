@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flexkv_sglang import FlexKVStorage
-from flexkv_sglang.cache.assembly import open_hierarchy
+from flexkv_sglang.cache.assembly import open_tiers
 from flexkv_sglang.identity.epochs import WEIGHTS, Epoch
 from models.plain_pools import Pool, ask, hybrid, names, pool_of, put, store_of, transfer
 from sglang_bed.weight_updater import forget_updates
@@ -223,13 +223,13 @@ def test_files_that_were_being_opened_for_the_old_weights_are_not_used_for_the_n
     reached, go_on = threading.Event(), threading.Event()
 
     def slow(*args: Any) -> Any:
-        opened = open_hierarchy(*args)
+        opened = open_tiers(*args)
         if args[3]["pool"] == "mamba" and not args[3]["epoch"]:
             reached.set()
             assert go_on.wait(30)
         return opened
 
-    monkeypatch.setattr("flexkv_sglang.pools.stores.open_hierarchy", slow)
+    monkeypatch.setattr("flexkv_sglang.pools.stores.open_tiers", slow)
     assert storage.batch_exists(KEYS) == 0
     assert reached.wait(30)
     update(nonce("n"))

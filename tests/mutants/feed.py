@@ -4,7 +4,7 @@ from __future__ import annotations
 
 FOLLOWER, LOG, FEED, ROSTER = (
     f"backends/fleet/members/{name}.py"
-    for name in ("follower", "change_log", "redis_feed", "roster")
+    for name in ("follower", "change_log", "redis_feed", "membership")
 )
 MODEL = "tests/backends/fleet/members/test_follower.py"
 LOGS = "tests/backends/fleet/members/test_change_log.py"
@@ -47,7 +47,7 @@ MUTANTS = (
         FOLLOWER,
         "        self.known = max(self.known, end)\n        if end",
         (
-            "        if change.op is Op.KEEP:\n            return []\n"
+            "        if change.op is Op.HEARTBEAT:\n            return []\n"
             "        self.known = max(self.known, end)\n        if end"
         ),
         MODEL,

@@ -48,7 +48,7 @@ MUTANTS = (
     ),
     (
         "transfers begin after close",
-        "backends/io/lane.py",
+        "backends/io/direction.py",
         "            if self._closed:  # the numbers of closed files may be others' by now",
         "            if False:",
         "tests/backends/io/test_mover.py",
@@ -98,8 +98,8 @@ MUTANTS = (
     (
         "shorter lengths than a restorable one are taken for restorable",
         FOLD,
-        "return Usable(lengths, boundaries)",
-        "return Usable(list(range(1, lengths[-1] + 1)) if lengths else [], boundaries)",
+        "return RestorablePrefixes(lengths, boundaries)",
+        "return RestorablePrefixes(list(range(1, lengths[-1] + 1)) if lengths else [], boundaries)",
         FOLD_TESTS,
     ),
     (

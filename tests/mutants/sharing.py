@@ -88,7 +88,7 @@ MUTANTS = (
     (
         "sharing: what was not there is asked for again",
         REMOTE,
-        "            self._disbelieve(run.peer, lost)\n",
+        "            self._remember_miss(run.peer, lost)\n",
         "            pass\n",
         READS,
     ),

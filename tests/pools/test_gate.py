@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import pytest
 
 from flexkv_sglang.errors import TierUnavailableError
-from flexkv_sglang.pools.gate import Gate
+from flexkv_sglang.pools.call_gate import CallGate
 from stores.engines import wait_until
 
 
 @contextmanager
-def inside(gate: Gate) -> Iterator[None]:
+def inside(gate: CallGate) -> Iterator[None]:
     """Another thread passes for the time of the block."""
     entered, leave = threading.Event(), threading.Event()
 
@@ -34,13 +34,13 @@ def inside(gate: Gate) -> Iterator[None]:
 
 
 def test_calls_do_not_exclude_each_other() -> None:
-    gate = Gate()
+    gate = CallGate()
     with inside(gate), inside(gate), gate.passing(0.01):
         pass
 
 
 def test_nobody_passes_while_it_is_shut_and_the_wait_ends() -> None:
-    gate = Gate()
+    gate = CallGate()
     with gate.shut(0.01) as alone:
         assert alone
         with pytest.raises(TierUnavailableError), gate.passing(0.01):
@@ -50,7 +50,7 @@ def test_nobody_passes_while_it_is_shut_and_the_wait_ends() -> None:
 
 
 def test_whoever_is_not_alone_in_time_is_told_and_it_is_open_again() -> None:
-    gate = Gate()
+    gate = CallGate()
     with inside(gate):
         with gate.shut(0.01) as alone:
             assert not alone
@@ -61,13 +61,13 @@ def test_whoever_is_not_alone_in_time_is_told_and_it_is_open_again() -> None:
 
 
 def test_one_at_a_time_is_alone() -> None:
-    gate = Gate()
+    gate = CallGate()
     with gate.shut(0.01) as first, gate.shut(0.01) as second:
         assert (first, second) == (True, False)
 
 
 def test_it_is_shut_after_the_last_one_left_and_new_ones_wait() -> None:
-    gate = Gate()
+    gate = CallGate()
     order: list[str] = []
 
     def shut() -> None:
@@ -91,7 +91,7 @@ def test_it_is_shut_after_the_last_one_left_and_new_ones_wait() -> None:
 
 
 def test_an_exception_leaves_it_open() -> None:
-    gate = Gate()
+    gate = CallGate()
     with pytest.raises(ZeroDivisionError), gate.passing(1):
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError), gate.shut(1):

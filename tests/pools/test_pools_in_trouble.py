@@ -14,7 +14,7 @@ import torch
 
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.cache import engine
-from flexkv_sglang.cache.assembly import open_hierarchy
+from flexkv_sglang.cache.assembly import open_tiers
 from flexkv_sglang.integration.storage import CALL_SECONDS_MAX
 from flexkv_sglang.pools import stores as pools
 from models.plain_pools import (
@@ -129,10 +129,10 @@ def test_a_disk_that_does_not_open_keeps_no_call_and_no_detach(
     def slow(*args: Any) -> Any:
         reached.set()
         assert go_on.wait(30)
-        return open_hierarchy(*args)
+        return open_tiers(*args)
 
     storage = hybrid(tmp_path, fires=False)
-    monkeypatch.setattr("flexkv_sglang.pools.stores.open_hierarchy", slow)
+    monkeypatch.setattr("flexkv_sglang.pools.stores.open_tiers", slow)
     keys = names(2)
     assert storage.batch_exists(keys) == 0  # opens the sidecars
     assert reached.wait(30)
@@ -158,14 +158,14 @@ def test_a_pool_that_is_replaced_while_its_files_are_opened_keeps_none(
     reached, go_on = threading.Event(), threading.Event()
 
     def slow(*args: Any) -> Any:
-        opened = open_hierarchy(*args)
+        opened = open_tiers(*args)
         if args[3]["pool"] == "mamba" and not go_on.is_set():
             reached.set()
             assert go_on.wait(30)
         return opened
 
     storage = hybrid(tmp_path, fires=False)
-    monkeypatch.setattr("flexkv_sglang.pools.stores.open_hierarchy", slow)
+    monkeypatch.setattr("flexkv_sglang.pools.stores.open_tiers", slow)
     assert storage.batch_exists(names(1)) == 0
     assert reached.wait(30)
     old = storage._stores._pools["mamba"]

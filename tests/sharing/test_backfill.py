@@ -11,7 +11,7 @@ import numpy as np
 
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing import backfill as keeping
-from flexkv_sglang.sharing.backfill import Keeping
+from flexkv_sglang.sharing.backfill import Backfill
 from flexkv_sglang.types import PageBuffers, PageKey
 
 LENGTHS = np.array([5000, 3000], np.uint64)
@@ -48,7 +48,7 @@ def key(number: int) -> PageKey:
 
 def test_bytes_are_those_of_the_moment_of_the_call() -> None:
     store, metrics = Store(), Metrics()
-    keeper = Keeping(8000, store.put, metrics)
+    keeper = Backfill(8000, store.put, metrics)
     memory, buffers = pages(3)
     expected = [memory[i * 8000 : (i + 1) * 8000].tobytes() for i in range(3)]
     keeper.keep([key(1), key(2), key(3)], key(0), buffers)
@@ -62,7 +62,7 @@ def test_bytes_are_those_of_the_moment_of_the_call() -> None:
 
 def test_what_finds_no_room_is_dropped_and_room_comes_back() -> None:
     store, metrics = Store(), Metrics()
-    keeper = Keeping(8000, store.put, metrics)
+    keeper = Backfill(8000, store.put, metrics)
     keeper._free = keeper._free[:4]  # a buffer of four pages
     memory, buffers = pages(6)
     keeper.keep([key(i) for i in range(6)], None, buffers)
@@ -81,7 +81,7 @@ def test_what_finds_no_room_is_dropped_and_room_comes_back() -> None:
 
 def test_closing_waits_for_the_put_that_runs_and_drops_the_rest() -> None:
     store = Store()
-    keeper = Keeping(8000, store.put, Metrics())
+    keeper = Backfill(8000, store.put, Metrics())
     _, buffers = pages(1)
     for number in range(3):
         keeper.keep([key(number)], None, buffers)
@@ -102,7 +102,7 @@ def test_a_store_that_fails_does_not_end_the_thread() -> None:
         raise OSError("a broken world")
 
     metrics = Metrics()
-    keeper = Keeping(8000, put, metrics)
+    keeper = Backfill(8000, put, metrics)
     _, buffers = pages(1)
     for number in range(2):
         keeper.keep([key(number)], None, buffers)
@@ -113,7 +113,7 @@ def test_a_store_that_fails_does_not_end_the_thread() -> None:
 
 def test_nothing_is_made_before_it_is_needed() -> None:
     before = threading.active_count()
-    keeper = Keeping(keeping._BUFFER_BYTES, lambda *_: [], Metrics())
+    keeper = Backfill(keeping._BUFFER_BYTES, lambda *_: [], Metrics())
     assert threading.active_count() == before
     assert keeper._memory is None
     keeper.close()

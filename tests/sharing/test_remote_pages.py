@@ -18,7 +18,7 @@ from flexkv_sglang.backends.fleet.reader.read import Pending, RemoteRead
 from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
 from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Snapshot, fingerprints
-from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.remote_pages import RemotePages
@@ -55,7 +55,7 @@ class Bed:
     client: Client
     metrics: Metrics
     sources: dict[str, MemorySource]
-    store: Hierarchy
+    store: Tiers
     memory: list[PageMemory] = field(default_factory=list)
 
     def holds(self, node: str, keys: Sequence[PageKey]) -> None:
@@ -84,12 +84,12 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
         stack.callback(client.close)
         reader = ReplicaReader(tmp_path / "run", NAME, 30.0)
         pages = RemotePages(NAME, PAGE, reader, client, FULL, share, metrics)
-        store = Hierarchy([open_engine(tmp_path / "disk", PAGE, 64 * PAGE)], metrics, pages)
+        store = Tiers([open_engine(tmp_path / "disk", PAGE, 64 * PAGE)], metrics, pages)
         stack.callback(store.close)
         yield Bed(writer, pages, client, metrics, sources, store)
 
 
-def put(store: Hierarchy, keys: Sequence[PageKey]) -> None:
+def put(store: Tiers, keys: Sequence[PageKey]) -> None:
     source = MemorySource(keys, PAGE)
     memory = PageMemory(len(keys), [PAGE])
     for row, key in enumerate(keys):

@@ -176,7 +176,7 @@ class OwnChanges:
         with self._lock:
             if self._outbox:
                 return None
-            return Change(self._node.epoch_locked, self._last + 1, Op.KEEP, EMPTY)
+            return Change(self._node.epoch_locked, self._last + 1, Op.HEARTBEAT, EMPTY)
 
     @property
     def last_locked(self) -> int:
@@ -221,7 +221,7 @@ def new_epoch() -> int:
 
 def after(change: Change, last: int) -> Change:
     """The part of a change that is beyond number ``last``."""
-    if change.first > last or change.op in (Op.CLEAR, Op.KEEP):
+    if change.first > last or change.op in (Op.CLEAR, Op.HEARTBEAT):
         return change
     return Change(change.epoch, last + 1, change.op, change.fps[last + 1 - change.first :])
 

@@ -83,14 +83,14 @@ class Follower:
             return []  # the next beat shows which of the two is right
         end = change.first + change.numbers - 1
         self.known = max(self.known, end)
-        if end <= self.last and change.op is not Op.KEEP:
+        if end <= self.last and change.op is not Op.HEARTBEAT:
             return []
         if self.wants_snapshot:
             return self._park(change)
         if change.first > self.last + 1:
             self.wants_snapshot = True
             return self._park(change)
-        if change.op is Op.KEEP:
+        if change.op is Op.HEARTBEAT:
             return []
         return [self._apply(after(change, self.last))]
 
@@ -128,7 +128,7 @@ class Follower:
         return []
 
     def _park(self, change: Change) -> list[Step]:
-        if change.op is Op.KEEP:
+        if change.op is Op.HEARTBEAT:
             return []
         self._parked.append(change)
         return self._forget() if change.op is Op.CLEAR else []

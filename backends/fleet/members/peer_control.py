@@ -70,7 +70,7 @@ class WirePeerControl:
         rid = next(self._rids)
         ask = wire.pack_poll(wire.Poll(rid, namespace_bytes(namespace), epoch, last))
         answer = self._ask(address, rid, ask, timeout_s)[0]
-        if isinstance(answer, wire.Gone) and answer.reason is wire.GoneReason.LOST:
+        if isinstance(answer, wire.Unavailable) and answer.reason is wire.UnavailableReason.LOST:
             return None
         if not isinstance(answer, wire.Changes):
             raise _unexpected(address, answer)
@@ -82,7 +82,7 @@ class WirePeerControl:
         answers = self._ask(
             address, rid, wire.pack_snap(rid, namespace_bytes(namespace)), timeout_s
         )
-        parts = [answer for answer in answers if isinstance(answer, wire.Part)]
+        parts = [answer for answer in answers if isinstance(answer, wire.SnapshotPart)]
         if not parts or len(parts) != len(answers):
             raise _unexpected(address, answers[0])
         first = parts[0]
@@ -128,12 +128,12 @@ class WirePeerControl:
             while (received := link.receive()) is not None:
                 answer = received[0]
                 if (
-                    not isinstance(answer, wire.Part | wire.Changes | wire.Gone)
+                    not isinstance(answer, wire.SnapshotPart | wire.Changes | wire.Unavailable)
                     or answer.rid != rid
                 ):
                     raise _unexpected(address, answer)
                 answers.append(answer)
-                if not isinstance(answer, wire.Part) or len(answers) == answer.parts:
+                if not isinstance(answer, wire.SnapshotPart) or len(answers) == answer.parts:
                     return answers
             link.watch()
 
@@ -197,5 +197,5 @@ class WirePeerControl:
 
 
 def _unexpected(address: str, answer: wire.Answer) -> PeerError:
-    reason = answer.reason.name if isinstance(answer, wire.Gone) else type(answer).__name__
+    reason = answer.reason.name if isinstance(answer, wire.Unavailable) else type(answer).__name__
     return PeerError(f"{address}: not what was asked for: {reason}")

@@ -28,7 +28,7 @@ NAMESPACES_MAX = 2048
 _NUMBER_MAX = 1 << 62
 _NAME = re.compile(r"[\w.-]{1,96}", re.ASCII)
 _ADDRESS = re.compile(r"[\w.:\[\]-]{3,128}", re.ASCII)
-_LETTERS = {Op.ADD: b"A", Op.DROP: b"D", Op.CLEAR: b"C", Op.KEEP: b"K"}
+_LETTERS = {Op.ADD: b"A", Op.DROP: b"D", Op.CLEAR: b"C", Op.HEARTBEAT: b"K"}
 _OPS = {letter: op for op, letter in _LETTERS.items()}
 
 

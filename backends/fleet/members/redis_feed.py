@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flexkv_sglang.backends.fleet.background import Outage, Worker
+from flexkv_sglang.backends.fleet.background import Backoff, PeriodicThread
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX, FeedHost
 from flexkv_sglang.backends.fleet.members.redis_entries import (
@@ -108,8 +108,8 @@ class RedisFeed:
         self._reading = self._link.client(BLOCK_S)
         self._script = self._writing.register_script(BEAT)
         name = f"Redis at {self._link.address}"
-        self._write_outage = Outage(name)
-        self._read_outage = Outage(f"{name} (feed)")
+        self._write_outage = Backoff(name)
+        self._read_outage = Backoff(f"{name} (feed)")
         self._infos: list[NodeInfo] = []
         self._version = b""
         self._beaten_as: NodeId | None = None
@@ -120,8 +120,12 @@ class RedisFeed:
         self._emptied = 0  # times that Redis was found without our entry; the writing thread counts
         self._read_since = 0
         self._threads = [
-            Worker("flexkv-redis-beat", self._write, lambda: host.count("share_thread_errors")),
-            Worker("flexkv-redis-read", self._read, lambda: host.count("share_thread_errors")),
+            PeriodicThread(
+                "flexkv-redis-beat", self._write, lambda: host.count("share_thread_errors")
+            ),
+            PeriodicThread(
+                "flexkv-redis-read", self._read, lambda: host.count("share_thread_errors")
+            ),
         ]
 
     def start(self) -> None:

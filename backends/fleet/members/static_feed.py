@@ -10,7 +10,7 @@ import random
 import time
 from dataclasses import replace
 
-from flexkv_sglang.backends.fleet.background import Outage, Worker
+from flexkv_sglang.backends.fleet.background import Backoff, PeriodicThread
 from flexkv_sglang.backends.fleet.members.members import FeedHost
 from flexkv_sglang.backends.fleet.members.redis_entries import is_sound
 from flexkv_sglang.backends.fleet.vocabulary import NodeInfo, PeerControl, ShareConfig
@@ -35,11 +35,11 @@ class StaticFeed:
         self._host = host
         self._control = control
         self._source = f"peer {address}"
-        self._outage = Outage(self._source, min(5.0, share.heartbeat_s))
+        self._outage = Backoff(self._source, min(5.0, share.heartbeat_s))
         self._info: NodeInfo | None = None
         self._next_hello = 0.0
         self._answered_at = time.monotonic()
-        self._thread = Worker(
+        self._thread = PeriodicThread(
             f"flexkv-peer-{address}"[:40], self._step, lambda: host.count("share_thread_errors")
         )
 

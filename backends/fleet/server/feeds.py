@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.server.queue import Reader
-from flexkv_sglang.backends.fleet.server.worker import Job, ServeWorker
+from flexkv_sglang.backends.fleet.server.worker import Job, JobPool
 from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, Snapshot, namespace_name
 from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.messages import GoneReason
+from flexkv_sglang.backends.fleet.wire.messages import UnavailableReason
 
 if TYPE_CHECKING:
     import zmq
@@ -44,13 +44,13 @@ class ServeFeeds:
     """``logs``: namespace -> its changes here, or None."""
 
     def __init__(
-        self, logs: Callable[[str], ChangeLog | None], worker: ServeWorker, send: Send
+        self, logs: Callable[[str], ChangeLog | None], worker: JobPool, send: Send
     ) -> None:
         self._logs, self._worker, self._send = logs, worker, send
         self._kept: dict[bytes, tuple[float, Snapshot]] = {}  # used by the worker's thread only
         self._sending: deque[_Sending] = deque()
 
-    def snap(self, reader: Reader, ask: wire.Snap) -> None:
+    def snap(self, reader: Reader, ask: wire.SnapshotRequest) -> None:
         """Answer with all parts, one after the other, or with GONE."""
 
         def build() -> Callable[[], None]:
@@ -68,7 +68,9 @@ class ServeFeeds:
             if changes is not None:
                 frames = wire.pack_changes(ask.rid, changes)
             else:
-                reason = GoneReason.UNKNOWN_NAMESPACE if log is None else GoneReason.LOST
+                reason = (
+                    UnavailableReason.UNKNOWN_NAMESPACE if log is None else UnavailableReason.LOST
+                )
                 frames = wire.pack_gone(ask.rid, reason)
             return lambda: _ignore(self._send(reader, frames))
 
@@ -76,7 +78,7 @@ class ServeFeeds:
 
     def _ask(self, reader: Reader, rid: int, build: Job) -> None:
         def busy() -> None:
-            self._send(reader, wire.pack_gone(rid, GoneReason.BUSY))
+            self._send(reader, wire.pack_gone(rid, UnavailableReason.BUSY))
 
         if not self._worker.put(build, busy):
             busy()
@@ -115,7 +117,9 @@ class ServeFeeds:
 
     def _begin(self, reader: Reader, rid: int, snapshot: Snapshot | None) -> None:
         if snapshot is None or len(self._sending) >= SENDING_MAX:
-            reason = GoneReason.UNKNOWN_NAMESPACE if snapshot is None else GoneReason.BUSY
+            reason = (
+                UnavailableReason.UNKNOWN_NAMESPACE if snapshot is None else UnavailableReason.BUSY
+            )
             self._send(reader, wire.pack_gone(rid, reason))
         else:
             self._sending.append(_Sending(reader, rid, snapshot))

@@ -20,7 +20,7 @@ from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.rdma.base import OneSidedEngine
 from flexkv_sglang.backends.fleet.server.holds import Hold, ServeHolds
 from flexkv_sglang.backends.fleet.server.queue import Reader, Request, ServeQueue, Turn
-from flexkv_sglang.backends.fleet.server.worker import ServeWorker
+from flexkv_sglang.backends.fleet.server.worker import JobPool
 from flexkv_sglang.backends.fleet.slabs import ServeSlabs
 from flexkv_sglang.backends.fleet.vocabulary import (
     MISSING,
@@ -50,7 +50,7 @@ class ServePages:
         self,
         share: ShareConfig,
         sources: Callable[[str], PageSource | None],
-        disk: ServeWorker,
+        disk: JobPool,
         send: Send,
         counts: Counter[str],
         engine: OneSidedEngine | None = None,

@@ -23,7 +23,7 @@ from flexkv_sglang.backends.fleet.rdma.choice import close_engine, open_engine
 from flexkv_sglang.backends.fleet.server.feeds import ServeFeeds
 from flexkv_sglang.backends.fleet.server.pages import ServePages
 from flexkv_sglang.backends.fleet.server.queue import QUEUE_MAX, Reader
-from flexkv_sglang.backends.fleet.server.worker import ServeWorker
+from flexkv_sglang.backends.fleet.server.worker import JobPool
 from flexkv_sglang.backends.fleet.vocabulary import (
     BATCH_PAGES,
     PROTOCOL,
@@ -88,9 +88,9 @@ class PageServer:
 
         assert self._thread is None, "started twice"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
-        self._door: curve.Door | None = None
+        self._door: curve.ZapAuthenticator | None = None
         if self._secret is not None and curve.uses_curve(self._share, self._secret):
-            self._door = curve.Door(self._context, self._secret)
+            self._door = curve.ZapAuthenticator(self._context, self._secret)
         self._router = self._open_router()
         try:
             self._bind()
@@ -102,8 +102,8 @@ class PageServer:
             ) from None
         bound = bytes(self._router.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
         self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._disk = ServeWorker("flexkv-serve-disk", _TURNS_AHEAD)
-        self._control = ServeWorker("flexkv-serve-control", _CONTROL_JOBS)
+        self._disk = JobPool("flexkv-serve-disk", _TURNS_AHEAD)
+        self._control = JobPool("flexkv-serve-control", _CONTROL_JOBS)
         self._feeds = ServeFeeds(self._logs, self._control, self._send_tracked)
         self._pages = self._open_pages()
         self._readers: OrderedDict[bytes, Reader] = OrderedDict()
@@ -244,9 +244,9 @@ class PageServer:
             self._pages.done(reader, ask.hold)
         elif isinstance(ask, wire.Cancel):
             self._pages.cancel(reader, ask.rid)
-        elif isinstance(ask, wire.Bad):
+        elif isinstance(ask, wire.ReportCorrupt):
             self._reported_bad(ask)
-        elif isinstance(ask, wire.Snap):
+        elif isinstance(ask, wire.SnapshotRequest):
             self.counts["snapshots_asked"] += 1
             self._feeds.snap(reader, ask)
         elif isinstance(ask, wire.Poll):
@@ -300,7 +300,7 @@ class PageServer:
         self.counts["refused_greetings"] += 1
         self._send(reader, wire.pack_refused(why))
 
-    def _reported_bad(self, bad: wire.Bad) -> None:
+    def _reported_bad(self, bad: wire.ReportCorrupt) -> None:
         self.counts["pages_reported_bad"] += len(bad.keys)
 
         def verify() -> Callable[[], None]:

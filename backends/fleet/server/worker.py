@@ -20,7 +20,7 @@ Job = Callable[[], Callable[[], None]]
 CLOSE_TIMEOUT_S = 6.0
 
 
-class ServeWorker:
+class JobPool:
     """Runs at most ``depth`` jobs that are not collected yet. ``fd`` becomes readable when a result is there."""
 
     def __init__(self, name: str, depth: int) -> None:

@@ -102,7 +102,7 @@ def proof(secret: Secret, who: bytes, hello: bytes, challenge: bytes, cluster_id
 
 
 def protect_server(sock: zmq.Socket[bytes], share: ShareConfig, secret: Secret | None) -> None:
-    """Options of a listening socket, before it is bound. Its context needs a ``Door`` with CURVE."""
+    """Options of a listening socket, before it is bound. Its context needs a ``ZapAuthenticator`` with CURVE."""
     if secret is not None and uses_curve(share, secret):
         sock.curve_server = True
         sock.curve_publickey, sock.curve_secretkey = secret.server_public, secret.server_secret
@@ -116,7 +116,7 @@ def protect_client(sock: zmq.Socket[bytes], share: ShareConfig, secret: Secret |
         sock.curve_publickey, sock.curve_secretkey = secret.client_public, secret.client_secret
 
 
-class Door:
+class ZapAuthenticator:
     """ZeroMQ asks here about every connection (ZAP, RFC 27): only the derived client key is let in.
 
     Made before the server's socket is bound, in the same context. One thread uses ``sock`` and ``answer``.

@@ -58,29 +58,29 @@ from flexkv_sglang.backends.fleet.wire.messages import (
     SNAPSHOT_KEYS_MAX,
     WELCOME_LAYOUT,
     Answer,
-    Bad,
     Bytes,
     Cancel,
     Challenge,
     Changes,
     Done,
     End,
-    Gone,
-    GoneReason,
     Hello,
     Kind,
     Offer,
     Offered,
     OfferedPage,
     Pages,
-    Part,
     Poll,
     Proof,
     Read,
     Refusal,
     Refused,
+    ReportCorrupt,
     Request,
-    Snap,
+    SnapshotPart,
+    SnapshotRequest,
+    Unavailable,
+    UnavailableReason,
     Welcome,
     WireError,
     stride_of,
@@ -194,12 +194,12 @@ def _offered(frame: bytes) -> Offered:
     return Offered(rid, hold, hold_ms, tuple(pages), frame[at:])
 
 
-def _bad(frame: bytes) -> Bad:
+def _bad(frame: bytes) -> ReportCorrupt:
     count = _count(BAD_LAYOUT, frame, 4, BATCH_PAGES)
     if not count:
         raise WireError("no keys")
     _, _, namespace = _fields(BAD_LAYOUT, frame, rest=count * KEY_BYTES)
-    return Bad(_b(namespace), _keys(frame, BAD_LAYOUT.size))
+    return ReportCorrupt(_b(namespace), _keys(frame, BAD_LAYOUT.size))
 
 
 def _keys(frame: bytes, start: int) -> tuple[PageKey, ...]:
@@ -225,7 +225,7 @@ def _pages(frame: bytes, frames: Sequence[Bytes]) -> Pages:
     return Pages(rid, index, known, written, length, checksums)
 
 
-def _part(frame: bytes, frames: Sequence[Bytes]) -> Part:
+def _part(frame: bytes, frames: Sequence[Bytes]) -> SnapshotPart:
     part, parts, rid, epoch, last, count, checksum = map(_i, _fields(PART_LAYOUT, frame))
     if len(frames) != 2 or count > SNAPSHOT_KEYS_MAX:
         raise WireError(f"a snapshot of {count} in {len(frames)} frames")
@@ -236,7 +236,7 @@ def _part(frame: bytes, frames: Sequence[Bytes]) -> Part:
     data = bytes(frames[1])
     if xxhash.xxh3_64_intdigest(data) != checksum:
         raise WireError(f"part {part} of {parts}: its checksum does not match")
-    return Part(rid, part, parts, epoch, last, count, checksum, np.frombuffer(data, "<u8"))
+    return SnapshotPart(rid, part, parts, epoch, last, count, checksum, np.frombuffer(data, "<u8"))
 
 
 def _changes(frame: bytes, frames: Sequence[Bytes]) -> Changes:
@@ -296,12 +296,12 @@ def _refused(frame: bytes) -> Refused:
     return Refused(reason)
 
 
-def _gone(frame: bytes) -> Gone:
+def _gone(frame: bytes) -> Unavailable:
     number, rid = map(_i, _fields(RID_LAYOUT, frame))
-    reason = {r.value: r for r in GoneReason}.get(number)
+    reason = {r.value: r for r in UnavailableReason}.get(number)
     if reason is None:
         raise WireError(f"gone for {number}")
-    return Gone(rid, reason)
+    return Unavailable(rid, reason)
 
 
 def _proof(frame: bytes) -> Proof:
@@ -323,9 +323,9 @@ def _end(frame: bytes) -> End:
     return End(rid, sent)
 
 
-def _snap(frame: bytes) -> Snap:
+def _snap(frame: bytes) -> SnapshotRequest:
     _, rid, namespace = _fields(SNAP_LAYOUT, frame)
-    return Snap(_i(rid), _b(namespace))
+    return SnapshotRequest(_i(rid), _b(namespace))
 
 
 def _poll(frame: bytes) -> Poll:

@@ -113,7 +113,7 @@ class Refusal(IntEnum):
     NO_HELLO = 4
 
 
-class GoneReason(IntEnum):
+class UnavailableReason(IntEnum):
     """Why there is no answer to SNAP or POLL. LOST: the changes are not kept any more, take a snapshot."""
 
     UNKNOWN_NAMESPACE = 1
@@ -192,13 +192,13 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class Bad:
+class ReportCorrupt:
     namespace: bytes
     keys: tuple[PageKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Snap:
+class SnapshotRequest:
     rid: int
     namespace: bytes
 
@@ -212,7 +212,7 @@ class Poll:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SnapshotPart:
     """One of ``parts`` pieces of a snapshot of ``count`` fingerprints; ``checksum``: xxh3_64 of this piece."""
 
     rid: int
@@ -232,9 +232,9 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class Unavailable:
     rid: int
-    reason: GoneReason
+    reason: UnavailableReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +271,10 @@ class Done:
     hold: int
 
 
-Request = Hello | Proof | Read | Cancel | Bad | Snap | Poll | Offer | Done
-Answer = Challenge | Welcome | Refused | Pages | End | Part | Changes | Gone | Offered
+Request = Hello | Proof | Read | Cancel | ReportCorrupt | SnapshotRequest | Poll | Offer | Done
+Answer = (
+    Challenge | Welcome | Refused | Pages | End | SnapshotPart | Changes | Unavailable | Offered
+)
 Bytes = bytes | memoryview
 
 
@@ -357,7 +359,7 @@ def pack_poll(poll: Poll) -> list[bytes]:
     return [POLL_LAYOUT.pack(*_head(Kind.POLL), 0, poll.rid, poll.epoch, poll.last, poll.namespace)]
 
 
-def pack_gone(rid: int, reason: GoneReason) -> list[bytes]:
+def pack_gone(rid: int, reason: UnavailableReason) -> list[bytes]:
     return [RID_LAYOUT.pack(*_head(Kind.GONE), reason, rid)]
 
 

@@ -25,7 +25,13 @@ from typing import Protocol
 import numpy as np
 
 from flexkv_sglang.cache.eviction.leaf_queue import LeafQueue
-from flexkv_sglang.cache.eviction.reuse_model import BUCKETS, CLASSES, Waits, bucket_of, buckets_of
+from flexkv_sglang.cache.eviction.reuse_model import (
+    BUCKETS,
+    CLASSES,
+    ReuseTimes,
+    bucket_of,
+    buckets_of,
+)
 from flexkv_sglang.types import F64, I64, PageKey
 
 _GHOSTS_PER_SLOT = 4
@@ -233,7 +239,7 @@ class ReuseDensity(Recency):
         self._class = bytearray(slot_count)
         self._ghosts = array("I", [0]) * (_GHOSTS_PER_SLOT * slot_count + 1)
         self._unit_bits = max(0, slot_count.bit_length() - 10)
-        self._waits = Waits()
+        self._waits = ReuseTimes()
         self._period = max(slot_count // 2, 2000)
         self._due = max(slot_count, 1000)
         self._chosen = 0  # the class that gives the victims ...

@@ -18,7 +18,7 @@ FADE = 0.95  # of what was learned, each time the tables are made anew
 _PRIOR_PAGES = 50.0  # a class counts as this many average pages until it has its own
 
 
-class Waits:
+class ReuseTimes:
     """Counts since the last ``learn`` are open to the policy: one flat list, at ``class << 6 | bucket``."""
 
     def __init__(self) -> None:

@@ -60,7 +60,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DirectoryFacts:
     """One configured directory. ``trouble``: why it could not be looked at. ``users``: whose files are in it."""
 
     path: Path
@@ -76,7 +76,7 @@ class Facts:
     """Everything a cause may look at. ``now``: seconds as ``time.time()``; ``server``: None if none was named."""
 
     now: float
-    places: tuple[Place, ...]
+    places: tuple[DirectoryFacts, ...]
     plugin: Plugin
     machine: Machine
     server: Server | None = None
@@ -157,20 +157,20 @@ class Facts:
         return max((float(run["written_at"]) for run in self.runs()), default=None)
 
 
-def look_at_place(path: Path, config: FlexKVConfig | None) -> Place:
+def look_at_place(path: Path, config: FlexKVConfig | None) -> DirectoryFacts:
     """Never raises: what cannot be read is said in ``trouble``."""
     settings = config or FlexKVConfig()
     try:
         if not path.is_dir():
-            return Place(path, there=False)
+            return DirectoryFacts(path, there=False)
         found = [Group(item, _owners(item)) for item in namespaces(path)]
         users = {file.stat().st_uid for file in _files(found)}
         disk = look_at_disk(path, settings.min_free, settings.io_engine)
-        return Place(path, True, "", tuple(found), tuple(sorted(users)), disk)
+        return DirectoryFacts(path, True, "", tuple(found), tuple(sorted(users)), disk)
     except FileNotFoundError as exc:  # removed while we look
-        return Place(path, True, f"{exc.filename}: {exc.strerror}; look again")
+        return DirectoryFacts(path, True, f"{exc.filename}: {exc.strerror}; look again")
     except OSError as exc:
-        return Place(path, True, f"{exc.filename or path}: {exc.strerror or exc}")
+        return DirectoryFacts(path, True, f"{exc.filename or path}: {exc.strerror or exc}")
 
 
 def look_at_plugin() -> Plugin:

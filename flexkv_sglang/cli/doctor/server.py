@@ -32,7 +32,7 @@ THRESHOLD = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SeriesValue:
     """One line of ``/metrics``."""
 
     name: str
@@ -49,7 +49,7 @@ class Server:
     error: str = ""
     flags: Mapping[str, Any] = field(default_factory=dict)
     status: Mapping[str, Any] | None = None
-    metrics: tuple[Sample, ...] = ()
+    metrics: tuple[SeriesValue, ...] = ()
 
     def setting(self, name: str) -> Any:
         """As it is now, else as it was at the start; None if unknown or not set."""
@@ -146,7 +146,7 @@ def ask_server(url: str) -> Server:
     return Server(url, "", flags, _status(base), _metrics(base))
 
 
-def parse_metrics(text: str) -> tuple[Sample, ...]:
+def parse_metrics(text: str) -> tuple[SeriesValue, ...]:
     """Samples of the Prometheus text format; comments and lines of another form are left out."""
     found = []
     for line in text.splitlines():
@@ -154,7 +154,9 @@ def parse_metrics(text: str) -> tuple[Sample, ...]:
         if match is None:
             continue
         try:
-            found.append(Sample(match[1], dict(_LABEL.findall(match[2] or "")), float(match[3])))
+            found.append(
+                SeriesValue(match[1], dict(_LABEL.findall(match[2] or "")), float(match[3]))
+            )
         except ValueError:
             continue
     return tuple(found)
@@ -169,7 +171,7 @@ def _status(base: str) -> Mapping[str, Any] | None:
     return status if whole else None
 
 
-def _metrics(base: str) -> tuple[Sample, ...]:
+def _metrics(base: str) -> tuple[SeriesValue, ...]:
     try:
         return parse_metrics(_get(base + "/metrics"))
     except (OSError, ValueError):

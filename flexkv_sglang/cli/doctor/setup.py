@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flexkv_sglang.cli.doctor.facts import Facts, Place
+from flexkv_sglang.cli.doctor.facts import DirectoryFacts, Facts
 from flexkv_sglang.cli.doctor.machine import NETWORK
 from flexkv_sglang.cli.doctor.server import Server, is_ours
 from flexkv_sglang.cli.output import counted, human_bytes, human_seconds
@@ -171,7 +171,7 @@ def no_access(facts: Facts) -> Finding | None:
     return None
 
 
-def _disk_trouble(place: Place) -> str:
+def _disk_trouble(place: DirectoryFacts) -> str:
     disk = place.disk
     if disk is None or not disk.trouble or disk.free_bytes < disk.floor_bytes:
         return ""

@@ -42,5 +42,5 @@ def test_numbers_of_changes() -> None:
     none = three[:0]
     assert [
         Change(1, 5, op, fps).numbers
-        for op, fps in [(Op.ADD, three), (Op.DROP, three), (Op.CLEAR, none), (Op.KEEP, none)]
+        for op, fps in [(Op.ADD, three), (Op.DROP, three), (Op.CLEAR, none), (Op.HEARTBEAT, none)]
     ] == [3, 3, 1, 0]

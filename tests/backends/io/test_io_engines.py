@@ -18,8 +18,8 @@ import pytest
 from flexkv_sglang.backends.io.batch import NOT_TRIED, IoBatch, IoEngine
 from flexkv_sglang.backends.io.operations import runs
 from flexkv_sglang.backends.io.posix_io import PosixIo
+from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.ring import Ring, depth_for
-from flexkv_sglang.backends.io.traffic import Traffic
 from flexkv_sglang.types import PageBuffers
 from stores.engines import page_memory, soon, wait_until
 
@@ -326,7 +326,7 @@ print(ring.counts["pinned_bytes"], ring.counts["fixed_operations"], bool((array 
 
 
 def test_writes_stay_small_while_a_read_is_under_way_and_shortly_after(file: int) -> None:
-    traffic = Traffic()
+    traffic = ReadPriority()
     with traffic.reading():
         assert traffic.write_depth(32, 1 << 20) == 4
         assert traffic.write_depth(32, 4 << 20) == 2
@@ -340,7 +340,7 @@ def test_writes_stay_small_while_a_read_is_under_way_and_shortly_after(file: int
 
 @pytest.mark.parametrize("kind", ["io_uring", "threads"])
 def test_a_write_beside_a_read_is_throttled_but_gets_done(file: int, kind: str) -> None:
-    traffic = Traffic()
+    traffic = ReadPriority()
     engine: IoEngine = Ring(64, traffic) if kind == "io_uring" else PosixIo(8, traffic=traffic)
     slots = np.arange(0, COUNT, 2)  # not adjacent
     source, buffers = page_memory(len(slots), PAGE, seed=9)

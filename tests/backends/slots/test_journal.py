@@ -30,7 +30,7 @@ from flexkv_sglang.backends.slots.records import (
     HEADER_BYTES,
     RECORD,
     RECORD_BYTES,
-    Op,
+    RecordOp,
     Records,
     SlotClass,
 )
@@ -44,13 +44,13 @@ KEYS = keys(16)
 
 
 def put(slot: int, key: PageKey) -> Records:
-    record = new_records(Op.PUT, 1)
+    record = new_records(RecordOp.PUT, 1)
     record["slot"], record["key"], record["len"] = slot, keys_field([key]), 4096
     return record
 
 
 def delete(slot: int, key: PageKey) -> Records:
-    record = new_records(Op.DEL, 1)
+    record = new_records(RecordOp.DEL, 1)
     record["slot"], record["key"] = slot, keys_field([key])
     return record
 
@@ -80,7 +80,9 @@ def test_what_was_appended_is_recovered(tmp_path: Path) -> None:
 
 def test_clear_forgets_what_came_before(tmp_path: Path) -> None:
     journal = writer(tmp_path)
-    journal.append(np.concatenate([put(0, KEYS[0]), new_records(Op.CLEAR, 1), put(1, KEYS[1])]))
+    journal.append(
+        np.concatenate([put(0, KEYS[0]), new_records(RecordOp.CLEAR, 1), put(1, KEYS[1])])
+    )
     assert holds(recover(tmp_path, OWNER, "ns")) == {1: KEYS[1]}
 
 
@@ -215,7 +217,9 @@ def test_a_journal_that_cannot_be_cut_back_takes_nothing_more(
 
 commands = st.lists(
     st.tuples(
-        st.sampled_from([Op.PUT, Op.DEL, Op.CLEAR, Op.CLOSE]), st.integers(0, 9), st.integers(0, 5)
+        st.sampled_from([RecordOp.PUT, RecordOp.DEL, RecordOp.CLEAR, RecordOp.CLOSE]),
+        st.integers(0, 9),
+        st.integers(0, 5),
     ),
     max_size=40,
 )
@@ -223,18 +227,18 @@ commands = st.lists(
 
 @given(commands)
 def test_last_words_are_those_of_a_reader_who_goes_record_by_record(
-    script: list[tuple[Op, int, int]],
+    script: list[tuple[RecordOp, int, int]],
 ) -> None:
     records = np.zeros(len(script), RECORD)
     expected: dict[int, bytes] = {}
     for row, (op, slot, key) in enumerate(script):
         records[row]["op"], records[row]["slot"] = op, slot
         records[row]["key"] = np.void(KEYS[key])
-        if op == Op.CLEAR:
+        if op == RecordOp.CLEAR:
             expected.clear()
-        elif slot < SLOTS[0].slot_count and op in (Op.PUT, Op.DEL):
+        elif slot < SLOTS[0].slot_count and op in (RecordOp.PUT, RecordOp.DEL):
             expected.pop(slot, None)  # a later PUT is the younger one
-            if op == Op.PUT:
+            if op == RecordOp.PUT:
                 expected[slot] = KEYS[key]
     header = journal_module.Header("ns", OWNER, 1, 0, 0, "", SLOTS)
     live = last_words(records, header)

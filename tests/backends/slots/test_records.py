@@ -18,7 +18,7 @@ from flexkv_sglang.backends.slots.records import (
     RECORD_BYTES,
     SNAPSHOT_MAGIC,
     Header,
-    Op,
+    RecordOp,
     SlotClass,
     seal_records,
     valid_prefix,
@@ -34,7 +34,7 @@ HEADER = Header(
 
 def one_put() -> bytes:
     records = np.zeros(1, RECORD)
-    records["op"], records["file"], records["flags"] = Op.PUT, 1, 2
+    records["op"], records["file"], records["flags"] = RecordOp.PUT, 1, 2
     records["len"], records["slot"], records["parent"] = 8000, 7, NO_PARENT
     records["sum"], records["key"] = 0x0102030405060708, np.void(KEY)
     return seal_records(records, EPOCH, 41)
@@ -51,7 +51,7 @@ def test_a_put_record_byte_by_byte() -> None:
 
 
 def test_ops_have_their_numbers_for_ever() -> None:
-    assert {op.name: op.value for op in Op} == {
+    assert {op.name: op.value for op in RecordOp} == {
         "PUT": 1,
         "DEL": 2,
         "CLEAR": 3,
@@ -98,7 +98,7 @@ def test_a_snapshot_is_not_a_journal() -> None:
 
 def journal_of(count: int) -> bytes:
     records = np.zeros(count, RECORD)
-    records["op"] = Op.PUT
+    records["op"] = RecordOp.PUT
     records["slot"] = np.arange(count)
     return seal_records(records, EPOCH, 10)
 

@@ -13,7 +13,13 @@ import pytest
 
 from belady import optimum
 from flexkv_sglang.cache.eviction.policies import EvictionPolicy, Recency, ReuseDensity
-from flexkv_sglang.cache.eviction.reuse_model import BUCKETS, CLASSES, Waits, bucket_of, buckets_of
+from flexkv_sglang.cache.eviction.reuse_model import (
+    BUCKETS,
+    CLASSES,
+    ReuseTimes,
+    bucket_of,
+    buckets_of,
+)
 from flexkv_sglang.cache.index.check import check_index
 from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.types import PageKey
@@ -257,7 +263,7 @@ def test_a_page_is_worth_most_shortly_before_it_is_likely_to_be_used() -> None:
 
 def test_waits_that_are_not_over_do_not_make_a_class_look_dead() -> None:
     """Half of the pages come back at age 3000, but most have not had the time to get there."""
-    waits = Waits()
+    waits = ReuseTimes()
     waits.ended[bucket_of(3000)] = 100
     waits.censored[bucket_of(10_000)] = 100
     waiting = np.zeros((CLASSES, BUCKETS))

@@ -1,4 +1,4 @@
-"""Promises: what an exists-check announced is there when it is read, and nobody can own the cache that way."""
+"""LookupPins: what an exists-check announced is there when it is read, and nobody can own the cache that way."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import flexkv_sglang.cache.index.promises as promises_module
+import flexkv_sglang.cache.index.lookup_pins as promises_module
 from flexkv_sglang.cache.engine import CacheEngine
-from flexkv_sglang.cache.index.promises import PROMISE_S, Promises
+from flexkv_sglang.cache.index.lookup_pins import PROMISE_S, LookupPins
 from flexkv_sglang.types import NO_SLOT, SlotId
 from stores.engines import keys, open_engine, page_memory, soon
 
@@ -24,12 +24,12 @@ alone = [NO_SLOT] * 800
 
 
 def test_a_chain_needs_one_promise_and_pages_without_links_one_each() -> None:
-    assert Promises(800).make(run(3, 4, 5), chained, 0.0) == [5]
-    assert sorted(Promises(800).make(run(3, 4, 5), alone, 0.0)) == [3, 4, 5]
+    assert LookupPins(800).make(run(3, 4, 5), chained, 0.0) == [5]
+    assert sorted(LookupPins(800).make(run(3, 4, 5), alone, 0.0)) == [3, 4, 5]
 
 
 def test_asking_again_neither_prolongs_nor_renews_a_promise() -> None:
-    promises = Promises(800)
+    promises = LookupPins(800)
     assert promises.make(run(7), alone, 0.0) == [7]
     assert promises.make(run(7), alone, PROMISE_S - 1) == []
     assert promises.expire(PROMISE_S - 0.1) == []
@@ -40,7 +40,7 @@ def test_asking_again_neither_prolongs_nor_renews_a_promise() -> None:
 
 
 def test_reading_ends_a_promise_and_their_number_is_bounded() -> None:
-    promises = Promises(80)
+    promises = LookupPins(80)
     assert len(promises.make(run(*range(80)), alone, 0.0)) == 10
     assert len(promises) == 10
     assert len(promises.keep(run(*range(80)))) == 10

@@ -17,16 +17,18 @@ from flexkv_sglang.prefix import (
     ALL_PAGES,
     BLOCK_GROUPS,
     TRAILING_PAGES,
-    Demand,
-    Usable,
+    PoolRequirement,
+    RestorablePrefixes,
     usable_prefixes,
 )
 
-Case = tuple[int, set[int], list[tuple[Demand, set[int]]]]
+Case = tuple[int, set[int], list[tuple[PoolRequirement, set[int]]]]
 """(pages asked for, KV pages held, per pool its demand and the pages it holds); pages count from 0."""
 
 
-def restorable(length: int, kv: set[int], pools: Iterable[tuple[Demand, set[int]]]) -> bool:
+def restorable(
+    length: int, kv: set[int], pools: Iterable[tuple[PoolRequirement, set[int]]]
+) -> bool:
     """The definition, one length at a time: is everything there that a prefix of ``length`` pages needs?"""
     if not set(range(length)) <= kv:
         return False
@@ -50,7 +52,7 @@ def by_definition(case: Case) -> list[int]:
     return [length for length in range(1, pages + 1) if restorable(length, kv, pools)]
 
 
-def folded(case: Case) -> Usable:
+def folded(case: Case) -> RestorablePrefixes:
     """What our fold says."""
     pages, kv, pools = case
     run = next((i for i in range(pages) if i not in kv), pages)
@@ -68,7 +70,7 @@ def random_case(rng: random.Random, pages_max: int = 12, pools_max: int = 4) -> 
     pools = []
     for name in islice(names, rng.randint(0, pools_max)):
         policy = rng.choice([ALL_PAGES, TRAILING_PAGES])
-        pools.append((Demand(name, policy, window=rng.randint(0, 5)), _some(rng, pages)))
+        pools.append((PoolRequirement(name, policy, window=rng.randint(0, 5)), _some(rng, pages)))
     return pages, _some(rng, pages), pools
 
 
@@ -114,7 +116,7 @@ class FileOracle:
                 path.unlink()
 
 
-def transfers(demands: Sequence[Demand]) -> list[Any]:
+def transfers(demands: Sequence[PoolRequirement]) -> list[Any]:
     """As SGLang asks: a trailing pool's window is the number of its (placeholder) keys."""
     from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolTransfer
 

@@ -16,6 +16,7 @@ import numpy as np
 import redis
 
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
+from flexkv_sglang.backends.fleet.members.membership import Membership
 from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
 from flexkv_sglang.backends.fleet.members.redis_entries import (
     encode_change,
@@ -23,7 +24,6 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
     member_keys,
     stream_key,
 )
-from flexkv_sglang.backends.fleet.members.roster import Roster
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import (
     Change,
@@ -157,7 +157,7 @@ class Node:
         self.sink = MemorySink()
         self.counts: Counter[str] = Counter()
         self.wires = wires
-        self.roster = Roster(share, self.info, self.logs.find, wires, self.sink, self._count)
+        self.roster = Membership(share, self.info, self.logs.find, wires, self.sink, self._count)
         wires.nodes[self.address] = self
         self.roster.wanted_namespaces({NS})
 
@@ -209,7 +209,7 @@ class WireNode:
         self.nid = NodeId(nid)
         self.sink = MemorySink()
         self.counts: Counter[str] = Counter()
-        self.roster: Roster | None = None
+        self.roster: Membership | None = None
         self.control = WirePeerControl(share, None)
         self.address = ""  # asked for before ``start`` returns
         listen = "127.0.0.1:0" if share.listen == "auto" else share.listen
@@ -223,7 +223,7 @@ class WireNode:
 
     def meet(self, share: ShareConfig) -> None:
         """Begin to follow."""
-        self.roster = Roster(
+        self.roster = Membership(
             share, self.own_info, self.logs.find, self.control, self.sink, self._count
         )
         self.roster.wanted_namespaces({NS})

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.cache.assembly import open_hierarchy, prepare_tiers, undivided
-from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.cache.assembly import open_tiers, prepare_tiers, undivided
+from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.identity.keys import Identity
 from flexkv_sglang.metrics.registry import Metrics
@@ -86,7 +86,7 @@ class Rank:
         self._metrics = Metrics()
         told = identity(payload_bytes)
         self._sharing = Sharing.of(config, self._metrics)
-        self.store: Hierarchy = open_hierarchy(
+        self.store: Tiers = open_tiers(
             config,
             prepare_tiers(config),
             told.namespace,

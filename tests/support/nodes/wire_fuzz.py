@@ -75,7 +75,7 @@ def answers() -> list[Frames]:
         wire.pack_end(9, 4),
         [bytes(frame) for frame in wire.pack_part(11, SNAPSHOT, 0)],
         wire.pack_changes(12, CHANGES),
-        wire.pack_gone(12, wire.GoneReason.LOST),
+        wire.pack_gone(12, wire.UnavailableReason.LOST),
         pack_offered(OFFERED),
     ]
 

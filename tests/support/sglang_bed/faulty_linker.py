@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from flexkv_sglang.linker.linker import FlexKVLinker
-from stores.faulty_io import Fault, Faults, FaultyIo, Gate
+from stores.faulty_io import CallGate, Fault, Faults, FaultyIo
 
 
 def faults_of(linker: FlexKVLinker, direction: str, pool: str = "kv") -> Faults:
@@ -21,9 +21,9 @@ def faults_of(linker: FlexKVLinker, direction: str, pool: str = "kv") -> Faults:
     return faults
 
 
-def hold(linker: FlexKVLinker, direction: str, pool: str = "kv") -> Gate:
+def hold(linker: FlexKVLinker, direction: str, pool: str = "kv") -> CallGate:
     """The next call of one direction waits until ``go_on`` is set."""
-    gate = Gate(direction, seconds=30.0)
+    gate = CallGate(direction, seconds=30.0)
     faults_of(linker, direction, pool).gate = gate
     return gate
 

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
-from flexkv_sglang.backends.io.lane import MakeEngine
+from flexkv_sglang.backends.io.direction import MakeEngine
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import IoMode, make_engine
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import open_places, open_tier, prepare_directory
-from flexkv_sglang.cache.assembly import open_hierarchy, prepare_tiers, undivided
+from flexkv_sglang.cache.assembly import open_tiers, prepare_tiers, undivided
 from flexkv_sglang.cache.engine import CacheEngine
-from flexkv_sglang.cache.tiers import Hierarchy
+from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import PageBuffers, PageKey
@@ -57,13 +57,13 @@ def open_engine(
     return CacheEngine(tier, recovered, neighbours, mover, metrics, verify)
 
 
-def open_hierarchy_on(tiers: Sequence[tuple[Path, int]], payload_bytes: int) -> Hierarchy:
+def open_hierarchy_on(tiers: Sequence[tuple[Path, int]], payload_bytes: int) -> Tiers:
     """Tiers as the adapter would assemble them: (directory, bytes), the fastest first."""
     config = FlexKVConfig(
         tiers=tuple(TierConfig((str(directory),), size) for directory, size in tiers)
     )
     prepared = prepare_tiers(config)
-    return open_hierarchy(config, prepared, "ns", {}, payload_bytes, undivided(config), Metrics())
+    return open_tiers(config, prepared, "ns", {}, payload_bytes, undivided(config), Metrics())
 
 
 def page_memory(

@@ -39,7 +39,7 @@ SLOW_S = 0.003
 
 
 @dataclass
-class Gate:
+class CallGate:
     """Holds the first call of ``direction`` until ``go_on`` is set (or ``seconds`` have passed)."""
 
     direction: str
@@ -60,7 +60,7 @@ class Faults:
 
     rng: random.Random
     next: Fault | None = None
-    gate: Gate | None = None
+    gate: CallGate | None = None
     delayed_s: float = 0.0
     injected: dict[str, int] = field(default_factory=dict)
 

@@ -25,12 +25,12 @@ import numpy as np
 
 from flexkv_sglang.backends.io.batch import IoEngine
 from flexkv_sglang.backends.io.probe import IoMode, make_engine, probe_directory
-from flexkv_sglang.backends.io.traffic import Traffic
+from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.slots import breaker
 from flexkv_sglang.cache import upkeep
 from flexkv_sglang.cache.engine import CacheEngine
 from stores.engines import Bytes, keys, open_engine, page_memory
-from stores.faulty_io import READ_FAULTS, WRITE_FAULTS, Fault, Faults, FaultyIo, Gate
+from stores.faulty_io import READ_FAULTS, WRITE_FAULTS, CallGate, Fault, Faults, FaultyIo
 
 CHAIN, CHAINS = 8, 12
 SLOTS = (32, 16)
@@ -92,7 +92,7 @@ class Segment:
         self._members = [Member(self._open(slots), slots) for slots in SLOTS]
 
     def _open(self, slots: int) -> CacheEngine:
-        def make(kind: str, traffic: Traffic) -> IoEngine:
+        def make(kind: str, traffic: ReadPriority) -> IoEngine:
             return FaultyIo(make_engine(kind, traffic), self._faults)
 
         slot_bytes = -(-self._payload // 4096) * 4096
@@ -329,7 +329,7 @@ class Segment:
             except BaseException as exc:  # noqa: BLE001 - reported by the thread that waits
                 errors.append(exc)
 
-        self._faults.gate = gate = Gate(direction)
+        self._faults.gate = gate = CallGate(direction)
         thread = threading.Thread(target=guarded)
         thread.start()
         gate.arrived.wait(0.05)  # a call that has nothing to move never arrives

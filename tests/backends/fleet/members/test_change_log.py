@@ -62,7 +62,7 @@ def test_what_was_published_is_gone_even_from_a_change_that_grew(logs: ChangeLog
     log.published(logs.epoch, 3)
     keep = log.keep()
     assert keep is not None
-    assert (keep.op, keep.first, keep.numbers) == (Op.KEEP, 4, 0)
+    assert (keep.op, keep.first, keep.numbers) == (Op.HEARTBEAT, 4, 0)
 
 
 def test_an_outbox_that_overflows_begins_a_new_epoch_for_all(logs: ChangeLogs) -> None:

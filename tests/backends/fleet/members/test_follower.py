@@ -235,9 +235,9 @@ def test_a_snapshot_of_another_epoch_is_no_use() -> None:
 
 def test_a_keep_alive_tells_how_much_is_missing() -> None:
     follower = followed(3)
-    follower.changed(Change(7, 4, Op.KEEP, fps()))
+    follower.changed(Change(7, 4, Op.HEARTBEAT, fps()))
     assert not follower.wants_snapshot
-    follower.changed(Change(7, 6, Op.KEEP, fps()))
+    follower.changed(Change(7, 6, Op.HEARTBEAT, fps()))
     assert follower.wants_snapshot
     assert follower.behind == 2
     follower.answered(Snapshot(7, 4, fps(1, 2, 3, 4)))

@@ -28,7 +28,7 @@ CHANGES = [
     (Change(0xAB, 7, Op.ADD, fps(1, 256)), b"A", bytes([1, *bytes(7), 0, 1, *bytes(6)])),
     (Change(0xAB, 7, Op.DROP, fps(2)), b"D", bytes([2, *bytes(7)])),
     (Change(0xAB, 7, Op.CLEAR, fps()), b"C", b""),
-    (Change(0xAB, 7, Op.KEEP, fps()), b"K", b""),
+    (Change(0xAB, 7, Op.HEARTBEAT, fps()), b"K", b""),
 ]
 
 

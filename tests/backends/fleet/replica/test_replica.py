@@ -60,7 +60,7 @@ def test_a_change_is_seen_without_a_refresh(shm_path: Path, writer: ReplicaWrite
     writer.apply(SPACE, A, Op.DROP, fps[:10])
     assert reader.holds(fps, nobody).tolist() == [False] * 10 + [True] * 90
     assert reader.page_count() == writer.pages(A) == 140
-    writer.apply(SPACE, A, Op.KEEP, more[:0])
+    writer.apply(SPACE, A, Op.HEARTBEAT, more[:0])
     assert reader.page_count() == 140
 
 

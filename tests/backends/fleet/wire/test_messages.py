@@ -33,8 +33,8 @@ KEYS = tuple(keys_of(128))
         (wire.pack_hello(wire.Hello(bytes(16), "c" * 128)), wire.Hello(bytes(16), "c" * 128)),
         (wire.pack_proof(bytes(32)), wire.Proof(bytes(32))),
         (wire.pack_cancel(1 << 63), wire.Cancel(1 << 63)),
-        (wire.pack_bad(SPACE, KEYS), wire.Bad(SPACE, KEYS)),
-        (wire.pack_snap(3, SPACE), wire.Snap(3, SPACE)),
+        (wire.pack_bad(SPACE, KEYS), wire.ReportCorrupt(SPACE, KEYS)),
+        (wire.pack_snap(3, SPACE), wire.SnapshotRequest(3, SPACE)),
         (
             wire.pack_poll(wire.Poll(3, SPACE, (1 << 64) - 1, 9)),
             wire.Poll(3, SPACE, (1 << 64) - 1, 9),
@@ -81,7 +81,7 @@ def test_a_snapshot_survives_in_parts(count: int) -> None:
         decode_answer(wire.pack_part(1, snapshot, part))
         for part in range(wire.snapshot_parts(snapshot))
     ]
-    assert all(isinstance(part, wire.Part) and part.count == count for part in parts)
+    assert all(isinstance(part, wire.SnapshotPart) and part.count == count for part in parts)
     assert np.concatenate([part.fps for part in parts]).tolist() == snapshot.fps.tolist()  # type: ignore[union-attr]
 
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import numpy as np
 
 from flexkv_sglang.backends.io.batch import IoEngine
-from flexkv_sglang.backends.io.traffic import Traffic
+from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.types import round_up
 
-MakeEngine = Callable[[str, Traffic], IoEngine]
+MakeEngine = Callable[[str, ReadPriority], IoEngine]
 """As ``probe.make_engine``."""
 
 _SLAB_BYTES = 32 << 20
@@ -48,10 +48,10 @@ class Slab:
         )
 
 
-class Lane:
+class Direction:
     """One direction: its engines (one per kind), and one slab."""
 
-    def __init__(self, row_bytes: int, traffic: Traffic, make: MakeEngine) -> None:
+    def __init__(self, row_bytes: int, traffic: ReadPriority, make: MakeEngine) -> None:
         self._row_bytes = row_bytes
         self._make = make
         self._traffic = traffic
@@ -93,7 +93,7 @@ class Lane:
         with self._guard:
             return sum((engine.counts for engine in self._engines.values()), Counter[str]())
 
-    def abandon(self, traffic: Traffic) -> None:
+    def abandon(self, traffic: ReadPriority) -> None:
         """Leave engines and slab to calls that hang in them; the next call gets new ones."""
         with self._guard:
             self._abandoned += self._engines.values()

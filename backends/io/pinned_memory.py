@@ -24,7 +24,7 @@ PLAIN = -1
 """In place of a table entry: not pinned."""
 
 
-class Regions:
+class PinnedMemory:
     """Which addresses are pinned for the ring ``fd``. Not thread-safe: guarded by the ring's lock."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ _QUIET_S = 0.02
 _SHY_OPERATIONS, _SHY_BYTES = 4, 8 << 20
 
 
-class Traffic:
+class ReadPriority:
     """Shared by the read and the write lane of one mover. Any thread.
 
     ``counts``: "full_windows" and "small_windows", how often a write was let go ahead or held back.

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from flexkv_sglang.backends.fleet.background import Outage, Worker
+from flexkv_sglang.backends.fleet.background import Backoff, PeriodicThread
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.follower import Apply, Follower, Forget, Reset, Step
 from flexkv_sglang.backends.fleet.members.members import Member, Members
@@ -41,11 +41,11 @@ _NAME_BEATS = 3
 _OWN_EPOCHS = 16
 
 
-class Roster:
+class Membership:
     """The other nodes, and the threads that keep in touch with them. Any thread may call any method.
 
     ``info``: what this node tells of itself; cheap, asked often. Its ``nid`` counts until another agent is found
-    to have the same; then ``Roster.nid`` is the name. ``logs``: a namespace's ``OwnChanges``, or None. ``sink`` is
+    to have the same; then ``Membership.nid`` is the name. ``logs``: a namespace's ``OwnChanges``, or None. ``sink`` is
     only used under the roster's lock, its ``beat`` and ``tick`` too (by the thread ``flexkv-roster``).
     ``metrics``: ``(name, amount)``, names ``share_...``. Raises ``ConfigError`` for wrong settings, later nothing.
     """
@@ -71,7 +71,7 @@ class Roster:
         self._snapshot_at: dict[Feed, float] = {}
         self._wanted: frozenset[str] = frozenset()
         self._queue = SnapshotQueue()
-        self._sink_outage = Outage("replica of other nodes' pages")
+        self._sink_outage = Backoff("replica of other nodes' pages")
         self._closed = False
         self._ticked_at = 0.0
         self._feeds: list[RedisFeed | StaticFeed] = [
@@ -81,10 +81,10 @@ class Roster:
             self._feeds.append(RedisFeed(share, self, logs))
         failed = lambda: self.count("share_thread_errors")  # noqa: E731
         self._askers = [
-            Worker(f"flexkv-snapshot-{number}", self._ask, failed)
+            PeriodicThread(f"flexkv-snapshot-{number}", self._ask, failed)
             for number in range(SNAPSHOTS_AT_ONCE)
         ]
-        self._threads = [Worker("flexkv-roster", self._upkeep, failed), *self._askers]
+        self._threads = [PeriodicThread("flexkv-roster", self._upkeep, failed), *self._askers]
 
     def start(self) -> None:
         """Begin to follow and, with Redis, to publish."""

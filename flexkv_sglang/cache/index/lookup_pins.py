@@ -1,4 +1,4 @@
-"""Promises: pages that an exists-check has announced stay until they are read, for a short time. Pure.
+"""LookupPins: pages that an exists-check has announced stay until they are read, for a short time. Pure.
 
 SGLang asks ``batch_exists`` and fetches the pages a moment later; evicted in between, the prefetch is
 wasted. What keeps this from becoming a way to own the cache: a promise ends after ``PROMISE_S`` whatever
@@ -21,7 +21,7 @@ PROMISE_S = 5.0
 _SLOTS_PER_PROMISE = 8  # at most one slot of so many is promised
 
 
-class Promises:
+class LookupPins:
     """Which slots are promised. Whoever adds or removes one pins or unpins the slot."""
 
     def __init__(self, slot_count: int) -> None:

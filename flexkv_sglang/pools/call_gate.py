@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from flexkv_sglang.errors import TierUnavailableError
 
 
-class Gate:
+class CallGate:
     """Not re-entrant: a thread that passes must not pass again or shut it. Any thread."""
 
     def __init__(self) -> None:
