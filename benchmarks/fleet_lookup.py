@@ -54,18 +54,18 @@ class Fleet:
 
     def __init__(self, run_dir: Path, count: int, pages: int) -> None:
         self.rng = np.random.default_rng(count)
-        self.nids = [NodeId(f"node-{number}") for number in range(count)]
+        self.node_ids = [NodeId(f"node-{number}") for number in range(count)]
         self.writer = ReplicaWriter(run_dir)
         self.common = spread(self.rng, COMMON)
         self.own: list[U64] = []
         self.reset_s: list[float] = []
         self.reader = ReplicaReader(run_dir, NAMESPACE, 1e9)
-        for number, nid in enumerate(self.nids):
-            fps = np.sort(np.concatenate([spread(self.rng, pages - COMMON), self.common]))
-            self.own.append(self.rng.choice(fps, 20_000))
-            self.writer.set_peer(nid, number, f"host-{number}:1", up=True)
+        for number, node_id in enumerate(self.node_ids):
+            fingerprints = np.sort(np.concatenate([spread(self.rng, pages - COMMON), self.common]))
+            self.own.append(self.rng.choice(fingerprints, 20_000))
+            self.writer.set_peer(node_id, number, f"host-{number}:1", up=True)
             begin = time.perf_counter()
-            self.writer.reset(NAMESPACE, nid, Snapshot(number, 0, fps))
+            self.writer.reset(NAMESPACE, node_id, Snapshot(number, 0, fingerprints))
             self.reader.refresh()
             self.reader.run(self.common[:BATCH_PAGES], nobody)
             self.reset_s.append(time.perf_counter() - begin)
@@ -74,12 +74,12 @@ class Fleet:
 
     def change(self) -> float:
         """Chains that every peer holds to another page; seconds per fingerprint that was applied."""
-        count, begin, changes = len(self.nids), time.perf_counter(), 0
+        count, begin, changes = len(self.node_ids), time.perf_counter(), 0
         for _ in range(CHAINS):
             chain = spread(self.rng, BATCH_PAGES)
             for step, number in enumerate(self.rng.permutation(count).tolist()):
                 held = chain[: -(-BATCH_PAGES * (step + 1) // count)]
-                self.writer.apply(NAMESPACE, self.nids[number], Op.ADD, held)
+                self.writer.apply(NAMESPACE, self.node_ids[number], Op.ADD, held)
                 changes += len(held)
             self.chains.append(chain)
         return (time.perf_counter() - begin) / changes
@@ -104,12 +104,12 @@ class Fleet:
             cases["stairs"] = lambda: self.chains[rng.integers(len(self.chains))]
         return cases
 
-    def look_up(self, fps: U64) -> int:
+    def look_up(self, fingerprints: U64) -> int:
         """Find a peer for every page. How many have one."""
         self.reader.refresh()
         done = 0
-        while done < len(fps):
-            answer = self.reader.run(fps[done:], nobody)
+        while done < len(fingerprints):
+            answer = self.reader.run(fingerprints[done:], nobody)
             if answer is None:
                 break
             done += answer[1]
@@ -134,9 +134,9 @@ def timed(fleet: Fleet) -> dict[str, Timing]:
     questions = fleet.questions()
     for _, (case, ask) in itertools.product(range(ROUNDS), questions.items()):
         for _ in range(CALLS):
-            fps = ask()
+            fingerprints = ask()
             begin, cpu = time.perf_counter(), time.thread_time()
-            count = fleet.look_up(fps)
+            count = fleet.look_up(fingerprints)
             spent = time.perf_counter() - begin, time.thread_time() - cpu
             times.setdefault(case, []).append(spent)
             found[case] = found.get(case, 0) + count
@@ -189,7 +189,7 @@ def visibility(fleet: Fleet, run_dir: Path) -> tuple[float, float]:
         here.recv()
         time.sleep(0.001)
         begin = time.monotonic_ns()
-        fleet.writer.apply(NAMESPACE, fleet.nids[number % len(fleet.nids)], Op.ADD, fp)
+        fleet.writer.apply(NAMESPACE, fleet.node_ids[number % len(fleet.node_ids)], Op.ADD, fp)
         times.append((here.recv() - begin) / 1e3)
     here.send(None)
     process.join()

@@ -112,15 +112,15 @@ def affordable(peers: int, pages: int) -> int:
 def steady(fleet: Fleet, rate: float, seconds: float) -> float:
     """Share of a core that applying everybody's changes takes, merges included. Half of them are drops."""
     per_entry = max(1, int(rate * 0.1))
-    added = [spread(fleet.rng, per_entry) for _ in fleet.nids]
+    added = [spread(fleet.rng, per_entry) for _ in fleet.node_ids]
     begin = time.process_time()
     for turn in range(int(seconds * 10)):
-        for number, nid in enumerate(fleet.nids):
+        for number, node_id in enumerate(fleet.node_ids):
             if turn % 2:
-                fleet.writer.apply(NAMESPACE, nid, Op.DROP, added[number])
+                fleet.writer.apply(NAMESPACE, node_id, Op.DROP, added[number])
             else:
                 added[number] = spread(fleet.rng, per_entry)
-                fleet.writer.apply(NAMESPACE, nid, Op.ADD, added[number])
+                fleet.writer.apply(NAMESPACE, node_id, Op.ADD, added[number])
         if turn % 10 == 0:
             fleet.writer.tick()
             fleet.writer.beat()

@@ -48,28 +48,28 @@ class Op(IntEnum):
 class Change:
     """One entry of a node's change feed for one namespace.
 
-    ``fps``: uint64 ``[n]``, numbered ``first`` to ``first + n - 1``. CLEAR has no fingerprints and takes one
+    ``fingerprints``: uint64 ``[n]``, numbered ``first`` to ``first + n - 1``. CLEAR has no fingerprints and takes one
     number; KEEP has none and takes none: its ``first`` is the number the next change will have.
     """
 
     epoch: int
     first: int
     op: Op
-    fps: U64
+    fingerprints: U64
 
     @property
     def numbers(self) -> int:
         """How many numbers this change takes."""
-        return {Op.CLEAR: 1, Op.HEARTBEAT: 0}.get(self.op, len(self.fps))
+        return {Op.CLEAR: 1, Op.HEARTBEAT: 0}.get(self.op, len(self.fingerprints))
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All pages of one node in one namespace: ``fps`` uint64 ``[n]``, sorted, distinct; up to change ``last``."""
+    """All pages of one node in one namespace: ``fingerprints`` uint64 ``[n]``, sorted; up to change ``last``."""
 
     epoch: int
     last: int
-    fps: U64
+    fingerprints: U64
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class NodeInfo:
     with the same label follow each other. ``namespaces``: names of those it holds pages of.
     """
 
-    nid: NodeId
+    node_id: NodeId
     epoch: int
     address: str
     pod: str = ""
@@ -170,7 +170,7 @@ class PeerControl(Protocol):
         ...
 
 
-def fingerprints(keys: Sequence[PageKey]) -> U64:
+def fingerprints_of(keys: Sequence[PageKey]) -> U64:
     """uint64 ``[n]``: the first 8 bytes of each key, little-endian."""
     return np.frombuffer(b"".join([key[:8] for key in keys]), "<u8").astype(np.uint64, copy=False)
 

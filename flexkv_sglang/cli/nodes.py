@@ -75,8 +75,8 @@ def _text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _breaker(facts: dict[str, Any], nid: str) -> str:
+def _breaker(facts: dict[str, Any], node_id: str) -> str:
     """Do the rank processes of this node ask that one?"""
     ranks = facts["breakers"]
-    reasons = [states[nid] for states in ranks.values() if nid in states]
+    reasons = [states[node_id] for states in ranks.values() if node_id in states]
     return f"open in {len(reasons)} of {len(ranks)}: {reasons[0]}" if reasons else "closed"

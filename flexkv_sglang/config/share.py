@@ -25,7 +25,7 @@ class ShareConfig:
 
     Sizes in bytes, times in seconds. ``listen``: "host:port", or "auto": loopback without a secret, else
     the address from which this node reaches Redis or its first peer, any port. ``advertise``: what others are
-    told instead. ``peers``: "host:port" of other nodes' agents. ``nid``: this node's name. ``pod``: only nodes of
+    told instead. ``peers``: "host:port" of other nodes' agents. ``node_id``: this node's name. ``pod``: only nodes of
     the same pod share. ``promote``: keep pages read from other nodes here as well. ``recompute_tokens_per_s``:
     how fast this server computes a prompt; a prefix that takes longer to fetch is left. 0: not known, always fetch.
     """
@@ -35,7 +35,7 @@ class ShareConfig:
     redis_ca_file: str | None = None
     peers: tuple[str, ...] = ()
     cluster_id: str = "default"
-    nid: str | None = None
+    node_id: str | None = None
     listen: str = "auto"
     advertise: str | None = None
     secret_file: str | None = None
@@ -150,7 +150,7 @@ _PARSERS: dict[str, tuple[str, Callable[[str, object], Any]]] = {
     "redis_ca_file": ("redis_ca_file", text),
     "peers": ("peers", address_list),
     "cluster_id": ("cluster_id", _name),
-    "nid": ("nid", _name),
+    "nid": ("node_id", _name),
     "listen": ("listen", _listen),
     "advertise": ("advertise", address),
     "secret_file": ("secret_file", text),

@@ -71,7 +71,7 @@ class Agent:
         self._changes = 0
         self._doubts: dict[tuple[str, str, str], int] = {}  # (rank, namespace, node) -> as reported
         self._share = share = config.share
-        self._nid = NodeId(node_name(config))
+        self._node_id = NodeId(node_name(config))
         self._logs = ChangeLogs(outbox=share.redis_url is not None)
         secret = load_secret(share)
         run_dir.add_places(config)
@@ -96,7 +96,7 @@ class Agent:
 
     def _own(self) -> NodeInfo:
         return NodeInfo(
-            nid=self._nid,
+            node_id=self._node_id,
             epoch=self._logs.epoch,
             address=self._address,
             pod=self._share.pod,
@@ -166,11 +166,13 @@ class Agent:
         heard: dict[tuple[str, str, str], int] = {}
         for rank, said in self._run_dir.reports().items():
             for namespace, nodes in said.get("doubts", {}).items():
-                heard |= {(rank, namespace, nid): int(count) for nid, count in nodes.items()}
+                heard |= {
+                    (rank, namespace, node_id): int(count) for node_id, count in nodes.items()
+                }
         new = {(key[1], key[2]) for key, n in heard.items() if n > self._doubts.get(key, 0)}
         self._doubts = heard
-        for namespace, nid in new:
-            self._roster.doubted(namespace, NodeId(nid))
+        for namespace, node_id in new:
+            self._roster.doubted(namespace, NodeId(node_id))
 
     def _prepare(self, path: str, io_engine: str) -> None:
         """Prove a directory with real I/O, once. A directory that is lost is tried again at every scan."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
-from flexkv_sglang.backends.fleet.vocabulary import MISSING, PageStatus, ServedPage, fingerprints
+from flexkv_sglang.backends.fleet.vocabulary import MISSING, PageStatus, ServedPage, fingerprints_of
 from flexkv_sglang.backends.io.batch import IoEngine
 from flexkv_sglang.backends.io.mover import Outcome, PageMover
 from flexkv_sglang.backends.io.probe import IoMode, make_engine
@@ -105,7 +105,7 @@ class NodePages:
                 self._hidden[key] = None
                 if len(self._hidden) > _HIDDEN_MAX:
                     self._hidden.pop(next(iter(self._hidden), key), None)
-                self._log.drop(fingerprints([key]))
+                self._log.drop(fingerprints_of([key]))
 
     def close(self) -> None:
         """Wait a bounded time for running reads, close descriptors. Idempotent."""
@@ -117,9 +117,9 @@ class NodePages:
         if present:
             for key in keys:
                 self._hidden.pop(key, None)  # written anew
-            self._log.add(fingerprints(keys))
+            self._log.add(fingerprints_of(keys))
         else:
-            self._log.drop(fingerprints(keys))
+            self._log.drop(fingerprints_of(keys))
 
     def _read(
         self, keys: Sequence[PageKey], addresses: Sequence[int], deadline: float

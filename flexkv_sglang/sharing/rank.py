@@ -80,8 +80,8 @@ class Sharing:
         states: dict[str, str] = {}
         for pages in self._opened:
             pages.follow()
-            states |= {peer.nid: self._client.is_open(peer.nid) for peer in pages.peers()}
-        open_ones = {nid: why for nid, why in states.items() if why}
+            states |= {peer.node_id: self._client.is_open(peer.node_id) for peer in pages.peers()}
+        open_ones = {node_id: why for node_id, why in states.items() if why}
         doubts = {pages.namespace: doubts for pages in self._opened if (doubts := pages.doubts())}
         self._keeper.report(
             {"breakers": open_ones, "usable": self._keeper.usable, "doubts": doubts}

@@ -19,7 +19,7 @@ from flexkv_sglang.backends.fleet.reader.client import PeerClient
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
 from flexkv_sglang.backends.fleet.replica.files import Peer
 from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.vocabulary import fingerprints, namespace_bytes
+from flexkv_sglang.backends.fleet.vocabulary import fingerprints_of, namespace_bytes
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import U64, PageBuffers, PageKey
@@ -99,8 +99,8 @@ class RemotePages:
         metrics.gauge("remote_peers", lambda: len(self.peers()))
         self.namespace = namespace
         self._lock = threading.Lock()  # guards the next three; dict work
-        self._misses: dict[str, int] = {}  # nid -> reads in a row that ended with a miss
-        self._doubts: dict[str, int] = {}  # nid -> how often there were too many
+        self._misses: dict[str, int] = {}  # node_id -> reads in a row that ended with a miss
+        self._doubts: dict[str, int] = {}  # node_id -> how often there were too many
         self._negative_cache: dict[
             tuple[str, int, PageKey], float
         ] = {}  # until when; the oldest first
@@ -114,7 +114,7 @@ class RemotePages:
         """Per key: does another node claim it? Memory only."""
         if not keys or not self._ready():
             return [False] * len(keys)
-        return list(map(bool, self._reader.holds(fingerprints(keys), self._skip)))
+        return list(map(bool, self._reader.holds(fingerprints_of(keys), self._skip)))
 
     def begin(
         self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float
@@ -131,7 +131,7 @@ class RemotePages:
         try:
             for run in runs:
                 read = RemoteRead(
-                    run.peer.nid,
+                    run.peer.node_id,
                     run.peer.epoch,
                     run.peer.address,
                     self._namespace,
@@ -165,7 +165,7 @@ class RemotePages:
                 break
             good += 1
         self._metrics.count("remote_read_pages", good)
-        self._weigh(run.peer.nid, good, missed=PageOutcome.MISS in outcomes)
+        self._weigh(run.peer.node_id, good, missed=PageOutcome.MISS in outcomes)
         for outcome in PageOutcome:
             if outcome not in (PageOutcome.OK, PageOutcome.SKIPPED):
                 self._metrics.count(f"remote_{outcome.name.lower()}_pages", outcomes.count(outcome))
@@ -213,38 +213,38 @@ class RemotePages:
         return True
 
     def _skip(self, peer: Peer) -> bool:
-        return not self._client.usable(peer.nid, peer.epoch, peer.address)
+        return not self._client.usable(peer.node_id, peer.epoch, peer.address)
 
     def _plan(self, keys: Sequence[PageKey]) -> list[PeerRun]:
         """Runs that cover the leading run of ``keys``: the longest at one peer first, and so on."""
         if not keys or not self._ready():
             return []
-        fps = fingerprints(keys)
+        fingerprints = fingerprints_of(keys)
         runs: list[PeerRun] = []
         done = 0
         while done < len(keys) and len(runs) < _RUNS_MAX:
-            run = self._next_run(keys, fps, done)
+            run = self._next_run(keys, fingerprints, done)
             if run is None:
                 break
             runs.append(run)
             done = run.stop
         return self._worthwhile(runs)
 
-    def _next_run(self, keys: Sequence[PageKey], fps: U64, start: int) -> PeerRun | None:
+    def _next_run(self, keys: Sequence[PageKey], fingerprints: U64, start: int) -> PeerRun | None:
         excluded: set[str] = set()
 
         def skip(peer: Peer) -> bool:
-            return peer.nid in excluded or self._skip(peer)
+            return peer.node_id in excluded or self._skip(peer)
 
         while True:
-            found = self._reader.run(fps[start:], skip)
+            found = self._reader.run(fingerprints[start:], skip)
             if found is None:
                 return None
             peer, count = found
             believed = self._believed(peer, keys[start : start + count])
             if believed:
                 return PeerRun(peer, start, start + believed)
-            excluded.add(peer.nid)
+            excluded.add(peer.node_id)
 
     def _worthwhile(self, runs: list[PeerRun]) -> list[PeerRun]:
         """Leave what would be late, and what is computed sooner than it is fetched, as far as rates are known."""
@@ -252,7 +252,7 @@ class RemotePages:
         for run in runs:
             pages = run.stop - run.start
             byte_count = pages * self._payload_bytes
-            seconds = self._client.seconds_for(run.peer.nid, byte_count)
+            seconds = self._client.seconds_for(run.peer.node_id, byte_count)
             budget = self._share.remote_deadline_s + byte_count / _RATE_MIN
             speed = self._share.recompute_tokens_per_s
             if speed and self._page_tokens and seconds > pages * self._page_tokens / speed:
@@ -273,24 +273,24 @@ class RemotePages:
         now = time.monotonic()
         with self._lock:
             for count, key in enumerate(keys):
-                if self._negative_cache.get((peer.nid, peer.epoch, key), 0.0) > now:
+                if self._negative_cache.get((peer.node_id, peer.epoch, key), 0.0) > now:
                     return count
         return len(keys)
 
-    def _weigh(self, nid: str, good: int, *, missed: bool) -> None:
+    def _weigh(self, node_id: str, good: int, *, missed: bool) -> None:
         with self._lock:
             if good:
-                self._misses.pop(nid, None)
+                self._misses.pop(node_id, None)
             elif missed:
-                self._misses[nid] = self._misses.get(nid, 0) + 1
-                if self._misses[nid] == _MISSES_MAX:
-                    del self._misses[nid]
-                    self._doubts[nid] = self._doubts.get(nid, 0) + 1
+                self._misses[node_id] = self._misses.get(node_id, 0) + 1
+                if self._misses[node_id] == _MISSES_MAX:
+                    del self._misses[node_id]
+                    self._doubts[node_id] = self._doubts.get(node_id, 0) + 1
 
     def _remember_miss(self, peer: Peer, keys: Sequence[PageKey]) -> None:
         until = time.monotonic() + _NEGATIVE_CACHE_S
         with self._lock:
             for key in keys:
-                self._negative_cache[peer.nid, peer.epoch, key] = until
+                self._negative_cache[peer.node_id, peer.epoch, key] = until
             while len(self._negative_cache) > _NEGATIVE_CACHE_MAX:
                 del self._negative_cache[next(iter(self._negative_cache))]

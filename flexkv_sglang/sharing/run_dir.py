@@ -37,7 +37,7 @@ IN_DATA_DIRECTORY = frozenset({_NODE_ID, _RUN})
 """What is kept in a data directory beside namespaces: the node's mark, and run directories where /dev/shm is none."""
 
 _ASKED_S = 0.02
-_LOCAL = ("listen", "advertise", "run_dir", "nid")
+_LOCAL = ("listen", "advertise", "run_dir", "node_id")
 """Settings of ``share`` that differ between nodes and processes without harm."""
 
 
@@ -273,8 +273,8 @@ def settings_digest(share: ShareConfig) -> str:
 
 def node_name(config: FlexKVConfig) -> str:
     """``share.nid``, else the host's name with a mark of this node's data directory. Raises ``OSError``."""
-    if config.share.nid is not None:
-        return config.share.nid
+    if config.share.node_id is not None:
+        return config.share.node_id
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())[:48]
     return f"{host}-{_node_mark(_home(config))}"
 

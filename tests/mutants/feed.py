@@ -91,12 +91,12 @@ MUTANTS = (
         "feed: published before it is written",
         FEED,
         (
-            "            self._append(name, own.nid, changes)\n            end = changes[-1]\n"
+            "            self._append(name, own.node_id, changes)\n            end = changes[-1]\n"
             "            log.published(end.epoch, end.first + end.numbers - 1)\n"
         ),
         (
             "            end = changes[-1]\n            log.published(end.epoch, end.first + end.numbers - 1)\n"
-            "            self._append(name, own.nid, changes)\n"
+            "            self._append(name, own.node_id, changes)\n"
         ),
         REDIS,
     ),
@@ -138,7 +138,7 @@ MUTANTS = (
     (
         "feed: two agents keep one name",
         ROSTER,
-        "            self._nid = NodeId(",
+        "            self._node_id = NodeId(",
         "            _ = NodeId(",
         REDIS,
     ),

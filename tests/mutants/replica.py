@@ -34,8 +34,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "replica: the first word on a page counts, not the last",
         SET,
-        "last[:-1] = fps[order[1:]] != fps[order[:-1]]",
-        "last[1:] = fps[order[1:]] != fps[order[:-1]]",
+        "last[:-1] = fingerprints[order[1:]] != fingerprints[order[:-1]]",
+        "last[1:] = fingerprints[order[1:]] != fingerprints[order[:-1]]",
         OF_SET,
     ),
     (
@@ -55,14 +55,14 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "replica: holes before the end of a run are not looked for",
         READER,
-        "        return len(fps) if held.all() else int(held.argmin())\n",
-        "        return len(fps)\n",
+        "        return len(fingerprints) if held.all() else int(held.argmin())\n",
+        "        return len(fingerprints)\n",
         OF_REPLICA,
     ),
     (
         "replica: the first peer that holds the first page is taken",
         READER,
-        "            if length == len(fps):\n                break",
+        "            if length == len(fingerprints):\n                break",
         "            if length:\n                break",
         OF_REPLICA,
     ),

@@ -18,7 +18,7 @@ MUTANTS = (
     (
         "sharing: pages that came do not end a row of misses",
         REMOTE,
-        "                self._misses.pop(nid, None)",
+        "                self._misses.pop(node_id, None)",
         "                pass",
         f"{READS}::test_a_node_that_misses_time_after_time_is_doubted",
     ),

@@ -237,7 +237,7 @@ def test_attach_after_detach_in_one_process(tmp_path: Path, name: str) -> None:
 def test_sglangs_radix_tree_restores_a_window_and_misses_without_it(
     tmp_path: Path, model: Path
 ) -> None:
-    script = Path(hybrid_models.__file__).with_name("unified_tree.py")
+    script = Path(hybrid_models.__file__).parents[1] / "sglang_bed" / "unified_tree.py"
     run = subprocess.run(
         [sys.executable, str(script), str(tmp_path), str(model)],
         check=False,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
-from flexkv_sglang.backends.fleet.vocabulary import PageStatus, fingerprints
+from flexkv_sglang.backends.fleet.vocabulary import PageStatus, fingerprints_of
 from flexkv_sglang.backends.io.mover import Outcome
 from flexkv_sglang.backends.slots.opening import prepare_directory
 from flexkv_sglang.metrics.registry import Metrics
@@ -103,8 +103,8 @@ def told(logs: ChangeLogs) -> list[int]:
     """What other nodes believe, in the order of ``keys``."""
     log = logs.find("ns")
     assert log is not None
-    held = set(log.snapshot().fps.tolist())
-    return [fp for fp in fingerprints(keys(8)).tolist() if fp in held]
+    held = set(log.snapshot().fingerprints.tolist())
+    return [fp for fp in fingerprints_of(keys(8)).tolist() if fp in held]
 
 
 def test_a_slot_that_is_given_away_while_it_is_read(
@@ -132,7 +132,7 @@ def test_the_directory_vanishes(tmp_path: Path) -> None:
     logs = ChangeLogs(outbox=False)
     with serving(tmp_path, logs=logs) as pages:
         assert None not in read(pages, keys(3))
-        assert told(logs) == fingerprints(keys(3)).tolist()
+        assert told(logs) == fingerprints_of(keys(3)).tolist()
         shutil.rmtree(tmp_path / "ns")
         pages.scan()
         assert told(logs) == []

@@ -17,7 +17,7 @@ from flexkv_sglang.backends.fleet.reader.client import PeerClient
 from flexkv_sglang.backends.fleet.reader.read import Pending, RemoteRead
 from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
 from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
-from flexkv_sglang.backends.fleet.vocabulary import NodeId, Snapshot, fingerprints
+from flexkv_sglang.backends.fleet.vocabulary import NodeId, Snapshot, fingerprints_of
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.metrics.registry import Metrics
@@ -62,8 +62,8 @@ class Bed:
         """A node has these pages, and this one knows."""
         source = MemorySource(keys, PAGE, self.sources[node].before)
         self.sources[node].pages = source.pages
-        fps = np.sort(fingerprints(keys))
-        self.writer.reset(NAME, NodeId(node), Snapshot(EPOCH, len(keys), fps))
+        fingerprints = np.sort(fingerprints_of(keys))
+        self.writer.reset(NAME, NodeId(node), Snapshot(EPOCH, len(keys), fingerprints))
 
     def counted(self, name: str) -> int:
         return self.metrics.snapshot().get(name, 0)

@@ -109,13 +109,13 @@ class OwnChanges:
         with self._lock:
             return len(self._held)
 
-    def add(self, fps: U64) -> None:
+    def add(self, fingerprints: U64) -> None:
         """Pages that this node has now. Those it had already are no change."""
-        self._note(Op.ADD, fps)
+        self._note(Op.ADD, fingerprints)
 
-    def drop(self, fps: U64) -> None:
+    def drop(self, fingerprints: U64) -> None:
         """Pages that this node has no more. Those it did not have are no change."""
-        self._note(Op.DROP, fps)
+        self._note(Op.DROP, fingerprints)
 
     def clear(self) -> None:
         """This node has no pages any more."""
@@ -144,7 +144,7 @@ class OwnChanges:
             return found
 
     def snapshot(self) -> Snapshot:
-        """All pages now. ``fps`` is shared: nobody may write to it."""
+        """All pages now. ``fingerprints`` is shared: nobody may write to it."""
         with self._lock:
             return Snapshot(self._node.epoch_locked, self._last, self._held.snapshot())
 
@@ -189,10 +189,10 @@ class OwnChanges:
         self._outbox.clear()
         self._waiting = 0
 
-    def _note(self, op: Op, fps: U64) -> None:
+    def _note(self, op: Op, fingerprints: U64) -> None:
         wake = None
-        for start in range(0, len(fps), CHANGE_KEYS):
-            some = fps[start : start + CHANGE_KEYS]
+        for start in range(0, len(fingerprints), CHANGE_KEYS):
+            some = fingerprints[start : start + CHANGE_KEYS]
             with self._lock:
                 real = self._held.drop(some) if op is Op.DROP else self._held.add(some)
                 if len(real):
@@ -201,8 +201,8 @@ class OwnChanges:
         if wake:
             wake()
 
-    def _append(self, op: Op, fps: U64) -> None:
-        change = Change(self._node.epoch_locked, self._last + 1, op, fps)
+    def _append(self, op: Op, fingerprints: U64) -> None:
+        change = Change(self._node.epoch_locked, self._last + 1, op, fingerprints)
         self._last += change.numbers
         _append_merged(self._ring, change)
         if not self._node.outbox_keys:
@@ -223,7 +223,7 @@ def after(change: Change, last: int) -> Change:
     """The part of a change that is beyond number ``last``."""
     if change.first > last or change.op in (Op.CLEAR, Op.HEARTBEAT):
         return change
-    return Change(change.epoch, last + 1, change.op, change.fps[last + 1 - change.first :])
+    return Change(change.epoch, last + 1, change.op, change.fingerprints[last + 1 - change.first :])
 
 
 def _append_merged(changes: deque[Change], change: Change) -> None:
@@ -231,7 +231,7 @@ def _append_merged(changes: deque[Change], change: Change) -> None:
     if changes and change.op is changes[-1].op is not Op.CLEAR:
         tail = changes[-1]
         if tail.numbers + change.numbers <= CHANGE_KEYS:
-            both = np.concatenate([tail.fps, change.fps])
+            both = np.concatenate([tail.fingerprints, change.fingerprints])
             changes[-1] = Change(tail.epoch, tail.first, tail.op, both)
             return
     changes.append(change)

@@ -32,7 +32,7 @@ class Apply:
     """Change the set: ADD, DROP or CLEAR."""
 
     op: Op
-    fps: U64
+    fingerprints: U64
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Follower:
             return []
         steps: list[Step] = [Reset(snapshot)]
         self.held, self.wants_snapshot, self._hint_until = True, False, None
-        self.last, self.pages = snapshot.last, len(snapshot.fps)
+        self.last, self.pages = snapshot.last, len(snapshot.fingerprints)
         self.known = max(self.known, self.last)
         parked = sorted(self._parked, key=lambda change: change.first)
         self._parked.clear()
@@ -138,8 +138,10 @@ class Follower:
         if change.op is Op.CLEAR:
             self.pages = 0
         else:
-            self.pages += len(change.fps) if change.op is Op.ADD else -len(change.fps)
-        return Apply(change.op, change.fps)
+            self.pages += (
+                len(change.fingerprints) if change.op is Op.ADD else -len(change.fingerprints)
+            )
+        return Apply(change.op, change.fingerprints)
 
     def _forget(self) -> list[Step]:
         self._hint_until = None

@@ -38,15 +38,15 @@ class FeedHost(Protocol):
         """(namespace, node) of every feed that is wanted."""
         ...
 
-    def position(self, namespace: str, nid: NodeId) -> tuple[int, int] | None:
+    def position(self, namespace: str, node_id: NodeId) -> tuple[int, int] | None:
         """(epoch, last number) for POLL; None: nothing to ask now."""
         ...
 
-    def changed(self, namespace: str, nid: NodeId, changes: list[Change]) -> None:
+    def changed(self, namespace: str, node_id: NodeId, changes: list[Change]) -> None:
         """Entries of a feed."""
         ...
 
-    def gap(self, namespace: str, nid: NodeId) -> None:
+    def gap(self, namespace: str, node_id: NodeId) -> None:
         """Changes of a feed are not kept any more."""
         ...
 
@@ -84,7 +84,7 @@ class Members:
         until = self._hold_until.get(source, 0.0)
         if hold_s:
             until = self._hold_until[source] = max(until, now + hold_s)
-        listed = {info.nid: info for info in infos}
+        listed = {info.node_id: info for info in infos}
         if now < until:
             listed = {**self._sources.get(source, {}), **listed}
         self._sources[source] = listed
@@ -93,29 +93,29 @@ class Members:
     def tick(self, now: float) -> list[NodeId]:
         """Forget who has been down for long, and say whom."""
         gone = [
-            nid
-            for nid, member in self.known.items()
+            node_id
+            for node_id, member in self.known.items()
             if member.down_since is not None and now - member.down_since >= REMOVE_AFTER_S
         ]
-        for nid in gone:
-            del self.known[nid]
+        for node_id in gone:
+            del self.known[node_id]
         return gone
 
     def _settle(self, now: float) -> None:
         """Static sources first: their nodes answered themselves, while an entry in Redis may be older."""
         listed: dict[NodeId, NodeInfo] = {}
         for source in sorted(self._sources, key=lambda name: (name == "redis", name)):
-            for nid, info in self._sources[source].items():
-                listed.setdefault(nid, info)
+            for node_id, info in self._sources[source].items():
+                listed.setdefault(node_id, info)
         self.refused = 0
-        for nid in sorted(listed):
-            member = self.known.get(nid)
+        for node_id in sorted(listed):
+            member = self.known.get(node_id)
             if member is not None:
-                member.info, member.down_since = listed[nid], None
+                member.info, member.down_since = listed[node_id], None
             elif len(self.known) < MEMBERS_MAX:
-                self.known[nid] = Member(listed[nid])
+                self.known[node_id] = Member(listed[node_id])
             else:
                 self.refused += 1
-        for nid, member in self.known.items():
-            if nid not in listed and member.down_since is None:
+        for node_id, member in self.known.items():
+            if node_id not in listed and member.down_since is None:
                 member.down_since = now

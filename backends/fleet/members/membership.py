@@ -44,9 +44,9 @@ _OWN_EPOCHS = 16
 class Membership:
     """The other nodes, and the threads that keep in touch with them. Any thread may call any method.
 
-    ``info``: what this node tells of itself; cheap, asked often. Its ``nid`` counts until another agent is found
-    to have the same; then ``Membership.nid`` is the name. ``logs``: a namespace's ``OwnChanges``, or None. ``sink`` is
-    only used under the roster's lock, its ``beat`` and ``tick`` too (by the thread ``flexkv-roster``).
+    ``info``: what this node tells of itself; cheap, asked often. If another agent has the same
+    ``node_id``, ``Membership.node_id`` is the new name. ``logs``: a namespace's ``OwnChanges``, or None. ``sink``
+    is only used under the roster's lock, its ``beat`` and ``tick`` too (by the thread ``flexkv-roster``).
     ``metrics``: ``(name, amount)``, names ``share_...``. Raises ``ConfigError`` for wrong settings, later nothing.
     """
 
@@ -62,7 +62,7 @@ class Membership:
         self._share, self._info, self._control = share, info, control
         self._sink, self.count = sink, _adder(metrics)
         self._lock = threading.Lock()
-        self._nid = info().nid  # guarded by _lock, as are all below
+        self._node_id = info().node_id  # guarded by _lock, as are all below
         self._own_epochs: deque[int] = deque([info().epoch], _OWN_EPOCHS)
         self._name_beats: dict[str, int] = {}
         self._members = Members()
@@ -106,10 +106,10 @@ class Membership:
             logger.warning("flexkv: a thread of sharing has not ended in %.1f s", CLOSE_S)
 
     @property
-    def nid(self) -> NodeId:
+    def node_id(self) -> NodeId:
         """This node's name now."""
         with self._lock:
-            return self._nid
+            return self._node_id
 
     def wanted_namespaces(self, namespaces: Iterable[str]) -> None:
         """Namespaces that are present on this node: those of other nodes are followed. May change at any time."""
@@ -121,23 +121,24 @@ class Membership:
             self._settle()
         self._wake()
 
-    def doubted(self, namespace: str, nid: NodeId) -> None:
+    def doubted(self, namespace: str, node_id: NodeId) -> None:
         """Readers do not find at this peer what its set says: forget the set, and ask for it again."""
         with self._lock:
-            follower = self._followers.get((namespace, nid))
+            follower = self._followers.get((namespace, node_id))
             if follower is None or not follower.held:
                 return
             self.count("share_distrusted")
-            self._do((namespace, nid), follower.distrust())
+            self._do((namespace, node_id), follower.distrust())
 
     def status(self) -> dict[str, object]:
         """For ``flexkv nodes``: JSON-able, no secret in it. Times in seconds ago."""
         with self._lock:
             peers = [
-                self._describe(nid, member) for nid, member in sorted(self._members.known.items())
+                self._describe(node_id, member)
+                for node_id, member in sorted(self._members.known.items())
             ]
             return {
-                "nid": self._nid,
+                "nid": self._node_id,
                 "namespaces": sorted(self._wanted),
                 "refused": self._members.refused,
                 "feeds": [feed.status() for feed in self._feeds],
@@ -152,7 +153,7 @@ class Membership:
         with self._lock:
             if info.epoch not in self._own_epochs:
                 self._own_epochs.append(info.epoch)
-            return replace(info, nid=self._nid)
+            return replace(info, node_id=self._node_id)
 
     def listed(self, source: str, infos: list[NodeInfo], hold_s: float = 0.0) -> None:
         """A source's members, all of them."""
@@ -161,7 +162,7 @@ class Membership:
             others = [
                 info
                 for info in infos
-                if info.nid != self._nid
+                if info.node_id != self._node_id
                 and info.epoch not in self._own_epochs
                 and info.pod == self._share.pod
             ]
@@ -182,19 +183,19 @@ class Membership:
                 if beats == _NAME_BEATS:
                     logger.error(
                         "flexkv: node %s: the agent at %s has the same nid and should take another one",
-                        self._nid,
+                        self._node_id,
                         info.address,
                     )
                 return
             self._name_beats.clear()
-            former = self._nid
-            self._nid = NodeId(f"{former[:91]}-{own & 0xFFFF:04x}")
+            former = self._node_id
+            self._node_id = NodeId(f"{former[:91]}-{own & 0xFFFF:04x}")
             self.count("share_renamed")
             logger.error(
                 "flexkv: node %s: the agent at %s has the same nid; this one is %s from now on",
                 former,
                 info.address,
-                self._nid,
+                self._node_id,
             )
         self._wake()
 
@@ -203,28 +204,28 @@ class Membership:
         with self._lock:
             return list(self._followers)
 
-    def position(self, namespace: str, nid: NodeId) -> tuple[int, int] | None:
+    def position(self, namespace: str, node_id: NodeId) -> tuple[int, int] | None:
         """(epoch, last number); None while a snapshot is under way."""
         with self._lock:
-            follower = self._followers.get((namespace, nid))
+            follower = self._followers.get((namespace, node_id))
             if follower is None or follower.wants_snapshot or follower.epoch is None:
                 return None
             return follower.epoch, follower.last
 
-    def changed(self, namespace: str, nid: NodeId, changes: list[Change]) -> None:
+    def changed(self, namespace: str, node_id: NodeId, changes: list[Change]) -> None:
         """Entries of a feed."""
         with self._lock:
-            follower = self._followers.get((namespace, nid))
+            follower = self._followers.get((namespace, node_id))
             for change in changes if follower else ():
                 assert follower is not None
-                self._do((namespace, nid), follower.changed(change))
+                self._do((namespace, node_id), follower.changed(change))
 
-    def gap(self, namespace: str, nid: NodeId) -> None:
+    def gap(self, namespace: str, node_id: NodeId) -> None:
         """A peer has not kept the changes after ours."""
         with self._lock:
-            follower = self._followers.get((namespace, nid))
+            follower = self._followers.get((namespace, node_id))
             if follower is not None:
-                self._do((namespace, nid), follower.gap())
+                self._do((namespace, node_id), follower.gap())
 
     # --- under the lock ---
 
@@ -234,12 +235,14 @@ class Membership:
         before = self._followers.keys() | set()
         self._queue.nodes = len(self._members.known) + 1
         feeds: dict[Feed, Member] = {}
-        for nid, member in self._members.known.items():
+        for node_id, member in self._members.known.items():
             state = (member.info.epoch, member.info.address, member.up)
-            if self._told.get(nid) != state and self._write(self._sink.set_peer, nid, *state):
-                self._told[nid] = state
+            if self._told.get(node_id) != state and self._write(
+                self._sink.set_peer, node_id, *state
+            ):
+                self._told[node_id] = state
             for namespace in self._wanted.intersection(member.info.namespaces):
-                feeds[namespace, nid] = member
+                feeds[namespace, node_id] = member
         for feed in before - feeds.keys():
             self._unfollow(feed)
         for feed, member in feeds.items():
@@ -266,7 +269,7 @@ class Membership:
             if isinstance(step, Reset):
                 done = self._write(self._sink.reset, *feed, step.snapshot)
             elif isinstance(step, Apply):
-                done = self._write(self._sink.apply, *feed, step.op, step.fps)
+                done = self._write(self._sink.apply, *feed, step.op, step.fingerprints)
             else:
                 assert isinstance(step, Forget)
                 done = self._write(self._sink.drop, *feed)
@@ -291,13 +294,13 @@ class Membership:
         self._sink_outage.worked()
         return True
 
-    def _describe(self, nid: NodeId, member: Member) -> dict[str, object]:
+    def _describe(self, node_id: NodeId, member: Member) -> dict[str, object]:
         now = time.monotonic()
         sets = {}
         for (namespace, other), follower in self._followers.items():
-            if other != nid:
+            if other != node_id:
                 continue
-            at = self._snapshot_at.get((namespace, nid))
+            at = self._snapshot_at.get((namespace, node_id))
             sets[namespace] = {
                 "state": "waiting" if follower.wants_snapshot else "following",
                 "pages": follower.pages,
@@ -307,7 +310,7 @@ class Membership:
             }
         down = member.down_since
         return {
-            "nid": nid,
+            "nid": node_id,
             "address": member.info.address,
             "epoch": f"{member.info.epoch:016x}",
             "version": member.info.version,
@@ -315,12 +318,14 @@ class Membership:
             "state": "up" if down is None else "down",
             "down_s": None if down is None else round(now - down, 1),
             "pages": sum(
-                follower.pages for (_ns, other), follower in self._followers.items() if other == nid
+                follower.pages
+                for (_ns, other), follower in self._followers.items()
+                if other == node_id
             ),
             "behind": sum(
                 follower.behind
                 for (_ns, other), follower in self._followers.items()
-                if other == nid
+                if other == node_id
             ),
             "namespaces": sets,
         }
@@ -342,9 +347,9 @@ class Membership:
             if now - self._ticked_at >= TICK_S:
                 self._ticked_at = now
                 self._write(self._sink.tick)
-                for nid in self._members.tick(now):
-                    self._told.pop(nid, None)
-                    self._write(self._sink.remove_peer, nid)
+                for node_id in self._members.tick(now):
+                    self._told.pop(node_id, None)
+                    self._write(self._sink.remove_peer, node_id)
                 self._settle()
             for feed, follower in self._followers.items():
                 self._do(feed, follower.tick(now))

@@ -67,9 +67,9 @@ class WirePeerControl:
         self, address: str, namespace: str, epoch: int, last: int, timeout_s: float
     ) -> list[Change] | None:
         """Changes after ``last`` of ``epoch``, the first of them if there are many; None: take a snapshot."""
-        rid = next(self._rids)
-        ask = wire.pack_poll(wire.Poll(rid, namespace_bytes(namespace), epoch, last))
-        answer = self._ask(address, rid, ask, timeout_s)[0]
+        request_id = next(self._rids)
+        ask = wire.pack_poll(wire.Poll(request_id, namespace_bytes(namespace), epoch, last))
+        answer = self._ask(address, request_id, ask, timeout_s)[0]
         if isinstance(answer, wire.Unavailable) and answer.reason is wire.UnavailableReason.LOST:
             return None
         if not isinstance(answer, wire.Changes):
@@ -78,9 +78,9 @@ class WirePeerControl:
 
     def snapshot(self, address: str, namespace: str, timeout_s: float) -> Snapshot:
         """All pages of that node in a namespace."""
-        rid = next(self._rids)
+        request_id = next(self._rids)
         answers = self._ask(
-            address, rid, wire.pack_snap(rid, namespace_bytes(namespace)), timeout_s
+            address, request_id, wire.pack_snap(request_id, namespace_bytes(namespace)), timeout_s
         )
         parts = [answer for answer in answers if isinstance(answer, wire.SnapshotPart)]
         if not parts or len(parts) != len(answers):
@@ -90,10 +90,12 @@ class WirePeerControl:
             same = (part.epoch, part.last, part.count) == (first.epoch, first.last, first.count)
             if part.part != number or not same:
                 raise PeerError(f"{address}: parts of different snapshots")
-        fps = np.concatenate([part.fps for part in parts]).astype(np.uint64, copy=False)
-        if len(fps) > 1 and not bool(np.all(fps[:-1] < fps[1:])):
+        fingerprints = np.concatenate([part.fingerprints for part in parts]).astype(
+            np.uint64, copy=False
+        )
+        if len(fingerprints) > 1 and not bool(np.all(fingerprints[:-1] < fingerprints[1:])):
             raise PeerError(f"{address}: a snapshot out of order")
-        return Snapshot(first.epoch, first.last, fps)
+        return Snapshot(first.epoch, first.last, fingerprints)
 
     def close(self) -> None:
         """Close idle connections; calls under way fail. Idempotent."""
@@ -107,20 +109,24 @@ class WirePeerControl:
         if context is not None:
             context.term()  # waits for calls under way to close their links: their time-outs bound it
 
-    def _ask(self, address: str, rid: int, ask: list[bytes], timeout_s: float) -> list[wire.Answer]:
+    def _ask(
+        self, address: str, request_id: int, ask: list[bytes], timeout_s: float
+    ) -> list[wire.Answer]:
         deadline = time.monotonic() + timeout_s
         link = self._take(address) or self._open(address)
         try:
             self._until_ready(link, address, deadline)
             link.send(ask)
-            answers = self._answers(link, address, rid, deadline)
+            answers = self._answers(link, address, request_id, deadline)
         except PeerError:
             link.close()
             raise
         self._put_back(address, link)
         return answers
 
-    def _answers(self, link: Link, address: str, rid: int, deadline: float) -> list[wire.Answer]:
+    def _answers(
+        self, link: Link, address: str, request_id: int, deadline: float
+    ) -> list[wire.Answer]:
         """One answer, or all parts of a snapshot."""
         answers: list[wire.Answer] = []
         while True:
@@ -129,7 +135,7 @@ class WirePeerControl:
                 answer = received[0]
                 if (
                     not isinstance(answer, wire.SnapshotPart | wire.Changes | wire.Unavailable)
-                    or answer.rid != rid
+                    or answer.request_id != request_id
                 ):
                     raise _unexpected(address, answer)
                 answers.append(answer)

@@ -43,9 +43,9 @@ def member_keys(cluster_id: str) -> tuple[str, str, str]:
     return f"{tag}:live", f"{tag}:nodes", f"{tag}:ver"
 
 
-def stream_key(cluster_id: str, namespace: str, nid: NodeId) -> bytes:
+def stream_key(cluster_id: str, namespace: str, node_id: NodeId) -> bytes:
     """The stream of a node's changes in a namespace."""
-    return f"{PREFIX}:{{{cluster_id}}}:{namespace}:log:{nid}".encode()
+    return f"{PREFIX}:{{{cluster_id}}}:{namespace}:log:{node_id}".encode()
 
 
 def encode_info(info: NodeInfo) -> bytes:
@@ -62,15 +62,15 @@ def encode_info(info: NodeInfo) -> bytes:
     return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
 
 
-def decode_info(nid: bytes, entry: bytes | None) -> NodeInfo | None:
+def decode_info(node_id: bytes, entry: bytes | None) -> NodeInfo | None:
     """A node's entry; None if it is none of this protocol."""
     if entry is None or len(entry) > ENTRY_BYTES_MAX:
         return None
     try:
-        name = nid.decode()
+        name = node_id.decode()
         fields = json.loads(entry)
         info = NodeInfo(
-            nid=NodeId(name),
+            node_id=NodeId(name),
             epoch=int(fields["epoch"], 16),
             address=fields["addr"][0],
             pod=fields["pod"],
@@ -86,13 +86,13 @@ def decode_info(nid: bytes, entry: bytes | None) -> NodeInfo | None:
 
 def is_sound(info: NodeInfo) -> bool:
     """Does what another node says of itself keep to types and limits?"""
-    texts = (info.nid, info.address, info.pod, *info.namespaces, *info.engines)
+    texts = (info.node_id, info.address, info.pod, *info.namespaces, *info.engines)
     if not all(isinstance(text, str) for text in texts):
         return False
     return (
         info.protocol == PROTOCOL
         and 0 < info.epoch < 1 << 64
-        and is_name(info.nid)
+        and is_name(info.node_id)
         and bool(_ADDRESS.fullmatch(info.address))
         and len(info.pod) <= 128
         and len(info.namespaces) <= NAMESPACES_MAX
@@ -116,7 +116,7 @@ def encode_change(change: Change) -> dict[bytes, bytes]:
         b"e": b"%016x" % change.epoch,
         b"q": b"%d" % change.first,
         b"o": _LETTERS[change.op],
-        b"k": change.fps.astype("<u8", copy=False).tobytes(),
+        b"k": change.fingerprints.astype("<u8", copy=False).tobytes(),
     }
 
 

@@ -190,7 +190,7 @@ class RedisFeed:
     def _beat(self) -> None:
         own = self._host.own_info()
         args = [
-            own.nid,
+            own.node_id,
             encode_info(own),
             int(self._share.node_ttl_s * 1000),
             self._version,
@@ -203,14 +203,14 @@ class RedisFeed:
             found = [decode_info(*pair) for pair in zip(answer[2], answer[3], strict=False)]
             self._infos = [info for info in found if info is not None]
         self._version = answer[0]
-        lost = former == b"" and self._beaten_as == own.nid
+        lost = former == b"" and self._beaten_as == own.node_id
         if lost:  # flushed, failed over or away for long: others have yet to come back
             self._emptied += 1
             self._host.count("share_redis_emptied")
-        self._beaten_as = own.nid
+        self._beaten_as = own.node_id
         hold_s = self._share.node_ttl_s + self._write_outage.retry_max_s if lost else 0.0
         self._host.listed(SOURCE, self._infos, hold_s)
-        other = decode_info(own.nid.encode(), former) if former not in (b"", b"=") else None
+        other = decode_info(own.node_id.encode(), former) if former not in (b"", b"=") else None
         self._host.own_name_seen(SOURCE, other)
 
     def _publish(self) -> bool:
@@ -226,7 +226,7 @@ class RedisFeed:
             self._threads[0].pause(pause)
             return True
         for name, log, changes in batches:
-            self._append(name, own.nid, changes)
+            self._append(name, own.node_id, changes)
             end = changes[-1]
             log.published(end.epoch, end.first + end.numbers - 1)
         if batches:
@@ -236,17 +236,19 @@ class RedisFeed:
 
     def _keep(self, logs: list[tuple[str, OwnChanges]], own: NodeInfo) -> None:
         now = time.monotonic()
-        wanted = {name for info in self._infos if info.nid != own.nid for name in info.namespaces}
+        wanted = {
+            name for info in self._infos if info.node_id != own.node_id for name in info.namespaces
+        }
         for name, log in logs:
             if name in wanted and now - self._written_at.get(name, 0.0) >= KEEP_S:
                 keep = log.keep()
                 if keep is not None:
-                    self._append(name, own.nid, [keep])
+                    self._append(name, own.node_id, [keep])
         for name in self._written_at.keys() - {name for name, _log in logs}:
             del self._written_at[name]
 
-    def _append(self, namespace: str, nid: NodeId, changes: list[Change]) -> None:
-        key = stream_key(self._share.cluster_id, namespace, nid)
+    def _append(self, namespace: str, node_id: NodeId, changes: list[Change]) -> None:
+        key = stream_key(self._share.cluster_id, namespace, node_id)
         pipe = self._writing.pipeline(transaction=False)
         for change in changes:
             pipe.xadd(key, encode_change(change), maxlen=_STREAM_MAXLEN, approximate=True)
@@ -261,11 +263,11 @@ class RedisFeed:
         nodes = len(self._infos)
         return base if nodes <= _FEW_NODES else max(base, min(FLUSH_MAX_S, base * nodes / 10))
 
-    def _leave(self, nid: NodeId) -> None:
+    def _leave(self, node_id: NodeId) -> None:
         live, _nodes, _version = member_keys(self._share.cluster_id)
         client = RedisLink(self._link.address, LEAVE_S).client()
         try:
-            client.zadd(live, {nid: 1})  # the next beat of anybody finds it expired
+            client.zadd(live, {node_id: 1})  # the next beat of anybody finds it expired
         except self._link.errors as error:
             logger.info("flexkv: did not leave the list of members: %s", type(error).__name__)
         finally:
@@ -275,8 +277,8 @@ class RedisFeed:
 
     def _read(self) -> float:
         feeds = {
-            stream_key(self._share.cluster_id, namespace, nid): (namespace, nid)
-            for namespace, nid in self._host.followed()
+            stream_key(self._share.cluster_id, namespace, node_id): (namespace, node_id)
+            for namespace, node_id in self._host.followed()
         }
         self._point(list(feeds))
         if not feeds:

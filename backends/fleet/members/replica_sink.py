@@ -14,23 +14,23 @@ class ReplicaSink(Protocol):
     May raise ``OSError`` or ``FlexKVError`` (a full disk): the roster counts it and asks for a snapshot later.
     """
 
-    def set_peer(self, nid: NodeId, epoch: int, address: str, up: bool) -> None:
+    def set_peer(self, node_id: NodeId, epoch: int, address: str, up: bool) -> None:
         """A node is there, or has changed. ``up`` False: look-ups skip it."""
         ...
 
-    def remove_peer(self, nid: NodeId) -> None:
+    def remove_peer(self, node_id: NodeId) -> None:
         """A node is gone, with all its sets."""
         ...
 
-    def reset(self, namespace: str, nid: NodeId, snapshot: Snapshot) -> None:
+    def reset(self, namespace: str, node_id: NodeId, snapshot: Snapshot) -> None:
         """Replace a node's set."""
         ...
 
-    def apply(self, namespace: str, nid: NodeId, op: Op, fps: U64) -> None:
+    def apply(self, namespace: str, node_id: NodeId, op: Op, fingerprints: U64) -> None:
         """ADD, DROP or CLEAR."""
         ...
 
-    def drop(self, namespace: str, nid: NodeId) -> None:
+    def drop(self, namespace: str, node_id: NodeId) -> None:
         """Forget a node's set until the next ``reset``."""
         ...
 

@@ -61,8 +61,8 @@ class StaticFeed:
 
     def status(self) -> dict[str, object]:
         """For ``flexkv nodes``."""
-        nid = self._info.nid if self._info else None
-        return {"kind": "peer", "address": self._address, "nid": nid, **self._outage.status()}
+        node_id = self._info.node_id if self._info else None
+        return {"kind": "peer", "address": self._address, "nid": node_id, **self._outage.status()}
 
     def _step(self) -> float:
         try:
@@ -95,24 +95,24 @@ class StaticFeed:
         self._answered_at = time.monotonic()
         self._outage.worked()
         own = self._host.own_info()
-        self._host.own_name_seen(self._source, info if info.nid == own.nid else None)
+        self._host.own_name_seen(self._source, info if info.node_id == own.node_id else None)
         self._host.listed(self._source, [replace(info, address=self._address)])
 
     def _poll(self) -> int:
         """Ask for the changes of what is followed. How many namespaces were asked for."""
         asked = 0
-        for namespace, nid in self._host.followed():
-            if self._thread.stopped or self._info is None or nid != self._info.nid:
+        for namespace, node_id in self._host.followed():
+            if self._thread.stopped or self._info is None or node_id != self._info.node_id:
                 continue
-            position = self._host.position(namespace, nid)
+            position = self._host.position(namespace, node_id)
             asked += 1
             if position is None:
                 continue
             changes = self._control.poll(self._address, namespace, *position, ASK_TIMEOUT_S)
             if changes is None:
-                self._host.gap(namespace, nid)
+                self._host.gap(namespace, node_id)
                 self._next_hello = 0.0  # perhaps it is a new epoch
             elif changes:
                 self._host.count("share_changes_in", len(changes))
-                self._host.changed(namespace, nid, changes)
+                self._host.changed(namespace, node_id, changes)
         return asked

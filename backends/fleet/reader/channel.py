@@ -115,11 +115,11 @@ class PeerChannel:
         self._ask(link, pending, first, count)
 
     def _ask(self, link: Link, pending: Pending, first: int, count: int) -> None:
-        rid = next(self._rids)
+        request_id = next(self._rids)
         budget_ms = max(1, int((pending.read.deadline - time.monotonic()) * 1000))
         keys = tuple(pending.read.keys[first : first + count])
-        read = wire.Read(rid, pending.read.namespace, budget_ms, wire.STOP_AT_FIRST, keys)
-        self._out[rid] = Out(pending, link, first, count)
+        read = wire.Read(request_id, pending.read.namespace, budget_ms, wire.STOP_AT_FIRST, keys)
+        self._out[request_id] = Out(pending, link, first, count)
         link.send(self._pack(read))
 
     def _pack(self, read: wire.Read) -> list[bytes]:
@@ -148,7 +148,7 @@ class PeerChannel:
         if not isinstance(answer, wire.Pages | wire.End):
             link.fail(f"wire: {type(answer).__name__} was not asked for")
             return
-        out = self._out.get(answer.rid)
+        out = self._out.get(answer.request_id)
         if out is None:
             return  # of a read that was given up
         if isinstance(answer, wire.End):
@@ -192,20 +192,22 @@ class PeerChannel:
 
     def _cancel_unwanted(self, pending: Pending) -> None:
         """Requests for pages behind one that failed."""
-        for rid in [rid for rid, out in self._out.items() if out.pending is pending]:
-            if self._out[rid].first >= pending.end:
-                self._cancel(rid)
+        for request_id in [
+            request_id for request_id, out in self._out.items() if out.pending is pending
+        ]:
+            if self._out[request_id].first >= pending.end:
+                self._cancel(request_id)
 
-    def _cancel(self, rid: int) -> None:
+    def _cancel(self, request_id: int) -> None:
         """Nobody wants this request any more."""
-        self._remove(rid).link.send(wire.pack_cancel(rid))
+        self._remove(request_id).link.send(wire.pack_cancel(request_id))
 
-    def _remove(self, rid: int) -> Out:
+    def _remove(self, request_id: int) -> Out:
         """This request is over."""
-        return self._out.pop(rid)
+        return self._out.pop(request_id)
 
     def _ended(self, link: Link, end: wire.End, out: Out) -> None:
-        del self._out[end.rid]
+        del self._out[end.request_id]
         if end.sent != out.got:
             link.fail(f"wire: {out.got} pages came, {end.sent} were sent")
             self._failed(out, PageOutcome.FAILED)
@@ -239,10 +241,10 @@ class PeerChannel:
             return
         self.links.remove(link)
         link.close()
-        victims = [rid for rid, out in self._out.items() if out.link is link]
+        victims = [request_id for request_id, out in self._out.items() if out.link is link]
         wanted = bool(victims or self._waiting or self._probe_until)
-        for rid in victims:
-            self._failed(self._remove(rid), PageOutcome.FAILED)
+        for request_id in victims:
+            self._failed(self._remove(request_id), PageOutcome.FAILED)
         if wanted and not link.reason.endswith("NO_HELLO"):
             self._trip(link.reason, REFUSED_S if link.state is State.REFUSED else None)
 
@@ -256,8 +258,8 @@ class PeerChannel:
 
     def fail_all(self, outcome: PageOutcome) -> None:
         """Nothing that is wanted will come."""
-        for rid in list(self._out):
-            self._failed(self._remove(rid), outcome)
+        for request_id in list(self._out):
+            self._failed(self._remove(request_id), outcome)
         for pending in self._waiting:
             pending.fail(pending.asked, outcome)
         self._waiting.clear()
@@ -269,11 +271,13 @@ class PeerChannel:
 
     def abandon(self, pending: Pending) -> None:
         """Its time is over: late answers must not hold up later ones, nor a silent peer later reads."""
-        rids = [rid for rid, out in self._out.items() if out.pending is pending]
-        links = {self._out[rid].link for rid in rids}
-        waited = bool(rids) or pending in self._waiting
-        for rid in rids:
-            self._cancel(rid)
+        request_ids = [
+            request_id for request_id, out in self._out.items() if out.pending is pending
+        ]
+        links = {self._out[request_id].link for request_id in request_ids}
+        waited = bool(request_ids) or pending in self._waiting
+        for request_id in request_ids:
+            self._cancel(request_id)
         if pending in self._waiting:
             self._waiting.remove(pending)
         if not waited:

@@ -65,21 +65,21 @@ class PeerClient:
         self._channels: dict[NodeId, PeerChannel] = {}  # the thread's, like all below
         self._polled: dict[zmq.Socket[bytes], tuple[PeerChannel, Link]] = {}
 
-    def usable(self, nid: NodeId, epoch: int, address: str) -> bool:
+    def usable(self, node_id: NodeId, epoch: int, address: str) -> bool:
         """May this peer be read from now? Memory only."""
-        health = self._healths.get(nid)
+        health = self._healths.get(node_id)
         if health is None or (health.epoch, health.address) != (epoch, address):
             return True
         return health.usable()
 
-    def is_open(self, nid: NodeId) -> str:
+    def is_open(self, node_id: NodeId) -> str:
         """Why the breaker of this peer is open; "": it is closed."""
-        health = self._healths.get(nid)
+        health = self._healths.get(node_id)
         return health.reason or "open" if health is not None and health.is_open else ""
 
-    def seconds_for(self, nid: NodeId, byte_count: int) -> float:
+    def seconds_for(self, node_id: NodeId, byte_count: int) -> float:
         """How long a read of so many bytes takes at the rates of the last half minute; 0.0: not known."""
-        health = self._healths.get(nid)
+        health = self._healths.get(node_id)
         return health.seconds_for(byte_count) if health is not None else 0.0
 
     def begin(self, read: RemoteRead) -> Pending:
@@ -106,11 +106,13 @@ class PeerClient:
 
     def _health(self, read: RemoteRead) -> PeerHealth:
         with self._lock:
-            health = self._healths.get(read.nid)
+            health = self._healths.get(read.node_id)
             if health is None:
                 if len(self._healths) >= _PEERS_MAX:
                     self._healths.pop(next(iter(self._healths)))
-                health = self._healths[read.nid] = PeerHealth(read.nid, read.epoch, read.address)
+                health = self._healths[read.node_id] = PeerHealth(
+                    read.node_id, read.epoch, read.address
+                )
         if health.meet(read.epoch, read.address):
             self._post(lambda: self._renew(health))
         return health
@@ -134,7 +136,7 @@ class PeerClient:
 
     def _abandon(self, pending: Pending) -> None:
         def give_up() -> None:
-            channel = self._channels.get(pending.read.nid)
+            channel = self._channels.get(pending.read.node_id)
             if channel is not None:
                 channel.abandon(pending)
 
@@ -203,28 +205,28 @@ class PeerClient:
                 self._channel(health)
         if self._engine is not None:
             self._engine.tick(now)
-        for nid, channel in list(self._channels.items()):
+        for node_id, channel in list(self._channels.items()):
             channel.tick(now)
             if channel.idle and now - channel.used_at > IDLE_S:
                 channel.close_links()
                 if not channel.health.is_open:
-                    del self._channels[nid]
+                    del self._channels[node_id]
 
     def _channel(self, health: PeerHealth) -> PeerChannel:
-        channel = self._channels.get(health.nid)
+        channel = self._channels.get(health.node_id)
         if channel is None or channel.health is not health:
             idle = [c for c in self._channels.values() if c.idle]
             if len(self._channels) >= CHANNELS_MAX and idle:
                 oldest = min(idle, key=lambda c: c.used_at)
                 oldest.close_links()
-                del self._channels[oldest.health.nid]
+                del self._channels[oldest.health.node_id]
             channel = self._make_channel(health)
-            self._channels[health.nid] = channel
+            self._channels[health.node_id] = channel
         return channel
 
     def _make_channel(self, health: PeerHealth) -> PeerChannel:
         def open_link(address: str, page_bytes: int) -> Link:
-            return self._open(health.nid, address, page_bytes)
+            return self._open(health.node_id, address, page_bytes)
 
         if self._engine is None:
             return PeerChannel(health, open_link, self._count)
@@ -232,15 +234,15 @@ class PeerClient:
 
     def _renew(self, health: PeerHealth) -> None:
         """It has a new epoch or address."""
-        channel = self._channels.get(health.nid)
+        channel = self._channels.get(health.node_id)
         if channel is not None:
             channel.renew()
 
-    def _open(self, nid: NodeId, address: str, page_bytes: int) -> Link:
+    def _open(self, node_id: NodeId, address: str, page_bytes: int) -> Link:
         import zmq
 
         link = Link(self._context, address, self._share, self._secret, page_bytes)
-        channel = self._channels[nid]
+        channel = self._channels[node_id]
         for sock in (link.sock, link.monitor):
             self._polled[sock] = (channel, link)
             self._poller.register(sock, zmq.POLLIN)

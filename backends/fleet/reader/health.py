@@ -35,9 +35,9 @@ class PeerHealth:
     """Closed: may be read from. Open: not until a greeting succeeds."""
 
     def __init__(
-        self, nid: NodeId, epoch: int, address: str, clock: Callable[[], float] = time.monotonic
+        self, node_id: NodeId, epoch: int, address: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.nid = nid
+        self.node_id = node_id
         self._clock = clock
         self._lock = threading.Lock()
         self._reset(epoch, address)
@@ -79,7 +79,7 @@ class PeerHealth:
             self._open, self.reason = True, reason
             self._retry_at = self._clock() + pause * random.uniform(1 - JITTER, 1 + JITTER)
         if first:
-            logger.warning("node %s at %s is not read from: %s", self.nid, self.address, reason)
+            logger.warning("node %s at %s is not read from: %s", self.node_id, self.address, reason)
 
     def recovered(self) -> None:
         """It greeted us: close."""
@@ -87,7 +87,7 @@ class PeerHealth:
             was_open, self._open = self._open, False
             self.reason = ""
         if was_open:
-            logger.info("node %s at %s is read from again", self.nid, self.address)
+            logger.info("node %s at %s is read from again", self.node_id, self.address)
 
     def delivered(self) -> None:
         """It has sent pages: the next pause is a short one again."""

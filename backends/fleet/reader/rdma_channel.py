@@ -47,7 +47,7 @@ class EngineChannel(PeerChannel):
         self._fetches: dict[int, Fetch] = {}
 
     def _pack(self, read: wire.Read) -> list[bytes]:
-        out = self._out[read.rid]
+        out = self._out[read.request_id]
         welcome = out.link.welcome
         if (
             welcome is None
@@ -58,21 +58,21 @@ class EngineChannel(PeerChannel):
         fetch = self._engine.take(out.count, out.pending.page_bytes)
         if fetch is None:
             return super()._pack(read)
-        self._fetches[read.rid] = fetch
+        self._fetches[read.request_id] = fetch
         return pack_offer(read)
 
     def _take(self, link: Link, answer: wire.Answer, frame: zmq.Frame | None) -> None:
         if isinstance(answer, wire.Offered):
             self._offered(link, answer)
-        elif isinstance(answer, wire.Pages | wire.End) and answer.rid in self._fetches:
+        elif isinstance(answer, wire.Pages | wire.End) and answer.request_id in self._fetches:
             link.fail(f"wire: {type(answer).__name__} instead of an offer")
         else:
             super()._take(link, answer, frame)
 
     def _offered(self, link: Link, offered: wire.Offered) -> None:
         """The peer holds pages for the engine."""
-        rid = offered.rid
-        out, fetch = self._out.get(rid), self._fetches.get(rid)
+        request_id = offered.request_id
+        out, fetch = self._out.get(request_id), self._fetches.get(request_id)
         if out is None:  # of a read that was given up
             link.send(pack_done(offered.hold))
             return
@@ -90,14 +90,14 @@ class EngineChannel(PeerChannel):
             self._fail_behind(out, offered, len(pages))
         wanted = pages[: max(0, out.pending.end - out.first)]
         if not wanted:
-            if rid in self._out:
-                self._remove(rid)
+            if request_id in self._out:
+                self._remove(request_id)
             self.pump()
             return
         try:
             self._engine.start(fetch, wanted, offered.hold_ms, offered.blob)
         except EngineError as exc:
-            self._fall_back(rid, str(exc))
+            self._fall_back(request_id, str(exc))
 
     def _fail_behind(self, out: Out, offered: wire.Offered, count: int) -> None:
         """The page behind the first ``count`` of an offer is not there."""
@@ -110,52 +110,54 @@ class EngineChannel(PeerChannel):
         self._cancel_unwanted(out.pending)
 
     def _look_at_fetches(self, now: float) -> None:
-        for rid, fetch in list(self._fetches.items()):
-            if fetch.transfer is None or self._fetches.get(rid) is not fetch:
+        for request_id, fetch in list(self._fetches.items()):
+            if fetch.transfer is None or self._fetches.get(request_id) is not fetch:
                 continue
             state = fetch.transfer.poll()
             if (
                 now >= fetch.deadline
             ):  # also if it is done: the memory may have been another page's by then
-                self._fall_back(rid, "a transfer did not end within half of the peer's hold")
+                self._fall_back(request_id, "a transfer did not end within half of the peer's hold")
             elif state is TransferState.DONE:
-                self._fetched(rid, fetch)
+                self._fetched(request_id, fetch)
             elif state is TransferState.FAILED:
-                self._fall_back(rid, "a transfer failed")
+                self._fall_back(request_id, "a transfer failed")
 
-    def _fetched(self, rid: int, fetch: Fetch) -> None:
+    def _fetched(self, request_id: int, fetch: Fetch) -> None:
         """The bytes are here."""
-        out = self._out[rid]
+        out = self._out[request_id]
         self.heard_at = time.monotonic()
         for index, page in enumerate(fetch.pages):
-            head = wire.Pages(rid, index, page.status, page.kind, page.length, (page.checksum,))
+            head = wire.Pages(
+                request_id, index, page.status, page.kind, page.length, (page.checksum,)
+            )
             self._deliver(out.link, head, out, self._engine.landed(fetch, index))
         out.got = len(fetch.pages)
         out.pending.arrived(out.got * out.pending.page_bytes, self.heard_at)
-        self._remove(rid)
+        self._remove(request_id)
         self._cancel_unwanted(out.pending)
         self._served(out)
 
-    def _cancel(self, rid: int) -> None:
-        fetch = self._fetches.get(rid)
+    def _cancel(self, request_id: int) -> None:
+        fetch = self._fetches.get(request_id)
         if fetch is None or not fetch.hold:
-            super()._cancel(rid)
+            super()._cancel(request_id)
         else:
-            self._remove(rid)
+            self._remove(request_id)
 
-    def _remove(self, rid: int) -> Out:
+    def _remove(self, request_id: int) -> Out:
         """Also for the engine, and for the peer: what its engine may still read is of no use to anybody."""
-        out, fetch = super()._remove(rid), self._fetches.pop(rid, None)
+        out, fetch = super()._remove(request_id), self._fetches.pop(request_id, None)
         if fetch is not None:
             self._engine.give_back(fetch)
             if fetch.hold and out.link.alive:
                 out.link.send(pack_done(fetch.hold))
         return out
 
-    def _fall_back(self, rid: int, reason: str) -> None:
+    def _fall_back(self, request_id: int, reason: str) -> None:
         """This request's pages over ZeroMQ instead."""
         self._leave_engine(reason)
-        out = self._remove(rid)
+        out = self._remove(request_id)
         count = min(out.count, out.pending.end - out.first)
         if not out.link.alive:
             # DONE could not be sent: the peer is gone, and ``lost`` does not know of this request any more
@@ -168,8 +170,8 @@ class EngineChannel(PeerChannel):
     def _leave_engine(self, reason: str) -> None:
         now = time.monotonic()
         if now >= self._zmq_until:
-            nid = self.health.nid
-            logger.warning("node %s is read over zmq for %g s: %s", nid, FALLBACK_S, reason)
+            node_id = self.health.node_id
+            logger.warning("node %s is read over zmq for %g s: %s", node_id, FALLBACK_S, reason)
             self._count("remote_engine_failures", 1)
         self._zmq_until = now + FALLBACK_S
 
@@ -181,12 +183,12 @@ class EngineChannel(PeerChannel):
     def abandon(self, pending: Pending) -> None:
         """A transfer that is late is the engine's fault, not a silence of the peer."""
         late = [
-            rid
-            for rid, fetch in self._fetches.items()
-            if fetch.transfer is not None and self._out[rid].pending is pending
+            request_id
+            for request_id, fetch in self._fetches.items()
+            if fetch.transfer is not None and self._out[request_id].pending is pending
         ]
-        for rid in late:
-            self._remove(rid)
+        for request_id in late:
+            self._remove(request_id)
         if late:
             self._leave_engine("a transfer did not end by the deadline of its read")
             self.heard_at = time.monotonic()

@@ -58,12 +58,12 @@ OUTCOME_OF = {
 
 @dataclass(frozen=True, slots=True)
 class RemoteRead:
-    """``keys[i]`` into ``targets`` row ``i``, from the node ``nid`` at ``address`` ("host:port").
+    """``keys[i]`` into ``targets`` row ``i``, from the node ``node_id`` at ``address`` ("host:port").
 
     ``namespace``: 16 bytes. ``accepted``: kinds of checksum that count. ``deadline``: ``time.monotonic()`` s.
     """
 
-    nid: NodeId
+    node_id: NodeId
     epoch: int
     address: str
     namespace: bytes

@@ -47,7 +47,9 @@ FREE, UP, DOWN = range(3)
 VERSION = 1
 _TABLE_MAGIC, _INDEX_MAGIC, _SET_MAGIC = b"FKPEERS1", b"FKINDEX1", b"FKFPSET1"
 _START = struct.Struct("<8sIIQ")  # magic, version, slots, writer
-_ENTRY = struct.Struct("<IIQQIHH")  # crc, version, tenancy, epoch, state, bytes of nid, of address
+_ENTRY = struct.Struct(
+    "<IIQQIHH"
+)  # crc, version, tenancy, epoch, state, bytes of node_id, of address
 _ENTRY_BYTES = 512
 _PAGE = 4096
 _ENTRIES_AT = 2 * _PAGE
@@ -66,7 +68,7 @@ class Peer:
     """A node as the replica knows it. ``slot``: a small number that is its own until it is removed."""
 
     slot: int
-    nid: NodeId
+    node_id: NodeId
     epoch: int
     address: str
 
@@ -82,11 +84,18 @@ class Entry:
 
     def pack(self) -> bytes:
         """The bytes in the table."""
-        nid, address = self.peer.nid.encode(), self.peer.address.encode()
-        assert len(nid) <= NID_BYTES, self.peer
+        node_id, address = self.peer.node_id.encode(), self.peer.address.encode()
+        assert len(node_id) <= NID_BYTES, self.peer
         assert len(address) <= ADDRESS_BYTES, self.peer
-        fields = (self.version, self.tenancy, self.peer.epoch, self.state, len(nid), len(address))
-        data = _ENTRY.pack(0, *fields) + nid + address
+        fields = (
+            self.version,
+            self.tenancy,
+            self.peer.epoch,
+            self.state,
+            len(node_id),
+            len(address),
+        )
+        data = _ENTRY.pack(0, *fields) + node_id + address
         data += bytes(_ENTRY_BYTES - len(data))
         return struct.pack("<I", zlib.crc32(data[4:])) + data[4:]
 
@@ -97,8 +106,8 @@ class Entry:
         if crc != zlib.crc32(data[4:]):
             return None
         split = _ENTRY.size + nid_bytes
-        nid, address = data[_ENTRY.size : split], data[split : split + address_bytes]
-        peer = Peer(slot, NodeId(nid.decode()), epoch, address.decode())
+        node_id, address = data[_ENTRY.size : split], data[split : split + address_bytes]
+        peer = Peer(slot, NodeId(node_id.decode()), epoch, address.decode())
         return cls(version, tenancy, state, peer)
 
 
@@ -287,21 +296,23 @@ def _set_parts(memory: mmap.mmap, place: SetPlace, sizes: tuple[int, int, int]) 
     count, buckets, records = sizes
     fps_at, heads_at, records_at, _ = _set_layout(count, buckets, records)
     starts = np.frombuffer(memory, np.uint32, buckets + 1, _SET_HEADER_BYTES)
-    fps = np.frombuffer(memory, np.uint64, count, fps_at)
+    fingerprints = np.frombuffer(memory, np.uint64, count, fps_at)
     heads = np.frombuffer(memory, np.uint32, HEADS_PER_RECORD * records, heads_at)
     rows = np.frombuffer(memory, np.uint64, 2 * records, records_at).reshape(records, 2)
-    return SortedBase(fps, starts), ChangeTable(heads, rows, place.generation & 0xFFFFFFFF)
+    return SortedBase(fingerprints, starts), ChangeTable(heads, rows, place.generation & 0xFFFFFFFF)
 
 
-def write_set(place: SetPlace, fps: U64) -> Parts:
-    """A new set file with sorted, distinct ``fps`` and no changes; mapped. Raises ``OSError``: nothing was made."""
-    sizes = len(fps), bucket_count(len(fps)), record_count(len(fps))
+def write_set(place: SetPlace, fingerprints: U64) -> Parts:
+    """A new set file with sorted, distinct ``fingerprints`` and no changes; mapped. Raises ``OSError``."""
+    sizes = len(fingerprints), bucket_count(len(fingerprints)), record_count(len(fingerprints))
     fps_at, heads_at, _, end = _set_layout(*sizes)
     memory = _new_file(place.path, end)
     header = place.header(*sizes)
     memory[: len(header)] = header
-    np.frombuffer(memory, np.uint32, sizes[1] + 1, _SET_HEADER_BYTES)[:] = bucket_starts(fps)
-    np.frombuffer(memory, np.uint64, sizes[0], fps_at)[:] = fps
+    np.frombuffer(memory, np.uint32, sizes[1] + 1, _SET_HEADER_BYTES)[:] = bucket_starts(
+        fingerprints
+    )
+    np.frombuffer(memory, np.uint64, sizes[0], fps_at)[:] = fingerprints
     memory[heads_at:] = bytes(
         end - heads_at
     )  # else it is no memory yet, which readers cannot map at once

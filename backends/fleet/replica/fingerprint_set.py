@@ -48,11 +48,11 @@ def record_count(count: int) -> int:
     return min(max(records, _MIN_RECORDS), _MAX_RECORDS)
 
 
-def bucket_starts(fps: U64) -> U32:
-    """uint32 ``[buckets + 1]``: where in sorted ``fps`` each value of the top bits begins."""
-    buckets = bucket_count(len(fps))
+def bucket_starts(fingerprints: U64) -> U32:
+    """uint32 ``[buckets + 1]``: where in sorted ``fingerprints`` each value of the top bits begins."""
+    buckets = bucket_count(len(fingerprints))
     shift = np.uint64(65 - buckets.bit_length())
-    sizes = np.bincount((fps >> shift).astype(np.intp), minlength=buckets)
+    sizes = np.bincount((fingerprints >> shift).astype(np.intp), minlength=buckets)
     starts = np.zeros(buckets + 1, np.uint32)
     np.cumsum(sizes, out=starts[1:])
     return starts
@@ -66,19 +66,19 @@ def words(array: U64 | U32) -> memoryview[int]:
 class SortedBase:
     """Sorted, distinct fingerprints with the table that says where to look. Immutable; any thread."""
 
-    def __init__(self, fps: U64, starts: U32 | None = None) -> None:
-        """``fps``: uint64 ``[n]``, sorted, distinct. ``starts``: ``bucket_starts(fps)``, if it is known."""
-        self.fps = fps
-        self.starts = bucket_starts(fps) if starts is None else starts
+    def __init__(self, fingerprints: U64, starts: U32 | None = None) -> None:
+        """``fingerprints``: uint64 ``[n]``, sorted, distinct. ``starts``: its ``bucket_starts``, if known."""
+        self.fingerprints = fingerprints
+        self.starts = bucket_starts(fingerprints) if starts is None else starts
         self._shift = 65 - (len(self.starts) - 1).bit_length()
         self._shift_u64 = np.uint64(self._shift)
         widest = int(np.diff(self.starts).max())
         rows = np.arange(widest, dtype=np.intp)[:, None]
         self._offsets = rows if widest <= _WIDEST_WINDOW else None
-        self._fps_view, self._starts_view = words(fps), words(self.starts)
+        self._fps_view, self._starts_view = words(fingerprints), words(self.starts)
 
     def __len__(self) -> int:
-        return len(self.fps)
+        return len(self.fingerprints)
 
     def holds_one(self, fp: int) -> bool:
         """Is ``fp`` in the base?"""
@@ -87,18 +87,18 @@ class SortedBase:
         at = bisect_left(self._fps_view, fp, starts[bucket], end)
         return bool(at < end and self._fps_view[at] == fp)
 
-    def holds(self, fps: U64) -> BoolArray:
-        """For each of ``fps``: is it in the base?"""
-        if not len(self.fps):
-            return np.zeros(len(fps), np.bool_)
+    def holds(self, fingerprints: U64) -> BoolArray:
+        """For each of ``fingerprints``: is it in the base?"""
+        if not len(self.fingerprints):
+            return np.zeros(len(fingerprints), np.bool_)
         if self._offsets is None:
-            rows = np.searchsorted(self.fps, fps)
-            held: BoolArray = self.fps.take(rows, mode="clip") == fps
+            rows = np.searchsorted(self.fingerprints, fingerprints)
+            held: BoolArray = self.fingerprints.take(rows, mode="clip") == fingerprints
             return held
-        starts = self.starts.take((fps >> self._shift_u64).view(np.int64))
+        starts = self.starts.take((fingerprints >> self._shift_u64).view(np.int64))
         # what a window holds beyond its bucket is in the base as well: equal is equal
-        window = self.fps.take(self._offsets + starts, mode="clip")
-        found: BoolArray = np.logical_or.reduce(window == fps, axis=0)
+        window = self.fingerprints.take(self._offsets + starts, mode="clip")
+        found: BoolArray = np.logical_or.reduce(window == fingerprints, axis=0)
         return found
 
 
@@ -127,25 +127,25 @@ class ChangeTable:
         """How many records still fit."""
         return len(self._records) - self._used
 
-    def append(self, op: Op, fps: U64) -> None:
+    def append(self, op: Op, fingerprints: U64) -> None:
         """Add one record per fingerprint, ADD or DROP. There must be ``room``."""
-        assert len(fps) <= self.room, (len(fps), self.room)
-        numbers = np.arange(self._used + 1, self._used + 1 + len(fps), dtype=np.uint32)
-        chains = (fps & self._mask_u64).view(np.int64)
+        assert len(fingerprints) <= self.room, (len(fingerprints), self.room)
+        numbers = np.arange(self._used + 1, self._used + 1 + len(fingerprints), dtype=np.uint32)
+        chains = (fingerprints & self._mask_u64).view(np.int64)
         earlier = self._heads[chains]
         order = np.argsort(chains, kind="stable")
         again = np.flatnonzero(chains[order[1:]] == chains[order[:-1]])
         earlier[order[again + 1]] = numbers[order[again]]
         low = earlier.astype(np.uint64) | np.uint64(op) << _OP_AT
-        rows = slice(self._used, self._used + len(fps))
-        self._records[rows, 0] = fps
-        self._records[rows, 1] = low | self._checks(fps, low)
+        rows = slice(self._used, self._used + len(fingerprints))
+        self._records[rows, 0] = fingerprints
+        self._records[rows, 1] = low | self._checks(fingerprints, low)
         self._heads[chains] = numbers  # of equal chains the last one stays
-        self._used += len(fps)
+        self._used += len(fingerprints)
 
-    def _checks(self, fps: U64, low: U64) -> U64:
+    def _checks(self, fingerprints: U64, low: U64) -> U64:
         """The check bits of records, in place."""
-        return (fps ^ low ^ self._salt_u64) * _STIR_U64 >> _CHECK_AT << _CHECK_AT
+        return (fingerprints ^ low ^ self._salt_u64) * _STIR_U64 >> _CHECK_AT << _CHECK_AT
 
     def latest_one(self, fp: int) -> int:
         """0: nothing is said of ``fp``; else the newest operation on it."""
@@ -164,9 +164,9 @@ class ChangeTable:
             limit, number = number, word & 0xFFFFFFFF
         return 0
 
-    def amend(self, fps: U64, held: BoolArray) -> None:
-        """Correct ``held``, what the base says of ``fps``, by what was changed since."""
-        numbers = self._heads.take((fps & self._mask_u64).view(np.int64))
+    def amend(self, fingerprints: U64, held: BoolArray) -> None:
+        """Correct ``held``, what the base says of ``fingerprints``, by what was changed since."""
+        numbers = self._heads.take((fingerprints & self._mask_u64).view(np.int64))
         rows = np.flatnonzero(numbers)
         numbers, limit = numbers[rows].astype(np.int64), len(self._records) + 1
         limits = np.full(len(rows), limit)
@@ -175,13 +175,13 @@ class ChangeTable:
             words = found[:, 1]
             low = words & _NOT_CHECK
             whole = (words == low | self._checks(found[:, 0], low)) & (numbers < limits)
-            hit = whole & (found[:, 0] == fps[rows])
+            hit = whole & (found[:, 0] == fingerprints[rows])
             held[rows[hit]] = low[hit] >> _OP_AT == Op.ADD
             earlier = (words & _NUMBER).view(np.int64)
             on = whole & ~hit & (earlier > 0)
             limits, numbers, rows = numbers[on], earlier[on], rows[on]
         for row in rows.tolist():
-            latest = self.latest_one(int(fps[row]))
+            latest = self.latest_one(int(fingerprints[row]))
             if latest:
                 held[row] = latest == Op.ADD
 
@@ -195,34 +195,38 @@ Parts = tuple[SortedBase, ChangeTable]
 """Of a set. One object, so that whoever asks never sees a new base with old changes."""
 
 
-def parts_hold(parts: Parts, fps: U64) -> BoolArray:
-    """For each of ``fps``: is it in the set?"""
+def parts_hold(parts: Parts, fingerprints: U64) -> BoolArray:
+    """For each of ``fingerprints``: is it in the set?"""
     base, changes = parts
-    held = base.holds(fps)
-    changes.amend(fps, held)
+    held = base.holds(fingerprints)
+    changes.amend(fingerprints, held)
     return held
 
 
-def in_memory(fps: U64) -> Parts:
-    """Sorted, distinct ``fps`` as a set in this process."""
-    records = record_count(len(fps))
+def in_memory(fingerprints: U64) -> Parts:
+    """Sorted, distinct ``fingerprints`` as a set in this process."""
+    records = record_count(len(fingerprints))
     heads = np.zeros(records * HEADS_PER_RECORD, np.uint32)
-    return SortedBase(fps), ChangeTable(heads, np.zeros((records, 2), np.uint64), 0)
+    return SortedBase(fingerprints), ChangeTable(heads, np.zeros((records, 2), np.uint64), 0)
 
 
-def merged(base: U64, fps: U64, added: BoolArray) -> U64:
+def merged(base: U64, fingerprints: U64, added: BoolArray) -> U64:
     """Sorted ``base`` after changes in order. 64 Ki of them and a million pages: some 15 ms.
 
     ``np.union1d`` would sort everything again, and take a second.
     """
-    order = np.argsort(fps, kind="stable")
+    order = np.argsort(fingerprints, kind="stable")
     last = np.ones(len(order), np.bool_)
-    last[:-1] = fps[order[1:]] != fps[order[:-1]]
-    fps, added = fps[order[last]], added[order[last]]
-    rows = np.searchsorted(base, fps)
-    held = base.take(rows, mode="clip") == fps if len(base) else np.zeros(len(fps), np.bool_)
+    last[:-1] = fingerprints[order[1:]] != fingerprints[order[:-1]]
+    fingerprints, added = fingerprints[order[last]], added[order[last]]
+    rows = np.searchsorted(base, fingerprints)
+    held = (
+        base.take(rows, mode="clip") == fingerprints
+        if len(base)
+        else np.zeros(len(fingerprints), np.bool_)
+    )
     kept = np.delete(base, rows[held & ~added])
-    new = fps[added & ~held]
+    new = fingerprints[added & ~held]
     return np.insert(kept, np.searchsorted(kept, new), new)
 
 
@@ -233,28 +237,28 @@ class FingerprintSet:
     and whenever the changes no longer fit beside the base.
     """
 
-    def __init__(self, fps: U64 = EMPTY, make: Callable[[U64], Parts] = in_memory) -> None:
-        """``fps``: uint64 ``[n]``, sorted, distinct."""
+    def __init__(self, fingerprints: U64 = EMPTY, make: Callable[[U64], Parts] = in_memory) -> None:
+        """``fingerprints``: uint64 ``[n]``, sorted, distinct."""
         self._make = make
-        self._parts = make(fps)
-        self._count = len(fps)
+        self._parts = make(fingerprints)
+        self._count = len(fingerprints)
 
     def __len__(self) -> int:
         return self._count
 
-    def holds(self, fps: U64) -> BoolArray:
-        """For each of ``fps``: is it in the set?"""
-        return parts_hold(self._parts, fps)
+    def holds(self, fingerprints: U64) -> BoolArray:
+        """For each of ``fingerprints``: is it in the set?"""
+        return parts_hold(self._parts, fingerprints)
 
-    def add(self, fps: U64) -> U64:
-        """Add ``fps``. The answer: those that were not in it, each once, in order."""
-        new = self._chosen(fps, held=False)
+    def add(self, fingerprints: U64) -> U64:
+        """Add ``fingerprints``. The answer: those that were not in it, each once, in order."""
+        new = self._chosen(fingerprints, held=False)
         self._change(Op.ADD, new)
         return new
 
-    def drop(self, fps: U64) -> U64:
-        """Remove ``fps``. The answer: those that were in it, each once, in order."""
-        gone = self._chosen(fps, held=True)
+    def drop(self, fingerprints: U64) -> U64:
+        """Remove ``fingerprints``. The answer: those that were in it, each once, in order."""
+        gone = self._chosen(fingerprints, held=True)
         self._change(Op.DROP, gone)
         return gone
 
@@ -265,28 +269,34 @@ class FingerprintSet:
     def snapshot(self) -> U64:
         """Everything, sorted: an array nobody changes later. The thread that changes the set only."""
         base, changes = self._parts
-        fps, added = changes.written()
-        return merged(base.fps, fps, added) if len(fps) else base.fps
+        fingerprints, added = changes.written()
+        return (
+            merged(base.fingerprints, fingerprints, added)
+            if len(fingerprints)
+            else base.fingerprints
+        )
 
     def rebase(self) -> None:
         """Make the set's memory anew."""
         self._parts = self._make(self.snapshot())
 
-    def _chosen(self, fps: U64, *, held: bool) -> U64:
-        """Those of ``fps`` that are (not) in the set, each once, in order."""
-        chosen = fps[self.holds(fps) == held]
+    def _chosen(self, fingerprints: U64, *, held: bool) -> U64:
+        """Those of ``fingerprints`` that are (not) in the set, each once, in order."""
+        chosen = fingerprints[self.holds(fingerprints) == held]
         first = np.unique(chosen, return_index=True)[1]
         distinct: U64 = chosen if len(first) == len(chosen) else chosen[np.sort(first)]
         return distinct
 
-    def _change(self, op: Op, fps: U64) -> None:
-        if not len(fps):
+    def _change(self, op: Op, fingerprints: U64) -> None:
+        if not len(fingerprints):
             return
         base, changes = self._parts
-        if len(fps) <= changes.room:
-            changes.append(op, fps)
+        if len(fingerprints) <= changes.room:
+            changes.append(op, fingerprints)
         else:
             earlier, added = changes.written()
-            added = np.concatenate([added, np.full(len(fps), op == Op.ADD)])
-            self._parts = self._make(merged(base.fps, np.concatenate([earlier, fps]), added))
-        self._count += len(fps) if op == Op.ADD else -len(fps)
+            added = np.concatenate([added, np.full(len(fingerprints), op == Op.ADD)])
+            self._parts = self._make(
+                merged(base.fingerprints, np.concatenate([earlier, fingerprints]), added)
+            )
+        self._count += len(fingerprints) if op == Op.ADD else -len(fingerprints)

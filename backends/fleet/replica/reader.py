@@ -53,10 +53,10 @@ class _Held:
         latest = changes.latest_one(fp)
         return latest == Op.ADD or (not latest and base.holds_one(fp))
 
-    def leading(self, fps: U64) -> int:
-        """How many of ``fps`` it holds before the first it does not hold."""
-        held = parts_hold(self.parts, fps)
-        return len(fps) if held.all() else int(held.argmin())
+    def leading(self, fingerprints: U64) -> int:
+        """How many of ``fingerprints`` it holds before the first it does not hold."""
+        held = parts_hold(self.parts, fingerprints)
+        return len(fingerprints) if held.all() else int(held.argmin())
 
 
 class ReplicaReader:
@@ -107,42 +107,42 @@ class ReplicaReader:
         """The nodes that are up, with or without pages in this namespace."""
         return self._peers if self.alive else ()
 
-    def run(self, fps: U64, skip: Callable[[Peer], bool]) -> tuple[Peer, int] | None:
-        """The peer that holds the longest leading run of ``fps`` (uint64 ``[n]``), and how long that is.
+    def run(self, fingerprints: U64, skip: Callable[[Peer], bool]) -> tuple[Peer, int] | None:
+        """The peer that holds the longest leading run of ``fingerprints`` (uint64 ``[n]``), and how long that is.
 
         None: nobody holds the first. Of equals the one that was answered last. ``skip`` is asked of nodes that
         hold the first page only.
         """
-        if not len(fps) or not self.alive:
+        if not len(fingerprints) or not self.alive:
             return None
-        first = int(fps[0])
+        first = int(fingerprints[0])
         holders = [held for held in self._view if held.holds_one(first)]
         if len(holders) > 1:
             holders.sort(key=lambda held: held.peer.slot != self._last_slot)
         best, length = None, 0
         for held in holders:
-            if (length and not held.holds_one(int(fps[length]))) or skip(held.peer):
+            if (length and not held.holds_one(int(fingerprints[length]))) or skip(held.peer):
                 continue
-            leading = held.leading(fps)
+            leading = held.leading(fingerprints)
             if leading > length:
                 best, length = held.peer, leading
-            if length == len(fps):
+            if length == len(fingerprints):
                 break
         if best is None:
             return None
         self._last_slot = best.slot
         return best, length
 
-    def holds(self, fps: U64, skip: Callable[[Peer], bool]) -> BoolArray:
-        """For each of ``fps`` (uint64 ``[n]``): does any peer hold it?"""
-        answer = np.zeros(len(fps), np.bool_)
+    def holds(self, fingerprints: U64, skip: Callable[[Peer], bool]) -> BoolArray:
+        """For each of ``fingerprints`` (uint64 ``[n]``): does any peer hold it?"""
+        answer = np.zeros(len(fingerprints), np.bool_)
         for held in self._view if self.alive else ():
             if skip(held.peer):
                 continue
             open_rows = np.flatnonzero(~answer)
             if not len(open_rows):
                 break
-            answer[open_rows] = parts_hold(held.parts, fps[open_rows])
+            answer[open_rows] = parts_hold(held.parts, fingerprints[open_rows])
         return answer
 
     def page_count(self) -> int:

@@ -72,9 +72,9 @@ class ReplicaWriter:
         """Do readers see something old because ``run_dir`` is full?"""
         return any(space.frozen for space in self._namespaces.values())
 
-    def pages(self, nid: NodeId) -> int:
+    def pages(self, node_id: NodeId) -> int:
         """Pages of a node, over all namespaces."""
-        entry = self._entries.get(nid)
+        entry = self._entries.get(node_id)
         if entry is None:
             return 0
         sets = [space.sets.get(entry.peer.slot, ()) for space in self._namespaces.values()]
@@ -84,67 +84,67 @@ class ReplicaWriter:
         """The agent lives."""
         self._table.beat_ns = time.monotonic_ns()
 
-    def set_peer(self, nid: NodeId, epoch: int, address: str, up: bool) -> None:
+    def set_peer(self, node_id: NodeId, epoch: int, address: str, up: bool) -> None:
         """Make a node known, or what is new of it. ``up`` False: look-ups pass it over, its sets stay.
 
         Raises ``PeerError`` for a name beyond 200 bytes, an address beyond 280, and the 1025th node.
         """
-        if len(nid.encode()) > NID_BYTES or len(address.encode()) > ADDRESS_BYTES:
-            raise PeerError(f"name or address of node {nid[:80]!r} is too long")
-        known = self._entries.get(nid)
+        if len(node_id.encode()) > NID_BYTES or len(address.encode()) > ADDRESS_BYTES:
+            raise PeerError(f"name or address of node {node_id[:80]!r} is too long")
+        known = self._entries.get(node_id)
         if known is None:
             slot = next(self._free_slots(), None)
             if slot is None:
-                raise PeerError(f"no room for node {nid!r}: {SLOTS} are followed already")
+                raise PeerError(f"no room for node {node_id!r}: {SLOTS} are followed already")
             self._tenancies += 1
-            entry = Entry(0, self._tenancies, FREE, Peer(slot, nid, epoch, address))
+            entry = Entry(0, self._tenancies, FREE, Peer(slot, node_id, epoch, address))
         else:
             entry = replace(known, peer=replace(known.peer, epoch=epoch, address=address))
         entry = replace(entry, state=UP if up else DOWN)
         if entry != known:
             self._put(entry)
 
-    def remove_peer(self, nid: NodeId) -> None:
+    def remove_peer(self, node_id: NodeId) -> None:
         """Forget a node and all its sets."""
-        entry = self._entries.get(nid)
+        entry = self._entries.get(node_id)
         if entry is not None:
             for space in self._namespaces.values():
                 space.drop(entry.peer.slot)
             self._put(replace(entry, state=FREE))
-            del self._entries[nid]
+            del self._entries[node_id]
 
-    def reset(self, namespace: str, nid: NodeId, snapshot: Snapshot) -> None:
+    def reset(self, namespace: str, node_id: NodeId, snapshot: Snapshot) -> None:
         """Replace the set of a node."""
-        entry = self._entries.get(nid)
+        entry = self._entries.get(node_id)
         if entry is None:
             return
         space = self._namespaces.get(namespace)
         if space is None:
             space = self._namespaces[namespace] = _Namespace(self._run_dir / namespace)
-        fps = snapshot.fps
-        if not bool((fps[1:] > fps[:-1]).all()):
-            fps = np.unique(fps)
+        fingerprints = snapshot.fingerprints
+        if not bool((fingerprints[1:] > fingerprints[:-1]).all()):
+            fingerprints = np.unique(fingerprints)
         make = partial(self._make, space, entry)
-        space.sets[entry.peer.slot] = FingerprintSet(fps, make)
+        space.sets[entry.peer.slot] = FingerprintSet(fingerprints, make)
 
-    def apply(self, namespace: str, nid: NodeId, op: Op, fps: U64) -> None:
+    def apply(self, namespace: str, node_id: NodeId, op: Op, fingerprints: U64) -> None:
         """Change the set of a node; readers see it at their next look-up."""
-        entry, space = self._entries.get(nid), self._namespaces.get(namespace)
+        entry, space = self._entries.get(node_id), self._namespaces.get(namespace)
         pages = space.sets.get(entry.peer.slot) if entry and space else None
         if entry is None or space is None or pages is None:
             return
         if op is Op.ADD:
-            pages.add(fps)
+            pages.add(fingerprints)
         elif op is Op.DROP:
-            pages.drop(fps)
+            pages.drop(fingerprints)
         elif op is Op.CLEAR:
             space.hide(entry.peer.slot)  # also if the empty set cannot be written
             pages.clear()
         space.count(entry.peer.slot)
 
-    def drop(self, namespace: str, nid: NodeId) -> None:
+    def drop(self, namespace: str, node_id: NodeId) -> None:
         """Forget the set of a node, until its next ``reset``."""
-        entry, space = self._entries.get(nid), self._namespaces.get(namespace)
+        entry, space = self._entries.get(node_id), self._namespaces.get(namespace)
         if entry is not None and space is not None:
             space.drop(entry.peer.slot)
 
@@ -175,26 +175,26 @@ class ReplicaWriter:
         slot = entry.peer.slot
         self._versions[slot] = (self._versions[slot] + 1) & 0xFFFFFFFF
         entry = replace(entry, version=self._versions[slot])
-        self._entries[entry.peer.nid] = entry
+        self._entries[entry.peer.node_id] = entry
         self._table.put(entry)
 
-    def _make(self, space: _Namespace, entry: Entry, fps: U64) -> Parts:
+    def _make(self, space: _Namespace, entry: Entry, fingerprints: U64) -> Parts:
         """Write a set and make it the current one. No space: in memory, and readers keep the one they have."""
         try:
             if space.index is None:
                 space.index = SetIndex.create(space.directory, self._id)
                 self._table.namespaces += 1
             try:
-                return space.publish(entry, fps)
+                return space.publish(entry, fingerprints)
             except OSError:
                 space.sweep()
-                return space.publish(entry, fps)
+                return space.publish(entry, fingerprints)
         except OSError as exc:
             space.frozen.add(entry.peer.slot)
             if not self._full:
                 logger.warning("the replica in %s is frozen: %s", self._run_dir, exc)
             self._full = True
-            return in_memory(fps)
+            return in_memory(fingerprints)
 
 
 class _Namespace:
@@ -209,14 +209,14 @@ class _Namespace:
         self._unused: list[Path] = []
         self._generations = 0
 
-    def publish(self, entry: Entry, fps: U64) -> Parts:
+    def publish(self, entry: Entry, fingerprints: U64) -> Parts:
         """Write a set and make it the current one. Raises ``OSError``: nothing has changed."""
         assert self.index is not None
         slot = entry.peer.slot
         self._generations += 1
         place = SetPlace(self.directory, slot, entry.tenancy, self._generations)
-        parts = write_set(place, fps)
-        self.index.pages[slot] = len(fps)
+        parts = write_set(place, fingerprints)
+        self.index.pages[slot] = len(fingerprints)
         self.index.generation[slot] = place.generation
         reach(Failpoint.REPLICA_KNOWN)
         self._forget_file(slot)

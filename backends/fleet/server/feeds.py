@@ -34,7 +34,7 @@ Send = Callable[[Reader, "list[bytes]"], "zmq.MessageTracker | None"]
 @dataclass(eq=False, slots=True)
 class _Sending:
     reader: Reader
-    rid: int
+    request_id: int
     snapshot: Snapshot
     part: int = 0
     trackers: list[zmq.MessageTracker] = field(default_factory=list)
@@ -55,9 +55,9 @@ class ServeFeeds:
 
         def build() -> Callable[[], None]:
             snapshot = self._snapshot(ask.namespace)
-            return lambda: self._begin(reader, ask.rid, snapshot)
+            return lambda: self._begin(reader, ask.request_id, snapshot)
 
-        self._ask(reader, ask.rid, build)
+        self._ask(reader, ask.request_id, build)
 
     def poll(self, reader: Reader, ask: wire.Poll) -> None:
         """Answer with CHANGES, or with GONE."""
@@ -66,19 +66,19 @@ class ServeFeeds:
             log = self._logs(namespace_name(ask.namespace))
             changes = log.since(ask.epoch, ask.last) if log is not None else None
             if changes is not None:
-                frames = wire.pack_changes(ask.rid, changes)
+                frames = wire.pack_changes(ask.request_id, changes)
             else:
                 reason = (
                     UnavailableReason.UNKNOWN_NAMESPACE if log is None else UnavailableReason.LOST
                 )
-                frames = wire.pack_gone(ask.rid, reason)
+                frames = wire.pack_gone(ask.request_id, reason)
             return lambda: _ignore(self._send(reader, frames))
 
-        self._ask(reader, ask.rid, build)
+        self._ask(reader, ask.request_id, build)
 
-    def _ask(self, reader: Reader, rid: int, build: Job) -> None:
+    def _ask(self, reader: Reader, request_id: int, build: Job) -> None:
         def busy() -> None:
-            self._send(reader, wire.pack_gone(rid, UnavailableReason.BUSY))
+            self._send(reader, wire.pack_gone(request_id, UnavailableReason.BUSY))
 
         if not self._worker.put(build, busy):
             busy()
@@ -95,7 +95,7 @@ class ServeFeeds:
         sending.trackers = [tracker for tracker in sending.trackers if not tracker.done]
         while len(sending.trackers) < PARTS_IN_FLIGHT:
             tracker = self._send(
-                sending.reader, wire.pack_part(sending.rid, sending.snapshot, sending.part)
+                sending.reader, wire.pack_part(sending.request_id, sending.snapshot, sending.part)
             )
             if tracker is None:
                 return False
@@ -115,14 +115,14 @@ class ServeFeeds:
             self._kept[namespace] = (now + SNAPSHOT_KEPT_S, log.snapshot())
         return self._kept[namespace][1]
 
-    def _begin(self, reader: Reader, rid: int, snapshot: Snapshot | None) -> None:
+    def _begin(self, reader: Reader, request_id: int, snapshot: Snapshot | None) -> None:
         if snapshot is None or len(self._sending) >= SENDING_MAX:
             reason = (
                 UnavailableReason.UNKNOWN_NAMESPACE if snapshot is None else UnavailableReason.BUSY
             )
-            self._send(reader, wire.pack_gone(rid, reason))
+            self._send(reader, wire.pack_gone(request_id, reason))
         else:
-            self._sending.append(_Sending(reader, rid, snapshot))
+            self._sending.append(_Sending(reader, request_id, snapshot))
 
 
 def _ignore(_: object) -> None:

@@ -107,9 +107,9 @@ class ServePages:
         if hold is not None:
             self._end_hold(hold)
 
-    def cancel(self, reader: Reader, rid: int) -> None:
+    def cancel(self, reader: Reader, request_id: int) -> None:
         """The reader gave this request up."""
-        for request in [r for r in reader.requests if r.read.rid == rid]:
+        for request in [r for r in reader.requests if r.read.request_id == request_id]:
             self._drop(request)
 
     def forget(self, reader: Reader) -> None:
@@ -226,7 +226,7 @@ class ServePages:
             for start in range(offset, offset + count * stride, stride):
                 memory[start + length : start + stride] = bytes(stride - length)
         head = wire.Pages(
-            request.read.rid, index, PageStatus.OK, pages[0].kind, length,
+            request.read.request_id, index, PageStatus.OK, pages[0].kind, length,
             tuple(page.checksum for page in pages),
         )  # fmt: skip
         end = offset + (count - 1) * stride + length
@@ -251,7 +251,7 @@ class ServePages:
             self._end(request)
 
     def _send_status(self, request: Request, index: int, status: PageStatus) -> None:
-        head = wire.Pages(request.read.rid, index, status, ChecksumKind.NONE, 0, (0,))
+        head = wire.Pages(request.read.request_id, index, status, ChecksumKind.NONE, 0, (0,))
         request.sent += 1
         self.counts[f"pages_{status.name.lower()}"] += 1
         if request.offered is not None:
@@ -264,14 +264,14 @@ class ServePages:
         if request.offered is not None:
             self._send_offered(request, request.offered)
             return
-        self._send(request.reader, wire.pack_end(request.read.rid, request.sent))
+        self._send(request.reader, wire.pack_end(request.read.request_id, request.sent))
 
     def _send_offered(self, request: Request, offered: list[tuple[ServedPage, int]]) -> None:
         """Tell the reader where its pages lie, and keep them there."""
         offsets = [offset for _, offset in self._landed_pages(request)]
         hold = self._holds.hold(request, offsets, time.monotonic()) if offsets else 0
         pages = tuple(self._told(request, page, offset) for page, offset in offered)
-        told = wire.Offered(request.read.rid, hold, self._holds.hold_ms, pages, self._blob)
+        told = wire.Offered(request.read.request_id, hold, self._holds.hold_ms, pages, self._blob)
         if self._send(request.reader, pack_offered(told)):
             self.counts["pages_offered"] += len(offsets)
             self.counts["bytes_offered"] += len(offsets) * request.page_bytes

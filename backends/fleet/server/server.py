@@ -243,7 +243,7 @@ class PageServer:
         elif isinstance(ask, wire.Done):
             self._pages.done(reader, ask.hold)
         elif isinstance(ask, wire.Cancel):
-            self._pages.cancel(reader, ask.rid)
+            self._pages.cancel(reader, ask.request_id)
         elif isinstance(ask, wire.ReportCorrupt):
             self._reported_bad(ask)
         elif isinstance(ask, wire.SnapshotRequest):

@@ -163,9 +163,9 @@ def _read(frame: bytes) -> Read:
     count = _count(READ_LAYOUT, frame, 4, BATCH_PAGES)
     if not count:
         raise WireError("no keys")
-    _, flags, budget, rid, namespace = _fields(READ_LAYOUT, frame, rest=count * KEY_BYTES)
+    _, flags, budget, request_id, namespace = _fields(READ_LAYOUT, frame, rest=count * KEY_BYTES)
     budget_ms = min(_i(budget), BUDGET_MS_MAX)
-    return Read(_i(rid), _b(namespace), budget_ms, _i(flags), _keys(frame, READ_LAYOUT.size))
+    return Read(_i(request_id), _b(namespace), budget_ms, _i(flags), _keys(frame, READ_LAYOUT.size))
 
 
 def _offer(frame: bytes) -> Offer:
@@ -180,7 +180,7 @@ def _offered(frame: bytes) -> Offered:
     count = _count(OFFERED_LAYOUT, frame, 4, BATCH_PAGES)
     size = _count(OFFERED_LAYOUT, frame, 6, BLOB_BYTES_MAX)
     rest = count * OFFERED_PAGE_LAYOUT.size + size
-    _, _, hold_ms, rid, hold = map(_i, _fields(OFFERED_LAYOUT, frame, rest=rest))
+    _, _, hold_ms, request_id, hold = map(_i, _fields(OFFERED_LAYOUT, frame, rest=rest))
     if not 1 <= hold_ms <= HOLD_MS_MAX:
         raise WireError(f"a hold of {hold_ms} ms")
     pages, at = [], OFFERED_LAYOUT.size
@@ -191,7 +191,7 @@ def _offered(frame: bytes) -> Offered:
         if known is None or written is None:
             raise WireError(f"page {index}: status {status}, checksum of kind {kind}")
         pages.append(OfferedPage(known, written, length, checksum, address))
-    return Offered(rid, hold, hold_ms, tuple(pages), frame[at:])
+    return Offered(request_id, hold, hold_ms, tuple(pages), frame[at:])
 
 
 def _bad(frame: bytes) -> ReportCorrupt:
@@ -209,7 +209,7 @@ def _keys(frame: bytes, start: int) -> tuple[PageKey, ...]:
 def _pages(frame: bytes, frames: Sequence[Bytes]) -> Pages:
     if len(frame) < PAGES_LAYOUT.size:
         raise WireError(f"{len(frame)} bytes of an answer")
-    index, status, kind, length, count, rid = PAGES_LAYOUT.unpack_from(frame)[3:]
+    index, status, kind, length, count, request_id = PAGES_LAYOUT.unpack_from(frame)[3:]
     known, written = _STATUSES.get(status), KIND_OF.get(kind)
     if known is None or written is None:
         raise WireError(f"page {index}: status {status}, checksum of kind {kind}")
@@ -222,11 +222,11 @@ def _pages(frame: bytes, frames: Sequence[Bytes]) -> Pages:
     elif len(frames) != 1 or length or count != 1:
         raise WireError(f"page {index}: {known.name} with {len(frames)} frames")
     checksums = struct.unpack_from(f"<{count}Q", frame, PAGES_LAYOUT.size)
-    return Pages(rid, index, known, written, length, checksums)
+    return Pages(request_id, index, known, written, length, checksums)
 
 
 def _part(frame: bytes, frames: Sequence[Bytes]) -> SnapshotPart:
-    part, parts, rid, epoch, last, count, checksum = map(_i, _fields(PART_LAYOUT, frame))
+    part, parts, request_id, epoch, last, count, checksum = map(_i, _fields(PART_LAYOUT, frame))
     if len(frames) != 2 or count > SNAPSHOT_KEYS_MAX:
         raise WireError(f"a snapshot of {count} in {len(frames)} frames")
     if parts != max(1, -(-count // PART_KEYS)) or part >= parts:
@@ -236,11 +236,13 @@ def _part(frame: bytes, frames: Sequence[Bytes]) -> SnapshotPart:
     data = bytes(frames[1])
     if xxhash.xxh3_64_intdigest(data) != checksum:
         raise WireError(f"part {part} of {parts}: its checksum does not match")
-    return SnapshotPart(rid, part, parts, epoch, last, count, checksum, np.frombuffer(data, "<u8"))
+    return SnapshotPart(
+        request_id, part, parts, epoch, last, count, checksum, np.frombuffer(data, "<u8")
+    )
 
 
 def _changes(frame: bytes, frames: Sequence[Bytes]) -> Changes:
-    count, _, rid = map(_i, _fields(CHANGES_LAYOUT, frame))
+    count, _, request_id = map(_i, _fields(CHANGES_LAYOUT, frame))
     if len(frames) != 2 or count > CHANGES_MAX or len(frames[1]) > CHANGES_BYTES_MAX:
         raise WireError(f"{count} changes in {len(frames)} frames")
     body, at, changes = bytes(frames[1]), 0, []
@@ -258,7 +260,7 @@ def _changes(frame: bytes, frames: Sequence[Bytes]) -> Changes:
         at += 8 * keys
     if at != len(body):
         raise WireError(f"{len(body) - at} bytes behind the last change")
-    return Changes(_i(rid), changes)
+    return Changes(_i(request_id), changes)
 
 
 def _welcome(frame: bytes) -> Welcome:
@@ -281,9 +283,9 @@ def _welcome(frame: bytes) -> Welcome:
         namespace_name(frame[i : i + NAMESPACE_BYTES])
         for i in range(at, len(frame), NAMESPACE_BYTES)
     )
-    nid, address, pod, version, *engine_names = texts
+    node_id, address, pod, version, *engine_names = texts
     info = NodeInfo(
-        NodeId(nid), epoch, address, pod, spaces, tuple(engine_names), version, protocol
+        NodeId(node_id), epoch, address, pod, spaces, tuple(engine_names), version, protocol
     )
     return Welcome(nonce, proof, info, kib << 10, queue)
 
@@ -297,11 +299,11 @@ def _refused(frame: bytes) -> Refused:
 
 
 def _gone(frame: bytes) -> Unavailable:
-    number, rid = map(_i, _fields(RID_LAYOUT, frame))
+    number, request_id = map(_i, _fields(RID_LAYOUT, frame))
     reason = {r.value: r for r in UnavailableReason}.get(number)
     if reason is None:
         raise WireError(f"gone for {number}")
-    return Unavailable(rid, reason)
+    return Unavailable(request_id, reason)
 
 
 def _proof(frame: bytes) -> Proof:
@@ -317,20 +319,20 @@ def _cancel(frame: bytes) -> Cancel:
 
 
 def _end(frame: bytes) -> End:
-    sent, _, rid = map(_i, _fields(END_LAYOUT, frame))
+    sent, _, request_id = map(_i, _fields(END_LAYOUT, frame))
     if sent > BATCH_PAGES:
         raise WireError(f"{sent} pages sent")
-    return End(rid, sent)
+    return End(request_id, sent)
 
 
 def _snap(frame: bytes) -> SnapshotRequest:
-    _, rid, namespace = _fields(SNAP_LAYOUT, frame)
-    return SnapshotRequest(_i(rid), _b(namespace))
+    _, request_id, namespace = _fields(SNAP_LAYOUT, frame)
+    return SnapshotRequest(_i(request_id), _b(namespace))
 
 
 def _poll(frame: bytes) -> Poll:
-    _, rid, epoch, last, namespace = _fields(POLL_LAYOUT, frame)
-    return Poll(_i(rid), _b(namespace), _i(epoch), _i(last))
+    _, request_id, epoch, last, namespace = _fields(POLL_LAYOUT, frame)
+    return Poll(_i(request_id), _b(namespace), _i(epoch), _i(last))
 
 
 def _utf8(data: bytes) -> str:

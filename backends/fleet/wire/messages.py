@@ -158,7 +158,7 @@ class Refused:
 class Read:
     """``namespace``: its 16 bytes. ``keys``: 1 to 128 of them, 32 bytes each."""
 
-    rid: int
+    request_id: int
     namespace: bytes
     budget_ms: int
     flags: int
@@ -172,7 +172,7 @@ class Pages:
     OK pages are the frame behind it: ``length`` bytes each, from one to the next ``stride_of(length)``.
     """
 
-    rid: int
+    request_id: int
     index: int
     status: PageStatus
     kind: ChecksumKind
@@ -182,13 +182,13 @@ class Pages:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    rid: int
+    request_id: int
     sent: int
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    rid: int
+    request_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +199,13 @@ class ReportCorrupt:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRequest:
-    rid: int
+    request_id: int
     namespace: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    rid: int
+    request_id: int
     namespace: bytes
     epoch: int
     last: int
@@ -215,25 +215,25 @@ class Poll:
 class SnapshotPart:
     """One of ``parts`` pieces of a snapshot of ``count`` fingerprints; ``checksum``: xxh3_64 of this piece."""
 
-    rid: int
+    request_id: int
     part: int
     parts: int
     epoch: int
     last: int
     count: int
     checksum: int
-    fps: U64
+    fingerprints: U64
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    rid: int
+    request_id: int
     changes: list[Change]
 
 
 @dataclass(frozen=True, slots=True)
 class Unavailable:
-    rid: int
+    request_id: int
     reason: UnavailableReason
 
 
@@ -259,7 +259,7 @@ class OfferedPage:
 class Offered:
     """The first pages of an OFFER: they stay for ``hold_ms`` or until DONE. ``blob``: for the reader's engine."""
 
-    rid: int
+    request_id: int
     hold: int
     hold_ms: int
     pages: tuple[OfferedPage, ...]
@@ -314,7 +314,7 @@ def pack_welcome(welcome: Welcome) -> list[bytes]:
         *_head(Kind.WELCOME), welcome.nonce, welcome.proof, info.epoch, welcome.request_bytes >> 10,
         welcome.queue, len(names) // NAMESPACE_BYTES, len(info.engines), info.protocol,
     )  # fmt: skip
-    texts = (info.nid, info.address, info.pod, info.version, *info.engines)
+    texts = (info.node_id, info.address, info.pod, info.version, *info.engines)
     return [fixed + b"".join(_text(text) for text in texts) + names]
 
 
@@ -323,7 +323,7 @@ def pack_read(read: Read, kind: Kind = Kind.READ) -> list[bytes]:
     assert 1 <= len(read.keys) <= BATCH_PAGES
     budget = min(max(0, read.budget_ms), BUDGET_MS_MAX)
     fixed = READ_LAYOUT.pack(
-        *_head(kind), len(read.keys), read.flags, budget, read.rid, read.namespace
+        *_head(kind), len(read.keys), read.flags, budget, read.request_id, read.namespace
     )
     return [fixed + b"".join(read.keys)]
 
@@ -333,17 +333,23 @@ def pack_pages(pages: Pages) -> bytes:
     count = len(pages.checksums)
     assert 1 <= count <= BATCH_PAGES
     fixed = PAGES_LAYOUT.pack(
-        *_head(Kind.PAGES), pages.index, pages.status, pages.kind, pages.length, count, pages.rid
+        *_head(Kind.PAGES),
+        pages.index,
+        pages.status,
+        pages.kind,
+        pages.length,
+        count,
+        pages.request_id,
     )
     return fixed + struct.pack(f"<{count}Q", *pages.checksums)
 
 
-def pack_end(rid: int, sent: int) -> list[bytes]:
-    return [END_LAYOUT.pack(*_head(Kind.END), sent, 0, rid)]
+def pack_end(request_id: int, sent: int) -> list[bytes]:
+    return [END_LAYOUT.pack(*_head(Kind.END), sent, 0, request_id)]
 
 
-def pack_cancel(rid: int) -> list[bytes]:
-    return [RID_LAYOUT.pack(*_head(Kind.CANCEL), 0, rid)]
+def pack_cancel(request_id: int) -> list[bytes]:
+    return [RID_LAYOUT.pack(*_head(Kind.CANCEL), 0, request_id)]
 
 
 def pack_bad(namespace: bytes, keys: Sequence[PageKey]) -> list[bytes]:
@@ -351,47 +357,55 @@ def pack_bad(namespace: bytes, keys: Sequence[PageKey]) -> list[bytes]:
     return [BAD_LAYOUT.pack(*_head(Kind.BAD), len(keys), 0, namespace) + b"".join(keys)]
 
 
-def pack_snap(rid: int, namespace: bytes) -> list[bytes]:
-    return [SNAP_LAYOUT.pack(*_head(Kind.SNAP), 0, rid, namespace)]
+def pack_snap(request_id: int, namespace: bytes) -> list[bytes]:
+    return [SNAP_LAYOUT.pack(*_head(Kind.SNAP), 0, request_id, namespace)]
 
 
 def pack_poll(poll: Poll) -> list[bytes]:
-    return [POLL_LAYOUT.pack(*_head(Kind.POLL), 0, poll.rid, poll.epoch, poll.last, poll.namespace)]
+    return [
+        POLL_LAYOUT.pack(
+            *_head(Kind.POLL), 0, poll.request_id, poll.epoch, poll.last, poll.namespace
+        )
+    ]
 
 
-def pack_gone(rid: int, reason: UnavailableReason) -> list[bytes]:
-    return [RID_LAYOUT.pack(*_head(Kind.GONE), reason, rid)]
+def pack_gone(request_id: int, reason: UnavailableReason) -> list[bytes]:
+    return [RID_LAYOUT.pack(*_head(Kind.GONE), reason, request_id)]
 
 
 def snapshot_parts(snapshot: Snapshot) -> int:
     """How many PART messages it takes; at least one."""
-    return max(1, -(-len(snapshot.fps) // PART_KEYS))
+    return max(1, -(-len(snapshot.fingerprints) // PART_KEYS))
 
 
-def pack_part(rid: int, snapshot: Snapshot, part: int) -> list[bytes]:
+def pack_part(request_id: int, snapshot: Snapshot, part: int) -> list[bytes]:
     """Piece ``part`` of a snapshot: header, and its fingerprints."""
-    piece = np.ascontiguousarray(snapshot.fps[part * PART_KEYS : (part + 1) * PART_KEYS], "<u8")
+    piece = np.ascontiguousarray(
+        snapshot.fingerprints[part * PART_KEYS : (part + 1) * PART_KEYS], "<u8"
+    )
     data = piece.tobytes()
     header = PART_LAYOUT.pack(
-        *_head(Kind.PART), part, snapshot_parts(snapshot), rid, snapshot.epoch, snapshot.last,
-        len(snapshot.fps), xxhash.xxh3_64_intdigest(data),
+        *_head(Kind.PART), part, snapshot_parts(snapshot), request_id, snapshot.epoch, snapshot.last,
+        len(snapshot.fingerprints), xxhash.xxh3_64_intdigest(data),
     )  # fmt: skip
     return [header, data]
 
 
-def pack_changes(rid: int, changes: Sequence[Change]) -> list[bytes]:
+def pack_changes(request_id: int, changes: Sequence[Change]) -> list[bytes]:
     """As many of the first changes as one message takes; the follower asks for the rest."""
     body, count = [], 0
     size = 0
     for change in changes[:CHANGES_MAX]:
-        assert len(change.fps) <= CHANGE_KEYS
-        size += CHANGE_LAYOUT.size + 8 * len(change.fps)
+        assert len(change.fingerprints) <= CHANGE_KEYS
+        size += CHANGE_LAYOUT.size + 8 * len(change.fingerprints)
         if size > CHANGES_BYTES_MAX:
             break
-        body.append(CHANGE_LAYOUT.pack(change.epoch, change.first, change.op, len(change.fps), 0))
-        body.append(change.fps.astype("<u8").tobytes())
+        body.append(
+            CHANGE_LAYOUT.pack(change.epoch, change.first, change.op, len(change.fingerprints), 0)
+        )
+        body.append(change.fingerprints.astype("<u8").tobytes())
         count += 1
-    return [CHANGES_LAYOUT.pack(*_head(Kind.CHANGES), count, 0, rid), b"".join(body)]
+    return [CHANGES_LAYOUT.pack(*_head(Kind.CHANGES), count, 0, request_id), b"".join(body)]
 
 
 def _text(text: str) -> bytes:

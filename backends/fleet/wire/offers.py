@@ -33,7 +33,7 @@ def pack_offered(offered: Offered) -> list[bytes]:
     assert offered.hold_ms <= HOLD_MS_MAX
     fixed = OFFERED_LAYOUT.pack(
         MAGIC, PROTOCOL, Kind.OFFERED, len(offered.pages), len(offered.blob), offered.hold_ms,
-        offered.rid, offered.hold,
+        offered.request_id, offered.hold,
     )  # fmt: skip
     return [fixed + b"".join(map(_page, offered.pages)) + offered.blob]
 

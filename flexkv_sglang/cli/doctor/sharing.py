@@ -159,12 +159,12 @@ def peer_breaker(facts: Facts) -> Finding | None:
     for fleet in facts.fleets:
         reasons: dict[str, list[str]] = {}
         for said in fleet.ranks.values():
-            for nid, why in dict(said.get("breakers", {})).items():
-                reasons.setdefault(nid, []).append(why)
+            for node_id, why in dict(said.get("breakers", {})).items():
+                reasons.setdefault(node_id, []).append(why)
         if reasons:
             shown = [
-                f"{nid} by {len(whys)} of {len(fleet.ranks)}: {whys[0]}"
-                for nid, whys in sorted(reasons.items())[:_SHOWN]
+                f"{node_id} by {len(whys)} of {len(fleet.ranks)}: {whys[0]}"
+                for node_id, whys in sorted(reasons.items())[:_SHOWN]
             ]
             return _finding(
                 *(facts, "peer_breaker", "Nodes that failed are not asked for a while"),

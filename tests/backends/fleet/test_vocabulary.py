@@ -10,7 +10,7 @@ import pytest
 from flexkv_sglang.backends.fleet.vocabulary import (
     Change,
     Op,
-    fingerprints,
+    fingerprints_of,
     namespace_bytes,
     namespace_name,
 )
@@ -33,14 +33,19 @@ def test_what_is_no_namespace_is_refused(name: str) -> None:
 
 def test_fingerprints_are_the_first_eight_bytes() -> None:
     keys = [PageKey(bytes([1, 0, 0, 0, 0, 0, 0, 2]) + os.urandom(24)), PageKey(bytes(32))]
-    assert fingerprints(keys).tolist() == [1 + (2 << 56), 0]
-    assert fingerprints([]).dtype == np.uint64
+    assert fingerprints_of(keys).tolist() == [1 + (2 << 56), 0]
+    assert fingerprints_of([]).dtype == np.uint64
 
 
 def test_numbers_of_changes() -> None:
     three = np.arange(3, dtype=np.uint64)
     none = three[:0]
     assert [
-        Change(1, 5, op, fps).numbers
-        for op, fps in [(Op.ADD, three), (Op.DROP, three), (Op.CLEAR, none), (Op.HEARTBEAT, none)]
+        Change(1, 5, op, fingerprints).numbers
+        for op, fingerprints in [
+            (Op.ADD, three),
+            (Op.DROP, three),
+            (Op.CLEAR, none),
+            (Op.HEARTBEAT, none),
+        ]
     ] == [3, 3, 1, 0]

@@ -238,7 +238,7 @@ def run(narrator: Narrator, fleet: Fleet) -> Story:
     story.outputs_equal = first.output_ids == second.output_ids and (
         other.output_ids == third.output_ids == cut.output_ids == healed.output_ids
     )
-    story.nodes = {nid: str(peer["state"]) for nid, peer in fleet.nodes("h2").items()}
+    story.nodes = {node_id: str(peer["state"]) for node_id, peer in fleet.nodes("h2").items()}
     return story
 
 

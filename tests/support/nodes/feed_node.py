@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support
 
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Op, ShareConfig
 from flexkv_sglang.types import U64
-from nodes.fleet_bed import NS, MemorySink, WireNode, fps
+from nodes.fleet_bed import NS, MemorySink, WireNode, fingerprints
 
 
 class Stamped(MemorySink):
     """Notes when each page came."""
 
-    def apply(self, namespace: str, nid: NodeId, op: Op, keys: U64) -> None:
-        super().apply(namespace, nid, op, keys)
+    def apply(self, namespace: str, node_id: NodeId, op: Op, keys: U64) -> None:
+        super().apply(namespace, node_id, op, keys)
         now = time.monotonic()
         for key in keys.tolist():
             seen[key] = now
@@ -40,7 +40,7 @@ def main() -> None:
     print(json.dumps({"address": node.address}), flush=True)
     for line in sys.stdin:
         ask = json.loads(line)
-        node.logs.log(NS).add(fps(*ask.get("add", ())))
+        node.logs.log(NS).add(fingerprints(*ask.get("add", ())))
         held = node.holds(ask["peer"])
         answer = {
             "held": None if held is None else len(held),

@@ -41,7 +41,7 @@ NS = namespace_name(bytes(range(16)))
 OTHER_NS = namespace_name(bytes(range(1, 17)))
 
 
-def fps(*numbers: int) -> U64:
+def fingerprints(*numbers: int) -> U64:
     """Fingerprints."""
     return np.array(numbers, np.uint64)
 
@@ -78,31 +78,31 @@ class MemorySink:
         finally:
             self._user.release()
 
-    def set_peer(self, nid: NodeId, epoch: int, address: str, up: bool) -> None:
+    def set_peer(self, node_id: NodeId, epoch: int, address: str, up: bool) -> None:
         with self._used("set_peer"):
-            self.peers[nid] = (epoch, address, up)
+            self.peers[node_id] = (epoch, address, up)
             if not up:
-                self.was_down.add(nid)
+                self.was_down.add(node_id)
 
-    def remove_peer(self, nid: NodeId) -> None:
+    def remove_peer(self, node_id: NodeId) -> None:
         with self._used("remove_peer"):
-            self.peers.pop(nid, None)
+            self.peers.pop(node_id, None)
 
-    def reset(self, namespace: str, nid: NodeId, snapshot: Snapshot) -> None:
+    def reset(self, namespace: str, node_id: NodeId, snapshot: Snapshot) -> None:
         with self._used("reset"):
-            self.sets[namespace, nid] = set(snapshot.fps.tolist())
+            self.sets[namespace, node_id] = set(snapshot.fingerprints.tolist())
 
-    def apply(self, namespace: str, nid: NodeId, op: Op, keys: U64) -> None:
+    def apply(self, namespace: str, node_id: NodeId, op: Op, keys: U64) -> None:
         with self._used("apply"):
-            held = self.sets[namespace, nid]
-            self.sets[namespace, nid] = {
+            held = self.sets[namespace, node_id]
+            self.sets[namespace, node_id] = {
                 Op.ADD: held.union(keys.tolist()),
                 Op.DROP: held.difference(keys.tolist()),
             }.get(op, set())
 
-    def drop(self, namespace: str, nid: NodeId) -> None:
+    def drop(self, namespace: str, node_id: NodeId) -> None:
         with self._used("drop"):
-            self.sets.pop((namespace, nid), None)
+            self.sets.pop((namespace, node_id), None)
 
     def beat(self) -> None:
         with self._used("beat"):
@@ -147,12 +147,12 @@ class Node:
     """One node: its own changes, its roster, what it knows of others."""
 
     def __init__(
-        self, share: ShareConfig, wires: Wires, nid: str, logs: ChangeLogs | None = None
+        self, share: ShareConfig, wires: Wires, node_id: str, logs: ChangeLogs | None = None
     ) -> None:
         self.logs = logs or ChangeLogs(outbox=bool(share.redis_url))
         self.logs.log(NS)
-        self.first_nid = NodeId(nid)
-        self.address = f"{nid}:1"
+        self.first_nid = NodeId(node_id)
+        self.address = f"{node_id}:1"
         self.share = share
         self.sink = MemorySink()
         self.counts: Counter[str] = Counter()
@@ -180,12 +180,12 @@ class Node:
         """Is the replica of ``other`` what it has?"""
         log = other.logs.find(namespace)
         assert log is not None
-        mine = self.sink.sets.get((namespace, other.roster.nid))
-        return mine == set(log.snapshot().fps.tolist()) and self.sees(other)
+        mine = self.sink.sets.get((namespace, other.roster.node_id))
+        return mine == set(log.snapshot().fingerprints.tolist()) and self.sees(other)
 
     def sees(self, other: Node) -> bool:
         """Is ``other`` up here?"""
-        return self.sink.peers.get(other.roster.nid, (0, "", False))[2]
+        return self.sink.peers.get(other.roster.node_id, (0, "", False))[2]
 
     def __enter__(self) -> Node:
         return self.start()
@@ -203,10 +203,10 @@ class Node:
 class WireNode:
     """A node that others reach over the real wire, on loopback."""
 
-    def __init__(self, share: ShareConfig, nid: str) -> None:
+    def __init__(self, share: ShareConfig, node_id: str) -> None:
         self.logs = ChangeLogs()
         self.logs.log(NS)
-        self.nid = NodeId(nid)
+        self.node_id = NodeId(node_id)
         self.sink = MemorySink()
         self.counts: Counter[str] = Counter()
         self.roster: Membership | None = None
@@ -218,8 +218,8 @@ class WireNode:
         self.address = self._server.start()
 
     def own_info(self) -> NodeInfo:
-        nid = self.roster.nid if self.roster else self.nid
-        return NodeInfo(nid, self.logs.epoch, self.address, "", self.logs.namespaces())
+        node_id = self.roster.node_id if self.roster else self.node_id
+        return NodeInfo(node_id, self.logs.epoch, self.address, "", self.logs.namespaces())
 
     def meet(self, share: ShareConfig) -> None:
         """Begin to follow."""
@@ -232,10 +232,10 @@ class WireNode:
     def _count(self, name: str, amount: int) -> None:
         self.counts[name] += amount
 
-    def holds(self, nid: str) -> set[int] | None:
+    def holds(self, node_id: str) -> set[int] | None:
         """The replica of a node that is up."""
-        up = self.sink.peers.get(NodeId(nid), (0, "", False))[2]
-        return self.sink.sets.get((NS, NodeId(nid))) if up else None
+        up = self.sink.peers.get(NodeId(node_id), (0, "", False))[2]
+        return self.sink.sets.get((NS, NodeId(node_id))) if up else None
 
     def close(self) -> None:
         if self.roster:
@@ -248,29 +248,29 @@ class HandNode:
     """A node that a test plays by hand: its entry and its stream in Redis say what the test wants."""
 
     def __init__(
-        self, client: redis.Redis, wires: Wires, nid: str, cluster_id: str = "default"
+        self, client: redis.Redis, wires: Wires, node_id: str, cluster_id: str = "default"
     ) -> None:
         self.client = client
-        self.nid = NodeId(nid)
+        self.node_id = NodeId(node_id)
         self.logs = ChangeLogs()
         self.log = self.logs.log(NS)
-        self.roster = SimpleNamespace(nid=self.nid)
+        self.roster = SimpleNamespace(node_id=self.node_id)
         self._cluster_id = cluster_id
-        wires.nodes[f"{nid}:1"] = cast(Node, self)
+        wires.nodes[f"{node_id}:1"] = cast(Node, self)
 
     def own_info(self) -> NodeInfo:
-        return NodeInfo(self.nid, self.logs.epoch, f"{self.nid}:1", "", (NS,))
+        return NodeInfo(self.node_id, self.logs.epoch, f"{self.node_id}:1", "", (NS,))
 
     def beat(self, entry: bytes | None = None, ahead_s: float = 0.0) -> None:
         """Be in the list until the expiry, as if it were ``ahead_s`` seconds later."""
         live, nodes, version = member_keys(self._cluster_id)
-        self.client.zadd(live, {self.nid: (time.time() + ahead_s) * 1000})
-        self.client.hset(nodes, self.nid, entry or encode_info(self.own_info()))
+        self.client.zadd(live, {self.node_id: (time.time() + ahead_s) * 1000})
+        self.client.hset(nodes, self.node_id, entry or encode_info(self.own_info()))
         self.client.set(version, os.urandom(8))
 
     def write(self, *changes: Change, entry_id: str = "*") -> None:
         """Append to the stream."""
-        key = stream_key(self._cluster_id, NS, self.nid)
+        key = stream_key(self._cluster_id, NS, self.node_id)
         for change in changes:
             self.client.xadd(key, cast(Any, encode_change(change)), id=entry_id)
 
@@ -283,6 +283,6 @@ class HandNode:
 
     def added(self, *numbers: int) -> Change:
         """Have more pages; the change that says so."""
-        self.log.add(fps(*numbers))
+        self.log.add(fingerprints(*numbers))
         (change,) = self.take()
         return change

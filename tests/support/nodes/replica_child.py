@@ -54,20 +54,20 @@ def write(run_dir: str, seed: int, point: Failpoint | None) -> None:
     writer, pages = ReplicaWriter(run_dir), [pages_of(node) for node in range(NODES)]
     for _ in range(100_000):
         number = draw.randrange(NODES)
-        node, fps = NodeId(f"node-{number}"), pages[number]
+        node, fingerprints = NodeId(f"node-{number}"), pages[number]
         turn = draw.random()
         some = np.array(draw.sample(range(PAGES), draw.randrange(1, 400)))
         if turn < 0.1:
             writer.set_peer(node, draw.getrandbits(63), f"host-{number}:{number}", turn < 0.09)
-            writer.reset(NAMESPACE, node, Snapshot(1, 0, np.unique(fps[some])))
+            writer.reset(NAMESPACE, node, Snapshot(1, 0, np.unique(fingerprints[some])))
         elif turn < 0.14:
             writer.remove_peer(node)
         elif turn < 0.15:
-            writer.apply(NAMESPACE, node, Op.CLEAR, fps[:0])
+            writer.apply(NAMESPACE, node, Op.CLEAR, fingerprints[:0])
         elif turn < 0.2:
             writer.tick()
         else:
-            writer.apply(NAMESPACE, node, Op.ADD if turn < 0.7 else Op.DROP, fps[some])
+            writer.apply(NAMESPACE, node, Op.ADD if turn < 0.7 else Op.DROP, fingerprints[some])
         writer.beat()
 
 
@@ -75,14 +75,14 @@ def settle(run_dir: str, seed: int) -> dict[str, list[int]]:
     """Take over from the one that was killed; what each node holds from then on, by number of page."""
     draw, writer, held = random.Random(seed), ReplicaWriter(run_dir), dict[str, list[int]]()
     for number in draw.sample(range(NODES), NODES - 1):
-        node, fps = NodeId(f"node-{number}"), pages_of(number)
+        node, fingerprints = NodeId(f"node-{number}"), pages_of(number)
         kept = sorted(draw.sample(range(PAGES), draw.randrange(1, PAGES // 2)))
         added = sorted(draw.sample(range(PAGES), 600))
         dropped = sorted(draw.sample(range(PAGES), 600))
         writer.set_peer(node, number, f"host-{number}:{number}", True)
-        writer.reset(NAMESPACE, node, Snapshot(1, 0, np.unique(fps[kept])))
-        writer.apply(NAMESPACE, node, Op.ADD, fps[added])
-        writer.apply(NAMESPACE, node, Op.DROP, fps[dropped])
+        writer.reset(NAMESPACE, node, Snapshot(1, 0, np.unique(fingerprints[kept])))
+        writer.apply(NAMESPACE, node, Op.ADD, fingerprints[added])
+        writer.apply(NAMESPACE, node, Op.DROP, fingerprints[dropped])
         held[node] = sorted((set(kept) | set(added)) - set(dropped))
     writer.tick()
     writer.beat()
@@ -125,11 +125,11 @@ def look(
         wrong.append("holds says yes to what was never added")
     if reader.run(foreign[at : at + 128], nobody) is not None:
         wrong.append("run found what was never added")
-    halves = [p for p in reader.peers() if p.address != f"host-{p.nid[5:]}:{p.nid[5:]}"]
+    halves = [p for p in reader.peers() if p.address != f"host-{p.node_id[5:]}:{p.node_id[5:]}"]
     wrong.extend(f"peer of two halves: {peer}" for peer in halves)
     answer = reader.run(some, nobody)
-    if answer is not None and answer[0].nid != f"node-{number}":
-        wrong.append(f"page of node {number} at {answer[0].nid}")
+    if answer is not None and answer[0].node_id != f"node-{number}":
+        wrong.append(f"page of node {number} at {answer[0].node_id}")
     return int(reader.holds(some, nobody).sum())
 
 
@@ -138,16 +138,16 @@ def settled(reader: ReplicaReader, held: dict[str, list[int]]) -> bool:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         reader.refresh()
-        if {peer.nid for peer in reader.peers()} == set(held) and all(
-            sees_exactly(reader, NodeId(nid), numbers) for nid, numbers in held.items()
+        if {peer.node_id for peer in reader.peers()} == set(held) and all(
+            sees_exactly(reader, NodeId(node_id), numbers) for node_id, numbers in held.items()
         ):
             return reader.page_count() == sum(map(len, held.values()))
     return False
 
 
-def sees_exactly(reader: ReplicaReader, nid: NodeId, numbers: list[int]) -> bool:
+def sees_exactly(reader: ReplicaReader, node_id: NodeId, numbers: list[int]) -> bool:
     """Is what this node holds, as far as the reader sees, what it should hold?"""
-    seen = reader.holds(pages_of(int(nid[5:])), lambda peer: peer.nid != nid)
+    seen = reader.holds(pages_of(int(node_id[5:])), lambda peer: peer.node_id != node_id)
     return np.flatnonzero(seen).tolist() == numbers
 
 

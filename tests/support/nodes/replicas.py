@@ -33,6 +33,6 @@ def open_reader(run_dir: Path, namespace: str = SPACE, ttl_s: float = 30.0) -> R
     return reader
 
 
-def fill(writer: ReplicaWriter, nid: NodeId, fps: U64, namespace: str = SPACE) -> None:
-    writer.set_peer(nid, 7, f"{nid}:1", up=True)
-    writer.reset(namespace, nid, Snapshot(7, 0, fps))
+def fill(writer: ReplicaWriter, node_id: NodeId, fingerprints: U64, namespace: str = SPACE) -> None:
+    writer.set_peer(node_id, 7, f"{node_id}:1", up=True)
+    writer.reset(namespace, node_id, Snapshot(7, 0, fingerprints))

@@ -9,7 +9,7 @@ import pytest
 
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs, OwnChanges, after
 from flexkv_sglang.backends.fleet.vocabulary import CHANGE_KEYS, Change, Op
-from nodes.fleet_bed import NS, OTHER_NS, fps
+from nodes.fleet_bed import NS, OTHER_NS, fingerprints
 
 
 @pytest.fixture
@@ -19,17 +19,17 @@ def logs() -> ChangeLogs:
 
 def sent(log: OwnChanges) -> list[tuple[Op, int, list[int]]]:
     """What waits to be published."""
-    return [(change.op, change.first, change.fps.tolist()) for change in log.pending(1000)]
+    return [(change.op, change.first, change.fingerprints.tolist()) for change in log.pending(1000)]
 
 
 def test_changes_are_numbered_without_holes_and_only_real_ones_count(logs: ChangeLogs) -> None:
     log = logs.log(NS)
-    log.add(fps(5, 3, 5))
-    log.add(fps(3, 4))
-    log.drop(fps(9, 3))
-    log.drop(fps(3))
+    log.add(fingerprints(5, 3, 5))
+    log.add(fingerprints(3, 4))
+    log.drop(fingerprints(9, 3))
+    log.drop(fingerprints(3))
     log.clear()
-    log.add(fps(5))
+    log.add(fingerprints(5))
     assert sent(log) == [
         (Op.ADD, 1, [5, 3, 4]),
         (Op.DROP, 4, [3]),
@@ -37,23 +37,23 @@ def test_changes_are_numbered_without_holes_and_only_real_ones_count(logs: Chang
         (Op.ADD, 6, [5]),
     ]
     snapshot = log.snapshot()
-    assert (snapshot.epoch, snapshot.last, snapshot.fps.tolist()) == (logs.epoch, 6, [5])
+    assert (snapshot.epoch, snapshot.last, snapshot.fingerprints.tolist()) == (logs.epoch, 6, [5])
 
 
 def test_a_change_has_at_most_512_keys(logs: ChangeLogs) -> None:
     log = logs.log(NS)
     log.add(np.arange(CHANGE_KEYS + 1, dtype=np.uint64))
     for number in range(10_000, 10_100):
-        log.add(fps(number))
+        log.add(fingerprints(number))
     sizes = [change.numbers for change in log.pending(10)]
     assert sizes == [512, 101]
 
 
 def test_what_was_published_is_gone_even_from_a_change_that_grew(logs: ChangeLogs) -> None:
     log = logs.log(NS)
-    log.add(fps(1, 2))
+    log.add(fingerprints(1, 2))
     log.pending(10)
-    log.add(fps(3))
+    log.add(fingerprints(3))
     log.published(logs.epoch, 2)
     assert sent(log) == [(Op.ADD, 3, [3])]
     log.published(logs.epoch ^ 1, 3)
@@ -67,11 +67,11 @@ def test_what_was_published_is_gone_even_from_a_change_that_grew(logs: ChangeLog
 
 def test_an_outbox_that_overflows_begins_a_new_epoch_for_all(logs: ChangeLogs) -> None:
     log, other = logs.log(NS), logs.log(OTHER_NS)
-    other.add(fps(1))
+    other.add(fingerprints(1))
     epoch = logs.epoch
     log.add(np.arange(2000, dtype=np.uint64))
     assert logs.epoch == epoch
-    log.add(fps(5000))
+    log.add(fingerprints(5000))
     assert logs.epoch != epoch
     assert logs.overflows == 1
     assert sent(log) == sent(other) == []
@@ -90,24 +90,27 @@ def test_without_redis_nothing_piles_up() -> None:
 def test_since_gives_what_is_kept_and_says_when_it_is_not(logs: ChangeLogs) -> None:
     log = logs.log(NS)
     assert log.since(logs.epoch, 0) == []
-    log.add(fps(1, 2, 3))
-    log.drop(fps(1))
+    log.add(fingerprints(1, 2, 3))
+    log.drop(fingerprints(1))
     found = log.since(logs.epoch, 2)
     assert found is not None
-    assert [(change.first, change.fps.tolist()) for change in found] == [(3, [3]), (4, [1])]
+    assert [(change.first, change.fingerprints.tolist()) for change in found] == [
+        (3, [3]),
+        (4, [1]),
+    ]
     assert log.since(logs.epoch, 4) == []
     assert log.since(logs.epoch, 5) is None
     assert log.since(logs.epoch ^ 1, 4) is None
     for number in range(3):
-        log.add(fps(10 + number))
-        log.drop(fps(10 + number))
+        log.add(fingerprints(10 + number))
+        log.drop(fingerprints(10 + number))
     assert log.since(logs.epoch, 4) is None
     assert log.since(logs.epoch, 6) is not None
 
 
 def test_a_namespace_that_comes_back_has_a_hole_in_its_numbers(logs: ChangeLogs) -> None:
     log = logs.log(NS)
-    log.add(fps(1, 2))
+    log.add(fingerprints(1, 2))
     epoch = logs.epoch
     logs.remove(NS)
     assert logs.find(NS) is None
@@ -119,12 +122,12 @@ def test_a_namespace_that_comes_back_has_a_hole_in_its_numbers(logs: ChangeLogs)
 
 def test_a_snapshot_is_not_changed_by_what_comes_later(logs: ChangeLogs) -> None:
     log = logs.log(NS)
-    log.add(fps(3, 1))
+    log.add(fingerprints(3, 1))
     snapshot = log.snapshot()
-    log.drop(fps(1))
-    log.add(fps(2))
-    assert snapshot.fps.tolist() == [1, 3]
-    assert log.snapshot().fps.tolist() == [2, 3]
+    log.drop(fingerprints(1))
+    log.add(fingerprints(2))
+    assert snapshot.fingerprints.tolist() == [1, 3]
+    assert log.snapshot().fingerprints.tolist() == [2, 3]
 
 
 def test_many_pages_come_in_pieces() -> None:
@@ -133,7 +136,7 @@ def test_many_pages_come_in_pieces() -> None:
     for start in range(0, len(keys), 4096):
         log.add(keys[start : start + 4096])
     assert len(log) == 200_000
-    assert np.array_equal(log.snapshot().fps, np.arange(200_000, dtype=np.uint64))
+    assert np.array_equal(log.snapshot().fingerprints, np.arange(200_000, dtype=np.uint64))
 
 
 def test_many_threads_leave_no_hole() -> None:
@@ -142,9 +145,9 @@ def test_many_threads_leave_no_hole() -> None:
 
     def work(base: int) -> None:
         for number in range(200):
-            log.add(fps(base + number))
+            log.add(fingerprints(base + number))
             if number % 3 == 0:
-                log.drop(fps(base + number))
+                log.drop(fingerprints(base + number))
 
     threads = [threading.Thread(target=work, args=(1000 * number,)) for number in range(4)]
     for thread in threads:
@@ -159,15 +162,15 @@ def test_many_threads_leave_no_hole() -> None:
         assert change.first == following
         following += change.numbers
         held = (
-            held | set(change.fps.tolist())
+            held | set(change.fingerprints.tolist())
             if change.op is Op.ADD
-            else held - set(change.fps.tolist())
+            else held - set(change.fingerprints.tolist())
         )
-    assert held == set(log.snapshot().fps.tolist())
+    assert held == set(log.snapshot().fingerprints.tolist())
 
 
 def test_after() -> None:
-    change = Change(1, 5, Op.ADD, fps(1, 2, 3))
+    change = Change(1, 5, Op.ADD, fingerprints(1, 2, 3))
     assert after(change, 4) is change
-    assert after(change, 6).fps.tolist() == [3]
+    assert after(change, 6).fingerprints.tolist() == [3]
     assert after(change, 6).first == 7

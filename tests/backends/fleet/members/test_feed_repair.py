@@ -17,7 +17,7 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
     stream_key,
 )
 from flexkv_sglang.backends.fleet.vocabulary import Change, Op, ShareConfig
-from nodes.fleet_bed import NS, HandNode, Node, Wires, eventually, fps
+from nodes.fleet_bed import NS, HandNode, Node, Wires, eventually, fingerprints
 from nodes.redis_server import RedisServer
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -43,8 +43,8 @@ def knows(node: Node, hand: HandNode) -> bool:
 def test_entries_are_applied_once_and_in_part(scene: tuple[Node, HandNode]) -> None:
     node, hand = scene
     first, second = hand.added(4, 5), hand.added(6)
-    overlap = Change(first.epoch, 5, Op.ADD, fps(5, 6, 7))
-    hand.log.add(fps(7))
+    overlap = Change(first.epoch, 5, Op.ADD, fingerprints(5, 6, 7))
+    hand.log.add(fingerprints(7))
     hand.write(first, first, second, first, overlap)
     assert knows(node, hand)
     assert node.roster.status()["peers"][0]["pages"] == 7  # type: ignore[index]
@@ -80,7 +80,7 @@ def test_a_stream_whose_ids_went_back_is_read_again(
     monkeypatch.setattr(redis_feed, "SILENCE_S", 0.6)
     node, hand = scene
     assert eventually(lambda: node.counts["share_changes_in"] > 0)
-    hand.client.delete(stream_key("default", NS, hand.nid))
+    hand.client.delete(stream_key("default", NS, hand.node_id))
     hand.write(hand.added(9), entry_id="1-1")  # far below what was read
     assert knows(node, hand)
 
@@ -90,20 +90,20 @@ def test_another_epoch_is_ignored_until_a_beat_tells_of_it(
 ) -> None:
     monkeypatch.setattr("flexkv_sglang.backends.fleet.members.snapshot_queue.NEW_EPOCH_S", 0.1)
     node, hand = scene
-    hand.write(Change(hand.logs.epoch ^ 1, 4, Op.DROP, fps(1)))
+    hand.write(Change(hand.logs.epoch ^ 1, 4, Op.DROP, fingerprints(1)))
     hand.write(hand.added(4))
     assert knows(node, hand)
     with hand.logs.lock:
         hand.logs.renew_locked()
-    hand.log.drop(fps(2))
+    hand.log.drop(fingerprints(2))
     hand.beat()
     assert knows(node, hand)
 
 
 def test_rubbish_in_redis_is_counted_and_skipped(scene: tuple[Node, HandNode]) -> None:
     node, hand = scene
-    key = stream_key("default", NS, hand.nid)
-    good = encode_change(Change(hand.logs.epoch, 4, Op.ADD, fps(4)))
+    key = stream_key("default", NS, hand.node_id)
+    good = encode_change(Change(hand.logs.epoch, 4, Op.ADD, fingerprints(4)))
     rubbish = [
         {b"x": b"y"},
         {**good, b"e": b"zz"},
@@ -133,11 +133,11 @@ def test_rubbish_in_redis_is_counted_and_skipped(scene: tuple[Node, HandNode]) -
     hand.client.set(version, b"changed")
     beats = node.counts["share_beats"]
     assert eventually(lambda: node.counts["share_beats"] > beats + 2)
-    assert set(node.sink.peers) == {hand.nid}
+    assert set(node.sink.peers) == {hand.node_id}
     hand.client.delete(live)
     hand.client.set(live, b"no set at all")
     assert eventually(lambda: node.counts["share_redis_errors"] > 0)
-    assert node.sink.peers[hand.nid][2]
+    assert node.sink.peers[hand.node_id][2]
 
 
 def test_sets_that_lie_are_asked_for_again(
@@ -145,9 +145,9 @@ def test_sets_that_lie_are_asked_for_again(
 ) -> None:
     monkeypatch.setattr("flexkv_sglang.backends.fleet.members.snapshot_queue.ASK_AGAIN_S", 0.1)
     node, hand = scene
-    node.roster.doubted("no such namespace", hand.nid)
+    node.roster.doubted("no such namespace", hand.node_id)
     assert node.counts["share_distrusted"] == 0
-    node.roster.doubted(NS, hand.nid)
+    node.roster.doubted(NS, hand.node_id)
     assert node.counts["share_distrusted"] == 1
     assert eventually(lambda: node.counts["share_snapshots"] >= 2)
     assert knows(node, hand)
@@ -172,7 +172,7 @@ def test_after_close_nothing_is_written(scene: tuple[Node, HandNode]) -> None:
     node.roster.close()
     calls = node.sink.calls.copy()
     hand.write(hand.added(4))
-    node.roster.changed(NS, hand.nid, [Change(hand.logs.epoch, 4, Op.ADD, fps(4))])
+    node.roster.changed(NS, hand.node_id, [Change(hand.logs.epoch, 4, Op.ADD, fingerprints(4))])
     node.roster.listed("redis", [])
     node.roster.wanted_namespaces(())
     assert node.sink.calls == calls

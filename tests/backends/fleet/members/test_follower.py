@@ -17,7 +17,7 @@ from flexkv_sglang.backends.fleet.members.follower import (
     Step,
 )
 from flexkv_sglang.backends.fleet.vocabulary import Change, Op, Snapshot
-from nodes.fleet_bed import NS, fps
+from nodes.fleet_bed import NS, fingerprints
 
 KEYS = st.lists(st.integers(0, 20), min_size=1, max_size=6)
 
@@ -31,13 +31,13 @@ class Replica:
     def take(self, steps: list[Step]) -> None:
         for step in steps:
             if isinstance(step, Reset):
-                self.pages = set(step.snapshot.fps.tolist())
+                self.pages = set(step.snapshot.fingerprints.tolist())
             elif isinstance(step, Forget):
                 assert self.pages is not None
                 self.pages = None
             else:
                 assert self.pages is not None, "a change to no set"
-                keys = set(step.fps.tolist())
+                keys = set(step.fingerprints.tolist())
                 if step.op is Op.ADD:
                     assert not keys & self.pages, "applied twice"
                     self.pages |= keys
@@ -64,18 +64,18 @@ class FeedMachine(RuleBasedStateMachine):
     def start_owner(self) -> None:
         self.logs = ChangeLogs(outbox_keys=40, ring_changes=8)
         self.log = self.logs.log(NS)
-        self.log.add(fps(*self.truth))
+        self.log.add(fingerprints(*self.truth))
 
     # the owner
 
     @rule(keys=KEYS)
     def add(self, keys: list[int]) -> None:
-        self.log.add(fps(*keys))
+        self.log.add(fingerprints(*keys))
         self.truth |= set(keys)
 
     @rule(keys=KEYS)
     def drop(self, keys: list[int]) -> None:
-        self.log.drop(fps(*keys))
+        self.log.drop(fingerprints(*keys))
         self.truth -= set(keys)
 
     @rule()
@@ -220,27 +220,27 @@ def followed(last: int = 0) -> Follower:
 
 def test_only_the_new_part_of_an_overlap_is_applied() -> None:
     follower = followed(3)
-    (step,) = follower.changed(Change(7, 2, Op.ADD, fps(1, 2, 3, 4)))
+    (step,) = follower.changed(Change(7, 2, Op.ADD, fingerprints(1, 2, 3, 4)))
     assert isinstance(step, Apply)
-    assert step.fps.tolist() == [3, 4]
-    assert follower.changed(Change(7, 2, Op.ADD, fps(1, 2, 3, 4))) == []
+    assert step.fingerprints.tolist() == [3, 4]
+    assert follower.changed(Change(7, 2, Op.ADD, fingerprints(1, 2, 3, 4))) == []
 
 
 def test_a_snapshot_of_another_epoch_is_no_use() -> None:
     follower = Follower()
     follower.announced(7, 0.0)
-    assert follower.answered(Snapshot(8, 3, fps(1, 2, 3))) == []
+    assert follower.answered(Snapshot(8, 3, fingerprints(1, 2, 3))) == []
     assert follower.wants_snapshot
 
 
 def test_a_keep_alive_tells_how_much_is_missing() -> None:
     follower = followed(3)
-    follower.changed(Change(7, 4, Op.HEARTBEAT, fps()))
+    follower.changed(Change(7, 4, Op.HEARTBEAT, fingerprints()))
     assert not follower.wants_snapshot
-    follower.changed(Change(7, 6, Op.HEARTBEAT, fps()))
+    follower.changed(Change(7, 6, Op.HEARTBEAT, fingerprints()))
     assert follower.wants_snapshot
     assert follower.behind == 2
-    follower.answered(Snapshot(7, 4, fps(1, 2, 3, 4)))
+    follower.answered(Snapshot(7, 4, fingerprints(1, 2, 3, 4)))
     assert follower.wants_snapshot  # 5 is still missing
 
 
@@ -256,7 +256,7 @@ def test_an_old_set_is_a_hint_for_two_seconds() -> None:
 def test_a_snapshot_in_time_replaces_the_hint() -> None:
     follower = followed(3)
     follower.announced(8, 10.0)
-    snapshot = Snapshot(8, 1, fps(9))
+    snapshot = Snapshot(8, 1, fingerprints(9))
     assert follower.answered(snapshot) == [Reset(snapshot)]
     assert follower.tick(100.0) == []
     assert follower.held
@@ -266,25 +266,28 @@ def test_changes_that_came_before_the_snapshot_follow_it() -> None:
     follower = Follower()
     follower.announced(7, 0.0)
     for number in (2, 3, 4):
-        assert follower.changed(Change(7, number, Op.ADD, fps(number))) == []
-    steps = follower.answered(Snapshot(7, 2, fps(1, 2)))
-    assert [step.fps.tolist() for step in steps[1:] if isinstance(step, Apply)] == [[3], [4]]
+        assert follower.changed(Change(7, number, Op.ADD, fingerprints(number))) == []
+    steps = follower.answered(Snapshot(7, 2, fingerprints(1, 2)))
+    assert [step.fingerprints.tolist() for step in steps[1:] if isinstance(step, Apply)] == [
+        [3],
+        [4],
+    ]
     assert follower.last == 4
     assert not follower.wants_snapshot
 
 
 def test_clear_empties_even_a_set_that_waits() -> None:
     follower = followed(3)
-    follower.changed(Change(7, 9, Op.ADD, fps(9)))
+    follower.changed(Change(7, 9, Op.ADD, fingerprints(9)))
     assert follower.wants_snapshot
     assert follower.held
-    assert follower.changed(Change(7, 10, Op.CLEAR, fps())) == [Forget()]
+    assert follower.changed(Change(7, 10, Op.CLEAR, fingerprints())) == [Forget()]
 
 
 def test_a_snapshot_older_than_the_set_is_no_use() -> None:
     follower = followed(5)
-    follower.changed(Change(7, 9, Op.ADD, fps(9)))
-    assert follower.answered(Snapshot(7, 4, fps(1, 2, 3, 4))) == []
+    follower.changed(Change(7, 9, Op.ADD, fingerprints(9)))
+    assert follower.answered(Snapshot(7, 4, fingerprints(1, 2, 3, 4))) == []
     assert follower.wants_snapshot
 
 
@@ -292,8 +295,8 @@ def test_parked_changes_are_bounded_and_their_loss_is_noticed() -> None:
     follower = Follower()
     follower.announced(7, 0.0)
     for number in range(1, PARKED_CHANGES + 11):
-        follower.changed(Change(7, number, Op.ADD, fps(number)))
-    follower.answered(Snapshot(7, 5, fps(1, 2, 3, 4, 5)))  # 6 to 10 are gone
+        follower.changed(Change(7, number, Op.ADD, fingerprints(number)))
+    follower.answered(Snapshot(7, 5, fingerprints(1, 2, 3, 4, 5)))  # 6 to 10 are gone
     assert follower.wants_snapshot
     assert follower.behind == PARKED_CHANGES + 5
     follower.answered(Snapshot(7, PARKED_CHANGES + 10, np.arange(1000, dtype=np.uint64)))

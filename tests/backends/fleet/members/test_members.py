@@ -21,7 +21,7 @@ FEED = ("ns", NodeId("a"))
 
 
 def up(members: Members) -> set[str]:
-    return {nid for nid, member in members.known.items() if member.up}
+    return {node_id for node_id, member in members.known.items() if member.up}
 
 
 def test_who_is_not_listed_is_down_and_gone_after_a_minute() -> None:
@@ -39,7 +39,7 @@ def test_who_comes_back_is_up_again() -> None:
     members.listed("redis", [A], 0.0)
     members.listed("redis", [], 1.0)
     members.listed("redis", [replace(A, epoch=9)], 2.0)
-    assert members.known[A.nid].info.epoch == 9
+    assert members.known[A.node_id].info.epoch == 9
     assert members.tick(1000.0) == []
 
 
@@ -64,7 +64,7 @@ def test_one_source_is_enough_and_its_own_word_counts_more() -> None:
     members = Members()
     members.listed("redis", [A], 0.0)
     members.listed("peer x", [replace(A, epoch=5)], 1.0)
-    assert members.known[A.nid].info.epoch == 5
+    assert members.known[A.node_id].info.epoch == 5
     members.listed("redis", [], 2.0)
     assert up(members) == {"a"}
     members.listed("peer x", [], 3.0)

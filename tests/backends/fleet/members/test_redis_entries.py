@@ -17,7 +17,7 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
     stream_key,
 )
 from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo, Op
-from nodes.fleet_bed import NS, OTHER_NS, fps
+from nodes.fleet_bed import NS, OTHER_NS, fingerprints
 
 INFO = NodeInfo(NodeId("host-1a"), 0xAB, "10.0.0.1:7000", "rack", (OTHER_NS, NS), ("zmq",), "0.1")
 ENTRY = (
@@ -25,16 +25,16 @@ ENTRY = (
     b'"ns":["aaaqeayeaudaocajbifqydiob4","aebagbafaydqqcikbmga2dqpca"],"pod":"rack","proto":2,"ver":"0.1"}'
 )
 CHANGES = [
-    (Change(0xAB, 7, Op.ADD, fps(1, 256)), b"A", bytes([1, *bytes(7), 0, 1, *bytes(6)])),
-    (Change(0xAB, 7, Op.DROP, fps(2)), b"D", bytes([2, *bytes(7)])),
-    (Change(0xAB, 7, Op.CLEAR, fps()), b"C", b""),
-    (Change(0xAB, 7, Op.HEARTBEAT, fps()), b"K", b""),
+    (Change(0xAB, 7, Op.ADD, fingerprints(1, 256)), b"A", bytes([1, *bytes(7), 0, 1, *bytes(6)])),
+    (Change(0xAB, 7, Op.DROP, fingerprints(2)), b"D", bytes([2, *bytes(7)])),
+    (Change(0xAB, 7, Op.CLEAR, fingerprints()), b"C", b""),
+    (Change(0xAB, 7, Op.HEARTBEAT, fingerprints()), b"K", b""),
 ]
 
 
 def test_names_of_keys() -> None:
     assert member_keys("c") == ("fk1:{c}:live", "fk1:{c}:nodes", "fk1:{c}:ver")
-    assert stream_key("c", NS, INFO.nid) == b"fk1:{c}:aaaqeayeaudaocajbifqydiob4:log:host-1a"
+    assert stream_key("c", NS, INFO.node_id) == b"fk1:{c}:aaaqeayeaudaocajbifqydiob4:log:host-1a"
 
 
 def test_a_nodes_entry() -> None:
@@ -42,7 +42,7 @@ def test_a_nodes_entry() -> None:
     found = decode_info(b"host-1a", ENTRY)
     assert found is not None
     assert encode_info(found) == ENTRY
-    assert (found.nid, found.epoch, found.address) == (INFO.nid, INFO.epoch, INFO.address)
+    assert (found.node_id, found.epoch, found.address) == (INFO.node_id, INFO.epoch, INFO.address)
 
 
 @pytest.mark.parametrize(("change", "letter", "keys"), CHANGES)
@@ -52,7 +52,7 @@ def test_a_changes_entry(change: Change, letter: bytes, keys: bytes) -> None:
     found = decode_change(fields)
     assert found is not None
     assert (found.epoch, found.first, found.op) == (change.epoch, change.first, change.op)
-    assert found.fps.tolist() == change.fps.tolist()
+    assert found.fingerprints.tolist() == change.fingerprints.tolist()
 
 
 JSON = st.recursive(
@@ -65,12 +65,14 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(sorted(json.loads(ENTRY))), JSON, st.binary(max_size=8))
-def test_an_entry_with_one_wrong_field_never_raises(name: str, value: object, nid: bytes) -> None:
+def test_an_entry_with_one_wrong_field_never_raises(
+    name: str, value: object, node_id: bytes
+) -> None:
     entry = json.loads(ENTRY)
     entry[name] = value
     info = decode_info(b"n", json.dumps(entry).encode())
     assert info is None or info.protocol == 2
-    decode_info(nid, ENTRY)
+    decode_info(node_id, ENTRY)
     del entry[name]
     assert decode_info(b"n", json.dumps(entry).encode()) is None
 

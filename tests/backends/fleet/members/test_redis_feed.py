@@ -16,7 +16,7 @@ from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet.members.redis_entries import member_keys, stream_key
 from flexkv_sglang.backends.fleet.members.redis_feed import streams_of
 from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
-from nodes.fleet_bed import NS, OTHER_NS, HandNode, Node, Wires, eventually, fps
+from nodes.fleet_bed import NS, OTHER_NS, HandNode, Node, Wires, eventually, fingerprints
 from nodes.redis_server import RedisServer
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -35,8 +35,8 @@ def test_each_node_knows_what_the_other_has(
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         one.logs.log(NS).add(np.arange(10_000, dtype=np.uint64))
         assert both_know(one, two)
-        one.logs.log(NS).drop(fps(1, 2, 3))
-        two.logs.log(NS).add(fps(7))
+        one.logs.log(NS).drop(fingerprints(1, 2, 3))
+        two.logs.log(NS).add(fingerprints(7))
         assert both_know(one, two)
         one.logs.log(NS).clear()
         assert both_know(one, two)
@@ -48,7 +48,7 @@ def test_redis_absent_at_the_start(server: RedisServer, share: ShareConfig) -> N
     server.kill()
     wires = Wires()
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
-        one.logs.log(NS).add(fps(1))
+        one.logs.log(NS).add(fingerprints(1))
         assert eventually(lambda: one.counts["share_redis_errors"] > 2)
         assert one.roster.status()["peers"] == []
         server.start()
@@ -63,9 +63,9 @@ def test_redis_killed_and_back_empty(
         assert both_know(one, two)
         caplog.clear()
         server.kill()
-        one.logs.log(NS).add(fps(1, 2))
+        one.logs.log(NS).add(fingerprints(1, 2))
         assert eventually(lambda: one.counts["share_redis_errors"] > 3)
-        one.logs.log(NS).drop(fps(1))
+        one.logs.log(NS).drop(fingerprints(1))
         assert two.sees(one)
         server.start()
         assert both_know(one, two)
@@ -80,7 +80,7 @@ def test_redis_hangs(server: RedisServer, share: ShareConfig) -> None:
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         assert both_know(one, two)
         server.signal(signal.SIGSTOP)
-        one.logs.log(NS).add(fps(1, 2))
+        one.logs.log(NS).add(fingerprints(1, 2))
         before = one.counts["share_redis_errors"]
         assert eventually(lambda: one.counts["share_redis_errors"] > before)
         assert two.sees(one)
@@ -118,9 +118,9 @@ def test_redis_is_slow(tmp_path: Path, share: ShareConfig) -> None:
         with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
             slow = threading.Thread(target=dawdle)
             slow.start()
-            one.logs.log(NS).add(fps(1))
+            one.logs.log(NS).add(fingerprints(1))
             assert both_know(one, two)
-            one.logs.log(NS).drop(fps(1))
+            one.logs.log(NS).drop(fingerprints(1))
             assert both_know(one, two)
             over.set()
             slow.join()
@@ -130,11 +130,11 @@ def test_redis_is_slow(tmp_path: Path, share: ShareConfig) -> None:
 def test_flushall(server: RedisServer, share: ShareConfig) -> None:
     wires = Wires()
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
-        one.logs.log(NS).add(fps(1))
+        one.logs.log(NS).add(fingerprints(1))
         assert both_know(one, two)
         for number in range(10, 20):
             server.client().flushall()
-            one.logs.log(NS).add(fps(number))
+            one.logs.log(NS).add(fingerprints(number))
             assert both_know(one, two)
         assert eventually(lambda: one.counts["share_redis_emptied"] > 0)
     assert not one.sink.was_down - {"b"}
@@ -156,10 +156,10 @@ def test_a_node_that_dies_is_down_after_the_expiry(server: RedisServer, share: S
     hand = HandNode(server.client(), wires, "h")
     with Node(share, wires, "a") as one:
         hand.beat()
-        assert eventually(lambda: one.sink.peers.get(hand.nid, (0, "", False))[2])
-        assert eventually(lambda: not one.sink.peers[hand.nid][2])
+        assert eventually(lambda: one.sink.peers.get(hand.node_id, (0, "", False))[2])
+        assert eventually(lambda: not one.sink.peers[hand.node_id][2])
         hand.beat()
-        assert eventually(lambda: one.sink.peers[hand.nid][2])
+        assert eventually(lambda: one.sink.peers[hand.node_id][2])
 
 
 def test_a_quiet_stream_says_how_far_it_goes(
@@ -169,7 +169,7 @@ def test_a_quiet_stream_says_how_far_it_goes(
     wires = Wires()
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         assert both_know(one, two)
-        key = stream_key("default", NS, one.roster.nid)
+        key = stream_key("default", NS, one.roster.node_id)
         assert eventually(lambda: len(server.client().xrange(key)) > 2)
         _entry_id, fields = server.client().xrange(key)[-1]  # type: ignore[index]
         assert fields[b"o"] == b"K"
@@ -218,7 +218,7 @@ def test_a_servers_clock_that_went_back_leaves_no_zombies(
         zombie = HandNode(server.client(), wires, "z")
         zombie.beat(ahead_s=3600)  # as all are when the clock goes back an hour
         for node in (one, two):
-            server.client().zadd(member_keys("default")[0], {node.roster.nid: 1e15})
+            server.client().zadd(member_keys("default")[0], {node.roster.node_id: 1e15})
         assert eventually(lambda: server.client().zcard(member_keys("default")[0]) == 2)
         beats = one.counts["share_beats"]
         assert eventually(lambda: one.counts["share_beats"] > beats + 3)
@@ -229,7 +229,7 @@ def test_a_servers_clock_that_went_back_leaves_no_zombies(
 def test_only_namespaces_present_here_are_followed(server: RedisServer, share: ShareConfig) -> None:
     wires = Wires()
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
-        one.logs.log(OTHER_NS).add(fps(5))
+        one.logs.log(OTHER_NS).add(fingerprints(5))
         assert both_know(one, two)
         assert set(two.sink.sets) == {(NS, "a")}
         two.roster.wanted_namespaces({OTHER_NS})
@@ -266,9 +266,9 @@ def test_the_same_name_twice(
         other.address = "twin2:1"
         wires.nodes.update({"twin:1": one, "twin2:1": other})
         with other:
-            assert eventually(lambda: one.roster.nid != other.roster.nid)
+            assert eventually(lambda: one.roster.node_id != other.roster.node_id)
             assert both_know(one, other)
-            assert {"twin"} < {one.roster.nid, other.roster.nid}
+            assert {"twin"} < {one.roster.node_id, other.roster.node_id}
         assert any(
             record.levelname == "ERROR" and "same nid" in record.message
             for record in caplog.records
@@ -285,7 +285,7 @@ def test_clocks_of_this_machine_may_jump(
             monkeypatch.setattr(time, "time", lambda jump=jump: 1.7e9 + jump)
             beats = one.counts["share_beats"]
             assert eventually(lambda beats=beats: one.counts["share_beats"] > beats + 3)  # type: ignore[misc]
-            one.logs.log(NS).add(fps(number))
+            one.logs.log(NS).add(fingerprints(number))
             assert both_know(one, two)
     assert not one.sink.was_down
 

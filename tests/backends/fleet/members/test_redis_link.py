@@ -18,7 +18,7 @@ from flexkv_sglang.backends.fleet.members.redis_link import (
 )
 from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
 from flexkv_sglang.errors import ConfigError
-from nodes.fleet_bed import NS, Node, Wires, eventually, fps
+from nodes.fleet_bed import NS, Node, Wires, eventually, fingerprints
 from nodes.redis_server import ACL, RedisServer, free_port
 
 SECRET = "correct-horse"
@@ -33,7 +33,7 @@ def meet(share: ShareConfig) -> None:
     share = replace(share, heartbeat_s=0.1, node_ttl_s=0.6)
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         assert eventually(lambda: one.knows(two) and two.knows(one))
-        one.logs.log(NS).add(fps(1, 2))
+        one.logs.log(NS).add(fingerprints(1, 2))
         assert eventually(lambda: one.knows(two) and two.knows(one))
         assert one.counts["share_redis_errors"] == two.counts["share_redis_errors"] == 0
 
@@ -202,7 +202,7 @@ def test_sentinel_promotes_the_replica(tmp_path: Path) -> None:
         with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
             assert eventually(lambda: one.knows(two) and two.knows(one))
             first.kill()
-            one.logs.log(NS).add(fps(1, 2))
+            one.logs.log(NS).add(fingerprints(1, 2))
             assert two.sees(one)
             assert eventually(lambda: one.knows(two) and two.knows(one), 30)
         assert not one.sink.was_down - {"b"}

@@ -18,7 +18,7 @@ import pytest
 from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
 from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
 from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
-from nodes.fleet_bed import NS, WireNode, eventually, fps
+from nodes.fleet_bed import NS, WireNode, eventually, fingerprints
 from nodes.redis_server import RedisServer, free_port
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def test_static_peers_follow_each_other(pair: tuple[WireNode, WireNode]) -> None
     two.meet(share)
     assert eventually(lambda: two.holds("a") == set(range(3000)) and one.holds("b") == set())
     one.logs.log(NS).drop(np.arange(5, dtype=np.uint64))
-    two.logs.log(NS).add(fps(7))
+    two.logs.log(NS).add(fingerprints(7))
     assert eventually(lambda: two.holds("a") == set(range(5, 3000)) and one.holds("b") == {7})
     one.logs.log(NS).clear()
     assert eventually(lambda: two.holds("a") == set())
@@ -70,10 +70,10 @@ def test_a_follower_that_fell_behind_the_ring_takes_a_snapshot(
     ring = one.logs.log(NS)
     with one.logs.lock:
         ring.forget_locked()
-    one.logs.log(NS).add(fps(1))
+    one.logs.log(NS).add(fingerprints(1))
     with one.logs.lock:
         ring.forget_locked()
-    one.logs.log(NS).add(fps(2))
+    one.logs.log(NS).add(fingerprints(2))
     assert eventually(lambda: two.holds("a") == {1, 2})
 
 
@@ -81,14 +81,14 @@ def test_a_static_peer_that_is_gone_is_down_and_comes_back(pair: tuple[WireNode,
     one, two = pair
     address = f"127.0.0.1:{free_port()}"
     third = WireNode(replace(SHARE, listen=address), "c")
-    third.logs.log(NS).add(fps(3))
+    third.logs.log(NS).add(fingerprints(3))
     two.meet(replace(SHARE, peers=(address, one.address)))
     assert eventually(lambda: two.holds("c") == {3})
     third.close()
     assert eventually(lambda: two.holds("c") is None)
     assert eventually(lambda: two.holds("a") == set())
     again = WireNode(replace(SHARE, listen=address), "c")
-    again.logs.log(NS).add(fps(4))
+    again.logs.log(NS).add(fingerprints(4))
     assert eventually(lambda: two.holds("c") == {4})
     again.close()
 
@@ -97,13 +97,13 @@ def test_a_static_peer_with_our_name_makes_one_of_us_take_another(
     pair: tuple[WireNode, WireNode],
 ) -> None:
     one, two = pair
-    two.nid = one.nid
+    two.node_id = one.node_id
     share = replace(SHARE, peers=(one.address, two.address))
     one.meet(share)
     two.meet(share)
-    assert eventually(lambda: one.own_info().nid != two.own_info().nid)
+    assert eventually(lambda: one.own_info().node_id != two.own_info().node_id)
     assert eventually(
-        lambda: two.holds(one.own_info().nid) == one.holds(two.own_info().nid) == set()
+        lambda: two.holds(one.own_info().node_id) == one.holds(two.own_info().node_id) == set()
     )
 
 
@@ -113,14 +113,14 @@ def test_redis_and_static_peers_at_once(pair: tuple[WireNode, WireNode], tmp_pat
         share = replace(SHARE, redis_url=server.url, peers=(one.address, two.address))
         one.meet(share)
         two.meet(share)
-        one.logs.log(NS).add(fps(1, 2))
+        one.logs.log(NS).add(fingerprints(1, 2))
         assert eventually(lambda: two.holds("a") == {1, 2} and one.holds("b") == set())
         server.kill()
-        one.logs.log(NS).add(fps(3))
+        one.logs.log(NS).add(fingerprints(3))
         assert eventually(lambda: two.holds("a") == {1, 2, 3})
         two.sink.was_down.clear()
         server.start()
-        one.logs.log(NS).drop(fps(1))
+        one.logs.log(NS).drop(fingerprints(1))
         assert eventually(lambda: two.holds("a") == {2, 3})
         assert not two.sink.was_down
 
@@ -155,9 +155,9 @@ def test_ranks_find_the_pages_of_other_nodes_in_the_replica(
 class Child:
     """``feed_node.py``, asked line by line."""
 
-    def __init__(self, share: ShareConfig, nid: str) -> None:
+    def __init__(self, share: ShareConfig, node_id: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(SUPPORT / "feed_node.py"), json.dumps(asdict(share)), nid],
+            [sys.executable, str(SUPPORT / "feed_node.py"), json.dumps(asdict(share)), node_id],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -214,7 +214,7 @@ def visible_after_ms(node: WireNode, child: Child) -> list[float]:
     added: dict[int, float] = {}
     for number in range(60):
         added[number] = time.monotonic()
-        node.logs.log(NS).add(fps(number))
+        node.logs.log(NS).add(fingerprints(number))
         time.sleep(0.003 * (number % 7))  # at all phases of whatever has a period
     assert eventually(lambda: child.ask(peer="a")["held"] == 200_060)
     seen = child.ask(peer="a", seen=True)["seen"]

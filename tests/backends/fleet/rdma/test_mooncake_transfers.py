@@ -29,7 +29,7 @@ THERE, STRANGER = b"10.0.0.5:15000", b"10.0.0.6:15000"
 @pytest.fixture(autouse=True)
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[TransferEngine]]:
     """Mooncake, which starts well and whose batches wait for the test."""
-    monkeypatch.setattr(engine_mooncake, "MODULE", "played_mooncake")
+    monkeypatch.setattr(engine_mooncake, "MODULE", "nodes.played_mooncake")
     yield TransferEngine
     for engine in TransferEngine.made:
         engine.hold.set()

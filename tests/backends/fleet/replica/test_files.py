@@ -32,8 +32,8 @@ def writer(shm_path: Path) -> Iterator[ReplicaWriter]:
 def grow(writer: ReplicaWriter, rounds: int) -> U64:
     """Add until the changes no longer fit beside the base. What was added."""
     added = [pages(500) for _ in range(rounds)]
-    for fps in added:
-        writer.apply(SPACE, A, Op.ADD, fps)
+    for fingerprints in added:
+        writer.apply(SPACE, A, Op.ADD, fingerprints)
     return np.concatenate(added)
 
 
@@ -121,9 +121,9 @@ def test_files_that_are_damaged_are_no_sets(shm_path: Path, writer: ReplicaWrite
 
 def test_a_set_file_is_what_the_documents_say(shm_path: Path, writer: ReplicaWriter) -> None:
     """Read by hand, after docs/DATA_FILE.md."""
-    fps = pages(1000)
-    fill(writer, A, fps)
-    new, gone = pages(1), fps[5:6]
+    fingerprints = pages(1000)
+    fill(writer, A, fingerprints)
+    new, gone = pages(1), fingerprints[5:6]
     writer.apply(SPACE, A, Op.ADD, new)
     writer.apply(SPACE, A, Op.DROP, gone)
     data = (shm_path / SPACE / "p0.1.set").read_bytes()
@@ -138,7 +138,7 @@ def test_a_set_file_is_what_the_documents_say(shm_path: Path, writer: ReplicaWri
     assert len(data) == records_at + 16 * records
     starts = struct.unpack_from(f"<{buckets + 1}I", data, 64)
     stored = struct.unpack_from(f"<{count}Q", data, fps_at)
-    assert list(stored) == fps.tolist()
+    assert list(stored) == fingerprints.tolist()
     for at, fp in enumerate(stored):
         bucket = fp >> (65 - buckets.bit_length())
         assert starts[bucket] <= at < starts[bucket + 1]

@@ -21,8 +21,8 @@ from flexkv_sglang.types import U64
 EXTREMES = (0, 1, 2, (1 << 64) - 1, 1 << 63, (1 << 63) - 1)
 
 
-def array(*fps: int) -> U64:
-    return np.array(fps, np.uint64)
+def array(*fingerprints: int) -> U64:
+    return np.array(fingerprints, np.uint64)
 
 
 def spread(rng: np.random.Generator, count: int) -> U64:
@@ -92,27 +92,29 @@ def test_a_snapshot_does_not_change_later() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000, 70_000])
 def test_a_base_of_any_size(count: int) -> None:
-    fps = np.unique(spread(np.random.default_rng(count), count))
-    base = SortedBase(fps)
-    others = np.setdiff1d(np.unique(np.concatenate([fps + np.uint64(1), array(*EXTREMES)])), fps)
-    assert base.holds(fps).all()
+    fingerprints = np.unique(spread(np.random.default_rng(count), count))
+    base = SortedBase(fingerprints)
+    others = np.setdiff1d(
+        np.unique(np.concatenate([fingerprints + np.uint64(1), array(*EXTREMES)])), fingerprints
+    )
+    assert base.holds(fingerprints).all()
     assert not base.holds(others).any()
 
 
 def test_changes_that_do_not_fit_are_folded_in_at_once() -> None:
-    fps = np.unique(spread(np.random.default_rng(7), 5000))
+    fingerprints = np.unique(spread(np.random.default_rng(7), 5000))
     pages = FingerprintSet()
-    pages.add(fps)
-    assert len(fps) > record_count(0)
-    assert pages.snapshot().tolist() == fps.tolist()
-    pages.drop(fps)
+    pages.add(fingerprints)
+    assert len(fingerprints) > record_count(0)
+    assert pages.snapshot().tolist() == fingerprints.tolist()
+    pages.drop(fingerprints)
     assert len(pages) == len(pages.snapshot()) == 0
 
 
 def test_the_last_word_counts() -> None:
-    fps, added = array(5, 7, 5, 7, 5, 8), np.array([True, False, False, True, True, False])
-    assert merged(array(6, 7, 8), fps, added).tolist() == [5, 6, 7]
-    assert merged(EMPTY, fps, added).tolist() == [5, 7]
+    fingerprints, added = array(5, 7, 5, 7, 5, 8), np.array([True, False, False, True, True, False])
+    assert merged(array(6, 7, 8), fingerprints, added).tolist() == [5, 6, 7]
+    assert merged(EMPTY, fingerprints, added).tolist() == [5, 7]
 
 
 def table(records: int = 1024, salt: int = 3) -> tuple[ChangeTable, np.ndarray, U64]:
@@ -120,13 +122,13 @@ def table(records: int = 1024, salt: int = 3) -> tuple[ChangeTable, np.ndarray, 
     return ChangeTable(heads, rows, salt), heads, rows
 
 
-def latest_both(changes: ChangeTable, fps: U64) -> list[int]:
+def latest_both(changes: ChangeTable, fingerprints: U64) -> list[int]:
     """Asked one by one, and (so many that it takes that way) all at once."""
-    single = [changes.latest_one(fp) for fp in fps.tolist()]
+    single = [changes.latest_one(fp) for fp in fingerprints.tolist()]
     for before in (False, True):
         for times in (1, 40):
-            held = np.full(len(fps) * times, before)
-            changes.amend(np.repeat(fps, times), held)
+            held = np.full(len(fingerprints) * times, before)
+            changes.amend(np.repeat(fingerprints, times), held)
             expected = [before if not op else op == Op.ADD for op in single]
             assert held.tolist() == np.repeat(expected, times).tolist()
     return single
@@ -136,10 +138,10 @@ def latest_both(changes: ChangeTable, fps: U64) -> list[int]:
 @pytest.mark.parametrize("bit", [0, 7, 31, 33, 34, 63])
 def test_a_half_written_record_is_not_there(word: int, bit: int) -> None:
     changes, _, rows = table()
-    fps = array(10, 11)
-    changes.append(Op.ADD, fps)
+    fingerprints = array(10, 11)
+    changes.append(Op.ADD, fingerprints)
     rows[0, word] ^= np.uint64(1 << bit)
-    assert latest_both(changes, fps) == [0, Op.ADD]
+    assert latest_both(changes, fingerprints) == [0, Op.ADD]
 
 
 def test_a_record_that_no_chain_leads_to_is_not_there() -> None:
@@ -158,12 +160,12 @@ def test_a_record_of_another_file_is_not_there() -> None:
 def test_damaged_chains_end() -> None:
     rng = np.random.default_rng(8)
     changes, heads, rows = table()
-    fps = spread(rng, 1000)
-    changes.append(Op.ADD, fps)
+    fingerprints = spread(rng, 1000)
+    changes.append(Op.ADD, fingerprints)
     for _ in range(50):
         heads[:] = rng.integers(0, 1 << 32, len(heads), dtype=np.uint32)
         rows[rng.integers(0, 1024, 100)] = spread(rng, 200).reshape(100, 2)
-        latest_both(changes, fps[:40])
+        latest_both(changes, fingerprints[:40])
     loop = array(5, 5 + len(heads))
     changes, heads, rows = table()
     changes.append(Op.ADD, loop)  # the second leads to the first; now the other way round

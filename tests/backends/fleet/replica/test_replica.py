@@ -20,9 +20,9 @@ from flexkv_sglang.errors import PeerError
 from nodes.replicas import OTHER, RNG, SPACE, A, B, C, fill, nobody, open_reader, pages
 
 
-def nids(reader: ReplicaReader) -> list[str]:
+def node_ids(reader: ReplicaReader) -> list[str]:
     reader.refresh()
-    return [peer.nid for peer in reader.peers()]
+    return [peer.node_id for peer in reader.peers()]
 
 
 def let_look(reader: ReplicaReader) -> None:
@@ -45,20 +45,20 @@ def test_nothing_there_is_no_peers(tmp_path: Path) -> None:
     assert reader.run(pages(3), nobody) is None
     assert not reader.holds(pages(3), nobody).any()
     assert reader.page_count() == 0
-    fill(ReplicaWriter(tmp_path / "absent"), A, fps := pages(3))
+    fill(ReplicaWriter(tmp_path / "absent"), A, fingerprints := pages(3))
     let_look(reader)
-    assert reader.run(fps, nobody) == (Peer(0, A, 7, "a:1"), 3)
+    assert reader.run(fingerprints, nobody) == (Peer(0, A, 7, "a:1"), 3)
     reader.close()
-    assert reader.run(fps, nobody) is None
+    assert reader.run(fingerprints, nobody) is None
 
 
 def test_a_change_is_seen_without_a_refresh(shm_path: Path, writer: ReplicaWriter) -> None:
-    fill(writer, A, fps := pages(100))
+    fill(writer, A, fingerprints := pages(100))
     reader, more = open_reader(shm_path), pages(50)
     writer.apply(SPACE, A, Op.ADD, more)
     assert reader.holds(more, nobody).all()
-    writer.apply(SPACE, A, Op.DROP, fps[:10])
-    assert reader.holds(fps, nobody).tolist() == [False] * 10 + [True] * 90
+    writer.apply(SPACE, A, Op.DROP, fingerprints[:10])
+    assert reader.holds(fingerprints, nobody).tolist() == [False] * 10 + [True] * 90
     assert reader.page_count() == writer.pages(A) == 140
     writer.apply(SPACE, A, Op.HEARTBEAT, more[:0])
     assert reader.page_count() == 140
@@ -68,14 +68,14 @@ def test_a_set_follows_through_many_files(shm_path: Path, writer: ReplicaWriter)
     fill(writer, A, pages(0))
     reader, held = open_reader(shm_path), set[int]()
     for number in range(40):
-        fps = pages(300)
-        writer.apply(SPACE, A, Op.ADD, fps)
-        held.update(fps.tolist())
-        gone = fps[: number * 5]
+        fingerprints = pages(300)
+        writer.apply(SPACE, A, Op.ADD, fingerprints)
+        held.update(fingerprints.tolist())
+        gone = fingerprints[: number * 5]
         writer.apply(SPACE, A, Op.DROP, gone)
         held.difference_update(gone.tolist())
         reader.refresh()
-        asked = RNG.permutation(np.concatenate([fps, pages(100)]))
+        asked = RNG.permutation(np.concatenate([fingerprints, pages(100)]))
         assert reader.holds(asked, nobody).tolist() == [fp in held for fp in asked.tolist()]
     assert 4 * record_count(0) < 40 * 300
     assert len(list((shm_path / SPACE).glob("p0.*.set"))) > 4
@@ -101,7 +101,7 @@ def test_reset_clear_and_drop(shm_path: Path, writer: ReplicaWriter) -> None:
     writer.apply(SPACE, A, Op.ADD, second)  # until the next reset nothing is known
     reader.refresh()
     assert not reader.holds(np.concatenate([first, second]), nobody).any()
-    assert nids(reader) == ["a"]
+    assert node_ids(reader) == ["a"]
     writer.reset(SPACE, A, Snapshot(8, 0, np.concatenate([second, second[:3]])))  # not even sorted
     reader.refresh()
     assert reader.page_count() == 20
@@ -116,29 +116,29 @@ def test_namespaces_are_apart(shm_path: Path, writer: ReplicaWriter) -> None:
         assert one.holds(yes, nobody).all()
         assert not one.holds(no, nobody).any()
     writer.remove_peer(A)
-    assert nids(reader) == nids(other) == []
+    assert node_ids(reader) == node_ids(other) == []
     assert reader.run(mine, nobody) is None
 
 
 def test_down_removed_and_a_slot_that_changes_hands(shm_path: Path, writer: ReplicaWriter) -> None:
-    fill(writer, A, fps := pages(5))
+    fill(writer, A, fingerprints := pages(5))
     reader = open_reader(shm_path)
     writer.set_peer(A, 9, "elsewhere:2", up=False)
-    assert nids(reader) == []
-    assert reader.run(fps, nobody) is None
+    assert node_ids(reader) == []
+    assert reader.run(fingerprints, nobody) is None
     writer.set_peer(A, 9, "elsewhere:2", up=True)
     reader.refresh()
-    assert reader.run(fps, nobody) == (Peer(0, A, 9, "elsewhere:2"), 5)
+    assert reader.run(fingerprints, nobody) == (Peer(0, A, 9, "elsewhere:2"), 5)
     writer.remove_peer(A)
     writer.remove_peer(A)
     fill(writer, B, other := pages(5))
-    assert nids(reader) == ["b"]
-    assert not reader.holds(fps, nobody).any()
+    assert node_ids(reader) == ["b"]
+    assert not reader.holds(fingerprints, nobody).any()
     assert reader.run(other, nobody) == (Peer(0, B, 7, "b:1"), 5)
 
 
 def test_a_set_of_another_tenancy_is_not_taken(shm_path: Path, writer: ReplicaWriter) -> None:
-    fill(writer, A, fps := pages(5))
+    fill(writer, A, fingerprints := pages(5))
     reader = open_reader(shm_path)
     entry = reader._entries[0]
     place = SetPlace(shm_path / SPACE, 0, entry.tenancy, 1)
@@ -155,10 +155,10 @@ def test_a_set_of_another_tenancy_is_not_taken(shm_path: Path, writer: ReplicaWr
     # it has read of the new node, and not yet of its set
     assert reader._follow_entries(table)
     reader._make_view()
-    assert reader.run(fps, nobody) is None
+    assert reader.run(fingerprints, nobody) is None
     let_look(reader)
     assert reader.run(other, nobody) == (Peer(0, B, 7, "b:1"), 5)
-    assert reader.run(fps, nobody) is None
+    assert reader.run(fingerprints, nobody) is None
 
 
 def test_the_longest_run_wins_and_is_exact(shm_path: Path, writer: ReplicaWriter) -> None:
@@ -168,7 +168,7 @@ def test_the_longest_run_wins_and_is_exact(shm_path: Path, writer: ReplicaWriter
     fill(writer, C, np.unique(chain[1:]))
     reader = open_reader(shm_path)
     assert reader.run(chain, nobody) == (Peer(1, B, 7, "b:1"), 90)
-    assert reader.run(chain, lambda peer: peer.nid == B) == (Peer(0, A, 7, "a:1"), 40)
+    assert reader.run(chain, lambda peer: peer.node_id == B) == (Peer(0, A, 7, "a:1"), 40)
     assert reader.run(chain[1:], nobody) == (Peer(2, C, 7, "c:1"), 127)
     assert reader.run(chain[:0], nobody) is None
 
@@ -186,24 +186,24 @@ def test_holes_are_found_wherever_they_are(shm_path: Path, writer: ReplicaWriter
 
 def test_runs_agree_with_the_definition(shm_path: Path, writer: ReplicaWriter) -> None:
     pool, held = pages(300), {}
-    for nid in (A, B, C):
+    for node_id in (A, B, C):
         own = np.sort(RNG.choice(pool, 270, replace=False))
-        fill(writer, nid, own)
-        held[nid] = set(own.tolist())
+        fill(writer, node_id, own)
+        held[node_id] = set(own.tolist())
     reader = open_reader(shm_path)
     for _ in range(300):
         asked, skipped = RNG.choice(pool, RNG.integers(1, 40)), RNG.choice([A, B, C, "none"])
         runs = {}
-        for nid in {A, B, C} - {skipped}:
-            flags = [fp in held[nid] for fp in asked.tolist()]
-            runs[nid] = flags.index(False) if False in flags else len(flags)
-        answer = reader.run(asked, lambda peer, no=skipped: peer.nid == no)  # type: ignore[misc]
+        for node_id in {A, B, C} - {skipped}:
+            flags = [fp in held[node_id] for fp in asked.tolist()]
+            runs[node_id] = flags.index(False) if False in flags else len(flags)
+        answer = reader.run(asked, lambda peer, no=skipped: peer.node_id == no)  # type: ignore[misc]
         best = max(runs.values())
         if not best:
             assert answer is None
         else:
             assert answer is not None
-            assert answer[1] == runs[answer[0].nid] == best
+            assert answer[1] == runs[answer[0].node_id] == best
 
 
 def test_of_equals_the_one_answered_last(shm_path: Path, writer: ReplicaWriter) -> None:
@@ -216,11 +216,11 @@ def test_of_equals_the_one_answered_last(shm_path: Path, writer: ReplicaWriter) 
     assert reader.run(only_b, nobody) == (Peer(1, B, 7, "b:1"), 5)
     again = reader.run(both, nobody)
     assert again is not None
-    assert (first[0].nid, again[0].nid) == (A, B)
+    assert (first[0].node_id, again[0].node_id) == (A, B)
 
 
 def test_a_silent_agent_is_ignored_and_comes_back(shm_path: Path, writer: ReplicaWriter) -> None:
-    fill(writer, A, fps := pages(5))
+    fill(writer, A, fingerprints := pages(5))
     reader = open_reader(shm_path)
     table = PeersTable.open(shm_path, writable=True)
     assert table is not None
@@ -229,11 +229,11 @@ def test_a_silent_agent_is_ignored_and_comes_back(shm_path: Path, writer: Replic
         reader.refresh()
         assert not reader.alive
         assert reader.peers() == ()
-        assert reader.run(fps, nobody) is None
-        assert not reader.holds(fps, nobody).any()
+        assert reader.run(fingerprints, nobody) is None
+        assert not reader.holds(fingerprints, nobody).any()
     writer.beat()
     assert reader.alive
-    assert reader.run(fps, nobody) == (Peer(0, A, 7, "a:1"), 5)
+    assert reader.run(fingerprints, nobody) == (Peer(0, A, 7, "a:1"), 5)
 
 
 def test_the_next_writer_takes_over(shm_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_the_next_writer_takes_over(shm_path: Path) -> None:
     assert reader.alive
     assert reader.peers() == ()
     fill(new, B, after := pages(50))
-    assert nids(reader) == ["b"]
+    assert node_ids(reader) == ["b"]
     assert reader.holds(after, nobody).all()
     assert not reader.holds(before, nobody).any()
     left = sorted(path.name for path in (shm_path / SPACE).iterdir())
@@ -264,10 +264,10 @@ def test_a_table_that_was_put_there_anew_is_found(shm_path: Path) -> None:
     old = ReplicaWriter(shm_path / "run")
     reader = open_reader(shm_path / "run")
     (shm_path / "run").rename(shm_path / "away")
-    fill(ReplicaWriter(shm_path / "run"), A, fps := pages(5))
+    fill(ReplicaWriter(shm_path / "run"), A, fingerprints := pages(5))
     old._table.beat_ns = time.monotonic_ns() - 2_000_000_000
     let_look(reader)
-    assert reader.holds(fps, nobody).all()
+    assert reader.holds(fingerprints, nobody).all()
 
 
 def test_an_entry_that_is_being_written_keeps_what_was_known(
@@ -306,8 +306,8 @@ def test_names_of_any_length_and_no_more_nodes_than_slots(writer: ReplicaWriter)
 
 
 def test_a_look_up_opens_nothing_and_talks_to_nobody(shm_path: Path, writer: ReplicaWriter) -> None:
-    for nid in (A, B, C):
-        fill(writer, nid, pages(3000))
+    for node_id in (A, B, C):
+        fill(writer, node_id, pages(3000))
     reader, events = open_reader(shm_path), []
     armed = [True]
     sys.addaudithook(lambda event, _: events.append(event) if armed else None)

@@ -26,14 +26,14 @@ def held(server: PageServer) -> int:
     return server._pages.held_bytes
 
 
-def offer(rid: int, keys: Sequence[PageKey] = KEYS, budget_ms: int = 5000) -> list[bytes]:
+def offer(request_id: int, keys: Sequence[PageKey] = KEYS, budget_ms: int = 5000) -> list[bytes]:
     """An OFFER of pages."""
-    return pack_offer(wire.Read(rid, SPACE, budget_ms, wire.STOP_AT_FIRST, tuple(keys)))
+    return pack_offer(wire.Read(request_id, SPACE, budget_ms, wire.STOP_AT_FIRST, tuple(keys)))
 
 
-def read(rid: int, keys: Sequence[PageKey] = KEYS) -> list[bytes]:
+def read(request_id: int, keys: Sequence[PageKey] = KEYS) -> list[bytes]:
     """A READ of the same."""
-    return wire.pack_read(wire.Read(rid, SPACE, 5000, wire.STOP_AT_FIRST, tuple(keys)))
+    return wire.pack_read(wire.Read(request_id, SPACE, 5000, wire.STOP_AT_FIRST, tuple(keys)))
 
 
 def test_a_hold_lasts_until_done_of_the_same_reader() -> None:
@@ -46,7 +46,7 @@ def test_a_hold_lasts_until_done_of_the_same_reader() -> None:
         peer.say(offer(1))
         offered = peer.hear()
         assert isinstance(offered, wire.Offered)
-        assert (offered.rid, offered.hold_ms, offered.blob) == (1, 5000, engine.blob())
+        assert (offered.request_id, offered.hold_ms, offered.blob) == (1, 5000, engine.blob())
         assert [page.status for page in offered.pages] == [PageStatus.OK] * 20
         start, byte_count = engine.memory
         assert all(start <= page.address < start + byte_count for page in offered.pages)
@@ -108,7 +108,7 @@ def test_an_offer_that_is_cancelled_holds_nothing() -> None:
         peer.say(offer(2))
         answer = peer.hear()
         assert isinstance(answer, wire.Offered)
-        assert answer.rid == 2
+        assert answer.request_id == 2
 
 
 def test_an_offer_of_what_is_not_there_holds_only_what_is() -> None:

@@ -40,8 +40,10 @@ def small(total: int, per_reader: int) -> ShareConfig:
     return ShareConfig(listen="127.0.0.1:0", serve_inflight=total, serve_inflight_peer=per_reader)
 
 
-def read(rid: int, keys: list[PageKey], budget_ms: int = 10_000, flags: int = 1) -> list[bytes]:
-    return wire.pack_read(wire.Read(rid, SPACE, budget_ms, flags, tuple(keys)))
+def read(
+    request_id: int, keys: list[PageKey], budget_ms: int = 10_000, flags: int = 1
+) -> list[bytes]:
+    return wire.pack_read(wire.Read(request_id, SPACE, budget_ms, flags, tuple(keys)))
 
 
 class Valve:
@@ -72,7 +74,7 @@ def test_a_reader_beyond_its_share_is_told_busy_at_once() -> None:
         peer.say(read(3, keys[16:]))
         busy = peer.hear()
         assert isinstance(busy, wire.Pages)
-        assert (busy.rid, busy.index, busy.status) == (3, 0, BUSY)
+        assert (busy.request_id, busy.index, busy.status) == (3, 0, BUSY)
         assert peer.hear() == wire.End(3, 1)
         other.say(read(4, keys[:10]))  # of all memory, six are left
         until(lambda: server._pages.held_bytes == 64 << 10)
@@ -88,14 +90,14 @@ def test_a_long_queue_is_busy() -> None:
     keys = keys_of(1)
     valve = Valve()
     with serving(MemorySource(keys, 4096, valve)) as (_, address), RawPeer(address) as peer:
-        for rid in range(1, 40):
-            peer.say(read(rid, keys))
-        for rid in range(33, 40):
-            assert [page.status for page in peer.hear_all()[:-1]] == [BUSY], rid
+        for request_id in range(1, 40):
+            peer.say(read(request_id, keys))
+        for request_id in range(33, 40):
+            assert [page.status for page in peer.hear_all()[:-1]] == [BUSY], request_id
         valve.open.set()
-        for rid in range(1, 33):
+        for request_id in range(1, 33):
             pages = peer.hear_all()
-            assert [page.status for page in pages[:-1]] == [OK], rid
+            assert [page.status for page in pages[:-1]] == [OK], request_id
 
 
 def test_a_request_whose_budget_is_over_is_late() -> None:
@@ -133,7 +135,7 @@ def test_a_cancelled_request_is_not_answered() -> None:
         peer.say(read(2, keys_of(1, seed=9)))
         until(lambda: server._pages.held_bytes == 3 * 4096)
         valve.open.set()
-        assert [page.rid for page in peer.hear_all()] == [2, 2]
+        assert [page.request_id for page in peer.hear_all()] == [2, 2]
         until(lambda: server._pages.held_bytes == 0)
 
 
@@ -172,13 +174,13 @@ def test_slow_readers_never_get_another_pages_bytes() -> None:
     with serving(source, small(4 * size, 4 * size)) as (_, address):
         peers = [RawPeer(address) for _ in range(3)]
         rng = random.Random(4)
-        good = rid = 0
+        good = request_id = 0
         end = time.monotonic() + 30
         while good < 40 and time.monotonic() < end:  # BUSY is an answer, too
-            rid += 1
+            request_id += 1
             for peer in peers:
                 first = rng.randrange(40)
-                peer.say(read(rid, keys[first : first + 3], flags=0))
+                peer.say(read(request_id, keys[first : first + 3], flags=0))
             for peer in rng.sample(peers, 3):
                 good += _take_slowly(peer, keys, source)
         for peer in peers:
@@ -198,8 +200,8 @@ def test_memory_that_has_not_left_is_not_used_again() -> None:
     ):
         slow.say(read(1, keys[:24]))
         until(lambda: server.counts["pages_sent"] == 24)
-        for rid in range(1, 4):
-            quick.say(read(rid, keys[24:]))
+        for request_id in range(1, 4):
+            quick.say(read(request_id, keys[24:]))
             _take_slowly(quick, keys, source)
         for key in keys[:24]:
             assert slow.sock.poll(10_000)
@@ -282,7 +284,7 @@ def test_a_failing_callable_costs_one_message() -> None:
         server._pages._sources = sources
         peer.say(read(1, keys))
         peer.say(read(2, keys))
-        assert [answer.rid for answer in peer.hear_all()] == [2, 2]
+        assert [answer.request_id for answer in peer.hear_all()] == [2, 2]
         assert server.counts["errors"] == 1
 
 
@@ -305,17 +307,17 @@ def test_checksums_are_those_of_the_source() -> None:
 
 
 def test_followers_get_what_they_ask_for() -> None:
-    fps = np.unique(np.random.default_rng(3).integers(0, 1 << 63, 400_000, np.uint64))
-    log = ListedChanges(CHANGES, Snapshot(EPOCH, 8, fps))
+    fingerprints = np.unique(np.random.default_rng(3).integers(0, 1 << 63, 400_000, np.uint64))
+    log = ListedChanges(CHANGES, Snapshot(EPOCH, 8, fingerprints))
     share = ShareConfig(listen="127.0.0.1:0")
     with serving(None, share, {NAME: log}) as (_, address):
         control = WirePeerControl(share, None)
         try:
             info = control.hello(address, 5)
-            assert (info.nid, info.epoch, info.namespaces) == (NID, EPOCH, (NAME,))
+            assert (info.node_id, info.epoch, info.namespaces) == (NID, EPOCH, (NAME,))
             snapshot = control.snapshot(address, NAME, 10)
             assert (snapshot.epoch, snapshot.last) == (EPOCH, 8)
-            assert (snapshot.fps == fps).all()
+            assert (snapshot.fingerprints == fingerprints).all()
             changes = control.poll(address, NAME, EPOCH, 5, 5)
             assert changes is not None
             assert [change.first for change in changes] == [6, 7]

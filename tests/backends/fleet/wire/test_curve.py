@@ -37,7 +37,7 @@ def test_the_right_secret_is_let_in(tmp_path: Path, auth: str) -> None:
         assert begin(client, address, KEYS, memory).wait() == [PageOutcome.OK] * 3
         assert memory.page(1) == source.pages[KEYS[1]]
         control = WirePeerControl(share, curve.load_secret(share))
-        assert control.hello(address, 5).nid == NID
+        assert control.hello(address, 5).node_id == NID
         control.close()
 
 

@@ -71,7 +71,7 @@ def test_answers_survive() -> None:
     assert isinstance(changes, wire.Changes)
     for told, sent in zip(changes.changes, CHANGES, strict=True):
         assert (told.epoch, told.first, told.op) == (sent.epoch, sent.first, sent.op)
-        assert told.fps.tolist() == sent.fps.tolist()
+        assert told.fingerprints.tolist() == sent.fingerprints.tolist()
 
 
 @pytest.mark.parametrize("count", [0, 1, 131_072, 131_073, 300_000])
@@ -82,7 +82,10 @@ def test_a_snapshot_survives_in_parts(count: int) -> None:
         for part in range(wire.snapshot_parts(snapshot))
     ]
     assert all(isinstance(part, wire.SnapshotPart) and part.count == count for part in parts)
-    assert np.concatenate([part.fps for part in parts]).tolist() == snapshot.fps.tolist()  # type: ignore[union-attr]
+    assert (
+        np.concatenate([part.fingerprints for part in parts]).tolist()
+        == snapshot.fingerprints.tolist()
+    )  # type: ignore[union-attr]
 
 
 def test_many_changes_are_cut_to_one_message() -> None:
