@@ -38,7 +38,9 @@ class TestOtherMachines(TierSuite):
             client = PeerClient(share, metrics.count)
             stack.callback(client.close)
             reader = ReplicaReader(tmp_path, NAME, 30.0)
-            yield RemoteTier(NAME, self.page_bytes, reader, client, FULL, share, metrics)
+            tier = RemoteTier(NAME, self.page_bytes, reader, client, FULL, share, metrics)
+            stack.callback(tier.close)
+            yield tier
 
     def fill(self, tier: Tier, names: Sequence[PageKey], pages: Bytes) -> None:
         self.source.pages |= dict(zip(names, map(bytes, pages), strict=True))
