@@ -44,9 +44,7 @@ class MemoryTier(Tier):
                     ctypes.memmove(address, page[start : start + length], length)
                     start += length
                 done += 1
-            for key in reversed(
-                keys[:done]
-            ):  # tail first: a page is of no use without those before it
+            for key in reversed(keys[:done]):  # the tail is evicted before its head
                 self._pages.move_to_end(key)
         return [True] * done + [False] * (len(keys) - done)
 

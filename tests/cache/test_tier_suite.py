@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from textwrap import dedent
+from textwrap import dedent
 from unittest import mock
 
 import pytest
@@ -17,6 +22,8 @@ from flexkv_sglang.testing.example_tier import MemoryTier
 from flexkv_sglang.testing.tier_suite import TierSuite
 from flexkv_sglang.types import PageKey
 from stores.engines import open_engine
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class TestMemoryTier(TierSuite):
@@ -53,3 +60,9 @@ class TestSlotFiles(TierSuite):
 
 def test_every_type_of_tier_has_an_opener() -> None:
     assert tuple(OPENERS) == TIER_TYPES
+
+
+def test_the_guide_quotes_the_code_as_it_is() -> None:
+    guide = (ROOT / "docs" / "EXTENDING.md").read_text()
+    sources = map(inspect.getsource, (MemoryTier.get, TestMemoryTier))
+    assert re.findall(r"```python\n(.*?)```", guide, re.DOTALL) == list(map(dedent, sources))
