@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from textwrap import dedent
 from textwrap import dedent
 from unittest import mock
 
