@@ -23,11 +23,12 @@ _SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix")
 class ShareConfig:
     """How this node shares with others; nothing is shared unless ``redis_url`` or ``peers`` is set.
 
-    Sizes in bytes, times in seconds. ``listen``: "host:port", or "auto": loopback without a secret, else
-    the address from which this node reaches Redis or its first peer, any port. ``advertise``: what others are
-    told instead. ``peers``: "host:port" of other nodes' agents. ``node_id``: this node's name. ``share_group``: only
-    nodes of the same group share. ``promote``: keep pages read from other nodes here as well. ``recompute_tokens_per_s``:
-    how fast this server computes a prompt; a prefix that takes longer to fetch is left. 0: not known, always fetch.
+    Sizes in bytes, times in seconds. ``listen``: "host:port", or "auto": loopback without a secret, else the
+    address from which this node reaches Redis or its first peer, any port. ``advertise``: the address that other
+    nodes get instead. ``peers``: "host:port" of other nodes' agents. ``node_id``: this node's name. ``share_group``:
+    only nodes of the same group share. ``promote``: keep pages read from other nodes here as well.
+    ``recompute_tokens_per_s``: how fast this server computes a prompt; a prefix that takes longer to fetch is not
+    fetched. 0: not known, always fetch.
     """
 
     redis_url: str | None = None
