@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
 _SCAN_S = 1.0
 _LOG_INTERVAL_S = 60.0
+_READ_DEPTH = 8  # reads in flight at the disk, with io_uring
 
 
 def _version() -> str:
@@ -209,9 +210,7 @@ class Agent:
 
     def _serve(self, namespace: str, payload_bytes: int) -> None:
         log = self._logs.log(namespace)
-        pages = NodePages(
-            self._modes, namespace, payload_bytes, log, self.metrics, self._share.serve_depth
-        )
+        pages = NodePages(self._modes, namespace, payload_bytes, log, self.metrics, _READ_DEPTH)
         self._pages = {**self._pages, namespace: pages}
         logger.info("flexkv: serving namespace %s, pages of %d bytes", namespace, payload_bytes)
 
