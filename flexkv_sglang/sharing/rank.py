@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.fleet.members.redis_link import RedisLink, parse_redis_url
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
 from flexkv_sglang.backends.fleet.wire.curve import listen_address, load_secret
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.config.share import ShareConfig
@@ -64,7 +64,7 @@ class Sharing:
         pages = RemotePages(
             namespace,
             payload_bytes,
-            ReplicaReader(self._run_dir.path, namespace, self._config.share.replica_ttl_s),
+            PeerSetsReader(self._run_dir.path, namespace, self._config.share.replica_ttl_s),
             self._client,
             ACCEPTED_KINDS[self._config.verify],
             self._config.share,

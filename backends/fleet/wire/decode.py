@@ -283,9 +283,9 @@ def _welcome(frame: bytes) -> Welcome:
         namespace_name(frame[i : i + NAMESPACE_BYTES])
         for i in range(at, len(frame), NAMESPACE_BYTES)
     )
-    node_id, address, pod, version, *engine_names = texts
+    node_id, address, share_group, version, *engine_names = texts
     info = NodeInfo(
-        NodeId(node_id), epoch, address, pod, spaces, tuple(engine_names), version, protocol
+        NodeId(node_id), epoch, address, share_group, spaces, tuple(engine_names), version, protocol
     )
     return Welcome(nonce, proof, info, kib << 10, queue)
 

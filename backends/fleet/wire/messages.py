@@ -314,7 +314,7 @@ def pack_welcome(welcome: Welcome) -> list[bytes]:
         *_head(Kind.WELCOME), welcome.nonce, welcome.proof, info.epoch, welcome.request_bytes >> 10,
         welcome.queue, len(names) // NAMESPACE_BYTES, len(info.engines), info.protocol,
     )  # fmt: skip
-    texts = (info.node_id, info.address, info.pod, info.version, *info.engines)
+    texts = (info.node_id, info.address, info.share_group, info.version, *info.engines)
     return [fixed + b"".join(_text(text) for text in texts) + names]
 
 
