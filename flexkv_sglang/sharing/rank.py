@@ -8,7 +8,8 @@ from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.fleet.members.redis_link import RedisLink, parse_redis_url
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
 from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
-from flexkv_sglang.backends.fleet.wire.curve import listen_address, load_secret
+from flexkv_sglang.backends.fleet.wire.addresses import listen_address
+from flexkv_sglang.backends.fleet.wire.curve import load_secret
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
