@@ -144,8 +144,8 @@ MUTANTS = (
     (
         "sharing: room for kept pages does not come back",
         "flexkv_sglang/sharing/backfill.py",
-        "                self._free += job.rows\n",
-        "                pass\n",
+        "            self._free += job.rows\n",
+        "            pass\n",
         KEEPS,
     ),
     (

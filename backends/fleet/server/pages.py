@@ -20,7 +20,6 @@ from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.rdma.base import OneSidedEngine
 from flexkv_sglang.backends.fleet.server.holds import Hold, ServeHolds
 from flexkv_sglang.backends.fleet.server.queue import Reader, Request, ServeQueue, Turn
-from flexkv_sglang.backends.fleet.server.worker import JobPool
 from flexkv_sglang.backends.fleet.slabs import ServeSlabs
 from flexkv_sglang.backends.fleet.vocabulary import (
     MISSING,
@@ -31,6 +30,7 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     namespace_name,
 )
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
+from flexkv_sglang.threads import JobPool
 
 if TYPE_CHECKING:
     import zmq

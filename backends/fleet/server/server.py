@@ -23,7 +23,6 @@ from flexkv_sglang.backends.fleet.rdma.choice import close_engine, open_engine
 from flexkv_sglang.backends.fleet.server.feeds import ServeFeeds
 from flexkv_sglang.backends.fleet.server.pages import ServePages
 from flexkv_sglang.backends.fleet.server.queue import QUEUE_MAX, Reader
-from flexkv_sglang.backends.fleet.server.worker import JobPool
 from flexkv_sglang.backends.fleet.vocabulary import (
     BATCH_PAGES,
     PROTOCOL,
@@ -36,6 +35,7 @@ from flexkv_sglang.backends.fleet.vocabulary import (
 from flexkv_sglang.backends.fleet.wire import addresses, answers, curve, protocol, requests
 from flexkv_sglang.backends.fleet.wire.auth import ZapAuthenticator
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.threads import JobPool
 
 if TYPE_CHECKING:
     import zmq
@@ -106,6 +106,7 @@ class PageServer:
         self._feeds = ServeFeeds(self._logs, self._control, self._send_tracked)
         self._pages = self._open_pages()
         self._readers: OrderedDict[bytes, Reader] = OrderedDict()
+        # a loop over sockets that closes them itself, so no thread of threads.py
         self._thread = threading.Thread(target=self._run, name="flexkv-serve", daemon=True)
         self._thread.start()
         return addresses.advertised(self._share, self._host, int(bound.rpartition(":")[2]))
