@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from flexkv_sglang.backends.fleet.background import Backoff, PeriodicThread
+from flexkv_sglang.backends.fleet.background import Backoff
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.follower import Apply, Follower, Forget, Reset, Step
 from flexkv_sglang.backends.fleet.members.members import Member, Members
@@ -30,6 +30,7 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     Snapshot,
 )
 from flexkv_sglang.errors import FlexKVError, PeerError
+from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flexkv_sglang.backends.fleet.background import Backoff, PeriodicThread
+from flexkv_sglang.backends.fleet.background import Backoff
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX, FeedHost
 from flexkv_sglang.backends.fleet.members.redis_entries import (
@@ -28,6 +28,7 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
 from flexkv_sglang.backends.fleet.members.redis_link import RedisLink, parse_redis_url
 from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo, ShareConfig
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 

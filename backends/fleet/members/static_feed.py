@@ -10,11 +10,12 @@ import random
 import time
 from dataclasses import replace
 
-from flexkv_sglang.backends.fleet.background import Backoff, PeriodicThread
+from flexkv_sglang.backends.fleet.background import Backoff
 from flexkv_sglang.backends.fleet.members.members import FeedHost
 from flexkv_sglang.backends.fleet.members.redis_entries import is_sound
 from flexkv_sglang.backends.fleet.vocabulary import NodeInfo, PeerControl, ShareConfig
 from flexkv_sglang.errors import PeerError
+from flexkv_sglang.threads import PeriodicThread
 
 ASK_TIMEOUT_S = 1.0
 POLL_S = 0.02
