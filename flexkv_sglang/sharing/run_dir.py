@@ -27,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flexkv_sglang.backends.safe_files import publish
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
@@ -116,7 +117,7 @@ class RunDir:
     def places(self) -> dict[str, str]:
         """Directory -> ``io_engine``, of all rank processes that ever used this run directory."""
         found: dict[str, str] = {}
-        for path in sorted((self.path / "places").glob("[0-9a-f]*")):
+        for path in sorted((self.path / "places").glob("[0-9a-f]" * 16)):
             try:
                 fields = json.loads(path.read_text())
                 found |= dict.fromkeys(fields["paths"], fields["io_engine"])
@@ -342,12 +343,4 @@ def read_mark(home: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "w") as file:
-            file.write(text)
-        temporary.rename(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    publish(path.parent, path.name, [text.encode()])
