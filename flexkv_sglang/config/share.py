@@ -23,11 +23,12 @@ _SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix")
 class ShareConfig:
     """How this node shares with others; nothing is shared unless ``redis_url`` or ``peers`` is set.
 
-    Sizes in bytes, times in seconds. ``listen``: "host:port", or "auto": loopback without a secret, else
-    the address from which this node reaches Redis or its first peer, any port. ``advertise``: what others are
-    told instead. ``peers``: "host:port" of other nodes' agents. ``node_id``: this node's name. ``pod``: only nodes of
-    the same pod share. ``promote``: keep pages read from other nodes here as well. ``recompute_tokens_per_s``:
-    how fast this server computes a prompt; a prefix that takes longer to fetch is left. 0: not known, always fetch.
+    Sizes in bytes, times in seconds. ``listen``: "host:port", or "auto": loopback without a secret, else the
+    address from which this node reaches Redis or its first peer, any port. ``advertise``: the address that other
+    nodes get instead. ``peers``: "host:port" of other nodes' agents. ``node_id``: this node's name. ``share_group``:
+    only nodes of the same group share. ``promote``: keep pages read from other nodes here as well.
+    ``recompute_tokens_per_s``: how fast this server computes a prompt; a prefix that takes longer to fetch is not
+    fetched. 0: not known, always fetch.
     """
 
     redis_url: str | None = None
@@ -41,7 +42,7 @@ class ShareConfig:
     secret_file: str | None = None
     auth: str = "curve"
     insecure: bool = False
-    pod: str = ""
+    share_group: str = ""
     engine: str = "zmq"
     promote: bool = True
     recompute_tokens_per_s: float = 0.0
@@ -132,7 +133,7 @@ def _name(key: str, value: object) -> str:
     return value
 
 
-def _pod(key: str, value: object) -> str:
+def _share_group(key: str, value: object) -> str:
     return "" if value == "" else _name(key, value)
 
 
@@ -156,7 +157,8 @@ _PARSERS: dict[str, tuple[str, Callable[[str, object], Any]]] = {
     "secret_file": ("secret_file", text),
     "auth": ("auth", choice("curve", "hmac")),
     "insecure": ("insecure", flag),
-    "pod": ("pod", _pod),
+    "share_group": ("share_group", _share_group),
+    "pod": ("share_group", _share_group),
     "engine": ("engine", choice("zmq", "nixl", "mooncake")),
     "promote": ("promote", flag),
     "recompute_tokens_per_s": ("recompute_tokens_per_s", number(0, 1e9, "tokens per second")),

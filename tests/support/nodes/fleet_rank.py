@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.cache.assembly import open_tiers, prepare_tiers, undivided
+from flexkv_sglang.cache.assembly import Quota, open_tiers, prepare_tiers
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.identity.keys import Identity
@@ -92,7 +92,7 @@ class Rank:
             told.namespace,
             told.fields(),
             payload_bytes,
-            undivided(config),
+            [Quota(tier.size) for tier in config.tiers],
             self._metrics,
             self._sharing,
         )
@@ -154,7 +154,7 @@ class Rank:
         return {}
 
     def remote_pages(self) -> dict[str, Any]:
-        return {"pages": self.store.remote_page_count()}
+        return {"pages": self.store.tiers[-1].page_count()}
 
     def close(self) -> None:
         self.store.close()
