@@ -37,12 +37,12 @@ class Pool:
 
     name: str
     pages: PoolPages
-    told: PoolSpec
+    spec: PoolSpec
     claim: SizeClaim
-    demand: PoolRequirement
+    requirement: PoolRequirement
     store: Tiers | None = None
-    opened: Identity | None = None
-    shares: tuple[Quota, ...] = ()
+    opened_as: Identity | None = None
+    quotas: tuple[Quota, ...] = ()
 
     def close(self) -> None:
         """Close its files. Idempotent."""
@@ -53,7 +53,7 @@ class Pool:
     @property
     def ready(self) -> bool:
         """Is it open as what it is? Not while it waits to be opened anew; opening may take longer than an update."""
-        return self.store is not None and self.opened == self.told.identity
+        return self.store is not None and self.opened_as == self.spec.identity
 
     @property
     def is_marker(self) -> bool:

@@ -55,7 +55,7 @@ from flexkv_sglang.types import SECTOR, round_up
 
 logger = logging.getLogger(__name__)
 
-_SETTLE_S = 0.5
+_EXCHANGE_S = 0.5
 """How long a call waits for files that are being opened, and opening them for the calls that run.
 
 A call may wait for both before it begins; SGLang's threads are given 10 s to end when a backend is detached.
@@ -64,7 +64,7 @@ A call may wait for both before it begins; SGLang's threads are given 10 s to en
 _OPEN_S = 1.0
 """How long a call waits for files that are opened because of it. A disk may never answer: it goes on alone."""
 
-_LEAVE_S = 9.0
+_SUSPEND_S = 9.0
 """How long a weight update waits for calls that run: a little more than the adapter gives one of them."""
 
 
@@ -89,7 +89,7 @@ class PoolStores:
         self._host_pools: dict[str, Any] = {}
         self._divided: list[SizeClaim] = []  # what the shares of the open stores assume
         self._unsettled = False
-        self._burst_over = False
+        self._registration_done = False
         self._away = False  # the weights change, or older KV cache may be left: nothing is open
         self._left: list[tuple[Identity, Tiers]] = []  # closed, their files not yet deleted
         self._gate = CallGate()  # shut while files are closed and opened
@@ -100,7 +100,7 @@ class PoolStores:
         self._opener = threading.Thread()  # settles for calls
         self._opener_guard = threading.Lock()
 
-    def anchor(self, host_pool: Any, *, opens: bool = True) -> None:
+    def open_kv(self, host_pool: Any, *, opens: bool = True) -> None:
         """The KV pool: start anew with it. Raises ``ConfigError`` for settings that cannot work.
 
         ``opens``: False as after ``leave``: files are opened by ``enter``.
@@ -110,11 +110,11 @@ class PoolStores:
         self._closed.clear()
         self._away = not opens
         self._pools, self._host_pools = {}, {KV: host_pool}
-        self._burst_over, self._unstored = False, {}
+        self._registration_done, self._unstored = False, {}
         kv = self._pools[KV] = self._probe(KV, host_pool)
         if kv is None:
             return
-        namespace = kv.told.identity.namespace
+        namespace = kv.spec.identity.namespace
         before = claims_from(remembered(self.prepared, namespace, "pools"))
         self._divided = before if kv.claim in before else [kv.claim]
         others = remembered(self.prepared, namespace, "unstored")
@@ -124,12 +124,12 @@ class PoolStores:
             check_capacity(self._config, self.prepared)
             return
         try:
-            self._open(kv, self._shares(kv, self._divided))
+            self._open(kv, self._quotas(kv, self._divided))
         except ConfigError:
             if len(self._divided) == 1:
                 raise
             self._divided = [kv.claim]
-            self._open(kv, self._shares(kv, self._divided))
+            self._open(kv, self._quotas(kv, self._divided))
 
     def add(self, name: str, host_pool: Any) -> None:
         """A further pool. Its files are opened when the burst is over, or by the first call after it."""
@@ -140,45 +140,45 @@ class PoolStores:
         self._unstored[name] = "it could not be looked at, see the log"
         self._unsettled = True
         if old is not None:
-            with self._gate.shut(_SETTLE_S):
+            with self._gate.exclusive(_EXCHANGE_S):
                 old.close()
         self._pools[name] = self._probe(name, host_pool)
-        if self._burst_over:
-            self.settle()
+        if self._registration_done:
+            self.open_pending()
 
-    def burst_over(self) -> None:
+    def registration_done(self) -> None:
         """SGLang has registered the pools it knows of; others may come one by one."""
-        self._burst_over = True
-        self.settle()
+        self._registration_done = True
+        self.open_pending()
 
-    def settle(self) -> None:
+    def open_pending(self) -> None:
         """Divide the size among the pools there are and open what is not open. Does not raise.
 
         While calls run that do not end, nothing changes, and the next call tries again.
         """
-        with self._gate.shut(_SETTLE_S) as alone:
+        with self._gate.exclusive(_EXCHANGE_S) as alone:
             kv = self._pools.get(KV)
             pools = [pool for pool in list(self._pools.values()) if pool is not None]
             if not alone or not self._unsettled or self._away or self._closed.is_set():
                 return
-            self._leave([pool for pool in pools if pool.opened != pool.told.identity])
+            self._leave([pool for pool in pools if pool.opened_as != pool.spec.identity])
             if kv is None or (kv.is_marker and len(pools) == 1) or not self._reclaimed(pools):
                 return
             self._unsettled = False
             claims = sorted((pool.claim for pool in pools), key=lambda claim: claim.name)
             changed = claims != self._divided
-            shares = {
-                pool.name: self._shares(pool, claims) if changed or not pool.shares else pool.shares
+            quotas = {
+                pool.name: self._quotas(pool, claims) if changed or not pool.quotas else pool.quotas
                 for pool in pools
             }
             self._divided = claims
             for pool in pools:
-                if changed and pool.shares != shares[pool.name]:
+                if changed and pool.quotas != quotas[pool.name]:
                     pool.close()
-                    pool.shares = ()
+                    pool.quotas = ()
             for pool in pools:
                 if pool.store is None:
-                    self._try_open(pool, shares[pool.name])
+                    self._try_open(pool, quotas[pool.name])
             if self._owes_clear:
                 self._clear()
             self._remember(kv, claims, division=changed or len(claims) > 1)
@@ -186,11 +186,11 @@ class PoolStores:
                 if self._closed.is_set() or self._pools.get(pool.name) is not pool:
                     pool.close()
 
-    def leave(self) -> None:
+    def suspend(self) -> None:
         """Weights are about to change: every page misses, none is written. Running calls end in the old namespaces,
         or, past a bound, in an error."""
         self._away = True
-        with self._gate.shut(_LEAVE_S):
+        with self._gate.exclusive(_SUSPEND_S):
             self._leave([pool for pool in list(self._pools.values()) if pool is not None])
         if not all(store.released() for _, store in self._left):
             logger.error("flexkv: a transfer hangs in an old namespace: pages miss")
@@ -198,24 +198,24 @@ class PoolStores:
     def _leave(self, pools: Sequence[Pool]) -> None:
         with ExitStack() as stack:  # all, also when one fails
             for pool in pools:
-                if pool.store is not None and pool.opened is not None:
-                    self._left.append((pool.opened, pool.store))
+                if pool.store is not None and pool.opened_as is not None:
+                    self._left.append((pool.opened_as, pool.store))
                     stack.callback(pool.close)
 
-    def enter(self) -> None:
+    def resume(self) -> None:
         """No older KV cache is left: delete the files of the namespaces that were left, open those of the new
         weights. Both together never exceed ``size``. If calls or transfers of before still run, the first call
         after them does it. Raises ``ConfigError`` as ``describe`` does; then all stay away."""
         if not self._away:
             return
         pools = [pool for pool in list(self._pools.values()) if pool is not None]
-        told = [
+        specs = [
             self._describe(pool.name, self._host_pools[pool.name], pool.pages) for pool in pools
         ]
-        for pool, now in zip(pools, told, strict=True):
-            pool.told = now
+        for pool, now in zip(pools, specs, strict=True):
+            pool.spec = now
         self._away, self._unsettled = False, True
-        self._settle_within(_LEAVE_S)
+        self._settle_within(_SUSPEND_S)
 
     def _settle_within(self, seconds: float) -> None:
         """``settle`` in another thread, which goes on if it takes longer."""
@@ -229,7 +229,7 @@ class PoolStores:
 
     def _settle_alone(self) -> None:
         try:
-            self.settle()
+            self.open_pending()
         except Exception as exc:  # the end of a thread: calls go on to miss
             logger.error("flexkv: files could not be opened", exc_info=exc)
 
@@ -237,7 +237,7 @@ class PoolStores:
         """Is nothing left of namespaces that were left? Those that are entered again keep their files."""
         if not all(store.released() for _, store in self._left):
             return False
-        entered = {pool.told.identity.namespace for pool in pools}
+        entered = {pool.spec.identity.namespace for pool in pools}
         try:
             while self._left:
                 left = self._left.pop()
@@ -254,7 +254,7 @@ class PoolStores:
         """The time of one call, in which no file is exchanged. Raises ``TierUnavailableError`` after a bounded wait."""
         if self._unsettled and not self._away:
             self._settle_within(_OPEN_S)
-        with self._gate.passing(_SETTLE_S):
+        with self._gate.shared(_EXCHANGE_S):
             yield
 
     def get(self, name: str) -> Pool | None:
@@ -265,22 +265,24 @@ class PoolStores:
     def sidecars(self) -> list[PoolRequirement]:
         """What every registered pool beside KV asks of a prefix, as far as is known."""
         return [
-            pool.demand if pool is not None else PoolRequirement(name)
+            pool.requirement if pool is not None else PoolRequirement(name)
             for name, pool in list(self._pools.items())
             if name != KV
         ]
 
-    def learn(self, demand: PoolRequirement) -> None:
+    def learn(self, requirement: PoolRequirement) -> None:
         """SGLang asked for this: the widest window it ever asked for is what a prefix may need."""
-        pool = self._pools.get(demand.pool)
-        if demand.policy not in self._policies:
-            self._policies.add(demand.policy)
+        pool = self._pools.get(requirement.pool)
+        if requirement.policy not in self._policies:
+            self._policies.add(requirement.policy)
             text = "flexkv: host pool %s: hit policy %r is not known: no prefix is found"
-            logger.error(text, demand.pool, demand.policy)
-        if pool is not None and pool.demand != demand:
-            same = pool.demand.policy == demand.policy
-            window = max(pool.demand.window, demand.window) if same else demand.window
-            pool.demand = replace(demand, window=window)
+            logger.error(text, requirement.pool, requirement.policy)
+        if pool is not None and pool.requirement != requirement:
+            same = pool.requirement.policy == requirement.policy
+            window = (
+                max(pool.requirement.window, requirement.window) if same else requirement.window
+            )
+            pool.requirement = replace(requirement, window=window)
 
     def clear(self) -> None:
         """Forget every page of this process in all of its namespaces; of files that are closed now, when they open."""
@@ -300,7 +302,7 @@ class PoolStores:
         """Close all stores, also when one fails; they stay closed. Idempotent."""
         self._unsettled = False
         self._closed.set()
-        with self._gate.shut(_SETTLE_S):
+        with self._gate.exclusive(_EXCHANGE_S):
             self._close_all()
 
     def _close_all(self) -> None:
@@ -317,10 +319,10 @@ class PoolStores:
             logger.error(text, name, exc)
             self._unstored[name] = str(exc)
             return None
-        told = self._describe(name, host_pool, pages)
+        specs = self._describe(name, host_pool, pages)
         density = dict(self._config.pool_density).get(name, default_density(name))
         slot_bytes = round_up(pages.geometry.payload_bytes, SECTOR) * pages.groups.count
-        claim = SizeClaim.of(name, slot_bytes, max(1, told.writers), density)
+        claim = SizeClaim.of(name, slot_bytes, max(1, specs.writers), density)
         logger.info(
             "flexkv: host pool %s (%s, %s) is stored by %s",
             name,
@@ -328,57 +330,57 @@ class PoolStores:
             host_pool.layout,
             pages.how,
         )
-        return Pool(name, pages, told, claim, PoolRequirement(name, expected_policy(name)))
+        return Pool(name, pages, specs, claim, PoolRequirement(name, expected_policy(name)))
 
-    def _shares(self, pool: Pool, claims: list[SizeClaim]) -> tuple[Quota, ...]:
+    def _quotas(self, pool: Pool, claims: list[SizeClaim]) -> tuple[Quota, ...]:
         """Per tier, what this process may take for a pool when these claims share the disk."""
-        if not pool.told.writes:
+        if not pool.spec.writes:
             return tuple(Quota(0) for _ in self._config.tiers)
-        shares = []
+        quotas = []
         for level, tier in enumerate(self._config.tiers):
             if tier.size is not None:
-                shares.append(Quota(divide(tier.size, claims)[pool.name]))
+                quotas.append(Quota(divide(tier.size, claims)[pool.name]))
                 continue
             part = part_of(pool.name, claims)
             before = part_of(pool.name, self._divided)
             if pool.name == KV and pool.store is not None and part < before:
                 slot_bytes = round_up(pool.slot_payload, SECTOR)
                 have = pool.store.tiers[level].slot_count * slot_bytes
-                shares.append(Quota(int(have * part / before)))  # make room for the others
+                quotas.append(Quota(int(have * part / before)))  # make room for the others
             else:
-                shares.append(Quota(None, part))
-        return tuple(shares)
+                quotas.append(Quota(None, part))
+        return tuple(quotas)
 
-    def _open(self, pool: Pool, shares: tuple[Quota, ...]) -> None:
-        identity = pool.told.identity
+    def _open(self, pool: Pool, quotas: tuple[Quota, ...]) -> None:
+        identity = pool.spec.identity
         store = open_tiers(
             self._config,
             self.prepared,
             identity.namespace,
             identity.fields(),
             pool.slot_payload,
-            shares,
-            pool.told.metrics,
+            quotas,
+            pool.spec.metrics,
             self._sharing,
         )
         for address, byte_count in pool.pages.memory():
             store.register_memory(address, byte_count)
-        pool.store, pool.opened, pool.shares = store, identity, shares
+        pool.store, pool.opened_as, pool.quotas = store, identity, quotas
         self._unstored.pop(pool.name, None)
         sizes = [tier.size for tier in self._config.tiers if tier.size is not None]
-        if pool.told.writes and sizes and (pool.told.writers > 1 or len(self._divided) > 1):
+        if pool.spec.writes and sizes and (pool.spec.writers > 1 or len(self._divided) > 1):
             logger.info(
                 "flexkv: size=%s is divided among %d rank processes and %d host pools: %s bytes each for %s",
                 "+".join(map(str, sizes)),
-                pool.told.writers,
+                pool.spec.writers,
                 len(self._divided),
-                "+".join(str(share.byte_count) for share in shares if share.byte_count is not None),
+                "+".join(str(share.byte_count) for share in quotas if share.byte_count is not None),
                 pool.name,
             )
 
-    def _try_open(self, pool: Pool, shares: tuple[Quota, ...]) -> None:
+    def _try_open(self, pool: Pool, quotas: tuple[Quota, ...]) -> None:
         try:
-            self._open(pool, shares)
+            self._open(pool, quotas)
         except (FlexKVError, OSError, ValueError) as exc:
             text = "flexkv: host pool %s is not stored, what needs it misses: %s"
             logger.error(text, pool.name, exc)
@@ -390,4 +392,4 @@ class PoolStores:
         if division:
             facts["pools"] = [claim.fields() for claim in claims]
         if kv.store is not None:
-            remember(self.prepared, kv.told.identity.namespace, facts)
+            remember(self.prepared, kv.spec.identity.namespace, facts)

@@ -80,8 +80,8 @@ MUTANTS = (
     (
         "only KV gets the name of the new weights",
         POOLS,
-        "for pool, now in zip(pools, told, strict=True):",
-        "for pool, now in zip(pools[:1], told[:1], strict=True):",
+        "for pool, now in zip(pools, specs, strict=True):",
+        "for pool, now in zip(pools[:1], specs[:1], strict=True):",
         OF_POOLS,
     ),
     (
@@ -101,7 +101,7 @@ MUTANTS = (
     (
         "files that were being opened for old weights are used for new ones",
         "flexkv_sglang/pools/pool.py",
-        "return self.store is not None and self.opened == self.told.identity",
+        "return self.store is not None and self.opened_as == self.spec.identity",
         "return self.store is not None",
         OF_POOLS,
     ),
