@@ -80,22 +80,22 @@ MUTANTS = (
     (
         "only KV gets the name of the new weights",
         POOLS,
-        "for pool, now in zip(pools, specs, strict=True):",
-        "for pool, now in zip(pools[:1], specs[:1], strict=True):",
+        "for pool, spec in zip(pools, specs, strict=True):",
+        "for pool, spec in zip(pools[:1], specs[:1], strict=True):",
         OF_POOLS,
     ),
     (
         "namespaces of new weights are opened under calls of before",
         POOLS,
-        "if not alone or not self._unsettled or self._away",
-        "if not self._unsettled or self._away",
+        "if not alone or self._state.now is not State.PENDING:",
+        "if self._state.now is not State.PENDING:",
         OF_POOLS,
     ),
     (
         "a pool that comes during an update is opened at once",
-        POOLS,
-        "if not alone or not self._unsettled or self._away",
-        "if not alone or not self._unsettled",
+        "flexkv_sglang/pools/state.py",
+        "Event.ADD: {State.OPEN: State.PENDING},",
+        "Event.ADD: {State.OPEN: State.PENDING, State.SUSPENDED: State.PENDING},",
         OF_POOLS,
     ),
     (
@@ -107,9 +107,9 @@ MUTANTS = (
     ),
     (
         "files of weights that are gone stay",
-        POOLS,
-        "if left[0].namespace not in entered:",
-        "if False:",
+        "flexkv_sglang/pools/suspended.py",
+        "if identity.namespace in keep:",
+        "if True:",
         OF_POOLS,
     ),
     (
