@@ -23,8 +23,8 @@ from flexkv_sglang.identity.epochs import WEIGHTS
 from flexkv_sglang.identity.keys import page_key, page_keys
 from flexkv_sglang.integration.boundary import Boundary, boundary
 from flexkv_sglang.integration.compat import (
-    pool_demand,
     pool_name,
+    pool_requirement,
     pool_result,
     transfer_stats,
 )
@@ -88,7 +88,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         super().register_mem_pool_host(mem_pool_host)
         if not WEIGHTS.settled:
             logger.warning("flexkv: weights were updated: pages miss until the cache is flushed")
-        self._stores.anchor(mem_pool_host, opens=WEIGHTS.settled)
+        self._stores.open_kv(mem_pool_host, opens=WEIGHTS.settled)
         WEIGHTS.attach(self)
 
     @boundary(lambda self, *a, **k: None)
@@ -100,17 +100,17 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
     @boundary(lambda self, *a, **k: None)
     def on_host_pools_registered(self) -> None:
         """The pools SGLang starts with are known (0.5.23 and later; before, the first call takes that for granted)."""
-        self._stores.burst_over()
+        self._stores.registration_done()
 
     @boundary(lambda self: None)
     def leave_epoch(self) -> None:
         """Before a weight update: from now on every page misses and none is written, in all pools."""
-        self._stores.leave()
+        self._stores.suspend()
 
     @boundary(lambda self: None)
     def enter_epoch(self) -> None:
         """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
-        self._stores.enter()
+        self._stores.resume()
 
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
         """How long SGLang waits for a prefetch, in seconds and seconds per 1024 tokens: bounds a get."""
@@ -155,17 +155,19 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
     ) -> Any:
         """Prefixes for which every pool has what is asked of it, as ``PoolTransferResult``. Memory only."""
-        demands = [pool_demand(transfer) for transfer in pool_transfers or ()]
-        for demand in demands:
-            self._stores.learn(demand)
-        return pool_result(self._usable(keys, demands or self._stores.sidecars()))
+        requirements = [pool_requirement(transfer) for transfer in pool_transfers or ()]
+        for requirement in requirements:
+            self._stores.learn(requirement)
+        return pool_result(self._usable(keys, requirements or self._stores.sidecars()))
 
-    def _usable(self, keys: Sequence[str], demands: list[PoolRequirement]) -> RestorablePrefixes:
+    def _usable(
+        self, keys: Sequence[str], requirements: list[PoolRequirement]
+    ) -> RestorablePrefixes:
         kv = self._stores.get(KV)
         if kv is None:
             return RestorablePrefixes([], {})
         started = time.perf_counter()
-        found = usable(self._stores, kv, keys, demands)
+        found = usable(self._stores, kv, keys, requirements)
         self.metrics.asked(len(keys), found.pages, time.perf_counter() - started)
         return found
 
