@@ -101,7 +101,7 @@ def read(
         batch = pool.pages.incoming(_indices(pool, host_indices, part), keys[part])
         if batch is None:
             return None
-        with pool.told.metrics.timed("get"):
+        with pool.spec.metrics.timed("get"):
             flags = opened.get(groups.keys(keys[part]), batch.buffers, deadline)
             results += batch.landed(groups.whole(flags))
     return results + [False] * (len(keys) - len(results))
