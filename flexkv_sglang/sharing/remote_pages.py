@@ -18,7 +18,7 @@ from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
 from flexkv_sglang.backends.fleet.replica.files import Peer
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
 from flexkv_sglang.backends.fleet.vocabulary import fingerprints_of, namespace_bytes
 from flexkv_sglang.cache.tier import Tier, TierTraits
 from flexkv_sglang.config.share import ShareConfig
@@ -77,7 +77,7 @@ class RemoteTier(Tier):
         self,
         namespace: str,
         payload_bytes: int,
-        reader: ReplicaReader,
+        reader: PeerSetsReader,
         client: PeerClient,
         accepted: frozenset[ChecksumKind],
         share: ShareConfig,

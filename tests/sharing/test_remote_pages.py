@@ -15,8 +15,8 @@ import pytest
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
 from flexkv_sglang.backends.fleet.reader.read import Pending, RemoteRead
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Snapshot, fingerprints_of
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.share import ShareConfig
@@ -50,7 +50,7 @@ class Client(PeerClient):
 class Bed:
     """Sources of two other nodes, the replica that knows of them, and this process's view."""
 
-    writer: ReplicaWriter
+    writer: PeerSetsWriter
     pages: RemoteTier
     client: Client
     metrics: Metrics
@@ -73,7 +73,7 @@ class Bed:
 def bed(tmp_path: Path) -> Iterator[Bed]:
     share, metrics = ShareConfig(listen="127.0.0.1:0", remote_deadline_s=5.0), Metrics()
     with ExitStack() as stack:
-        writer = ReplicaWriter(tmp_path / "run")
+        writer = PeerSetsWriter(tmp_path / "run")
         stack.callback(writer.close)
         sources = {}
         for node in NODES:
@@ -82,7 +82,7 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
             writer.set_peer(NodeId(node), EPOCH, address, up=True)
         client = Client(share, metrics)
         stack.callback(client.close)
-        reader = ReplicaReader(tmp_path / "run", NAME, 30.0)
+        reader = PeerSetsReader(tmp_path / "run", NAME, 30.0)
         pages = RemoteTier(NAME, PAGE, reader, client, FULL, share, metrics)
         store = Tiers([open_engine(tmp_path / "disk", PAGE, 64 * PAGE), pages], metrics)
         stack.callback(store.close)
@@ -225,7 +225,7 @@ def test_what_is_computed_sooner_is_left(bed: Bed, tmp_path: Path) -> None:
     memory = PageMemory(4, [PAGE])
     assert all(bed.pages.begin_get(keys, memory.buffers, soon()).wait() == 4 for _ in range(1))  # type: ignore[union-attr]
     quick = ShareConfig(remote_deadline_s=5.0, recompute_tokens_per_s=1e9)
-    reader = ReplicaReader(tmp_path / "run", NAME, 30.0)
+    reader = PeerSetsReader(tmp_path / "run", NAME, 30.0)
     pages = RemoteTier(NAME, PAGE, reader, bed.client, FULL, quick, bed.metrics, page_tokens=16)
     until = soon()
     while not bed.client.seconds_for(NodeId("a"), PAGE):  # with the end, behind the last page
@@ -249,7 +249,7 @@ def test_an_agent_with_other_settings_is_not_asked(bed: Bed, tmp_path: Path) -> 
     keys: list[Any] = keys_of(2)
     bed.holds("a", keys)
     usable = [False]
-    reader = ReplicaReader(tmp_path / "run", NAME, 30.0)
+    reader = PeerSetsReader(tmp_path / "run", NAME, 30.0)
     pages = RemoteTier(
         *(NAME, PAGE, reader, bed.client, FULL, ShareConfig(), bed.metrics),
         usable=lambda: usable[0],
