@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Snapshot, fingerprints_of
 from flexkv_sglang.cache.tier import Tier
 from flexkv_sglang.config.share import ShareConfig
@@ -30,14 +30,14 @@ class TestOtherMachines(TierSuite):
     def tier(self, tmp_path: Path) -> Iterator[Tier]:
         share, self.source = ShareConfig(listen="127.0.0.1:0"), MemorySource([], self.page_bytes)
         with ExitStack() as stack:
-            self.writer = ReplicaWriter(tmp_path)
+            self.writer = PeerSetsWriter(tmp_path)
             stack.callback(self.writer.close)
             _, address = stack.enter_context(serving(self.source, share))
             self.writer.set_peer(NodeId("a"), EPOCH, address, up=True)
             metrics = Metrics()
             client = PeerClient(share, metrics.count)
             stack.callback(client.close)
-            reader = ReplicaReader(tmp_path, NAME, 30.0)
+            reader = PeerSetsReader(tmp_path, NAME, 30.0)
             tier = RemoteTier(NAME, self.page_bytes, reader, client, FULL, share, metrics)
             stack.callback(tier.close)
             yield tier
