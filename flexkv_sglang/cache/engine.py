@@ -10,22 +10,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from types import TracebackType
 
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.transfer import Extents, Outcome, PageTransfer
 from flexkv_sglang.backends.slots.breaker import Breaker
+from flexkv_sglang.backends.slots.neighbour import NeighbourPage
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
 from flexkv_sglang.cache.index.check import check_index
 from flexkv_sglang.cache.local_pages import LocalPages
-from flexkv_sglang.cache.plan import GetPlan
 from flexkv_sglang.cache.stats_file import Reporter
 from flexkv_sglang.cache.tier import Tier
-from flexkv_sglang.cache.upkeep import Upkeep
-from flexkv_sglang.cache.watch import CallWatch
+from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
 from flexkv_sglang.errors import TierError, TierUnavailableError
 from flexkv_sglang.metrics.registry import Metrics, SlotAges
 from flexkv_sglang.prefix import cut_after_first_failure
@@ -35,6 +35,73 @@ logger = logging.getLogger(__name__)
 
 _LOCK_SPAN = 512  # keys looked up under one hold of the lock
 _PUBLISH_S = 2.0  # for what has no deadline of its own
+
+
+class GetPlan:
+    """The leading run of a request that can be read. Its pages are pinned until the ``with`` block ends.
+
+    Columns, no object per own page. ``keys``, ``kinds``, ``sums``: per page of the run, its key and the checksum
+    that its bytes must have. ``own`` and ``slots``: positions of own pages and their slots. ``foreign`` and
+    ``claims``: positions of neighbours' pages and their claims.
+    """
+
+    def __init__(
+        self, pages: LocalPages, neighbours: NeighbourStore, keys: Sequence[PageKey]
+    ) -> None:
+        self._pages = pages
+        self._neighbours = neighbours
+        self.keys: Sequence[PageKey] = ()
+        self.kinds: list[ChecksumKind] = []
+        self.sums: list[int] = []
+        self.own: list[int] = []
+        self.slots: list[SlotId] = []
+        self.foreign: list[int] = []
+        self.claims: list[NeighbourPage] = []
+        try:
+            self._collect(keys)
+        except BaseException:
+            self._release()
+            raise
+        self.keys = keys[: len(self.sums)]
+
+    def __enter__(self) -> GetPlan:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self.slots:
+            self._pages.unpin(self.slots)
+        if self.claims:
+            self._neighbours.release(self.claims)
+
+    def _collect(self, keys: Sequence[PageKey]) -> None:
+        """Alternate between own pages and neighbours' pages until neither has the next one."""
+        count = 0
+        while count < len(keys):
+            start = count
+            slots = self._pages.pin(keys[start : start + _LOCK_SPAN])
+            self.slots += slots
+            kinds, sums = self._pages.tier.checksums(slots)
+            self.kinds += kinds
+            self.sums += sums
+            count += len(slots)
+            self.own += range(start, count)
+            if count < len(keys):
+                claims = self._neighbours.find(keys[count:])
+                self.claims += claims
+                self.kinds += [claim.kind for claim in claims]
+                self.sums += [claim.checksum for claim in claims]
+                self.foreign += range(count, count + len(claims))
+                count += len(claims)
+            if count == start:
+                return
 
 
 class CacheEngine(Tier):

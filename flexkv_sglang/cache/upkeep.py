@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import probe_directory
@@ -19,7 +21,6 @@ from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.slot_file import OwnedStore
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
-from flexkv_sglang.cache.watch import CallWatch
 from flexkv_sglang.errors import JournalError, TierError
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.threads import PeriodicThread
@@ -30,7 +31,35 @@ _ROUND_S = 0.25
 _FLOOR_ROUND_S = 5.0
 _JOIN_TIMEOUT_S = 2.0
 _PUBLISH_S = 2.0
+_OVERDUE_S = 1.0  # past its deadline a call only drains what is in flight: tens of milliseconds
 _SHRINK_PARTS = 32  # what is given back at once is at least one part of so many
+
+
+class CallWatch:
+    """Running transfers, with their deadlines and the directories that they use. Threads: any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held for dict work
+        self._calls: dict[int, tuple[float, frozenset[Breaker]]] = {}
+        self._next = 0
+
+    @contextmanager
+    def call(self, deadline: float, breakers: frozenset[Breaker]) -> Iterator[None]:
+        """Around a transfer. ``deadline``: ``time.monotonic()`` seconds."""
+        with self._lock:
+            number, self._next = self._next, self._next + 1
+            self._calls[number] = deadline, breakers
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._calls[number]
+
+    def overdue(self) -> set[Breaker]:
+        """Directories of transfers that should have ended ``_OVERDUE_S`` ago."""
+        limit = time.monotonic() - _OVERDUE_S
+        with self._lock:
+            return {b for deadline, used in self._calls.values() if deadline < limit for b in used}
 
 
 class Upkeep:
