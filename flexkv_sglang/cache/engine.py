@@ -1,8 +1,8 @@
-"""CacheEngine: plan, move, commit for one tier. The only place that knows index, slot files, neighbours and mover.
+"""CacheEngine: a tier in slot files. It plans a call, moves the bytes, and commits the result.
 
 Bytes move under no lock: pins, WRITING slots and the second look at a neighbour's journal protect them.
-The two locks are explained in ``local_pages``. Failures of the world end here: they are counted, reported
-to the directory's breaker, and become misses.
+``local_pages`` explains the two locks. Failures of the disk end here: they are counted, reported to the
+directory's breaker, and become misses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 logger = logging.getLogger(__name__)
 
 _LOCK_SPAN = 512  # keys looked up under one hold of the lock
-_PUBLISH_S = 2.0  # for what has no deadline of its own
+_PUBLISH_S = 2.0  # for journal records of calls that have no deadline
 
 
 class GetPlan:
@@ -105,11 +105,11 @@ class GetPlan:
 
 
 class CacheEngine(Tier):
-    """Look up, get, put and clear pages of one namespace in one tier. Thread-safe.
+    """Pages of one namespace in slot files. Threads: any.
 
-    ``verify``: "full" (every byte of every read), "sampled" or "off". Tier and neighbours know no page that
-    was written with less than is asked for. ``min_free``: bytes left to other users of each disk. ``level``:
-    number of the tier, the fastest is 0. Owns everything it is given and closes it.
+    ``verify``: "full" (every byte of every read), "sampled" or "off". ``tier`` and ``neighbours`` know no page that
+    was written with a weaker checksum. ``min_free``: bytes left to other users of each disk. ``level``: number of
+    the tier, the fastest is 0. The engine owns all that it is given and closes it.
     """
 
     def __init__(  # noqa: PLR0913 - one call, spelled out
@@ -142,7 +142,7 @@ class CacheEngine(Tier):
     def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:
         """Length of the leading run of pages that are here or at a neighbour. Memory only.
 
-        With ``promise`` what is here stays until it is read, for a short time: see ``promises``.
+        ``promise``: own pages stay until they are read, for a short time; see ``LookupPins``.
         """
         count = 0
         while count < len(keys):
@@ -174,12 +174,11 @@ class CacheEngine(Tier):
 
     @property
     def slot_count(self) -> int:
-        """Slots of this process, those of directories that are bypassed included."""
+        """Slots of this process, including those of directories that are bypassed."""
         return self._tier.slot_count
 
     def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
-        """Read pages into ``targets``. One bool per key; False from the first page that was not there,
-        not right, or not in time (``time.monotonic()`` seconds)."""
+        """Read pages. False from the first page on that was absent, damaged, or late."""
         assert len(keys) == len(targets), (len(keys), len(targets))
         started = time.monotonic()
         with GetPlan(self._pages, self._neighbours, keys) as plan:
@@ -216,7 +215,7 @@ class CacheEngine(Tier):
         results: list[bool],
         bad: list[int],
     ) -> None:
-        """``own_slots``: the slots of ``rows``, or nothing if those are neighbours' pages."""
+        """``own_slots``: the slots of ``rows``; empty if these are neighbours' pages."""
         keys, kinds, sums = plan.keys, plan.kinds, plan.sums
         unchecked = self._written_kind is ChecksumKind.NONE
 
@@ -243,7 +242,7 @@ class CacheEngine(Tier):
             self._count_failures(rows, outcomes, results, bad)
         if own_slots:
             healthy = self._report_health(breakers, outcomes, "read")
-            bad += [  # one bad spot on a disk that works: this page will not get better either
+            bad += [  # a bad spot on a disk that works: another read of it fails as well
                 row
                 for row, outcome, breaker in zip(rows, outcomes, breakers, strict=True)
                 if outcome is Outcome.FAILED and breaker in healthy
@@ -258,7 +257,7 @@ class CacheEngine(Tier):
     ) -> None:
         for row, outcome in zip(rows, outcomes, strict=True):
             results[row] = outcome is Outcome.DONE
-            if outcome in (Outcome.REFUSED, Outcome.SHORT):  # asking again does not help
+            if outcome in (Outcome.REFUSED, Outcome.SHORT):  # another read does not help
                 bad.append(row)
         self._metrics.count("read_failed_pages", outcomes.count(Outcome.FAILED))
         self._metrics.count("read_late_pages", outcomes.count(Outcome.LATE))
@@ -266,7 +265,7 @@ class CacheEngine(Tier):
     def _report_health(
         self, breakers: Sequence[Breaker], outcomes: Sequence[Outcome], what: str
     ) -> set[Breaker]:
-        """Tell each directory's breaker how its pages fared. Returns those where some page moved."""
+        """Report the outcomes to each directory's breaker. Returns the breakers of directories where a page moved."""
         working, opened = set(), False
         distinct = set(breakers)
         for breaker in distinct:
@@ -283,7 +282,7 @@ class CacheEngine(Tier):
         return working
 
     def _recheck_neighbours(self, plan: GetPlan, results: list[bool], bad: list[int]) -> None:
-        """The owner may have rewritten a slot while we read it: its journal says so by now."""
+        """Drop pages whose owner rewrote the slot during the read: its journal says so by now."""
         for row, valid in zip(plan.foreign, self._neighbours.still_valid(plan.claims), strict=True):
             if not valid:
                 self._metrics.count("neighbour_lost_pages", int(results[row]))
@@ -293,7 +292,7 @@ class CacheEngine(Tier):
         self._metrics.count("neighbour_read_pages", sum(results[i] for i in plan.foreign))
 
     def _drop_corrupt(self, plan: GetPlan, bad: frozenset[int]) -> None:
-        """Refuse the pages at these positions from now on, here and for the neighbours."""
+        """Forget the pages at these positions, here and for the neighbours."""
         self._metrics.count("corrupt_pages", len(bad))
         logger.error(
             "flexkv: %d pages failed their checksum and are dropped (first: %s)",
@@ -326,10 +325,9 @@ class CacheEngine(Tier):
     ) -> list[bool]:
         """Write the pages that are neither here nor, unless ``own``, at a neighbour. Per key: is it stored now?
 
-        True also for a page that was declined: it is worth less than what is cached, and answered as if
-        it had been written and evicted at once. SGLang drops the rest of an operation at a False.
-        ``keys`` is one chain; ``parent`` the page before it, if known. Returns after the data is complete
-        on the medium and its commit records are on the journal; the caller's memory is not read after.
+        True also for a declined page, which is worth less than the cached ones: it counts as written and evicted at
+        once, because SGLang drops the rest of an operation at a False. Returns after the bytes are complete on the
+        medium and their commit records are in the journal.
         """
         assert len(keys) == len(sources), (len(keys), len(sources))
         started = time.monotonic()
@@ -369,7 +367,7 @@ class CacheEngine(Tier):
         sources: PageBuffers,
         deadline: float,
     ) -> list[bool]:
-        """Tombstones, bytes, records, index. Slots that did not make it are free again when this returns."""
+        """Tombstones, bytes, records, index, in this order. Slots whose write failed are free when this returns."""
         sums = [0] * len(keys)
         kind = self._written_kind
 
@@ -404,7 +402,7 @@ class CacheEngine(Tier):
     def _commit(
         self, keys: list[PageKey], slots: list[SlotId], sums: list[int], moved: list[bool]
     ) -> list[bool]:
-        """Journal records, then the index; under ``publish`` so that CLEAR cannot come in between."""
+        """Journal records, then the index; under ``publish``, so that no CLEAR comes between the two."""
         pages = self._pages
         recorded = [False] * len(slots)
         try:
@@ -446,7 +444,7 @@ class CacheEngine(Tier):
                 self._tier.publish_clear()
                 self._pages.clear()
         except TierUnavailableError as exc:
-            # Its journals are brought in line with the empty index when they answer again.
+            # The probe writes the empty index to its journals when they answer again.
             for store in self._tier.stores:
                 store.breaker.trip("a journal does not answer")
             self._pages.clear()
@@ -459,7 +457,7 @@ class CacheEngine(Tier):
         self._upkeep.stop()
         self._reporter.close()
         if not self._mover.close():
-            # A disk hangs. Whoever adopted the files now could be overwritten by what is in flight: they stay ours.
+            # Writes are still in flight. Keep the locks, or these writes would land in an adopter's slots.
             logger.error("flexkv: transfers are still in flight; the files stay locked")
             return
         self._neighbours.close()

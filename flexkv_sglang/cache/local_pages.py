@@ -1,8 +1,8 @@
-"""LocalPages: one tier's index, slot files and promises with the two locks that keep them in step.
+"""LocalPages: one tier's index, slot files and lookup pins, with the two locks that keep them in step.
 
-``lock`` guards index and promises and is held for dict work only: never for I/O, never while logging.
-``publish`` puts journal appends and the index changes they announce into one order; it is taken before
-``lock``, never after it, no read takes it, and nobody waits for it without a bound.
+``lock`` guards index and lookup pins. It is held for dict work only: never for I/O, never while logging.
+``publish`` puts journal appends and the index changes that they announce into one order. It is taken before
+``lock``, never after it. No read takes it, and every wait for it has a bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SPAN = 512  # keys looked up under one hold of the lock
 
 
 class LocalPages:
-    """What an engine, its plans and its upkeep share. Everything but ``tier`` is guarded as said above."""
+    """Shared by an engine, its plans and its upkeep. The locks guard everything but ``tier``."""
 
     def __init__(self, tier: SlotFileTier, recovered: Recovered) -> None:
         self.tier = tier
@@ -36,14 +36,14 @@ class LocalPages:
         dropped = self.index.load(recovered.keys, recovered.slots, recovered.parents)
         keys, slots = recovered.keys[dropped].tolist(), recovered.slots[dropped].tolist()
         lost = [(PageKey(key), SlotId(slot)) for key, slot in zip(keys, slots, strict=True)]
-        # Else their slots would be rewritten while their records still stand.
+        # Without tombstones their slots would be rewritten while their old records still stand.
         tier.publish_del(lost)
         self.recovered_count = len(recovered.keys) - len(dropped)
-        self._owed: list[tuple[PageKey, SlotId]] = []  # tombstones not on the journal yet
+        self._pending_tombstones: list[tuple[PageKey, SlotId]] = []  # not in the journal yet
 
     @contextmanager
     def publishing(self, deadline: float) -> Iterator[None]:
-        """Hold ``publish``. Raises ``TierUnavailableError`` if that is not possible before ``deadline``."""
+        """Hold ``publish``. Raises ``TierUnavailableError`` if it is not free before ``deadline``."""
         if not self._publish.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TierUnavailableError("a journal does not answer")
         try:
@@ -52,7 +52,7 @@ class LocalPages:
             self._publish.release()
 
     def prefix(self, keys: Sequence[PageKey], *, promise: bool) -> int:
-        """Length of the leading run of READY keys, at most one hold of the lock long."""
+        """Length of the leading run of READY keys. Takes the lock once: the caller bounds the number of keys."""
         with self.lock:
             run = self.index.run(keys)
             if promise and run:
@@ -62,12 +62,12 @@ class LocalPages:
         return len(run)
 
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Per key: is it READY? At most one hold of the lock long."""
+        """Per key: is it READY? Takes the lock once."""
         with self.lock:
             return self.index.found(keys)
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
-        """Pin and touch the leading run of READY keys; what was promised of it is kept now."""
+        """Pin and touch the leading run of READY keys. Their lookup pins end."""
         with self.lock:
             slots = self.index.pin(keys)
             self._end(self._promises.keep(slots))
@@ -100,7 +100,7 @@ class LocalPages:
     def reserve(
         self, keys: Sequence[PageKey], parent: PageKey | None, held: frozenset[int]
     ) -> Reserved:
-        """Slots for what is absent; see ``TierIndex.reserve``. Promises give way when nothing else can."""
+        """Slots for absent pages; see ``TierIndex.reserve``. Lookup pins end where nothing else can be evicted."""
         with self.lock:
             self._end(self._promises.expire(time.monotonic()))
             first = self.index.reserve(keys, parent, held)
@@ -116,19 +116,19 @@ class LocalPages:
         )
 
     def publish_del(self, victims: Sequence[tuple[PageKey, SlotId]], deadline: float) -> None:
-        """Tombstones, with those that are owed. Raises ``TierUnavailableError``: then they are owed as well."""
+        """Append tombstones, and pending ones. Raises ``TierUnavailableError``; then these are pending, too."""
         with self.lock:
-            self._owed += victims
-            # Under the lock: whoever takes our tombstones may not have appended them yet. Wait for it.
-            if not self._owed:
+            self._pending_tombstones += victims
+            if not self._pending_tombstones:
                 return
+        # Another thread may have taken our tombstones and not appended them yet: wait for ``publish``.
         with self.publishing(deadline):
             with self.lock:
-                owed, self._owed = self._owed, []
-            self.tier.publish_del(owed)
+                pending, self._pending_tombstones = self._pending_tombstones, []
+            self.tier.publish_del(pending)
 
     def commit(self, slots: Sequence[SlotId], done: Sequence[bool]) -> list[bool]:
-        """Make READY what is ``done`` and still wanted, free the rest. Returns which are READY."""
+        """Make the slots READY that are ``done`` and not cleared meanwhile, free the rest. Per slot: is it READY?"""
         with self.lock:
             alive = self.index.still_writing(slots)
             ready = [a and b for a, b in zip(alive, done, strict=True)]
@@ -150,7 +150,7 @@ class LocalPages:
             return self.index.suspend(region, readable=readable)
 
     def break_promises(self) -> None:
-        """End all promises."""
+        """End all lookup pins."""
         with self.lock:
             self._end(self._promises.break_all())
 
