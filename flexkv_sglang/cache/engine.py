@@ -22,7 +22,7 @@ from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
 from flexkv_sglang.cache.index.check import check_index
-from flexkv_sglang.cache.local_pages import LocalPages
+from flexkv_sglang.cache.local_pages import LOCK_SPAN, LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
 from flexkv_sglang.cache.tier import Tier
 from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
@@ -33,7 +33,6 @@ from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
 logger = logging.getLogger(__name__)
 
-_LOCK_SPAN = 512  # keys looked up under one hold of the lock
 _PUBLISH_S = 2.0  # for journal records of calls that have no deadline
 
 
@@ -86,7 +85,7 @@ class GetPlan:
         count = 0
         while count < len(keys):
             start = count
-            slots = self._pages.pin(keys[start : start + _LOCK_SPAN])
+            slots = self._pages.pin(keys[start : start + LOCK_SPAN])
             self.slots += slots
             kinds, sums = self._pages.tier.checksums(slots)
             self.kinds += kinds
@@ -147,7 +146,7 @@ class CacheEngine(Tier):
         count = 0
         while count < len(keys):
             start = count
-            count += self._pages.prefix(keys[count : count + _LOCK_SPAN], promise=promise)
+            count += self._pages.prefix(keys[count : count + LOCK_SPAN], promise=promise)
             if count < len(keys):
                 count += self._neighbours.prefix(keys[count:])
             if count == start:
@@ -157,8 +156,8 @@ class CacheEngine(Tier):
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
         """Per key: can this page be read here or at a neighbour? Memory only."""
         flags: list[bool] = []
-        for start in range(0, len(keys), _LOCK_SPAN):
-            flags += self._pages.holds(keys[start : start + _LOCK_SPAN])
+        for start in range(0, len(keys), LOCK_SPAN):
+            flags += self._pages.holds(keys[start : start + LOCK_SPAN])
         if not all(flags):
             flags = [a or b for a, b in zip(flags, self._neighbours.holds(keys), strict=True)]
         return flags
