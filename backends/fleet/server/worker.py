@@ -1,6 +1,6 @@
-"""A thread that does the page server's slow work, so that its loop never waits for a disk or a large array.
+"""A thread for the page server's slow work, so that its loop never waits for a disk or a large array.
 
-Threads: ``put`` and ``results`` are for the loop; jobs run in the worker's own thread, one after the other.
+Threads: ``put`` and ``results`` are for the loop; jobs run in the pool's own thread, one after the other.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from queue import SimpleQueue
 logger = logging.getLogger(__name__)
 
 Job = Callable[[], Callable[[], None]]
-"""Work, and what the loop does with its result."""
+"""Runs in the thread, and returns a callback that the loop runs."""
 
 CLOSE_TIMEOUT_S = 6.0
 
 
 class JobPool:
-    """Runs at most ``depth`` jobs that are not collected yet. ``fd`` becomes readable when a result is there."""
+    """Takes at most ``depth`` jobs whose results were not collected. ``fd`` is readable while there are results."""
 
     def __init__(self, name: str, depth: int) -> None:
         self._depth = depth
@@ -34,11 +34,11 @@ class JobPool:
 
     @property
     def has_room(self) -> bool:
-        """Would ``put`` take a job?"""
+        """True if ``put`` would take a job."""
         return self._open < self._depth
 
     def put(self, job: Job, failed: Callable[[], None]) -> bool:
-        """Run it soon; False: there are too many. ``failed``: what the loop does if it raises."""
+        """Run a job; False: there are too many. ``failed``: the loop's callback if the job raises."""
         if not self.has_room:
             return False
         self._open += 1
@@ -46,7 +46,7 @@ class JobPool:
         return True
 
     def results(self) -> list[Callable[[], None]]:
-        """What is to be done for the jobs that have ended."""
+        """Collect the callbacks of the jobs that have ended."""
         try:
             os.eventfd_read(self.fd)
         except BlockingIOError:
@@ -67,7 +67,7 @@ class JobPool:
             os.eventfd_write(self.fd, 1)
 
     def close(self) -> bool:
-        """Wait for the running job; False: it hangs."""
+        """Wait for the running job. False: it hangs."""
         self._jobs.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
