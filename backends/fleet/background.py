@@ -1,15 +1,10 @@
-"""Threads that repeat a step until they are closed, and how long to leave a partner alone that fails.
-
-Nothing is raised out of a thread: a step that fails is logged and counted, and tried again after a pause.
-"""
+"""How long to leave a partner alone that fails."""
 
 from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
-from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -70,58 +65,3 @@ class Backoff:
             "since_s": round(time.monotonic() - self.since, 1),
             "last_error": self.last_error,
         }
-
-
-class PeriodicThread:
-    """A thread named ``flexkv-...`` that repeats ``step``. ``step`` returns the seconds until the next one.
-
-    ``event``: set it to have the next step at once. ``close`` waits for a step under way, up to a limit.
-    """
-
-    def __init__(self, name: str, step: Callable[[], float], failed: Callable[[], None]) -> None:
-        self.event = threading.Event()
-        self._step = step
-        self._failed = failed
-        self._stop = threading.Event()
-        self._said_at = -REPEAT_LOG_S
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def pause(self, seconds: float) -> None:
-        """Wait inside a step; ends early when the worker is closed."""
-        self._stop.wait(seconds)
-
-    @property
-    def stopped(self) -> bool:
-        """Has ``stop`` been called?"""
-        return self._stop.is_set()
-
-    def stop(self) -> None:
-        """Ask it to end."""
-        self._stop.set()
-        self.event.set()
-
-    def join(self, deadline: float) -> bool:
-        """Wait until ``deadline`` (``time.monotonic()``) for its end. True: it has ended."""
-        if self._thread.ident is None or self._thread is threading.current_thread():
-            return True
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self.event.wait(self._once())
-            self.event.clear()
-
-    def _once(self) -> float:
-        try:
-            return self._step()
-        except Exception:
-            self._failed()
-            if time.monotonic() - self._said_at >= REPEAT_LOG_S:
-                self._said_at = time.monotonic()
-                logger.exception("flexkv: %s failed and goes on", self._thread.name)
-            return 1.0

@@ -23,7 +23,6 @@ import stat
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +266,7 @@ class RunLock:
 
 def settings_digest(share: ShareConfig) -> str:
     """Of what an agent and the rank processes beside it must have in common."""
-    fields = {key: value for key, value in asdict(share).items() if key not in _LOCAL}
+    fields = {key: value for key, value in share.settings().items() if key not in _LOCAL}
     return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

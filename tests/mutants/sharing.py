@@ -109,8 +109,8 @@ MUTANTS = (
     (
         "sharing: each turn takes its time anew",
         "flexkv_sglang/cache/tiers.py",
-        "keys[split:], targets.take(slice(split, None)), remote_deadline",
-        "keys[split:], targets.take(slice(split, None)), deadline",
+        "begin_get(keys, part, limits[number])",
+        "begin_get(keys, part, time.monotonic() + 20)",
         READS,
     ),
     (
@@ -144,8 +144,8 @@ MUTANTS = (
     (
         "sharing: room for kept pages does not come back",
         "flexkv_sglang/sharing/backfill.py",
-        "                self._free += job.rows\n",
-        "                pass\n",
+        "            self._free += job.rows\n",
+        "            pass\n",
         KEEPS,
     ),
     (

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.server.queue import Reader
-from flexkv_sglang.backends.fleet.server.worker import Job, JobPool
 from flexkv_sglang.backends.fleet.vocabulary import ServedNode, Snapshot, namespace_name
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.answers import UnavailableReason
+from flexkv_sglang.threads import JobPool, PoolJob
 
 if TYPE_CHECKING:
     import zmq
@@ -74,7 +74,7 @@ class ServeFeeds:
 
         self._ask(reader, ask.request_id, build)
 
-    def _ask(self, reader: Reader, request_id: int, build: Job) -> None:
+    def _ask(self, reader: Reader, request_id: int, build: PoolJob) -> None:
         def busy() -> None:
             self._send(reader, answers.pack_unavailable(request_id, UnavailableReason.BUSY))
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.server.offers import Offers, take_offsets
 from flexkv_sglang.backends.fleet.server.queue import Reader, Request, Send, ServeQueue, Turn
-from flexkv_sglang.backends.fleet.server.worker import JobPool
 from flexkv_sglang.backends.fleet.slabs import ServeSlabs
 from flexkv_sglang.backends.fleet.transport import RdmaTransport
 from flexkv_sglang.backends.fleet.vocabulary import (
@@ -30,6 +29,7 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     namespace_name,
 )
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
+from flexkv_sglang.threads import JobPool
 
 if TYPE_CHECKING:
     import zmq

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from flexkv_sglang.backends.fleet.server.feeds import ServeFeeds
 from flexkv_sglang.backends.fleet.server.pages import ServePages
 from flexkv_sglang.backends.fleet.server.queue import QUEUE_MAX, Reader
-from flexkv_sglang.backends.fleet.server.worker import JobPool
 from flexkv_sglang.backends.fleet.transport import (
     RdmaError,
     RdmaTransport,
@@ -39,6 +38,7 @@ from flexkv_sglang.backends.fleet.vocabulary import (
 from flexkv_sglang.backends.fleet.wire import addresses, answers, curve, protocol, requests
 from flexkv_sglang.backends.fleet.wire.auth import ZapAuthenticator
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.threads import JobPool
 
 if TYPE_CHECKING:
     import zmq
@@ -107,6 +107,7 @@ class PageServer:
         self._feeds = ServeFeeds(self._node, self._control, self._send_tracked)
         self._pages = self._open_pages()
         self._readers: OrderedDict[bytes, Reader] = OrderedDict()
+        # a loop over sockets that closes them itself, so no thread of threads.py
         self._thread = threading.Thread(target=self._run, name="flexkv-serve", daemon=True)
         self._thread.start()
         return addresses.advertised(self._share, self._host, int(bound.rpartition(":")[2]))

@@ -227,7 +227,7 @@ def pack_welcome(welcome: Welcome) -> list[bytes]:
         *head(Kind.WELCOME), welcome.nonce, welcome.proof, info.epoch, welcome.request_bytes >> 10,
         welcome.queue, len(names) // NAMESPACE_BYTES, len(info.engines), info.protocol,
     )  # fmt: skip
-    texts = (info.node_id, info.address, info.pod, info.version, *info.engines)
+    texts = (info.node_id, info.address, info.share_group, info.version, *info.engines)
     return [fixed + b"".join(_text(text) for text in texts) + names]
 
 
@@ -256,8 +256,10 @@ def _welcome(frame: bytes) -> Welcome:
         namespace_name(frame[i : i + NAMESPACE_BYTES])
         for i in range(at, len(frame), NAMESPACE_BYTES)
     )
-    node_id, address, pod, version, *named = texts
-    info = NodeInfo(NodeId(node_id), epoch, address, pod, spaces, tuple(named), version, protocol)
+    node_id, address, share_group, version, *named = texts
+    info = NodeInfo(
+        NodeId(node_id), epoch, address, share_group, spaces, tuple(named), version, protocol
+    )
     return Welcome(nonce, proof, info, kib << 10, queue)
 
 
