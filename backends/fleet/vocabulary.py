@@ -17,7 +17,6 @@ from typing import NewType, Protocol
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.config.share import ShareConfig as ShareConfig
 from flexkv_sglang.types import U64, PageKey
 
 PROTOCOL = 2
@@ -146,27 +145,6 @@ class ChangeLog(Protocol):
 
     def snapshot(self) -> Snapshot:
         """All pages now."""
-        ...
-
-
-class PeerControl(Protocol):
-    """Questions of an agent to another node's agent. Each blocks for ``timeout_s`` at most. Any thread.
-
-    Raises ``PeerError`` when there is no valid answer in time.
-    """
-
-    def hello(self, address: str, timeout_s: float) -> NodeInfo:
-        """Who is there?"""
-        ...
-
-    def poll(
-        self, address: str, namespace: str, epoch: int, last: int, timeout_s: float
-    ) -> list[Change] | None:
-        """As ``ChangeLog.since`` of that node."""
-        ...
-
-    def snapshot(self, address: str, namespace: str, timeout_s: float) -> Snapshot:
-        """As ``ChangeLog.snapshot`` of that node."""
         ...
 
 

@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flexkv_sglang.backends.fleet.vocabulary import (
-    Change,
-    NodeInfo,
-    ShareConfig,
-    Snapshot,
-    namespace_bytes,
-)
+from flexkv_sglang.backends.fleet.vocabulary import Change, NodeInfo, Snapshot, namespace_bytes
 from flexkv_sglang.backends.fleet.wire import curve
 from flexkv_sglang.backends.fleet.wire.answers import (
     SNAPSHOT_KEYS_MAX,
@@ -34,6 +28,7 @@ from flexkv_sglang.backends.fleet.wire.answers import (
 )
 from flexkv_sglang.backends.fleet.wire.link import Link
 from flexkv_sglang.backends.fleet.wire.requests import Poll, pack_poll, pack_snapshot_request
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import PeerError
 
 if TYPE_CHECKING:
@@ -44,7 +39,7 @@ IDLE_S = 60.0
 KEYS_MAX = SNAPSHOT_KEYS_MAX
 
 
-class WirePeerControl:
+class PeerControl:
     """Opens its context with the first call. Raises ``PeerError`` only, but for ``ConfigError`` when made."""
 
     def __init__(self, share: ShareConfig, secret: curve.Secret | None) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from flexkv_sglang.backends.fleet.background import Backoff
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
-from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX, FeedHost
+from flexkv_sglang.backends.fleet.members.followers import Followers
+from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX
 from flexkv_sglang.backends.fleet.members.redis_entries import (
     decode_change,
     decode_info,
@@ -26,7 +27,8 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
     stream_key,
 )
 from flexkv_sglang.backends.fleet.members.redis_link import RedisLink, parse_redis_url
-from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.threads import PeriodicThread
 
@@ -92,7 +94,7 @@ class RedisFeed:
     """
 
     def __init__(
-        self, share: ShareConfig, host: FeedHost, logs: Callable[[str], OwnChanges | None]
+        self, share: ShareConfig, followers: Followers, logs: Callable[[str], OwnChanges | None]
     ) -> None:
         assert share.redis_url
         if not is_name(share.cluster_id):
@@ -100,7 +102,7 @@ class RedisFeed:
                 f"cluster_id: {share.cluster_id!r}; valid: letters, digits, _ . -, at most 96"
             )
         self._share = share
-        self._host = host
+        self._followers = followers
         self._logs = logs
         self._link = RedisLink(
             parse_redis_url(share.redis_url, share.redis_password_file, share.redis_ca_file)
@@ -122,10 +124,10 @@ class RedisFeed:
         self._read_since = 0
         self._threads = [
             PeriodicThread(
-                "flexkv-redis-beat", self._write, lambda: host.count("share_thread_errors")
+                "flexkv-redis-beat", self._write, lambda: followers.count("share_thread_errors")
             ),
             PeriodicThread(
-                "flexkv-redis-read", self._read, lambda: host.count("share_thread_errors")
+                "flexkv-redis-read", self._read, lambda: followers.count("share_thread_errors")
             ),
         ]
 
@@ -180,7 +182,7 @@ class RedisFeed:
                 self._heartbeat()
             more = self._publish()
         except self._link.errors as error:
-            self._host.count("share_redis_errors")
+            self._followers.count("share_redis_errors")
             self._retry_at = time.monotonic() + self._write_outage.failed(error)
             self._next_heartbeat = 0.0
             self._writing.connection_pool.disconnect()
@@ -189,7 +191,7 @@ class RedisFeed:
         return 0.0 if more else min(KEEP_S / 5, max(0.0, self._next_heartbeat - time.monotonic()))
 
     def _heartbeat(self) -> None:
-        own = self._host.own_info()
+        own = self._followers.own_info()
         args = [
             own.node_id,
             encode_info(own),
@@ -198,7 +200,7 @@ class RedisFeed:
             MEMBERS_MAX,
         ]
         answer = self._script(keys=list(member_keys(self._share.cluster_id)), args=args)
-        self._host.count("share_beats")
+        self._followers.count("share_beats")
         former = answer[1]
         if len(answer) > 2:
             found = [decode_info(*pair) for pair in zip(answer[2], answer[3], strict=False)]
@@ -207,17 +209,17 @@ class RedisFeed:
         lost = former == b"" and self._registered_as == own.node_id
         if lost:  # flushed, failed over or away for long: others have yet to come back
             self._emptied += 1
-            self._host.count("share_redis_emptied")
+            self._followers.count("share_redis_emptied")
         self._registered_as = own.node_id
         grace_s = self._share.node_ttl_s + self._write_outage.retry_max_s if lost else 0.0
-        self._host.update_members(SOURCE, self._infos, grace_s)
+        self._followers.update_members(SOURCE, self._infos, grace_s)
         other = decode_info(own.node_id.encode(), former) if former not in (b"", b"=") else None
-        self._host.own_name_seen(SOURCE, other)
+        self._followers.own_name_seen(SOURCE, other)
 
     def _publish(self) -> bool:
         """Write what waits. True: there is more."""
         pause = self._flushed_at + self._flush_s() - time.monotonic()
-        own = self._host.own_info()
+        own = self._followers.own_info()
         logs = [(name, log) for name in own.namespaces if (log := self._logs(name)) is not None]
         for _name, log in logs:
             log.listen(self._threads[0].event.set)
@@ -256,7 +258,7 @@ class RedisFeed:
         pipe.pexpire(key, _STREAM_TTL_MS)
         pipe.execute()
         self._written_at[namespace] = time.monotonic()
-        self._host.count("share_changes_out", len(changes))
+        self._followers.count("share_changes_out", len(changes))
 
     def _flush_s(self) -> float:
         """With many nodes fewer, larger entries: each is delivered to all of them."""
@@ -279,7 +281,7 @@ class RedisFeed:
     def _read(self) -> float:
         feeds = {
             stream_key(self._share.cluster_id, namespace, node_id): (namespace, node_id)
-            for namespace, node_id in self._host.followed()
+            for namespace, node_id in self._followers.followed()
         }
         self._point(list(feeds))
         if not feeds:
@@ -288,7 +290,7 @@ class RedisFeed:
         try:
             answer = self._reading.xread(self._cursors, count=count, block=int(BLOCK_S * 1000))
         except self._link.errors as error:
-            self._host.count("share_redis_errors")
+            self._followers.count("share_redis_errors")
             self._reading.connection_pool.disconnect()
             self._read_since = -1
             self._threads[1].pause(self._read_outage.failed(error))
@@ -302,10 +304,10 @@ class RedisFeed:
             self._heard_at[key] = time.monotonic()
             changes = [decode_change(fields) for _entry_id, fields in entries]
             sound = [change for change in changes if change is not None]
-            self._host.count("share_changes_in", len(sound))
+            self._followers.count("share_changes_in", len(sound))
             if len(sound) < len(changes):
-                self._host.count("share_bad_entries", len(changes) - len(sound))
-            self._host.changed(*feed, sound)
+                self._followers.count("share_bad_entries", len(changes) - len(sound))
+            self._followers.changed(*feed, sound)
         if len(feeds) > _FEW_NODES:  # the question names every stream: it is larger than the news
             self._threads[1].pause(self._flush_s())
         return 0.0

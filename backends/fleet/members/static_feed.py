@@ -11,9 +11,11 @@ import time
 from dataclasses import replace
 
 from flexkv_sglang.backends.fleet.background import Backoff
-from flexkv_sglang.backends.fleet.members.members import FeedHost
+from flexkv_sglang.backends.fleet.members.followers import Followers
+from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.members.redis_entries import is_sound
-from flexkv_sglang.backends.fleet.vocabulary import NodeInfo, PeerControl, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import NodeInfo
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import PeerError
 from flexkv_sglang.threads import PeriodicThread
 
@@ -29,11 +31,11 @@ class StaticFeed:
     """One configured peer. Its ``address`` is what peers reach it at, whatever it says of itself."""
 
     def __init__(
-        self, share: ShareConfig, address: str, host: FeedHost, control: PeerControl
+        self, share: ShareConfig, address: str, followers: Followers, control: PeerControl
     ) -> None:
         self._share = share
         self._address = address
-        self._host = host
+        self._followers = followers
         self._control = control
         self._source = f"peer {address}"
         self._outage = Backoff(self._source, min(5.0, share.heartbeat_s))
@@ -41,7 +43,9 @@ class StaticFeed:
         self._next_hello = 0.0
         self._answered_at = time.monotonic()
         self._thread = PeriodicThread(
-            f"flexkv-peer-{address}"[:40], self._step, lambda: host.count("share_thread_errors")
+            f"flexkv-peer-{address}"[:40],
+            self._step,
+            lambda: followers.count("share_thread_errors"),
         )
 
     def start(self) -> None:
@@ -70,21 +74,21 @@ class StaticFeed:
             if time.monotonic() >= self._next_hello:
                 self._hello()
         except PeerError as error:
-            self._host.count("share_peer_errors")
+            self._followers.count("share_peer_errors")
             self._thread.pause(self._outage.failed(error))
             if time.monotonic() - self._answered_at >= self._share.node_ttl_s:
-                self._host.update_members(self._source, [])
+                self._followers.update_members(self._source, [])
             return 0.0
         try:
             asked = self._poll()
         except PeerError:  # gone, busy, or without that namespace now: the next greeting tells
-            self._host.count("share_peer_errors")
+            self._followers.count("share_peer_errors")
             self._next_hello = 0.0
             self._thread.pause(POLL_FAILED_S)
             return 0.0
         if not asked:
             return max(0.0, self._next_hello - time.monotonic())
-        self._thread.pause(max(POLL_S, len(self._host.followed()) / _POLLS_PER_S))
+        self._thread.pause(max(POLL_S, len(self._followers.followed()) / _POLLS_PER_S))
         return 0.0
 
     def _hello(self) -> None:
@@ -95,25 +99,25 @@ class StaticFeed:
         self._info = info
         self._answered_at = time.monotonic()
         self._outage.worked()
-        own = self._host.own_info()
-        self._host.own_name_seen(self._source, info if info.node_id == own.node_id else None)
-        self._host.update_members(self._source, [replace(info, address=self._address)])
+        own = self._followers.own_info()
+        self._followers.own_name_seen(self._source, info if info.node_id == own.node_id else None)
+        self._followers.update_members(self._source, [replace(info, address=self._address)])
 
     def _poll(self) -> int:
         """Ask for the changes of what is followed. How many namespaces were asked for."""
         asked = 0
-        for namespace, node_id in self._host.followed():
+        for namespace, node_id in self._followers.followed():
             if self._thread.stopped or self._info is None or node_id != self._info.node_id:
                 continue
-            position = self._host.position(namespace, node_id)
+            position = self._followers.position(namespace, node_id)
             asked += 1
             if position is None:
                 continue
             changes = self._control.poll(self._address, namespace, *position, ASK_TIMEOUT_S)
             if changes is None:
-                self._host.gap(namespace, node_id)
+                self._followers.gap(namespace, node_id)
                 self._next_hello = 0.0  # perhaps it is a new epoch
             elif changes:
-                self._host.count("share_changes_in", len(changes))
-                self._host.changed(namespace, node_id, changes)
+                self._followers.count("share_changes_in", len(changes))
+                self._followers.changed(namespace, node_id, changes)
         return asked

@@ -24,9 +24,10 @@ from flexkv_sglang.backends.fleet.reader.health import PeerHealth
 from flexkv_sglang.backends.fleet.reader.rdma_channel import EngineChannel
 from flexkv_sglang.backends.fleet.reader.rdma_memory import EngineReads
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
-from flexkv_sglang.backends.fleet.vocabulary import NodeId, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import NodeId
 from flexkv_sglang.backends.fleet.wire import curve
 from flexkv_sglang.backends.fleet.wire.link import Link
+from flexkv_sglang.config.share import ShareConfig
 
 if TYPE_CHECKING:
     import zmq
