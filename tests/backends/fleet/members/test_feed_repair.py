@@ -69,7 +69,7 @@ def test_a_lost_tail_is_revealed_by_a_keep_alive(
     monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.ASK_AGAIN_S", 0.1)
     node, hand = scene
     hand.added(4)  # never arrives, and nothing comes after it
-    keep = hand.log.keep()
+    keep = hand.log.heartbeat()
     assert keep is not None
     hand.write(keep)
     assert knows(node, hand)

@@ -100,7 +100,7 @@ class FeedMachine(RuleBasedStateMachine):
 
     @rule()
     def keep(self) -> None:
-        keep = self.log.keep()
+        keep = self.log.heartbeat()
         if keep is not None:
             self.wire.append(keep)
 

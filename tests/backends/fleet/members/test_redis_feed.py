@@ -165,7 +165,7 @@ def test_a_node_that_dies_is_down_after_the_expiry(server: RedisServer, share: S
 def test_a_quiet_stream_says_how_far_it_goes(
     server: RedisServer, share: ShareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_feed, "KEEP_S", 0.2)
+    monkeypatch.setattr(redis_feed, "STREAM_HEARTBEAT_S", 0.2)
     wires = Wires()
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         assert both_know(one, two)
