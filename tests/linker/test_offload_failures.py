@@ -111,7 +111,7 @@ def test_a_given_up_offload_reads_no_further_page(
 ) -> None:
     """Five pages, one at a time: the first one was read, the others belong to somebody else by then."""
     monkeypatch.setattr(
-        "flexkv_sglang.linker.staging.LANE_BYTES", {"load": 1, "offload": 1, "promote": 1}
+        "flexkv_sglang.linker.staging.STAGING_BYTES", {"load": 1, "offload": 1, "backfill": 1}
     )
     keys = names(5, seed=4)
     with side(tmp_path, Geometry(), Hasty) as replica:
