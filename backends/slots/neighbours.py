@@ -12,6 +12,7 @@ that lies in the page cache (0.5 us), never while loading a whole journal.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,7 @@ from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.neighbour import NeighbourJournal, NeighbourPage
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.errors import JournalError, TierUnavailableError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.types import PageKey
 
 logger = logging.getLogger(__name__)
@@ -62,9 +64,7 @@ class NeighbourStore:
         self._lock = threading.Lock()
         self._replicas: dict[tuple[Path, str], NeighbourJournal] = {}  # guarded by _lock
         self._polled_at = 0.0  # guarded by _lock
-        self._rejected: dict[
-            tuple[Path, str], str
-        ] = {}  # used by scan() alone: logged once per reason
+        self._log = RateLimitedLog(logger, math.inf)  # each reason once
 
     def __len__(self) -> int:
         """Pages that neighbours claim to hold (a page held twice counts twice)."""
@@ -84,9 +84,8 @@ class NeighbourStore:
             except FileNotFoundError:
                 continue  # nobody has pages of this namespace there
             except OSError as exc:
-                if self._rejected.get((directory, "")) != str(exc):
-                    self._rejected[directory, ""] = str(exc)
-                    logger.warning("flexkv: cannot list %s: %s", directory, exc)
+                kind = directory, str(exc)
+                self._log.log(kind, logging.WARNING, "flexkv: cannot list %s: %s", directory, exc)
                 continue
             for owner in names:
                 if owner not in self._own and (directory, owner) not in self._replicas:
@@ -182,11 +181,9 @@ class NeighbourStore:
             except FileNotFoundError:
                 continue
             except (JournalError, TierUnavailableError, OSError) as exc:
-                if self._rejected.get((directory, owner)) != str(exc):
-                    self._rejected[directory, owner] = str(exc)
-                    logger.info(
-                        "flexkv: owner %s in %s is not readable (yet): %s", owner, directory, exc
-                    )
+                text = "flexkv: owner %s in %s is not readable (yet): %s"
+                kind = directory, owner, str(exc)
+                self._log.log(kind, logging.INFO, text, owner, directory, exc)
                 return
             with self._lock:
                 self._replicas[directory, owner] = replica

@@ -24,6 +24,7 @@ from flexkv_sglang.backends.checksum import KIND_OF, ChecksumKind
 from flexkv_sglang.backends.failpoints import Failpoint, reach
 from flexkv_sglang.backends.io.extents import Extents
 from flexkv_sglang.backends.io.probe import IoMode
+from flexkv_sglang.backends.safe_files import remove_temporaries
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.journal import (
     JournalWriter,
@@ -138,6 +139,7 @@ class OwnedStore:
         """
         directory = lock.directory
         reach(Failpoint.ADOPT_LOCKED)
+        remove_temporaries(directory, lock.owner + ".")
         state = recover(directory, lock.owner, namespace)
         reach(Failpoint.ADOPT_RECOVERED)
         if len(state.header.files) != 1 or state.header.files[0].payload_bytes != payload_bytes:

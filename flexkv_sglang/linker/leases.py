@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flexkv_sglang.cache.tiers import Held, Tiers
+from flexkv_sglang.cache.tiers import PinnedPage, Tiers
 from flexkv_sglang.identity.keys import page_key, page_keys
 from flexkv_sglang.linker.device_pages import DevicePool
 from flexkv_sglang.pools.pool import Pool
@@ -51,7 +51,7 @@ class PinSet:
     """The pages of one pool that one lease has pinned, and the store where they are pinned."""
 
     store: Tiers
-    pages: dict[PageKey, Held] = field(default_factory=dict)
+    pages: dict[PageKey, PinnedPage] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -154,9 +154,9 @@ class Leases:
 
     def _drop_invalid(self, lease: _Lease) -> None:
         for name, pinned in lease.pools.items():
-            invalid = [pinned.pages.pop(key) for key in pinned.store.lost(pinned.pages)]
+            invalid = [pinned.pages.pop(key) for key in pinned.store.invalidated(pinned.pages)]
             if invalid:
-                pinned.store.release(invalid)
+                pinned.store.unpin(invalid)
                 self._counts[name] -= len(invalid)
 
     def _note_chain(self, texts: list[str]) -> None:
@@ -206,12 +206,12 @@ class Leases:
             if pinned is not None:
                 self._unpin(pool.name, pinned)
             pinned = lease.pools[pool.name] = PinSet(store)
-        room = store.tiers[-1].slot_count // _SLOTS_PER_LEASED - self._counts.get(pool.name, 0)
+        room = store.slot_count // _SLOTS_PER_LEASED - self._counts.get(pool.name, 0)
         missing = [key for key in dict.fromkeys(keys) if key not in pinned.pages][: max(0, room)]
-        places = store.hold(missing) if missing else []
+        places = store.pin(missing) if missing else []
         if leading and None in places:
             hole = places.index(None)
-            store.release([place for place in places[hole:] if place is not None])
+            store.unpin([place for place in places[hole:] if place is not None])
             places = places[:hole]
         fresh = {k: place for k, place in zip(missing, places, strict=False) if place is not None}
         pinned.pages.update(fresh)
@@ -225,7 +225,7 @@ class Leases:
 
     def _unpin(self, name: str, pinned: PinSet) -> None:
         self._counts[name] -= len(pinned.pages)
-        pinned.store.release(list(pinned.pages.values()))
+        pinned.store.unpin(list(pinned.pages.values()))
         pinned.pages = {}
 
     def _request_more(self, kv: Pool, keys: list[PageKey], run: int, usable: int) -> None:
@@ -242,8 +242,8 @@ class Leases:
             opened = self._stores.get(pool.name)
             if opened is not None and opened.store is not None and opened.told.writes:
                 reach = keys[max(0, run + more - _BACKFILL_MAX) : run + more]
-                places = opened.store.hold(reach)
-                opened.store.release([place for place in places if place is not None])
+                places = opened.store.pin(reach)
+                opened.store.unpin([place for place in places if place is not None])
                 absent = [key for key, place in zip(reach, places, strict=True) if place is None]
                 there = opened.store.holds(absent)
                 for key, flag in zip(absent, there, strict=True):

@@ -14,7 +14,7 @@ import pytest
 
 import flexkv_sglang.cache.upkeep as upkeep_module
 from flexkv_sglang.backends.io.batch import IoBatch
-from flexkv_sglang.cache.assembly import open_tiers, prepare_tiers, undivided
+from flexkv_sglang.cache.assembly import Quota, open_tiers, prepare_tiers
 from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
@@ -64,7 +64,15 @@ def two_disks(tmp_path: Path) -> Tiers:
     config = FlexKVConfig(
         tiers=(TierConfig((str(tmp_path / "a"), str(tmp_path / "b")), 128 * PAGE),)
     )
-    return open_tiers(config, prepare_tiers(config), "ns", {}, PAGE, undivided(config), Metrics())
+    return open_tiers(
+        config,
+        prepare_tiers(config),
+        "ns",
+        {},
+        PAGE,
+        [Quota(tier.size) for tier in config.tiers],
+        Metrics(),
+    )
 
 
 def spoil(engine: CacheEngine, directory: Path, direction: str) -> BadDisk:
@@ -226,7 +234,15 @@ def test_durability_decides_about_flushes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: str
 ) -> None:
     config = FlexKVConfig(tiers=(TierConfig((str(tmp_path),), 16 * PAGE),), durability=durability)
-    store = open_tiers(config, prepare_tiers(config), "ns", {}, PAGE, undivided(config), Metrics())
+    store = open_tiers(
+        config,
+        prepare_tiers(config),
+        "ns",
+        {},
+        PAGE,
+        [Quota(tier.size) for tier in config.tiers],
+        Metrics(),
+    )
     owned = store.tiers[0]._tier.stores[0]
     events: list[str] = []
     for place, name in ((owned.slots, "sync"), (owned.journal, "sync"), (owned.journal, "append")):
@@ -262,7 +278,7 @@ def test_close_does_not_come_between_a_record_and_its_journal(
     engine = open_engine(tmp_path, PAGE, 64 * PAGE)
     _, buffers = page_memory(4, PAGE, seed=1)
     assert all(engine.put(keys(4), buffers, None, soon()))
-    (store,) = engine.files.stores
+    (store,) = engine._tier.stores
     with engine._pages.publishing(soon()):  # as if a commit were under way
         engine.close()
         assert store.slots.fd >= 0

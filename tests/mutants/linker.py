@@ -131,8 +131,8 @@ MUTANTS = (
     (
         "linker: all slots can be leased",
         LEASES,
-        "store.tiers[-1].slot_count // _SLOTS_PER_LEASED",
-        "store.tiers[-1].slot_count",
+        "store.slot_count // _SLOTS_PER_LEASED",
+        "store.slot_count",
         LEASE_TESTS,
     ),
     (

@@ -49,9 +49,9 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     (
         "under stress: an owner's lock is not taken",
-        "backends/slots/ownership.py",
-        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "pass",
+        "backends/file_lock.py",
+        "                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n                except",
+        "                    pass\n                except",
         STRESS,
     ),
 )
