@@ -1,4 +1,4 @@
-"""Lookups: only what this process keeps counts, for as long as the request asks, and never more than half of it."""
+"""Leases: a lookup counts only pinned pages, until the request stops asking, and pins at most half of the slots."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def leased(replica: Side) -> int:
 
 
 def crowd_out(replica: Side) -> None:
-    """Store so much that nothing stays that is not kept."""
+    """Store pages until only pinned ones of the old pages are left."""
     opened = replica.linker._stores.get("kv")
     for seed in range(10, 10 + opened.store.tiers[0].slot_count):
         replica.store(names(2, seed=seed), 4, 5)
@@ -160,7 +160,7 @@ def test_the_page_before_is_known_from_lookups(stored: tuple[Side, Clock]) -> No
 def test_a_rank_that_does_not_write_counts_what_the_writing_rank_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks of an MLA model: what both answer, the writing one keeps."""
+    """Two ranks of an MLA model: the writing one pins the pages that both answer."""
     geometry = Geometry(kind="mla")
     plain = linker_module._storage_config
     rank = 0

@@ -121,7 +121,7 @@ def test_a_hanging_disk_releases_the_forward_pass_and_writes_nothing_afterwards(
     counter.set_consumer(index)
     waiting = threading.Thread(target=counter.wait_until, args=(0,))
     waiting.start()
-    waiting.join(WAIT_S)  # the watchdog's doing: nobody has called finish
+    waiting.join(WAIT_S)  # the watchdog ended it: finish was not called
     assert not waiting.is_alive()
     assert hasty.linker.finish_layer_wise_loading(index) is False
     hasty.poison()  # the slots are somebody else's now

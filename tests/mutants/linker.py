@@ -31,7 +31,7 @@ MUTANTS = (
         LOAD_TESTS,
     ),
     (
-        "linker: nobody watches deadlines",
+        "linker: deadlines are not watched",
         LINKER,
         "self._loader.fail_overdue()",
         "pass",
