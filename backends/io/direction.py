@@ -9,8 +9,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-from flexkv_sglang.backends.io.batch import IoEngine
 from flexkv_sglang.backends.io.read_priority import ReadPriority
+from flexkv_sglang.backends.io.transfer import IoEngine
 from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.errors import TierUnavailableError
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flexkv_sglang.cache.tiers import Held, Tiers
+from flexkv_sglang.cache.tiers import PinnedPage, Tiers
 from flexkv_sglang.identity.keys import page_key, page_keys
 from flexkv_sglang.linker.device_pages import DevicePool
 from flexkv_sglang.pools.pool import Pool
@@ -51,7 +51,7 @@ class _Pinned:
     """What one lease keeps of one pool, in the store it was pinned in."""
 
     store: Tiers
-    held: dict[PageKey, Held] = field(default_factory=dict)
+    held: dict[PageKey, PinnedPage] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -152,9 +152,9 @@ class Lookups:
 
     def _drop_lost(self, lease: _Lease) -> None:
         for name, pinned in lease.pools.items():
-            gone = [pinned.held.pop(key) for key in pinned.store.lost(pinned.held)]
+            gone = [pinned.held.pop(key) for key in pinned.store.invalidated(pinned.held)]
             if gone:
-                pinned.store.release(gone)
+                pinned.store.unpin(gone)
                 self._counts[name] -= len(gone)
 
     def _note_chain(self, texts: list[str]) -> None:
@@ -169,15 +169,15 @@ class Lookups:
         for pool in self._pools:
             if pool.name == KV:
                 continue
-            demand = PoolRequirement(pool.name, pool.policy, max(1, len(asked[pool.source])))
+            requirement = PoolRequirement(pool.name, pool.policy, max(1, len(asked[pool.source])))
             opened = self._stores.get(pool.name)
             if opened is None or not keys:
-                yield demand, []
+                yield requirement, []
             elif pool.for_every_page:
                 run = self._leading(lease, opened, keys)
-                yield demand, [True] * run
+                yield requirement, [True] * run
             else:
-                yield demand, self._keep(lease, opened, keys)
+                yield requirement, self._keep(lease, opened, keys)
 
     def _leading(self, lease: _Lease, pool: Pool, keys: list[PageKey]) -> int:
         """Leading run of pages that are kept for the lease from now on."""
@@ -198,19 +198,19 @@ class Lookups:
         store = pool.store
         if store is None:
             return [False] * len(keys)
-        if not pool.told.writes:
+        if not pool.spec.writes:
             return store.holds(keys)
         pinned = lease.pools.get(pool.name)
         if pinned is None or pinned.store is not store:  # other files, perhaps of other weights
             if pinned is not None:
                 self._unpin(pool.name, pinned)
             pinned = lease.pools[pool.name] = _Pinned(store)
-        room = store.tiers[-1].slot_count // _HELD_PART - self._counts.get(pool.name, 0)
+        room = store.slot_count // _HELD_PART - self._counts.get(pool.name, 0)
         missing = [key for key in dict.fromkeys(keys) if key not in pinned.held][: max(0, room)]
-        places = store.hold(missing) if missing else []
+        places = store.pin(missing) if missing else []
         if leading and None in places:
             hole = places.index(None)
-            store.release([place for place in places[hole:] if place is not None])
+            store.unpin([place for place in places[hole:] if place is not None])
             places = places[:hole]
         fresh = {k: place for k, place in zip(missing, places, strict=False) if place is not None}
         pinned.held.update(fresh)
@@ -224,13 +224,13 @@ class Lookups:
 
     def _unpin(self, name: str, pinned: _Pinned) -> None:
         self._counts[name] -= len(pinned.held)
-        pinned.store.release(list(pinned.held.values()))
+        pinned.store.unpin(list(pinned.held.values()))
         pinned.held = {}
 
     def _fetch_more(self, kv: Pool, keys: list[PageKey], run: int, usable: int) -> None:
         """Ask for what is elsewhere and would make the prefix longer."""
         more = 0
-        if kv.told.writes and kv.store is not None and run < len(keys):
+        if kv.spec.writes and kv.store is not None and run < len(keys):
             wanted = keys[run : run + _PROMOTE_MAX]
             more = kv.store.prefix(wanted, promise=False)
             if more:
@@ -239,10 +239,10 @@ class Lookups:
             return
         for pool in self._pools[1:]:
             opened = self._stores.get(pool.name)
-            if opened is not None and opened.store is not None and opened.told.writes:
+            if opened is not None and opened.store is not None and opened.spec.writes:
                 reach = keys[max(0, run + more - _PROMOTE_MAX) : run + more]
-                places = opened.store.hold(reach)
-                opened.store.release([place for place in places if place is not None])
+                places = opened.store.pin(reach)
+                opened.store.unpin([place for place in places if place is not None])
                 absent = [key for key, place in zip(reach, places, strict=True) if place is None]
                 there = opened.store.holds(absent)
                 for key, flag in zip(absent, there, strict=True):

@@ -13,7 +13,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from flexkv_sglang.backoff import Backoff
 from flexkv_sglang.config.settings import FlexKVConfig
@@ -28,6 +28,9 @@ _PAUSE_S, _PAUSE_MAX_S = 2.0, 60.0
 _JOIN_S = 2.0
 _SHELL_S = 10.0
 
+FLEXKV = (sys.executable, "-P", "-m", "flexkv_sglang.cli")
+"""The command ``flexkv``."""
+
 
 class AgentLauncher:
     """Takes this process's rank lock. Raises ``OSError``. ``idle`` is called every second, by the thread."""
@@ -39,7 +42,9 @@ class AgentLauncher:
         idle: Callable[[], None] = lambda: None,
         *,
         look_s: float = _LOOK_S,
+        flexkv: Sequence[str] = FLEXKV,
     ) -> None:
+        self._flexkv = flexkv
         self._idle = idle
         self._config = config
         self._run_dir = run_dir
@@ -97,7 +102,7 @@ class AgentLauncher:
             self._come_back()
             if self._look():
                 return True
-            launch_agent(self._config, self._run_dir)
+            launch_agent(self._config, self._run_dir, self._flexkv)
         except (OSError, subprocess.SubprocessError) as exc:
             logger.warning("flexkv: the agent cannot be started: %s", exc)
         return False
@@ -131,14 +136,14 @@ class AgentLauncher:
         return True
 
 
-def launch_agent(config: FlexKVConfig, run_dir: RunDir) -> None:
+def launch_agent(config: FlexKVConfig, run_dir: RunDir, flexkv: Sequence[str] = FLEXKV) -> None:
     """Start an agent that nobody is the parent of, in our working directory: paths may be relative to it.
 
     Raises ``OSError``, ``subprocess.SubprocessError``.
     """
     run_dir.write_config(config)
-    command = [sys.executable, "-P", "-m", "flexkv_sglang.cli", "agent"]
-    command += ["--config", str(run_dir.config_path), "--run-dir", str(run_dir.path), "--for-ranks"]
+    command = [*flexkv, "agent", "--config", str(run_dir.config_path)]
+    command += ["--run-dir", str(run_dir.path), "--for-ranks"]
     with run_dir.log_path.open("ab") as log:
         subprocess.run(
             ["/bin/sh", "-c", '"$@" &', "sh", *command],

@@ -55,7 +55,7 @@ class Backfill:
         self._thread: JobThread[_BackfillJob] | None = None
         self._lengths = np.zeros(0, np.uint64)
 
-    def keep(self, keys: Sequence[PageKey], parent: PageKey | None, pages: PageBuffers) -> None:
+    def add(self, keys: Sequence[PageKey], parent: PageKey | None, pages: PageBuffers) -> None:
         """Copy these pages, one chain, and store them later. Those that find no room are dropped."""
         with self._lock:
             if self._closed:

@@ -20,7 +20,6 @@ import secrets
 import socket
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +190,7 @@ class RunDir:
 
 def settings_digest(share: ShareConfig) -> str:
     """Of what an agent and the rank processes beside it must have in common."""
-    fields = {key: value for key, value in asdict(share).items() if key not in _LOCAL}
+    fields = {key: value for key, value in share.settings().items() if key not in _LOCAL}
     return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

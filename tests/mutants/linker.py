@@ -96,7 +96,7 @@ MUTANTS = (
     (
         "linker: a rank that does not write has failed",
         OFFLOAD,
-        "if not opened.told.writes:",
+        "if not opened.spec.writes:",
         "if False:",
         LEASE_TESTS,
     ),
@@ -131,8 +131,8 @@ MUTANTS = (
     (
         "linker: all slots can be leased",
         LOOKUPS,
-        "store.tiers[-1].slot_count // _HELD_PART",
-        "store.tiers[-1].slot_count",
+        "store.slot_count // _HELD_PART",
+        "store.slot_count",
         LEASE_TESTS,
     ),
     (
@@ -145,7 +145,7 @@ MUTANTS = (
     (
         "linker: neighbours' pages are counted at once",
         LOOKUPS,
-        "if not pool.told.writes:\n            return store.holds(keys)",
+        "if not pool.spec.writes:\n            return store.holds(keys)",
         "if True:\n            return store.holds(keys)",
         SHARING,
     ),

@@ -95,7 +95,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         OF_REPLICA,
     ),
     (
-        "replica: a beat of another boot is believed",
+        "replica: a heartbeat of another boot is believed",
         READER,
         "return -_AHEAD_NS <= age <= self._ttl_ns",
         "return age <= self._ttl_ns",

@@ -109,8 +109,8 @@ MUTANTS = (
     (
         "sharing: each turn takes its time anew",
         "flexkv_sglang/cache/tiers.py",
-        "keys[split:], targets.take(slice(split, None)), remote_deadline",
-        "keys[split:], targets.take(slice(split, None)), deadline",
+        "begin_get(keys, part, limits[number])",
+        "begin_get(keys, part, time.monotonic() + 20)",
         READS,
     ),
     (

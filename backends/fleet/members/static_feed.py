@@ -73,7 +73,7 @@ class StaticFeed:
             self._host.count("share_peer_errors")
             self._thread.pause(self._outage.failed(error))
             if time.monotonic() - self._answered_at >= self._share.node_ttl_s:
-                self._host.listed(self._source, [])
+                self._host.update_members(self._source, [])
             return 0.0
         try:
             asked = self._poll()
@@ -97,7 +97,7 @@ class StaticFeed:
         self._outage.worked()
         own = self._host.own_info()
         self._host.own_name_seen(self._source, info if info.node_id == own.node_id else None)
-        self._host.listed(self._source, [replace(info, address=self._address)])
+        self._host.update_members(self._source, [replace(info, address=self._address)])
 
     def _poll(self) -> int:
         """Ask for the changes of what is followed. How many namespaces were asked for."""

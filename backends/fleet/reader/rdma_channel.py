@@ -21,9 +21,8 @@ from flexkv_sglang.backends.fleet.reader.health import PeerHealth
 from flexkv_sglang.backends.fleet.reader.rdma_memory import FALLBACK_S, EngineReads, Fetch
 from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, PageOutcome, Pending
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus
-from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link
-from flexkv_sglang.backends.fleet.wire.offers import pack_done, pack_offer
 from flexkv_sglang.backoff import Backoff
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class EngineChannel(PeerChannel):
         self._fallback = Backoff(FALLBACK_S, FALLBACK_S)  # while it is not due: over ZeroMQ
         self._fetches: dict[int, Fetch] = {}
 
-    def _pack(self, read: wire.Read) -> list[bytes]:
+    def _pack(self, read: requests.Read) -> list[bytes]:
         out = self._out[read.request_id]
         welcome = out.link.welcome
         if (
@@ -60,27 +59,30 @@ class EngineChannel(PeerChannel):
         if fetch is None:
             return super()._pack(read)
         self._fetches[read.request_id] = fetch
-        return pack_offer(read)
+        return requests.pack_offer(read)
 
-    def _take(self, link: Link, answer: wire.Answer, frame: zmq.Frame | None) -> None:
-        if isinstance(answer, wire.Offered):
+    def _take(self, link: Link, answer: answers.Answer, frame: zmq.Frame | None) -> None:
+        if isinstance(answer, answers.Offered):
             self._offered(link, answer)
-        elif isinstance(answer, wire.Pages | wire.End) and answer.request_id in self._fetches:
+        elif (
+            isinstance(answer, answers.PagesHeader | answers.End)
+            and answer.request_id in self._fetches
+        ):
             link.fail(f"wire: {type(answer).__name__} instead of an offer")
         else:
             super()._take(link, answer, frame)
 
-    def _offered(self, link: Link, offered: wire.Offered) -> None:
+    def _offered(self, link: Link, offered: answers.Offered) -> None:
         """The peer holds pages for the engine."""
         request_id = offered.request_id
         out, fetch = self._out.get(request_id), self._fetches.get(request_id)
         if out is None:  # of a read that was given up
-            link.send(pack_done(offered.hold))
+            link.send(requests.pack_done(offered.lease))
             return
         if fetch is None or fetch.transfer is not None or out.link is not link:
             link.fail("wire: an offer out of place")
             return
-        fetch.hold = offered.hold
+        fetch.hold = offered.lease
         pages = list(itertools.takewhile(lambda page: page.status is PageStatus.OK, offered.pages))
         lengths = {page.length for page in pages}
         if len(offered.pages) > out.count or lengths - {out.pending.page_bytes}:
@@ -96,11 +98,11 @@ class EngineChannel(PeerChannel):
             self.pump()
             return
         try:
-            self._engine.start(fetch, wanted, offered.hold_ms, offered.blob)
+            self._engine.start(fetch, wanted, offered.lease_ms, offered.blob)
         except EngineError as exc:
             self._fall_back(request_id, str(exc))
 
-    def _fail_behind(self, out: Out, offered: wire.Offered, count: int) -> None:
+    def _fail_behind(self, out: Out, offered: answers.Offered, count: int) -> None:
         """The page behind the first ``count`` of an offer is not there."""
         outcome = PageOutcome.FAILED  # an offer that ends early
         if count < len(offered.pages):
@@ -129,7 +131,7 @@ class EngineChannel(PeerChannel):
         out = self._out[request_id]
         self.heard_at = time.monotonic()
         for index, page in enumerate(fetch.pages):
-            head = wire.Pages(
+            head = answers.PagesHeader(
                 request_id, index, page.status, page.kind, page.length, (page.checksum,)
             )
             self._deliver(out.link, head, out, self._engine.landed(fetch, index))
@@ -152,7 +154,7 @@ class EngineChannel(PeerChannel):
         if fetch is not None:
             self._engine.give_back(fetch)
             if fetch.hold and out.link.alive:
-                out.link.send(pack_done(fetch.hold))
+                out.link.send(requests.pack_done(fetch.hold))
         return out
 
     def _fall_back(self, request_id: int, reason: str) -> None:

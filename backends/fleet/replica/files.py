@@ -63,7 +63,13 @@ _SET_HEADER_BYTES = 64
 _MADV_POPULATE_READ = 22  # of Linux; Python has no name for it
 _SET_NAME = re.compile(r"^p(?P<slot>\d+)\.(?P<generation>\d+)\.set$")
 _NAMESPACE = re.compile(r"^[a-z2-7]{26}$")
-_WRITER, _BEAT, _RETIRED, _NAMESPACES, _PID = 2, 3, 4, 5, 6  # 8-byte words of the table's header
+_WRITER, _HEARTBEAT, _RETIRED, _NAMESPACES, _PID = (
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # 8-byte words of the table's header
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,17 +184,17 @@ class PeersTable:
 
     @property
     def writer(self) -> int:
-        """Who writes it: random for each ``ReplicaWriter``."""
+        """Who writes it: random for each ``PeerSetsWriter``."""
         return int(self._words[_WRITER])
 
     @property
-    def beat_ns(self) -> int:
+    def heartbeat_ns(self) -> int:
         """CLOCK_MONOTONIC of the last sign of life; 0: none yet."""
-        return int(self._words[_BEAT])
+        return int(self._words[_HEARTBEAT])
 
-    @beat_ns.setter
-    def beat_ns(self, now: int) -> None:
-        self._words[_BEAT] = now
+    @heartbeat_ns.setter
+    def heartbeat_ns(self, now: int) -> None:
+        self._words[_HEARTBEAT] = now
 
     @property
     def retired(self) -> bool:
