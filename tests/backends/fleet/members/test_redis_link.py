@@ -14,9 +14,9 @@ from flexkv_sglang.backends.fleet.members.redis_link import (
     RedisAddress,
     RedisLink,
     parse_redis_url,
-    redacted,
 )
 from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
+from flexkv_sglang.config.parsers import redacted
 from flexkv_sglang.errors import ConfigError
 from nodes.fleet_bed import NS, Node, Wires, eventually, fingerprints
 from nodes.redis_server import ACL, RedisServer, free_port
