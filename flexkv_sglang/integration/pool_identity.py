@@ -1,4 +1,7 @@
-"""Who a host pool's pages are for, and who writes them: answered from SGLang's storage config and what is served."""
+"""The specification of host pools: which namespace their pages have, and which ranks write them.
+
+It follows from SGLang's storage configuration, the served model and the host pool.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from flexkv_sglang.identity.keys import Identity
 from flexkv_sglang.integration.compat import data_parallel_size
 from flexkv_sglang.integration.kv_settings import kv_settings
 from flexkv_sglang.integration.served_model import model_identity, pool_geometry
+from flexkv_sglang.metrics.prometheus import export
+from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.host_pages import PoolPages
+from flexkv_sglang.pools.pool import PoolSpec
 from flexkv_sglang.pools.pool_rules import (
     element_types,
     is_draft,
@@ -20,10 +26,10 @@ from flexkv_sglang.pools.pool_rules import (
 )
 
 
-class Identities:
-    """Of the pools of one attach. ``storage_config``: SGLang's ``HiCacheStorageConfig``.
+class PoolSpecs:
+    """Specifies the pools of one attach. ``storage_config``: SGLang's ``HiCacheStorageConfig``.
 
-    The weights are those of ``epochs.WEIGHTS`` at the moment of the question; settings are read once per attach.
+    The weights are those of ``epochs.WEIGHTS`` at the time of the call; settings are read once per attach.
     """
 
     def __init__(self, config: FlexKVConfig, storage_config: Any) -> None:
@@ -31,6 +37,19 @@ class Identities:
         self._config = storage_config
         self._mla = bool(storage_config.is_mla_model)
         self._settings: dict[bool, dict[str, str]] = {}  # by: is it for a draft model's pools?
+        self._metrics: dict[str, Metrics] = {}
+
+    def describe(self, name: str, pool: Any, pages: PoolPages) -> PoolSpec:
+        """The specification of a host pool. Raises ``ConfigError`` as ``identity``."""
+        writers, writes = self.writers(name)
+        return PoolSpec(self.identity(name, pool, pages), writers, writes, self.metrics_of(name))
+
+    def metrics_of(self, name: str) -> Metrics:
+        """The counters of a pool; they live as long as this object."""
+        if name not in self._metrics:
+            self._metrics[name] = Metrics()
+            export(self._metrics[name], self._config, name)
+        return self._metrics[name]
 
     def writers(self, name: str) -> tuple[int, bool]:
         """How many rank processes of this server write the pool, and whether this is one of them."""
@@ -45,10 +64,10 @@ class Identities:
         )
         return writers, bool(everyone or chosen)
 
-    def of(self, name: str, pool: Any, pages: PoolPages) -> Identity:
-        """The identity of a host pool's pages as of now.
+    def identity(self, name: str, pool: Any, pages: PoolPages) -> Identity:
+        """The identity of a host pool's pages with the current weights.
 
-        Raises ``ConfigError`` if nothing tells what the weights are, or a file that an argument names is gone.
+        Raises ``ConfigError`` if the weights cannot be identified, or a file that an argument names is gone.
         """
         config = self._config
         groups = pages.groups  # of the same bytes for every tensor-parallel size

@@ -21,20 +21,24 @@ from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.epochs import WEIGHTS
 from flexkv_sglang.identity.keys import page_key, page_keys
-from flexkv_sglang.integration.boundary import Boundary, boundary
+from flexkv_sglang.integration.boundary import (
+    Boundary,
+    answers,
+    no_pages,
+    no_prefix,
+    no_tensors,
+    no_transfers,
+)
 from flexkv_sglang.integration.compat import (
     pool_name,
     pool_requirement,
     pool_result,
     transfer_stats,
 )
-from flexkv_sglang.integration.pool_identity import Identities
+from flexkv_sglang.integration.pool_identity import PoolSpecs
 from flexkv_sglang.integration.weight_updates import agree_before_attach, install_now
-from flexkv_sglang.metrics.prometheus import export
-from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.pools.host_pages import PoolPages
-from flexkv_sglang.pools.pool import Pool, PoolSpec
+from flexkv_sglang.pools.pool import Pool
 from flexkv_sglang.pools.pool_rules import KV
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.pools.transfers import PoolAnswer, fetch, read, store, usable, write
@@ -65,19 +69,17 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
     def __init__(self, storage_config: Any, _kwargs: Any = None) -> None:
         agree_before_attach()  # before anything that may fail on one rank
-        self._storage_config = storage_config
         self._config = FlexKVConfig.parse(storage_config.extra_config)
-        self._metrics: dict[str, Metrics] = {}  # of a pool, for the life of this store
-        self.metrics = self._metrics_of(KV)
+        specs = PoolSpecs(self._config, storage_config)
+        self.metrics = specs.metrics_of(KV)
         self._prefetch_timeout = PREFETCH_TIMEOUT
         logger.info("flexkv: %s", self._config.describe())
-        self._identities = Identities(self._config, storage_config)
         groups = HeadGroups.of(storage_config)
         prepared = prepare_tiers(self._config)
         install_now()
         # last: from here on there are threads
         self._sharing = Sharing.of(self._config, self.metrics)
-        self._stores = PoolStores(self._config, prepared, self._describe, groups, self._sharing)
+        self._stores = PoolStores(self._config, prepared, specs.describe, groups, self._sharing)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Learn the page geometry, open the namespace, recover what is there.
@@ -91,26 +93,16 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self._stores.open_kv(mem_pool_host, opens=WEIGHTS.settled)
         WEIGHTS.attach(self)
 
-    @boundary(lambda self, *a, **k: None)
+    @answers(miss=None)
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Called for every pool of a hybrid model, KV included, after ``register_mem_pool_host``."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         self._stores.add(pool_name(host_pool_name), host_pool)
 
-    @boundary(lambda self, *a, **k: None)
+    @answers(miss=None)
     def on_host_pools_registered(self) -> None:
         """The pools SGLang starts with are known (0.5.23 and later; before, the first call takes that for granted)."""
         self._stores.registration_done()
-
-    @boundary(lambda self: None)
-    def leave_epoch(self) -> None:
-        """Before a weight update: from now on every page misses and none is written, in all pools."""
-        self._stores.suspend()
-
-    @boundary(lambda self: None)
-    def enter_epoch(self) -> None:
-        """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
-        self._stores.resume()
 
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
         """How long SGLang waits for a prefetch, in seconds and seconds per 1024 tokens: bounds a get."""
@@ -130,19 +122,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
             self._report("close", exc)
 
-    def _metrics_of(self, name: str) -> Metrics:
-        if name not in self._metrics:
-            self._metrics[name] = Metrics()
-            export(self._metrics[name], self._storage_config, name)
-        return self._metrics[name]
-
-    def _describe(self, name: str, pool: Any, pages: PoolPages) -> PoolSpec:
-        writers, writes = self._identities.writers(name)
-        return PoolSpec(
-            self._identities.of(name, pool, pages), writers, writes, self._metrics_of(name)
-        )
-
-    @boundary(lambda self, keys, *a, **k: 0, moves=True)
+    @answers(miss=0, uses_stores=True)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         """Leading run of pages that are stored here or by a neighbour. Memory only.
 
@@ -150,7 +130,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         """
         return self._usable(keys, self._stores.sidecars()).pages
 
-    @boundary(lambda self, keys, *a, **k: pool_result(RestorablePrefixes([], {})), moves=True)
+    @answers(miss=no_prefix, uses_stores=True)
     def batch_exists_v2(
         self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
     ) -> Any:
@@ -171,14 +151,14 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self.metrics.asked(len(keys), found.pages, time.perf_counter() - started)
         return found
 
-    @boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
+    @answers(miss=no_pages, uses_stores=True)
     def batch_get_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
         """Read pages into the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
         return self._read(self._stores.get(KV), keys, host_indices, self._deadline(len(keys)))
 
-    @boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
+    @answers(miss=no_pages, uses_stores=True)
     def batch_set_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
@@ -188,7 +168,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
             self._stores.get(KV), keys, host_indices, _parent_of(extra_info), deadline
         )
 
-    @boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
+    @answers(miss=no_transfers, uses_stores=True)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Read pages of several pools. Per pool one bool per key; every pool is in the answer."""
         pages = sum(len(transfer.keys or ()) for transfer in transfers)
@@ -200,7 +180,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
             answer.add(transfer.name, self._read(pool, keys, transfer.host_indices, deadline))
         return answer.results
 
-    @boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
+    @answers(miss=no_transfers, uses_stores=True)
     def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Write pages of several pools (SGLang: before the KV pages they go with). Answer: as ``batch_get_v2``."""
         deadline = time.monotonic() + CALL_SECONDS_MAX
@@ -213,17 +193,17 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
             answer.add(transfer.name, flags)
         return answer.results
 
-    @boundary(lambda self, key: False)
+    @answers(miss=False)
     def exists(self, key: str) -> bool:
         """True if one page is stored here or by a neighbour."""
         return bool(self.batch_exists([key]))
 
-    @boundary(lambda self, *a, **k: None)
+    @answers(miss=None)
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         """Read one flat page into ``target_location`` (a CPU tensor) and return it; None on a miss."""
         return self.batch_get([key], [target_location])[0]
 
-    @boundary(lambda self, keys, *a, **k: [None] * len(keys or ()), moves=True)
+    @answers(miss=no_tensors, uses_stores=True)
     def batch_get(
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[Any]:
@@ -240,14 +220,14 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
             tensor if flag else None for tensor, flag in zip(target_locations, done, strict=True)
         ]
 
-    @boundary(lambda self, *a, **k: False)
+    @answers(miss=False)
     def set(
         self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
     ) -> bool:
         """Write one flat page (a CPU tensor)."""
         return self.batch_set([key], [value])
 
-    @boundary(lambda self, *a, **k: False, moves=True)
+    @answers(miss=False, uses_stores=True)
     def batch_set(
         self,
         keys: list[str],
@@ -269,13 +249,13 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         deadline = time.monotonic() + CALL_SECONDS_MAX
         return all(store(kv, written, batch, None, deadline))
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def clear(self) -> None:
         """Forget every page this process stored in its own namespaces, also of files that are being exchanged.
         Other models' pages stay."""
         self._stores.clear()
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def get_stats(self) -> Any:
         """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
         kv = self._stores.get(KV)
@@ -330,7 +310,3 @@ def _parent_of(extra_info: Any) -> PageKey | None:
     """
     prefix = getattr(extra_info, "prefix_keys", None)
     return page_key(prefix[-1]) if prefix and prefix[-1] is not None else None
-
-
-def _all_false(transfers: list[Any]) -> dict[str, list[bool]]:
-    return {transfer.name: [False] * len(transfer.keys or ()) for transfer in transfers or ()}

@@ -35,9 +35,9 @@ from flexkv_sglang.cache.assembly import prepare_tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.epochs import WEIGHTS
-from flexkv_sglang.integration.boundary import Boundary, boundary
+from flexkv_sglang.integration.boundary import Boundary, answers, no_lengths
 from flexkv_sglang.integration.compat import pool_name
-from flexkv_sglang.integration.pool_identity import Identities
+from flexkv_sglang.integration.pool_identity import PoolSpecs
 from flexkv_sglang.integration.weight_updates import agree_before_attach, install_now
 from flexkv_sglang.linker.device_models import REPLICATED_CLASSES, device_pools, transfer_layers
 from flexkv_sglang.linker.device_pages import DevicePool
@@ -46,10 +46,6 @@ from flexkv_sglang.linker.load import Loader, LoadTimes, Wanted
 from flexkv_sglang.linker.offload import OFFLOAD_S, Given, Offloader
 from flexkv_sglang.linker.promotion import Promoter
 from flexkv_sglang.linker.staging import StagingPool
-from flexkv_sglang.metrics.prometheus import export
-from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.pools.host_pages import PoolPages
-from flexkv_sglang.pools.pool import PoolSpec
 from flexkv_sglang.pools.pool_rules import KV, MAMBA
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.sharing.rank import Sharing
@@ -92,13 +88,12 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         )
         _check_components(components, self._pools)
         replicated = type(kvcache).__name__ in REPLICATED_CLASSES
-        self._storage_config = _storage_config(params, replicated, dict(extra_config or {}))
-        self._metrics: dict[str, Metrics] = {}
-        self.metrics = self._metrics_of(KV)
-        self._identities = Identities(self._config, self._storage_config)
+        storage_config = _storage_config(params, replicated, dict(extra_config or {}))
+        specs = PoolSpecs(self._config, storage_config)
+        self.metrics = specs.metrics_of(KV)
         prepared = prepare_tiers(self._config)
         self._sharing = Sharing.of(self._config, self.metrics)
-        self._stores = PoolStores(self._config, prepared, self._describe, sharing=self._sharing)
+        self._stores = PoolStores(self._config, prepared, specs.describe, sharing=self._sharing)
         device = self._pools[0].device
         self._staging = {pool.name: StagingPool(pool.shape, device) for pool in self._pools}
         for pool in self._pools:
@@ -148,7 +143,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._stores.close()
             raise
 
-    @boundary(lambda self, *a, **k: [])
+    @answers(miss=no_lengths)
     def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
         """Every prefix length, in pages, that can be restored at once. Memory only; renews the request's lease."""
         if self._closed:
@@ -157,7 +152,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             rid, {pool_name(transfer.name): transfer.keys or () for transfer in transfers}
         )
 
-    @boundary(lambda self, *a, **k: False)
+    @answers(miss=False)
     def load(self, rid: str, transfers: list[Any]) -> bool:
         """Queue pages for ``start_layer_wise_loading``. ``device_indices``: int64, one per token, whole pages.
 
@@ -174,12 +169,12 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._lookups.loading(rid)
         return accepted
 
-    @boundary(lambda self: -1)
+    @answers(miss=-1)
     def start_layer_wise_loading(self) -> int:
         """Start what is queued as one batch; its index for ``layer_done_counter``, -1 if nothing is."""
         return self._loader.start()
 
-    @boundary(lambda self, counter_index: False)
+    @answers(miss=False)
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         """Wait until the batch writes no device memory any more; did every layer land? Bounded by its deadline."""
         landed, rids = self._loader.finish(counter_index)
@@ -190,7 +185,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
                 self._lookups.end(rid)
         return landed
 
-    @boundary(lambda self, rid: False)
+    @answers(miss=False)
     def cancel_queued_load(self, rid: str) -> bool:
         """True if a load of this request was queued and had not been started."""
         cancelled = self._loader.cancel(rid)
@@ -198,7 +193,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._lookups.end(rid)
         return cancelled
 
-    @boundary(lambda self, *a, **k: False)
+    @answers(miss=False)
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         """Queue pages to be stored. True: exactly one result follows. The answer depends on the transfers alone."""
         by_name = {pool_name(transfer.name): transfer for transfer in transfers}
@@ -219,17 +214,17 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._offloader.refuse()
         return True
 
-    @boundary(lambda self: 0)
+    @answers(miss=0)
     def num_completed_offloads(self) -> int:
         """Results that can be popped, oldest first."""
         return self._offloader.completed()
 
-    @boundary(lambda self: False)
+    @answers(miss=False)
     def pop_completed_offload(self) -> bool:
         """Take the oldest result: is everything stored?"""
         return self._offloader.pop()
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def reset(self) -> None:
         """SGLang's cache is emptied: end all transfers, bounded, and forget all results. Idempotent."""
         self._quiesce(QUIET_S)
@@ -258,17 +253,12 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this while it shuts down
             self._report("close", exc)
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def leave_epoch(self) -> None:
         """Before a weight update: from now on nothing is found and nothing stored; what runs fails."""
         self._epoch += 1
         self._lookups.end_all()
-        self._stores.suspend()
-
-    @boundary(lambda self: None)
-    def enter_epoch(self) -> None:
-        """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
-        self._stores.resume()
+        super().leave_epoch()
 
     def _quiesce(self, seconds: float) -> None:
         self._loader.quiesce()
@@ -288,17 +278,6 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
                 self._lookups.expire()
             except Exception as exc:  # noqa: BLE001 - a thread of ours: nobody else watches
                 self._report("watch", exc)
-
-    def _metrics_of(self, name: str) -> Metrics:
-        if name not in self._metrics:
-            self._metrics[name] = Metrics()
-            export(self._metrics[name], self._storage_config, name)
-        return self._metrics[name]
-
-    def _describe(self, name: str, pool: Any, pages: PoolPages) -> PoolSpec:
-        writers, writes = self._identities.writers(name)
-        identity = self._identities.of(name, pool, pages)
-        return PoolSpec(identity, writers, writes, self._metrics_of(name))
 
 
 def _pages_of(pool: DevicePool, transfers: dict[str, Any]) -> tuple[list[str], torch.Tensor]:
