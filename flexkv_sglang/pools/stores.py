@@ -24,9 +24,8 @@ from flexkv_sglang.cache.assembly import Quota, check_capacity, open_tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError, TierUnavailableError
 from flexkv_sglang.pools.call_gate import CallGate
-from flexkv_sglang.pools.flat_pages import open_pages
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.pools.host_pages import UnsupportedPoolError
+from flexkv_sglang.pools.host_pages import UnsupportedPoolError, open_pages
 from flexkv_sglang.pools.opener import Opener
 from flexkv_sglang.pools.pool import Describe, Pool, SizeClaim
 from flexkv_sglang.pools.pool_rules import KV, default_density, expected_policy

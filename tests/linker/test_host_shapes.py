@@ -37,7 +37,7 @@ from flexkv_sglang.integration.pool_identity import PoolSpecs
 from flexkv_sglang.linker.device_models import _mamba, device_pools
 from flexkv_sglang.linker.device_pages import DevicePool
 from flexkv_sglang.linker.staging import StagingPool
-from flexkv_sglang.pools.flat_pages import open_pages
+from flexkv_sglang.pools.host_pages import open_pages
 
 pytestmark = [pytest.mark.sglang]
 

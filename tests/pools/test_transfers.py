@@ -189,7 +189,7 @@ def test_an_exception_while_pages_move_is_all_false(
 def test_flat_pages_in_several_pieces_are_one_chain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.pools.flat_pages.STAGING_BYTES", 3 * 1536)
+    monkeypatch.setattr("flexkv_sglang.pools.host_pages.STAGING_BYTES", 3 * 1536)
     source = FlatPool(1536, seed=1)
     storage = attach(config(tmp_path), Pool(seed=1), {"indexer": source})
     keys = names(9)
