@@ -22,16 +22,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.types import SECTOR, PageBuffers, PageKey
+from flexkv_sglang.types import SECTOR, U64, PageBuffers, PageKey
 
 logger = logging.getLogger(__name__)
 
 STAGING_BYTES = 64 << 20
-"""At most this much is copied at a time."""
+"""Bytes that are copied at a time."""
 
 _MARKER_BYTES = 64
 _MARKER_TAIL = b"flexkv: this page has no bytes".ljust(_MARKER_BYTES - 32, b".")
@@ -40,11 +39,11 @@ PROBE_FAILURES = (
     *(AttributeError, NotImplementedError, ValueError, AssertionError),
     *(TypeError, RuntimeError, IndexError, KeyError),
 )
-"""What a pool raises for a call it does not support in its layout."""
+"""A pool raises one of these for a call that it does not support in its layout."""
 
 
 class HostPool(Protocol):
-    """What we use of ``sglang.srt.mem_cache.pool_host.base.HostKVCache``."""
+    """The part of ``sglang.srt.mem_cache.pool_host.base.HostKVCache`` that is used here."""
 
     layout: str
     page_size: int
@@ -55,12 +54,12 @@ class HostPool(Protocol):
 
 
 class UnsupportedPoolError(Exception):
-    """The pool offers no page buffers that could be stored: every access is a miss, said once in the log."""
+    """The pool offers no page buffers that can be stored: every access is a miss, and one log line says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageGeometry:
-    """Shape of one page: ``lengths`` bytes per buffer in stored order; ``order`` SGLang's buffer positions."""
+    """Shape of one page. ``lengths``: bytes per buffer, as stored; ``order``: their positions in SGLang's list."""
 
     lengths: tuple[int, ...]
     order: tuple[int, ...]
@@ -77,10 +76,10 @@ def _as_they_are(flags: list[bool]) -> list[bool]:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pages of one call. ``memory`` is kept alive for ``buffers``.
+    """Pages of one call. ``memory`` keeps ``buffers`` mapped.
 
-    ``landed(flags)``: to be called after a read with which pages arrived; returns which of them the host pool
-    has now.
+    ``landed(flags)``: call it after a read with one flag per page that arrived. It returns the flags of the pages
+    that are in the host pool now.
     """
 
     buffers: PageBuffers
@@ -91,11 +90,10 @@ class Batch:
 class PoolPages(Protocol):
     """The pages of one host pool. ``span``: pages that fit one call. Any thread.
 
-    ``groups``: what is stored of a page. ``geometry`` and buffers are those of one group, ``groups.count`` of them
-    per page, page after page.
+    ``groups``: how a page is cut. ``geometry`` and buffers are those of one group: ``groups.count`` per page, page
+    after page.
 
-    ``host_indices``: int64 tensor ``[len(keys) * tokens_per_page]``; None where they are not those of so many
-    whole pages.
+    ``host_indices``: int64 tensor ``[len(keys) * tokens_per_page]``. A method returns None for any other length.
     """
 
     how: str
@@ -105,22 +103,22 @@ class PoolPages(Protocol):
     groups: HeadGroups
 
     def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
-        """Pages as they are now, to be written."""
+        """The present content of pages, to be written."""
 
     def incoming(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
         """Memory to read pages into."""
 
     def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
-        """The same for SGLang's flat page tensors, in either direction."""
+        """SGLang's flat page tensors, to be written or read."""
 
     def memory(self) -> list[tuple[int, int]]:
         """(address, bytes) of memory that an I/O engine may pin as long as this object lives."""
 
 
 def open_pages(pool: HostPool, groups: HeadGroups = WHOLE) -> PoolPages:
-    """Zero-copy where the pool names its buffers, else flat pages. Raises ``UnsupportedPoolError``: neither.
+    """Zero-copy where the pool names its buffers, else flat pages. Raises ``UnsupportedPoolError`` if it has neither.
 
-    ``groups``: cut the pages like this if the pool can; else they are whole, and the log says so.
+    ``groups``: cut the pages like this. If the pool cannot, pages stay whole, and the log says so.
     """
     if getattr(pool, "kv_buffer", pool) is None and getattr(pool, "size_per_token", None) == 0:
         return MarkerPages(pool)
@@ -167,10 +165,7 @@ class HostPages:
         self._lengths = np.array(self.geometry.lengths, np.uint64)
 
     def buffers(self, host_indices: Any, page_count: int) -> PageBuffers | None:
-        """Addresses of ``page_count`` pages, or None if the indices are not those of so many whole pages.
-
-        ``host_indices``: int64 tensor ``[page_count * tokens per page]``.
-        """
+        """Addresses of ``page_count`` pages; None unless there are ``page_count * tokens_per_page`` indices (int64)."""
         if page_count == 0 or int(host_indices.numel()) != page_count * self.tokens_per_page:
             return None
         meta = self._meta(host_indices)
@@ -195,7 +190,7 @@ class HostPages:
         return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
 
     def memory(self) -> list[tuple[int, int]]:
-        """(address, bytes) of the pool's CPU memory, or nothing where it is not a tensor or several.
+        """(address, bytes) of the pool's CPU memory; nothing if it is not made of tensors.
 
         It stays mapped as long as this object lives, so an I/O engine may pin it.
         """
@@ -311,14 +306,14 @@ class FlatPages:
         return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
 
     def memory(self) -> list[tuple[int, int]]:
-        """Nothing: the host pool's memory is not moved."""
+        """Nothing: I/O uses staging memory."""
         return []
 
 
 class MarkerPages:
-    """A pool without bytes of its own, whose pages stand for those of other pools (``LogicalHostPool``).
+    """A pool without bytes, whose pages stand for those of other pools (``LogicalHostPool``).
 
-    What is stored is a record that names the page, so that existence stays true; the pool is never touched.
+    A record that names the page is stored, so that lookups stay true; the pool is never touched.
     """
 
     how = "markers"
@@ -359,7 +354,7 @@ class MarkerPages:
 
 
 def _rows(count: int, payload_bytes: int) -> tuple[torch.Tensor, PageBuffers]:
-    """Staging for ``count`` pages that starts on a sector: uint8 ``[count, payload_bytes]``, and its addresses."""
+    """Sector-aligned staging for ``count`` pages: uint8 ``[count, payload_bytes]``, and its addresses."""
     memory = torch.empty(count * payload_bytes + SECTOR, dtype=torch.uint8)
     shift = -memory.data_ptr() % SECTOR
     rows = memory[shift : shift + count * payload_bytes].view(count, payload_bytes)
@@ -382,19 +377,14 @@ def _stored_order(pool: HostPool, count: int) -> tuple[int, ...]:
 
 
 def flat_batch(tensors: list[Any], count: int, payload_bytes: int) -> Batch | None:
-    """``count`` flat page tensors; None if it is another number or one of them is no page."""
-    buffers = tensor_buffers(tensors, payload_bytes)
-    return None if buffers is None or len(buffers) != count else Batch(buffers, tensors)
-
-
-def tensor_buffers(tensors: list[Any], payload_bytes: int) -> PageBuffers | None:
-    """Flat page tensors (CPU, contiguous, ``payload_bytes`` each) as pages of one buffer; None if any is not."""
+    """Flat page tensors (CPU, contiguous, ``payload_bytes`` each) as a batch; None if one differs, or their number."""
+    if len(tensors) != count:
+        return None
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             return None
         if tensor.numel() * tensor.element_size() != payload_bytes:
             return None
-    addresses: npt.NDArray[np.uint64] = np.array(
-        [[tensor.data_ptr()] for tensor in tensors], np.uint64
-    )
-    return PageBuffers(addresses.reshape(len(tensors), 1), np.array([payload_bytes], np.uint64))
+    addresses: U64 = np.array([[tensor.data_ptr()] for tensor in tensors], np.uint64)
+    lengths = np.array([payload_bytes], np.uint64)
+    return Batch(PageBuffers(addresses.reshape(count, 1), lengths), tensors)
