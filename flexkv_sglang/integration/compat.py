@@ -40,9 +40,9 @@ RESET = "sglang.srt.managers.cache_controller.HiCacheController.reset"
 """What the controller does when SGLang flushes its cache."""
 
 
-def pool_name(name: object) -> str:
-    """A ``PoolName`` of any release, or text, as text."""
-    return str(getattr(name, "value", name))
+def as_text(value: Any) -> str:
+    """A name or a setting of SGLang as text; of an enumeration its value. Releases differ in what is one."""
+    return str(getattr(value, "value", value))
 
 
 def resolve(path: str) -> Any:
@@ -127,8 +127,8 @@ def pool_result(usable: RestorablePrefixes) -> Any:
 def pool_requirement(transfer: Any) -> PoolRequirement:
     """What a ``PoolTransfer`` of an exists-check asks for."""
     return PoolRequirement(
-        pool_name(transfer.name),
-        pool_name(getattr(transfer, "hit_policy", ALL_PAGES)),
+        as_text(transfer.name),
+        as_text(getattr(transfer, "hit_policy", ALL_PAGES)),
         max(1, len(transfer.keys or ())),
         int(getattr(transfer, "block_pages", 0)),
         int(getattr(transfer, "group_pages", 0)),

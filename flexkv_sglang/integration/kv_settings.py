@@ -13,8 +13,8 @@ from typing import Any
 
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.fingerprint import checkpoint, file_digest
-from flexkv_sglang.integration.compat import UNKNOWN, server_args
-from flexkv_sglang.integration.served_model import ServedModel, directory_of, plain
+from flexkv_sglang.integration.compat import UNKNOWN, as_text, server_args
+from flexkv_sglang.integration.model_files import ServedModel, directory_of
 
 KV_SETTINGS = (
     "load_format",
@@ -153,7 +153,7 @@ def _text(name: str, value: Any) -> str:
     if name == "uno_lora_path":
         return _weights_at(name, value)
     if name not in _FILES:
-        return plain(value)
+        return as_text(value)
     try:
         return f"file:{file_digest(Path(value))}"
     except OSError as exc:

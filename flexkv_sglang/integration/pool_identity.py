@@ -12,7 +12,7 @@ from flexkv_sglang.identity.epochs import WEIGHTS
 from flexkv_sglang.identity.keys import Identity
 from flexkv_sglang.integration.compat import data_parallel_size
 from flexkv_sglang.integration.kv_settings import kv_settings
-from flexkv_sglang.integration.served_model import model_identity, pool_geometry
+from flexkv_sglang.integration.served_model import model_identity
 from flexkv_sglang.metrics.prometheus import export
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.host_pages import PoolPages
@@ -24,6 +24,20 @@ from flexkv_sglang.pools.pool_rules import (
     pool_class,
     written_by_every_rank,
 )
+
+_POOL_GEOMETRY = (
+    "head_num",
+    "head_dim",
+    "v_head_dim",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "kv_cache_dim",
+    "index_head_dim",
+    "target_layer_num",
+    "head_group_num",
+    "end_layer",
+)
+_HEAD_COUNTS = frozenset({"head_num", "head_group_num"})
 
 
 class PoolSpecs:
@@ -101,3 +115,10 @@ class PoolSpecs:
         if draft not in self._settings:
             self._settings[draft] = kv_settings(draft=draft)
         return self._settings[draft]
+
+
+def pool_geometry(pool: Any, head_groups: int = 1) -> dict[str, int]:
+    """The shape fields that a host pool has. Head counts are those of one of ``head_groups`` groups."""
+    found = {name: getattr(pool, name, None) for name in _POOL_GEOMETRY}
+    shape = {name: int(value) for name, value in found.items() if isinstance(value, int)}
+    return {n: max(1, v // head_groups) if n in _HEAD_COUNTS else v for n, v in shape.items()}

@@ -30,7 +30,7 @@ from flexkv_sglang.integration.boundary import (
     no_transfers,
 )
 from flexkv_sglang.integration.compat import (
-    pool_name,
+    as_text,
     pool_requirement,
     pool_result,
     transfer_stats,
@@ -97,7 +97,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Called for every pool of a hybrid model, KV included, after ``register_mem_pool_host``."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
-        self._stores.add(pool_name(host_pool_name), host_pool)
+        self._stores.add(as_text(host_pool_name), host_pool)
 
     @answers(miss=None)
     def on_host_pools_registered(self) -> None:
@@ -175,7 +175,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         deadline = self._deadline(pages, reads=len(transfers))
         answer = PoolAnswer()
         for transfer in transfers:
-            pool = self._stores.get(pool_name(transfer.name))
+            pool = self._stores.get(as_text(transfer.name))
             keys = list(transfer.keys or ())
             answer.add(transfer.name, self._read(pool, keys, transfer.host_indices, deadline))
         return answer.results
@@ -187,7 +187,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         parent = _parent_of(extra_info)
         answer = PoolAnswer()
         for transfer in transfers:
-            pool = self._stores.get(pool_name(transfer.name))
+            pool = self._stores.get(as_text(transfer.name))
             keys = list(transfer.keys or ())
             flags = self._write(pool, keys, transfer.host_indices, parent, deadline)
             answer.add(transfer.name, flags)

@@ -36,7 +36,7 @@ from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.epochs import WEIGHTS
 from flexkv_sglang.integration.boundary import Boundary, answers, no_lengths
-from flexkv_sglang.integration.compat import pool_name
+from flexkv_sglang.integration.compat import as_text
 from flexkv_sglang.integration.pool_identity import PoolSpecs
 from flexkv_sglang.integration.weight_updates import agree_before_attach, install_now
 from flexkv_sglang.linker.device_models import REPLICATED_CLASSES, device_pools, transfer_layers
@@ -149,7 +149,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         if self._closed:
             return []
         return self._lookups.answer(
-            rid, {pool_name(transfer.name): transfer.keys or () for transfer in transfers}
+            rid, {as_text(transfer.name): transfer.keys or () for transfer in transfers}
         )
 
     @answers(miss=False)
@@ -158,7 +158,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
 
         The answer depends on the transfers alone, so it is the same on every rank.
         """
-        by_name = {pool_name(transfer.name): transfer for transfer in transfers}
+        by_name = {as_text(transfer.name): transfer for transfer in transfers}
         wanted = []
         for pool in self._pools:
             texts, page_ids = _pages_of(pool, by_name)
@@ -196,7 +196,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
     @answers(miss=False)
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         """Queue pages to be stored. True: exactly one result follows. The answer depends on the transfers alone."""
-        by_name = {pool_name(transfer.name): transfer for transfer in transfers}
+        by_name = {as_text(transfer.name): transfer for transfer in transfers}
         given = []
         for pool in reversed(
             self._pools

@@ -31,7 +31,7 @@ class HostShape:
     """What SGLang's host pool of a device pool would be, as far as it decides the identity of its pages.
 
     ``stands_for``: its class. ``part_bytes``: bytes of a page's buffers in their order (K, V). ``fields``: its
-    attributes that ``served.pool_geometry`` and ``pool_rules`` look at.
+    attributes that ``integration.pool_identity`` and ``pools.pool_rules`` read.
     """
 
     stands_for: str
