@@ -1,7 +1,7 @@
-"""What differs between releases of SGLang beyond the storage interface, in one place.
+"""Differences between releases of SGLang beyond the storage interface.
 
-Where each has what we hook into, its published arguments, and its types for pools. Everything
-here may be absent in another release; then the answer is None and the caller says what follows.
+The targets of our hooks, the published server arguments, and the types for pools. A release may lack any of them:
+then the answer is None, and the caller decides.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import Any
 from flexkv_sglang.prefix import ALL_PAGES, PoolRequirement, RestorablePrefixes
 
 UNKNOWN = (ImportError, AttributeError, ValueError, AssertionError, RuntimeError)
-"""What a question to a release that does not know the answer may raise."""
+"""Access to a part that a release does not have raises one of these."""
 
 ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 ATTACH = "sglang.srt.managers.cache_controller.HiCacheController.attach_storage_backend"
 CREATE_LINKER = "sglang.srt.mem_cache.unified_cache.linker_factory.create_unified_cache_linker"
-"""Where an external linker is made, a function; looked up there at each call."""
+"""The function that makes an external linker. SGLang looks it up there at each call."""
 RESOLVE = (
     "sglang.srt.server_args.ServerArgs.resolve_once",
     "sglang.srt.server_args.ServerArgs.__post_init__",  # before 0.5.20: resolution happens here
 )
-"""Where a server's arguments are resolved, the newest first. From 0.5.23 on ``ServerArgs`` is a msgspec
-struct, which never looks at a patched ``__post_init__``."""
+"""The methods that resolve a server's arguments, the newest first. From 0.5.23 on ``ServerArgs`` is a msgspec
+struct, which ignores a patched ``__post_init__``."""
 RUNTIME_CONFIG = (
     "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment.apply_runtime_config"
 )
-"""Where the tree takes over the storage settings, from 0.5.20 on."""
+"""The method by which the tree takes over the storage settings, from 0.5.20 on."""
 WEIGHT_UPDATERS = (
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",
     "sglang.srt.managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin",  # older releases
 )
-"""Which class has the scheduler's methods for weight updates, the newest first."""
+"""The classes with the scheduler's methods for weight updates, the newest first."""
 RESET = "sglang.srt.managers.cache_controller.HiCacheController.reset"
-"""What the controller does when SGLang flushes its cache."""
+"""The method that SGLang calls when it flushes its cache."""
 
 
 def as_text(value: Any) -> str:
@@ -62,7 +62,7 @@ def resolve_function(path: str) -> Any:
 
 
 def first_there(*paths: str) -> str | None:
-    """The first of these that this release has."""
+    """The first of these targets that this release has, or None."""
     for path in paths:
         try:
             resolve(path)
@@ -75,8 +75,8 @@ def first_there(*paths: str) -> str | None:
 def server_args() -> Any:
     """SGLang's server arguments as it has resolved them; None outside a server or in an unknown release.
 
-    From 0.5.23 on the published record holds what the user wrote. What SGLang made of it (the local path of a
-    model, defaults that follow from others) lies beside it.
+    From 0.5.23 on the published record holds the user's values. A view beside it has the resolved ones (the local
+    path of a model, defaults that follow from others).
     """
     record = _published()
     try:
@@ -102,7 +102,7 @@ def _published() -> Any:
 
 
 def data_parallel_size() -> int:
-    """Engine replicas inside one server (they share the configured ``size``); 1 when unknown."""
+    """The number of engine replicas inside one server, which share the configured ``size``; 1 when unknown."""
     try:
         return max(1, int(server_args().dp_size))
     except (AttributeError, TypeError, ValueError):
@@ -110,7 +110,7 @@ def data_parallel_size() -> int:
 
 
 def pool_result(usable: RestorablePrefixes) -> Any:
-    """A ``PoolTransferResult`` of the installed SGLang, with as much of the answer as it has fields for."""
+    """A ``PoolTransferResult`` of the installed SGLang, with the parts of the answer that it has fields for."""
     answer = {
         "kv_hit_pages": usable.pages,
         "extra_pool_hit_pages": usable.boundaries,
@@ -118,14 +118,14 @@ def pool_result(usable: RestorablePrefixes) -> Any:
     }
     try:
         from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
-    except ImportError:  # before 0.5.10; nobody asks there
+    except ImportError:  # before 0.5.10, which never asks
         return SimpleNamespace(**answer)
     known = {item.name for item in fields(PoolTransferResult)}
     return PoolTransferResult(**{name: item for name, item in answer.items() if name in known})
 
 
 def pool_requirement(transfer: Any) -> PoolRequirement:
-    """What a ``PoolTransfer`` of an exists-check asks for."""
+    """The requirement that a ``PoolTransfer`` of an exists-check states."""
     return PoolRequirement(
         as_text(transfer.name),
         as_text(getattr(transfer, "hit_policy", ALL_PAGES)),
@@ -138,7 +138,7 @@ def pool_requirement(transfer: Any) -> PoolRequirement:
 def transfer_stats(
     reads: list[tuple[int, float]], writes: list[tuple[int, float]], per_page: int = 1
 ) -> Any:
-    """SGLang's ``StorageMetrics`` of transfers given as (stored, GB/s), where ``per_page`` of them are a page."""
+    """SGLang's ``StorageMetrics`` of transfers, each (stored groups, GB/s); ``per_page`` groups are a page."""
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
     return StorageMetrics(

@@ -1,8 +1,8 @@
-"""FlexKVStorage: SGLang's storage interface on top of the engine.
+"""FlexKVStorage: SGLang's storage interface on top of the pool stores.
 
-The boundary: after construction nothing is raised into SGLang, except by ``register_mem_pool_host``, which
-SGLang calls while it attaches and which is the first moment the page size is known. Every other failure
-is counted, logged once per kind and minute, and answered as a miss of the right shape.
+The boundary: after construction nothing is raised into SGLang, except by ``register_mem_pool_host``: SGLang calls it
+while it attaches, and it is the first to know the page size. Each other failure is counted, logged once per kind and
+minute, and answered as a miss of the right shape.
 
 Threads: SGLang calls from its prefetch, prefetch I/O, backup and scheduler threads; all may overlap.
 """
@@ -49,26 +49,25 @@ from flexkv_sglang.types import PageKey
 logger = logging.getLogger(__name__)
 
 PREFETCH_TIMEOUT = (1.0, 0.25)
-"""SGLang's defaults: it waits so many seconds for a prefetch, and so many more per 1024 tokens."""
+"""SGLang's defaults for the wait for a prefetch: seconds, and further seconds per 1024 tokens."""
 
 READ_SECONDS_MIN = 0.05
-"""A get is given at least this long, whatever the prefetch timeout is."""
+"""The shortest time limit of a get."""
 
 CALL_SECONDS_MAX = 6.0
-"""... or more than this, the bound of a put. With what comes before (``PoolStores.in_use``) and after (the commit) it
-has to be less than the 10 s for which SGLang joins its storage threads when a backend is detached."""
+"""The longest time limit of a get, and the limit of a put. With the waits before (``PoolStores.in_use``) and after
+(the commit) it must be less than the 10 s for which SGLang joins its storage threads when a backend is detached."""
 
 
 class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang ships no types
-    """HiCache L3 on local SSDs. One instance per SGLang rank process and attach.
+    """The third level of HiCache: tiers of this machine and of others. One per SGLang rank process and attach.
 
-    The constructor parses the configuration and proves the directories with real I/O (``ConfigError``
-    names key, value and valid choices). ``register_mem_pool_host`` opens the KV namespace and its files; what
-    comes with the other pools of a hybrid model is in ``pools``. ``metrics``: of KV pages.
+    The constructor parses the configuration and tests the directories with real I/O (``ConfigError`` names key, value
+    and valid choices). ``register_mem_pool_host`` opens the KV namespace and its files. ``metrics``: of KV pages.
     """
 
     def __init__(self, storage_config: Any, _kwargs: Any = None) -> None:
-        agree_before_attach()  # before anything that may fail on one rank
+        agree_before_attach()  # before steps that may fail on one rank only
         self._config = FlexKVConfig.parse(storage_config.extra_config)
         specs = PoolSpecs(self._config, storage_config)
         self.metrics = specs.metrics_of(KV)
@@ -82,10 +81,10 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self._stores = PoolStores(self._config, prepared, specs.describe, groups, self._sharing)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        """Learn the page geometry, open the namespace, recover what is there.
+        """Learn the page geometry, open the namespace, recover its pages.
 
-        Raises ``ConfigError`` (SGLang then refuses to start, or answers 400): size too small for one page
-        or too large for the disk. A pool without page buffers is not an error: everything misses.
+        Raises ``ConfigError`` (SGLang then refuses to start, or answers 400) for a size that is too small for one page
+        or too large for the disk. A pool without page buffers is no error: all its pages miss.
         """
         super().register_mem_pool_host(mem_pool_host)
         if not WEIGHTS.settled:
@@ -101,11 +100,11 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
     @answers(miss=None)
     def on_host_pools_registered(self) -> None:
-        """The pools SGLang starts with are known (0.5.23 and later; before, the first call takes that for granted)."""
+        """SGLang has registered its first pools. Before 0.5.23 it does not call this: the first call opens them."""
         self._stores.registration_done()
 
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
-        """How long SGLang waits for a prefetch, in seconds and seconds per 1024 tokens: bounds a get."""
+        """Set the time SGLang waits for a prefetch, in seconds and seconds per 1024 tokens. It limits a get."""
         self._prefetch_timeout = (base, per_ki_token)
         text = "flexkv: SGLang waits %g s and %g s per 1024 tokens for a prefetch; reads keep within that"
         logger.info(text, base, per_ki_token)
@@ -124,9 +123,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
     @answers(miss=0, uses_stores=True)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
-        """Leading run of pages that are stored here or by a neighbour. Memory only.
+        """Length of the leading run of pages that a get can read. Uses memory only.
 
-        Of a hybrid model: the longest prefix for which, as far as is known, the other pools are there too.
+        Of a hybrid model: the longest prefix that also has the required pages of the other known pools.
         """
         return self._usable(keys, self._stores.sidecars()).pages
 
@@ -134,7 +133,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
     def batch_exists_v2(
         self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
     ) -> Any:
-        """Prefixes for which every pool has what is asked of it, as ``PoolTransferResult``. Memory only."""
+        """Prefixes for which each pool has the required pages, as ``PoolTransferResult``. Uses memory only."""
         requirements = [pool_requirement(transfer) for transfer in pool_transfers or ()]
         for requirement in requirements:
             self._stores.learn(requirement)
@@ -170,7 +169,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
     @answers(miss=no_transfers, uses_stores=True)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
-        """Read pages of several pools. Per pool one bool per key; every pool is in the answer."""
+        """Read pages of several pools. The answer has each pool, with one bool per key."""
         pages = sum(len(transfer.keys or ()) for transfer in transfers)
         deadline = self._deadline(pages, reads=len(transfers))
         answer = PoolAnswer()
@@ -195,7 +194,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
     @answers(miss=False)
     def exists(self, key: str) -> bool:
-        """True if one page is stored here or by a neighbour."""
+        """True if a get can read this page."""
         return bool(self.batch_exists([key]))
 
     @answers(miss=None)
@@ -251,13 +250,12 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
     @answers(miss=None)
     def clear(self) -> None:
-        """Forget every page this process stored in its own namespaces, also of files that are being exchanged.
-        Other models' pages stay."""
+        """Forget each page that this process stored for this model. Pages of files that are being exchanged follow."""
         self._stores.clear()
 
     @answers(miss=None)
     def get_stats(self) -> Any:
-        """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
+        """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s)."""
         kv = self._stores.get(KV)
         groups = WHOLE if kv is None else kv.pages.groups
         return transfer_stats(*self.metrics.drain_transfers(), groups.count)  # of KV only
@@ -284,9 +282,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         return self._mismatch(pool, keys, host_indices) if flags is None else flags
 
     def _deadline(self, page_count: int, reads: int = 1) -> float:
-        """When a get of so many pages has to end, in so many pools. A page counts as the KV page it goes with.
+        """Deadline of a get of ``page_count`` pages over ``reads`` pools. Each page has the tokens of a KV page.
 
-        A get may take 0.8 of what its tokens add to SGLang's prefetch timeout, or half of its base.
+        A get may take 0.8 of the time that its tokens add to SGLang's prefetch timeout, or half of its base.
         """
         kv = self._stores.get(KV)
         tokens = page_count * (kv.pages.tokens_per_page if kv is not None else 1)
@@ -304,9 +302,6 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
 
 def _parent_of(extra_info: Any) -> PageKey | None:
-    """The page before the batch: the last of ``prefix_keys``, if SGLang passes them.
-
-    Their default was ``(None,)`` in 0.5.11.
-    """
+    """The page before the batch: the last of ``prefix_keys``, if SGLang passes them. 0.5.11 passes ``(None,)``."""
     prefix = getattr(extra_info, "prefix_keys", None)
     return page_key(prefix[-1]) if prefix and prefix[-1] is not None else None

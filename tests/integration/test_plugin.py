@@ -150,11 +150,11 @@ def test_our_store_learns_the_prefetch_timeout_and_nobody_else() -> None:
         return types.SimpleNamespace(_cache=types.SimpleNamespace(cache_controller=controller))
 
     settings = {"prefetch_timeout_base": 3.0, "prefetch_timeout_per_ki_token": 0.5}
-    assert plugin.tell_prefetch_timeout(attachment(FlexKVStorage()), **settings) is None
+    assert plugin.set_prefetch_timeout(attachment(FlexKVStorage()), **settings) is None
     assert told == [(3.0, 0.5)]
-    plugin.tell_prefetch_timeout(attachment(object()), **settings)
-    plugin.tell_prefetch_timeout(attachment(FlexKVStorage()), prefetch_timeout_base=3.0)
-    plugin.tell_prefetch_timeout("another release", **settings)
+    plugin.set_prefetch_timeout(attachment(object()), **settings)
+    plugin.set_prefetch_timeout(attachment(FlexKVStorage()), prefetch_timeout_base=3.0)
+    plugin.set_prefetch_timeout("another release", **settings)
     assert told == [(3.0, 0.5)]
 
 
