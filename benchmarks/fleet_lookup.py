@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from flexkv_sglang.backends.fleet.replica.files import Peer
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, NodeId, Op, Snapshot
 from flexkv_sglang.bench.ssd import environment
 from flexkv_sglang.types import U64
@@ -55,11 +55,11 @@ class Fleet:
     def __init__(self, run_dir: Path, count: int, pages: int) -> None:
         self.rng = np.random.default_rng(count)
         self.node_ids = [NodeId(f"node-{number}") for number in range(count)]
-        self.writer = ReplicaWriter(run_dir)
+        self.writer = PeerSetsWriter(run_dir)
         self.common = spread(self.rng, COMMON)
         self.own: list[U64] = []
         self.reset_s: list[float] = []
-        self.reader = ReplicaReader(run_dir, NAMESPACE, 1e9)
+        self.reader = PeerSetsReader(run_dir, NAMESPACE, 1e9)
         for number, node_id in enumerate(self.node_ids):
             fingerprints = np.sort(np.concatenate([spread(self.rng, pages - COMMON), self.common]))
             self.own.append(self.rng.choice(fingerprints, 20_000))
@@ -153,7 +153,7 @@ def timing(spent: list[tuple[float, float]], found: int) -> Timing:
 
 def watch(run_dir: Path, pipe: Connection) -> None:
     """Another process: for each fingerprint from ``pipe``, when it was first seen (CLOCK_MONOTONIC, ns)."""
-    reader = ReplicaReader(run_dir, NAMESPACE, 1e9)
+    reader = PeerSetsReader(run_dir, NAMESPACE, 1e9)
     reader.refresh()
     private = private_bytes()
     reader.run(np.zeros(1, np.uint64), nobody)

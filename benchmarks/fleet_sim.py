@@ -26,7 +26,7 @@ from fleet_lookup import NAMESPACE, Fleet, private_bytes, spread, timed
 from flexkv_sglang.backends.fleet.vocabulary import CHANGE_KEYS, Op
 from flexkv_sglang.bench.ssd import environment
 
-BEAT_S = 2.0
+HEARTBEAT_S = 2.0
 INFO_BYTES = 400  # a node's entry in the member list
 ENTRY_ID = "1764090000000-12"
 
@@ -71,7 +71,7 @@ def traffic(nodes: int, rate: float, flush_s: float, pause_s: float) -> dict[str
     )
     ids_in_answer = min(nodes - 1, entries_in / seconds / max(asks, 1e-9))
     answer = ids_in_answer * (len("*2\r\n") + resp([stream(0)]))
-    beat = resp(
+    heartbeat = resp(
         [
             "EVALSHA",
             "0" * 40,
@@ -94,11 +94,11 @@ def traffic(nodes: int, rate: float, flush_s: float, pause_s: float) -> dict[str
         "xread_per_s": round(nodes * asks),
         "xread_request_bytes": question,
         "redis_in_mb_s": round(
-            (bytes_in / seconds + nodes * (asks * question + beat / BEAT_S)) / 1e6, 2
+            (bytes_in / seconds + nodes * (asks * question + heartbeat / HEARTBEAT_S)) / 1e6, 2
         ),
         "redis_out_mb_s": round(out / 1e6, 2),
         "feed_bytes_per_page": round(bytes_in / max(int(sent.sum()), 1), 1),
-        "beats_per_s": round(nodes / BEAT_S, 1),
+        "beats_per_s": round(nodes / HEARTBEAT_S, 1),
         "member_list_mb_after_a_change": round(nodes * nodes * INFO_BYTES / 1e6, 3),
     }
 
@@ -123,7 +123,7 @@ def steady(fleet: Fleet, rate: float, seconds: float) -> float:
                 fleet.writer.apply(NAMESPACE, node_id, Op.ADD, added[number])
         if turn % 10 == 0:
             fleet.writer.tick()
-            fleet.writer.beat()
+            fleet.writer.heartbeat()
     return (time.process_time() - begin) / seconds
 
 

@@ -31,7 +31,7 @@ from flexkv_sglang.backends.slots.opening import open_places
 from flexkv_sglang.backends.slots.records import RecordOp, SlotClass
 from flexkv_sglang.backends.slots.slot_file import OwnedStore
 from flexkv_sglang.bench.ssd import environment
-from flexkv_sglang.cache.assembly import open_tiers, prepare_tiers, undivided
+from flexkv_sglang.cache.assembly import Quota, open_tiers, prepare_tiers
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import PageKey
@@ -84,7 +84,9 @@ def measure(directory: Path, count: int) -> dict[str, float]:
     prepared = prepare_tiers(config)
     gc.collect()
     memory, cpu, wall = resident_bytes(), time.process_time(), time.perf_counter()
-    store = open_tiers(config, prepared, "ns", {}, PAGE, undivided(config), Metrics())
+    store = open_tiers(
+        config, prepared, "ns", {}, PAGE, [Quota(tier.size) for tier in config.tiers], Metrics()
+    )
     start_cpu, start_wall = time.process_time() - cpu, time.perf_counter() - wall
     gc.collect()
     grown = resident_bytes() - memory

@@ -133,7 +133,7 @@ def test_a_fresh_environment_gets_nothing_but_flexkv_sglang(
         + "import triton_kernels; assert triton_kernels.marker() == 'foreign'\n"
         + "from triton_kernels.matmul import PrecisionConfig\n"  # what SGLang imports of it
         + "import flexkv_sglang.triton_kernels.layout as ours\n"
-        + "assert ours.BlockLayout.mla(1, 1, 16).block_bytes == 16\n"
+        + "assert ours.BlockLayout((ours.Part(1, 16),)).block_bytes == 16\n"
         + "assert not hasattr(triton_kernels, 'layout')\n"
     )
     for cwd in (tmp_path, ROOT):  # also with our checkout as the working directory

@@ -1,6 +1,6 @@
-"""What is proven about the arguments of a copy before anything is launched. Every failure names value and limit.
+"""Proves the arguments of a copy before anything is launched. Every error names the value and its limit.
 
-Kernels get raw addresses: what is not refused here is an illegal access there, and that ends the process.
+Kernels get raw addresses: a wrong argument that is not refused here becomes an illegal access and ends the process.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from flexkv_sglang.errors import KernelArgumentError
 from flexkv_sglang.triton_kernels.table import VECTOR_BYTES, PtrTable
 
 Span = tuple[int, int | None, int, int | None]
-"""First buffer, number of buffers (``None``: all that are left), offset in a block in bytes, quota."""
+"""First buffer, number of buffers (``None``: all that are left), offset in a block in bytes, quota of programs."""
 
 ID_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A checked copy: ``pieces`` per block and buffer, of ``piece_bytes``, ``stride_bytes`` apart in the buffers.
+    """A checked copy of whole pages between the buffers ``first`` to ``first + count - 1`` of ``table`` and ``blocks``.
 
-    ``ids``: int64 ``[blocks * pieces]`` on the table's device. Buffer ``first + j``'s pieces of a block lie at
-    ``offset_bytes + j * pieces * piece_bytes``.
+    ``ids``: int64 ``[blocks]`` on the table's device. The page's bytes of buffer ``first + j`` lie in its block at
+    ``offset_bytes + j * table.chunk_bytes``.
     """
 
     table: PtrTable
@@ -32,11 +32,6 @@ class Copy:
     first: int
     count: int
     offset_bytes: int
-    pieces: int
-    piece_bytes: int
-    stride_bytes: int
-    limit: int
-    """Ids are below this."""
     quota: int | None
 
 
@@ -91,7 +86,7 @@ def check_ids(
     return ids.to(device=device, dtype=torch.int64, non_blocking=True).contiguous()
 
 
-def pages(
+def checked_copy(
     table: PtrTable,
     ids: torch.Tensor,
     blocks: torch.Tensor,
@@ -100,36 +95,8 @@ def pages(
     distinct: bool,
     trusted: bool,
 ) -> Copy:
-    """The copy of whole pages: one piece per block and buffer."""
-    unit = (1, table.chunk_bytes, table.page_stride_bytes, table.page_count)
-    return _copy(table, ids, blocks, span, unit, distinct, trusted)
-
-
-def tokens(
-    table: PtrTable,
-    ids: torch.Tensor,
-    blocks: torch.Tensor,
-    span: Span,
-    *,
-    distinct: bool,
-    trusted: bool,
-) -> Copy:
-    """The copy of single tokens: ``page_size`` pieces per block and buffer."""
-    unit = (table.page_size, table.row_bytes, table.row_stride_bytes, table.row_count)
-    return _copy(table, ids, blocks, span, unit, distinct, trusted)
-
-
-def _copy(
-    table: PtrTable,
-    ids: torch.Tensor,
-    blocks: torch.Tensor,
-    span: Span,
-    unit: tuple[int, int, int, int],
-    distinct: bool,
-    trusted: bool,
-) -> Copy:
+    """The copy of these pages, when every argument is right. Raises ``KernelArgumentError``."""
     first, count, offset_bytes, quota = span
-    pieces, piece_bytes, stride_bytes, limit = unit
     count = check_range(table, first, count)
     check_quota(quota)
     if offset_bytes < 0 or offset_bytes % table.align:
@@ -139,21 +106,9 @@ def _copy(
     check_blocks(blocks, offset_bytes + count * table.chunk_bytes, table.align)
     check_place(table, blocks)
     checked = check_ids(
-        ids, len(blocks) * pieces, limit, table.device, distinct=distinct, trusted=trusted
+        ids, len(blocks), table.page_count, table.device, distinct=distinct, trusted=trusted
     )
-    return Copy(
-        table,
-        checked,
-        blocks,
-        first,
-        count,
-        offset_bytes,
-        pieces,
-        piece_bytes,
-        stride_bytes,
-        limit,
-        quota,
-    )
+    return Copy(table, checked, blocks, first, count, offset_bytes, quota)
 
 
 def check_quota(quota: int | None) -> None:
@@ -173,37 +128,10 @@ def check_range(table: PtrTable, first: int, count: int | None) -> int:
 
 
 def check_place(table: PtrTable, blocks: torch.Tensor) -> None:
-    """Blocks are on the table's device and in none of its buffers."""
+    """``blocks``: on the table's device, and in none of its buffers."""
     if blocks.device != table.device:
         raise KernelArgumentError(f"blocks are on {blocks.device}, the buffers on {table.device}")
     count, width = blocks.shape
     start = blocks.data_ptr()
     if count and table.overlaps(start, start + (count - 1) * blocks.stride(0) + width):
         raise KernelArgumentError("blocks lie in one of the buffers")
-
-
-def check_apart(one: torch.Tensor, other: torch.Tensor) -> None:
-    """What is read and what is written share no bytes."""
-    if overlap(one, other):
-        raise KernelArgumentError("source and target lie in each other")
-
-
-def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Do the blocks of the two share bytes? Columns of one larger tensor count as apart only by their columns."""
-    if 0 in (one.numel(), other.numel()):
-        return False
-    spans = [
-        (
-            blocks.data_ptr(),
-            blocks.data_ptr() + (len(blocks) - 1) * blocks.stride(0) + blocks.shape[1],
-        )
-        for blocks in (one, other)
-    ]
-    (first, last), (start, end) = spans
-    if first >= end or start >= last:
-        return False
-    stride: int = one.stride(0)
-    if stride != other.stride(0) or len(one) == 1:
-        return True
-    apart: int = (other.data_ptr() - one.data_ptr()) % stride
-    return bool(apart < one.shape[1] or apart + other.shape[1] > stride)

@@ -1,7 +1,7 @@
-"""The copy kernels. Only ``launch`` calls them; the arguments were proven by ``checks`` and ``table``.
+"""The copy kernel. Only ``launch`` calls it; ``checks`` and ``table`` have proven the arguments.
 
 Lengths and strides come in units of ``align`` bytes (16 unless rows are odd) and pointers carry that alignment as a
-hint: so 16-byte loads and stores come out whatever the run-time values are, with one binary per shape of tile.
+hint: this gives 16-byte loads and stores for all run-time values, with one binary per shape of tile.
 Offsets are 64 bits wide before the first multiplication: pools have more than 2**31 elements.
 """
 
@@ -17,11 +17,10 @@ NOT_SPECIALIZED = (
     "work",
     "tiles",
     "buffer_count",
-    "piece_count",
+    "page_count",
     "limit",
     "first",
-    "pieces_per_block",
-    "piece_v",
+    "chunk_v",
     "stride_v",
     "spacing_v",
     "block_stride_v",
@@ -36,7 +35,7 @@ def typed(pointer, WORD: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def copy_pieces(
+def copy_pages(
     table,
     base_address: tl.int64,
     ids,
@@ -44,11 +43,10 @@ def copy_pieces(
     work: tl.int32,
     tiles: tl.int32,
     buffer_count: tl.int32,
-    piece_count: tl.int32,
+    page_count: tl.int32,
     limit: tl.int64,
     first: tl.int32,
-    pieces_per_block: tl.int32,
-    piece_v: tl.int32,
+    chunk_v: tl.int32,
     stride_v: tl.int64,
     spacing_v: tl.int64,
     block_stride_v: tl.int64,
@@ -61,10 +59,11 @@ def copy_pieces(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy pieces between buffers and blocks; a piece is a page's or a token's bytes in one buffer.
+    """Copy pages between buffers and blocks: ``chunk_v`` units of each buffer per page.
 
-    A step of work is ``ROWS`` pieces of one buffer, ``BLOCK`` words of each; ``tiles`` steps make whole pieces. Any
-    grid will do: program ``i`` takes the steps ``i``, ``i + grid``, ... ``*_v`` count ``VEC`` words (``ALIGN`` bytes).
+    A step of work is ``ROWS`` pages of one buffer, ``BLOCK`` words of each; ``tiles`` steps make whole chunks. The
+    grid may have any size: program ``i`` takes the steps ``i``, ``i + grid``, ... ``*_v`` count ``VEC`` words
+    (``ALIGN`` bytes).
     """
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -73,22 +72,20 @@ def copy_pieces(
         tile = step % tiles
         rest = step // tiles
         j = rest % buffer_count
-        piece = (rest // buffer_count) * ROWS + row
-        there = piece < piece_count
-        place = tl.load(ids + piece, mask=there, other=-1).to(tl.int64)
-        # Unchecked ids: one outside of the pool moves nothing.
-        there = there & (place >= 0) & (place < limit)
+        block = (rest // buffer_count) * ROWS + row
+        there = block < page_count
+        page = tl.load(ids + block, mask=there, other=-1).to(tl.int64)
+        # Ids may be unchecked: one outside of the pool moves nothing.
+        there = there & (page >= 0) & (page < limit)
         if STRIDED:
             address = base_address + (first + j).to(tl.int64) * spacing_v * ALIGN
         else:
             address = tl.load(table + first + j).to(tl.int64)
-        in_pool = typed(address, WORD, ALIGN) + place[:, None] * (stride_v * VEC)
-        block = (piece // pieces_per_block).to(tl.int64)
-        before = (piece % pieces_per_block).to(tl.int64) + j.to(tl.int64) * pieces_per_block
-        start = block * block_stride_v + offset_v + before * piece_v
+        in_pool = typed(address, WORD, ALIGN) + page[:, None] * (stride_v * VEC)
+        start = block.to(tl.int64) * block_stride_v + offset_v + j.to(tl.int64) * chunk_v
         in_block = out + (start * VEC)[:, None]
         word = tile * BLOCK + column
-        mask = there[:, None] & (word < piece_v * VEC)[None, :]
+        mask = there[:, None] & (word < chunk_v * VEC)[None, :]
         if SCATTER:
             value = tl.load(in_block + word[None, :], mask=mask)
             tl.store(in_pool + word[None, :], value, mask=mask)

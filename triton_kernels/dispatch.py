@@ -1,4 +1,4 @@
-"""Which implementation serves a device: the Triton kernels or plain torch. Nobody else looks for triton."""
+"""Chooses the implementation for a device: the Triton kernels or plain torch. No other module looks for triton."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from types import ModuleType
 
 import torch
 
+from flexkv_sglang.triton_kernels import reference
 
-def kernels(device: torch.device, module: str) -> ModuleType | None:
-    """The module of this folder with the kernels, or ``None`` where the torch reference serves.
 
-    Only here are modules imported that import triton.
+def copies(device: torch.device) -> ModuleType:
+    """``launch`` where kernels run, else ``reference``: both have ``gather``, ``scatter`` and ``prepare``.
+
+    This is the only import of a module that imports triton.
     """
     if runs_kernels(device):
-        return importlib.import_module(f"flexkv_sglang.triton_kernels.{module}")
-    return None
+        return importlib.import_module("flexkv_sglang.triton_kernels.launch")
+    return reference
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Kernels run on CUDA and HIP devices when triton is there."""
+    """Kernels run on CUDA and HIP devices where triton is installed."""
     return device.type == "cuda" and has_triton()
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Can ``triton`` be imported?"""
+    """True when ``triton`` can be imported."""
     return importlib.util.find_spec("triton") is not None

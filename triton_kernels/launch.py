@@ -12,7 +12,7 @@ import triton.language as tl
 
 from flexkv_sglang.errors import KernelArgumentError
 from flexkv_sglang.triton_kernels.checks import Copy
-from flexkv_sglang.triton_kernels.copy import copy_pieces
+from flexkv_sglang.triton_kernels.copy import copy_pages
 from flexkv_sglang.triton_kernels.table import PtrTable
 
 TILE_WORDS = 4096
@@ -34,21 +34,18 @@ def scatter(copy: Copy) -> None:
 
 
 def prepare(table: PtrTable) -> None:
-    """Compile all this table can need: both directions, pages and tokens."""
-    some = torch.zeros(1, dtype=torch.int64, device=table.device)
+    """Compile the kernels of this table: both directions."""
+    ids = torch.zeros(1, dtype=torch.int64, device=table.device)
     block = torch.zeros((1, 16), dtype=torch.uint8, device=table.device)
-    pages = (1, table.chunk_bytes, table.page_stride_bytes, table.page_count)
-    tokens = (table.page_size, table.row_bytes, table.row_stride_bytes, table.row_count)
-    for unit in {pages, tokens}:
-        copy = Copy(table, some, block, 0, 1, 0, *unit, None)
-        for direction in (False, True):
-            arguments, constants, _ = _arguments(copy, direction)
-            with on_device(table.device):
-                copy_pieces.warmup(*arguments, grid=(1,), **OPTIONS, **constants)
+    copy = Copy(table, ids, block, 0, 1, 0, None)
+    for scatters in (False, True):
+        arguments, constants, _ = _arguments(copy, scatters)
+        with on_device(table.device):
+            copy_pages.warmup(*arguments, grid=(1,), **OPTIONS, **constants)
 
 
 def tile_shape(words: int) -> tuple[int, int]:
-    """(pieces, words of each) in one step: the widest power of two that wastes at most an eighth of its lanes."""
+    """(pages, words of each) in one step: the widest power of two that wastes at most an eighth of its lanes."""
     block = min(TILE_WORDS, triton.next_power_of_2(words))
     while block > 32 and -(-words // block) * block > words * 9 // 8:
         block //= 2
@@ -71,19 +68,19 @@ def _launch(copy: Copy, *, scatter: bool) -> None:
     arguments, constants, steps = _arguments(copy, scatter)
     programs = programs_of(steps, copy.quota)
     with on_device(copy.table.device):
-        copy_pieces[(programs,)](*arguments, **OPTIONS, **constants)
+        copy_pages[(programs,)](*arguments, **OPTIONS, **constants)
 
 
 def _arguments(copy: Copy, scatter: bool) -> tuple[list[Any], dict[str, Any], int]:
     table, align = copy.table, copy.table.align
     word_bytes = WORD_BYTES[align]
-    words = copy.piece_bytes // word_bytes
+    words = table.chunk_bytes // word_bytes
     rows, block = tile_shape(words)
     tiles = -(-words // block)
-    piece_count = len(copy.ids)
-    steps = tiles * copy.count * -(-piece_count // rows)
-    if piece_count > STEPS_MAX - rows or copy.piece_bytes > STEPS_MAX:
-        raise KernelArgumentError(f"too much for one launch: {piece_count} x {copy.piece_bytes} B")
+    page_count = len(copy.ids)
+    steps = tiles * copy.count * -(-page_count // rows)
+    if page_count > STEPS_MAX - rows or table.chunk_bytes > STEPS_MAX:
+        raise KernelArgumentError(f"too much for one launch: {page_count} x {table.chunk_bytes} B")
     strided = table.spacing_bytes is not None and table.spacing_bytes % align == 0
     arguments = [
         table.ptrs,
@@ -93,12 +90,11 @@ def _arguments(copy: Copy, scatter: bool) -> tuple[list[Any], dict[str, Any], in
         steps,
         tiles,
         copy.count,
-        piece_count,
-        copy.limit,
+        page_count,
+        table.page_count,
         copy.first,
-        copy.pieces,
-        copy.piece_bytes // align,
-        copy.stride_bytes // align,
+        table.chunk_bytes // align,
+        table.page_stride_bytes // align,
         (table.spacing_bytes or 0) // align,
         copy.blocks.stride(0) // align,
         copy.offset_bytes // align,

@@ -57,16 +57,6 @@ class BlockLayout:
         if not self.parts or len({part.layers for part in self.parts}) != 1:
             raise KernelArgumentError(f"all parts of a block have the same layers: {self.parts}")
 
-    @classmethod
-    def mha(cls, layers: int, page_size: int, k_row_bytes: int, v_row_bytes: int) -> BlockLayout:
-        """K and V. ``*_row_bytes``: bytes of one token in one layer on this rank (heads x head_dim x itemsize)."""
-        return cls((Part(layers, page_size * k_row_bytes), Part(layers, page_size * v_row_bytes)))
-
-    @classmethod
-    def mla(cls, layers: int, page_size: int, row_bytes: int) -> BlockLayout:
-        """One latent vector per token and layer; also indexers, whose row is a page (``page_size`` 1)."""
-        return cls((Part(layers, page_size * row_bytes),))
-
     @property
     def layers(self) -> int:
         """Layers of this rank."""

@@ -10,10 +10,10 @@ All functions
   it. A worker thread starts on device 0 and the default stream: enter ``torch.cuda.stream(side)`` first. The caller
   keeps blocks, and ids that are in pinned memory, alive and unwritten until an event it records afterwards;
 * look at ids that are on the device, which waits for the stream once; ``trusted_ids=True`` leaves that out. Then
-  an id outside of the pool is skipped by the kernels (nothing is read or written for it), and equal ids in a
-  scatter are the caller's mistake. Ids on the CPU are always looked at, and copied over.
+  the kernels skip an id outside of the pool (nothing is read or written for it), and equal ids in a scatter are
+  the caller's mistake. Ids on the CPU are always looked at, and copied over.
 
-``quota``: at most so many programs (CTAs) run, so that the forward pass keeps its multiprocessors; ``None``: as
+``quota``: at most this number of programs (CTAs) run, so that the forward pass keeps its multiprocessors; ``None``: as
 many as there is work for. The torch reference ignores it.
 """
 
@@ -21,17 +21,11 @@ from __future__ import annotations
 
 import torch
 
-from flexkv_sglang.triton_kernels import checks, dispatch, reference
+from flexkv_sglang.triton_kernels import dispatch
+from flexkv_sglang.triton_kernels.checks import checked_copy
 from flexkv_sglang.triton_kernels.table import PtrTable
 
-__all__ = [
-    "PtrTable",
-    "gather_pages",
-    "gather_tokens",
-    "scatter_pages",
-    "scatter_tokens",
-    "warmup",
-]
+__all__ = ["PtrTable", "gather_pages", "scatter_pages", "warmup"]
 
 
 def gather_pages(
@@ -52,9 +46,9 @@ def gather_pages(
     buffers from ``first`` on, all that are left by default. Bytes of blocks beyond them stay as they are.
     """
     span = (first, count, offset_bytes, quota)
-    copy = checks.pages(table, page_ids, blocks, span, distinct=False, trusted=trusted_ids)
+    copy = checked_copy(table, page_ids, blocks, span, distinct=False, trusted=trusted_ids)
     if len(blocks):
-        (dispatch.kernels(table.device, "launch") or reference).gather(copy)
+        dispatch.copies(table.device).gather(copy)
 
 
 def scatter_pages(
@@ -70,56 +64,16 @@ def scatter_pages(
 ) -> None:
     """The inverse of ``gather_pages``: blocks into pages. Page ids must be distinct; other pages are untouched."""
     span = (first, count, offset_bytes, quota)
-    copy = checks.pages(table, page_ids, blocks, span, distinct=True, trusted=trusted_ids)
+    copy = checked_copy(table, page_ids, blocks, span, distinct=True, trusted=trusted_ids)
     if len(blocks):
-        (dispatch.kernels(table.device, "launch") or reference).scatter(copy)
-
-
-def gather_tokens(
-    table: PtrTable,
-    slot_ids: torch.Tensor,
-    blocks: torch.Tensor,
-    *,
-    first: int = 0,
-    count: int | None = None,
-    offset_bytes: int = 0,
-    quota: int | None = None,
-    trusted_ids: bool = False,
-) -> None:
-    """``gather_pages`` with tokens anywhere: token ``t`` of block ``b`` is row ``slot_ids[b*page_size + t]``.
-
-    ``slot_ids``: int32 or int64 ``(n * page_size,)``, in ``[0, table.row_count)``, equal ones allowed. The bytes of
-    the blocks are those that ``gather_pages`` makes of a page with these tokens.
-    """
-    span = (first, count, offset_bytes, quota)
-    copy = checks.tokens(table, slot_ids, blocks, span, distinct=False, trusted=trusted_ids)
-    if len(blocks):
-        (dispatch.kernels(table.device, "launch") or reference).gather(copy)
-
-
-def scatter_tokens(
-    table: PtrTable,
-    slot_ids: torch.Tensor,
-    blocks: torch.Tensor,
-    *,
-    first: int = 0,
-    count: int | None = None,
-    offset_bytes: int = 0,
-    quota: int | None = None,
-    trusted_ids: bool = False,
-) -> None:
-    """The inverse of ``gather_tokens``. Slot ids must be distinct; other rows are untouched."""
-    span = (first, count, offset_bytes, quota)
-    copy = checks.tokens(table, slot_ids, blocks, span, distinct=True, trusted=trusted_ids)
-    if len(blocks):
-        (dispatch.kernels(table.device, "launch") or reference).scatter(copy)
+        dispatch.copies(table.device).scatter(copy)
 
 
 def warmup(*tables: PtrTable) -> None:
-    """Compile every copy kernel these tables can need, for their device, without running one.
+    """Compile every copy kernel that these tables can need, for their device, without running one.
 
-    Call it at start-up: otherwise the first request waits for the compiler (seconds without a cache). Nothing to
-    do where torch serves.
+    Call it at start-up: otherwise the first request waits for the compiler (seconds without a cache). Nothing is
+    done where torch serves.
     """
     for table in tables:
-        (dispatch.kernels(table.device, "launch") or reference).prepare(table)
+        dispatch.copies(table.device).prepare(table)

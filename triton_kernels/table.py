@@ -31,7 +31,7 @@ class PtrTable:
     gaps between them are possible where a page is one row.
 
     Attributes, read-only: ``row_bytes``, ``row_stride_bytes``, ``row_count``; ``page_size``; ``chunk_bytes``
-    (bytes of a page in one buffer), ``page_stride_bytes``, ``page_count``; ``buffer_count``; ``device``; ``dtype``;
+    (bytes of a page in one buffer), ``page_stride_bytes``, ``page_count``; ``buffer_count``; ``device``;
     ``align`` (bytes: 16, or less where rows are no multiple of 16); ``address`` of the first buffer; ``ptrs`` (uint64
     ``[buffer_count]`` on the device); ``spacing_bytes`` (distance of one buffer from the next when they are evenly
     spaced views of one allocation, else ``None``).
@@ -58,7 +58,6 @@ class PtrTable:
         self.page_count = self.row_count // rows_per_page
         self.buffer_count = len(self.buffers)
         self.device = first.device
-        self.dtype = first.dtype
         self._check_rows(first)
         self.align = math.gcd(VECTOR_BYTES, self.row_bytes, self.row_stride_bytes)
         addresses = [buffer.data_ptr() for buffer in self.buffers]
@@ -95,12 +94,6 @@ class PtrTable:
         if end <= self._extents[0][0] or start >= self._end:
             return False
         return any(start < last and first < end for first, last in self._extents)
-
-    def rows(self, buffer: int) -> torch.Tensor:
-        """Buffer number ``buffer`` as bytes: a uint8 view ``[row_count, row_bytes]``."""
-        return _bytes_of(
-            self.buffers[buffer], self.row_count, self.row_bytes, self.row_stride_bytes
-        )
 
     def pages(self, buffer: int) -> torch.Tensor:
         """Buffer number ``buffer`` as bytes: a uint8 view ``[page_count, chunk_bytes]``."""

@@ -76,14 +76,14 @@ class Snapshot:
 class NodeInfo:
     """What a node tells others of itself. ``address``: "host:port" of its page server.
 
-    ``epoch``: 64 random bits per agent start, and anew when it lost count of its changes. ``pod``: nodes
+    ``epoch``: 64 random bits per agent start, and anew when it lost count of its changes. ``share_group``: nodes
     with the same label follow each other. ``namespaces``: names of those it holds pages of.
     """
 
     node_id: NodeId
     epoch: int
     address: str
-    pod: str = ""
+    share_group: str = ""
     namespaces: tuple[str, ...] = ()
     engines: tuple[str, ...] = ("zmq",)
     version: str = ""

@@ -1,10 +1,10 @@
-"""Puts the parts of one namespace together: directories, slot files, neighbours, engines, hierarchy."""
+"""Opens the tiers of one namespace: checks their directories, opens each by its type, and joins them to ``Tiers``."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from flexkv_sglang.backends.slots.opening import (
 )
 from flexkv_sglang.backends.slots.retired import remove_folder, remove_unshared
 from flexkv_sglang.cache.engine import CacheEngine
+from flexkv_sglang.cache.tier import Tier
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
@@ -46,9 +47,23 @@ class Quota:
     part: float = 1.0
 
 
-def undivided(config: FlexKVConfig) -> list[Quota]:
-    """Per tier, all of its size for one process and one namespace."""
-    return [Quota(tier.size) for tier in config.tiers]
+@dataclass(frozen=True, slots=True)
+class TierRequest:
+    """What a tier is opened from.
+
+    ``number``: its place in ``config.tiers``, 0 is the fastest. ``modes``: its directories, proven by I/O.
+    ``fields``: what ``namespace`` stands for, for people. ``payload_bytes``: of one page. ``quota``: what this
+    process may take.
+    """
+
+    config: FlexKVConfig
+    number: int
+    modes: Mapping[str, IoMode]
+    namespace: str
+    fields: Mapping[str, object]
+    payload_bytes: int
+    quota: Quota
+    metrics: Metrics
 
 
 def prepare_tiers(config: FlexKVConfig) -> list[dict[str, IoMode]]:
@@ -105,28 +120,28 @@ def open_tiers(  # noqa: PLR0913 - one call, spelled out
     ``fields``: what the namespace stands for, for people. ``shares``: per tier, what this process may take.
     ``sharing``: with other nodes. Raises ``ConfigError``.
     """
-    engines: list[CacheEngine] = []
     for path in {path for modes in prepared for path in modes}:
         remove_unshared(Path(path).expanduser(), keep=str(fields.get("epoch", "")))
+    tiers: list[Tier] = []
     try:
-        for number, share in enumerate(shares):
-            engines.append(
-                _open_engine(
-                    config, number, prepared, namespace, fields, payload_bytes, share, metrics
-                )
+        for number, quota in enumerate(shares):
+            request = TierRequest(
+                config, number, prepared[number], namespace, fields, payload_bytes, quota, metrics
             )
+            tiers.append(OPENERS[config.tiers[number].type](request))
     except BaseException:
-        for engine in engines:
-            engine.close()
+        for tier in tiers:
+            tier.close()
         raise
-    if sum(engine.page_count() for engine in engines) >= _MANY_PAGES:
+    if sum(tier.page_count() for tier in tiers) >= _MANY_PAGES:
         _give_back_memory()
     remote = None
     if sharing is not None:
         remote = sharing.pages(namespace, fields, payload_bytes, metrics)
-    keeps = remote is not None and config.share.promote
-    writes = any(share.byte_count != 0 for share in shares)
-    return Tiers(engines, metrics, remote, keep_bytes=payload_bytes if keeps and writes else 0)
+    if remote is not None:
+        tiers.append(remote)
+    writes = any(quota.byte_count != 0 for quota in shares)
+    return Tiers(tiers, metrics, backfill_bytes=payload_bytes if writes else 0)
 
 
 def _give_back_memory() -> None:
@@ -146,33 +161,30 @@ def reclaim(left: Tiers, prepared: Sequence[Mapping[str, IoMode]], old: Identity
         remove_folder(Path(path).expanduser() / old.namespace)
 
 
-def _open_engine(  # noqa: PLR0913 - one call, spelled out
-    config: FlexKVConfig,
-    number: int,
-    prepared: Sequence[Mapping[str, IoMode]],
-    namespace: str,
-    fields: Mapping[str, object],
-    payload_bytes: int,
-    share: Quota,
-    metrics: Metrics,
-) -> CacheEngine:
-    modes = prepared[number]
+def _open_slots(request: TierRequest) -> Tier:
+    """A tier in slot files, on disks or in a memory file system."""
+    config, modes, namespace = request.config, request.modes, request.namespace
     accepted = ACCEPTED_KINDS[config.verify]
-    durable = config.durability == "journal"
-    places = open_places(modes, namespace, fields, min_free=config.min_free, durable=durable)
+    places = open_places(
+        modes,
+        namespace,
+        request.fields,
+        min_free=config.min_free,
+        durable=config.durability == "journal",
+    )
     slots, recovered = open_tier(
         places,
         namespace,
-        payload_bytes,
-        share.byte_count,
+        request.payload_bytes,
+        request.quota.byte_count,
         accepted=accepted,
-        key_name=_key_name(config, number),
-        auto_part=share.part,
+        key_name=_key_name(config, request.number),
+        auto_part=request.quota.part,
     )
     neighbours = NeighbourStore(
         [(place.directory, place.mode) for place in places],
         namespace,
-        payload_bytes,
+        request.payload_bytes,
         [store.lock.owner for store in slots.stores],
         accepted,
     )
@@ -180,29 +192,33 @@ def _open_engine(  # noqa: PLR0913 - one call, spelled out
         slots,
         recovered,
         neighbours,
-        PageMover(payload_bytes, metrics),
-        metrics,
+        PageMover(request.payload_bytes, request.metrics),
+        request.metrics,
         config.verify,
         min_free=config.min_free,
-        level=number,
+        level=request.number,
     )
     logger.info(
         "flexkv: tier ready: namespace=%s pool=%s io_engine=%s o_direct=%s pages=%d slots=%d page_bytes=%d "
         "neighbour_pages=%d share_bytes=%s verify=%s durability=%s directories=%s",
         namespace,
-        fields.get("pool", "kv"),
+        request.fields.get("pool", "kv"),
         places[0].mode.engine,
         str(places[0].mode.o_direct).lower(),
         engine.page_count(),
         slots.slot_count,
-        payload_bytes,
+        request.payload_bytes,
         engine.neighbour_page_count(),
-        "auto" if share.byte_count is None else share.byte_count,
+        "auto" if request.quota.byte_count is None else request.quota.byte_count,
         config.verify,
         config.durability,
         ",".join(modes),
     )
     return engine
+
+
+OPENERS: dict[str, Callable[[TierRequest], Tier]] = {"slots": _open_slots}
+"""What opens a tier, per value of ``tiers[].type``. ``config.settings.TIER_TYPES`` lists the same names."""
 
 
 def remembered(prepared: Sequence[Mapping[str, IoMode]], namespace: str, name: str) -> object:

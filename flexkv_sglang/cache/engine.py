@@ -12,16 +12,18 @@ import time
 from collections.abc import Sequence
 
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
-from flexkv_sglang.backends.io.extents import Extents
-from flexkv_sglang.backends.io.mover import Outcome, PageMover
+from flexkv_sglang.backends.io.mover import PageMover
+from flexkv_sglang.backends.io.transfer import Extents, Outcome, PageTransfer
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import Recovered
+from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
 from flexkv_sglang.cache.index.check import check_index
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.cache.plan import GetPlan
 from flexkv_sglang.cache.stats_file import Reporter
+from flexkv_sglang.cache.tier import Tier
 from flexkv_sglang.cache.upkeep import Upkeep
 from flexkv_sglang.cache.watch import CallWatch
 from flexkv_sglang.errors import TierError, TierUnavailableError
@@ -35,7 +37,7 @@ _LOCK_SPAN = 512  # keys looked up under one hold of the lock
 _PUBLISH_S = 2.0  # for what has no deadline of its own
 
 
-class CacheEngine:
+class CacheEngine(Tier):
     """Look up, get, put and clear pages of one namespace in one tier. Thread-safe.
 
     ``verify``: "full" (every byte of every read), "sampled" or "off". Tier and neighbours know no page that
@@ -55,12 +57,12 @@ class CacheEngine:
         min_free: int | None = None,
         level: int = 0,
     ) -> None:
-        self._tier = self.files = tier  # public for those who delete them after ``close``
+        self._tier = tier
         self._neighbours = neighbours
         self._mover = mover
         self._metrics = metrics
         self._written_kind = WRITTEN_KIND[verify]
-        self._pages = self.local = LocalPages(tier, recovered)  # public for those who hold pages
+        self._pages = LocalPages(tier, recovered)
         self._watch = CallWatch()
         metrics.count("recovered_pages", self._pages.recovered_count)
         self._ages = SlotAges(tier.slot_count, metrics)
@@ -85,12 +87,8 @@ class CacheEngine:
                 break
         return count
 
-    def find(self, key: PageKey) -> bool:
-        """Can this page be read here or at a neighbour?"""
-        return self.holds([key])[0]
-
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
-        """``find`` of each: pages behind a hole count as well. Memory only."""
+        """Per key: can this page be read here or at a neighbour? Memory only."""
         flags: list[bool] = []
         for start in range(0, len(keys), _LOCK_SPAN):
             flags += self._pages.holds(keys[start : start + _LOCK_SPAN])
@@ -155,7 +153,7 @@ class CacheEngine:
         keys, kinds, sums = plan.keys, plan.kinds, plan.sums
         unchecked = self._written_kind is ChecksumKind.NONE
 
-        def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
+        def verify(position: int, parts: list[tuple[int, int]]) -> bool:
             row = rows[position]
             kind = kinds[row]
             if unchecked or kind is ChecksumKind.NONE:
@@ -168,7 +166,7 @@ class CacheEngine:
         try:
             with self._watch.call(deadline, frozenset(breakers)):
                 part = targets if len(rows) == len(targets) else targets.take(rows)
-                outcomes = self._mover.read(extents, part, deadline, inspect)
+                outcomes = self._mover.move(PageTransfer(*extents, part, deadline, verify))
         except (OSError, TierError) as exc:
             self._trouble("read", exc)
         if outcomes.count(Outcome.DONE) == len(rows):
@@ -308,7 +306,7 @@ class CacheEngine:
         sums = [0] * len(keys)
         kind = self._written_kind
 
-        def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
+        def verify(position: int, parts: list[tuple[int, int]]) -> bool:
             row = rows[position]
             sums[row] = page_checksum(kind, keys[row], parts)
             return True
@@ -320,11 +318,12 @@ class CacheEngine:
             targets = [slots[row] for row in rows]
             breakers = self._tier.breakers(targets)
             if rows:
-                extents = self._tier.extents(targets)
+                extents, part = self._tier.extents(targets), sources.take(rows)
+                transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
                     with self._watch.call(deadline, frozenset(breakers)):
-                        outcomes = self._mover.write(extents, sources.take(rows), deadline, inspect)
+                        outcomes = self._mover.move(transfer)
                 finally:
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):
@@ -356,6 +355,18 @@ class CacheEngine:
         except TierUnavailableError as exc:
             self._trouble("commit", exc)
         return pages.commit(slots, recorded)
+
+    def pin(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
+        """Keep own pages from eviction; a neighbour's page is not pinned."""
+        return self._pages.pin_each(keys)
+
+    def unpin(self, slots: Sequence[SlotId]) -> None:
+        """Undo ``pin``."""
+        self._pages.unpin(slots)
+
+    def is_valid(self, pages: Sequence[tuple[PageKey, SlotId]]) -> list[bool]:
+        """Per pinned page: is it still READY in its slot?"""
+        return self._pages.is_valid(pages)
 
     def register_memory(self, address: int, byte_count: int) -> None:
         """Announce the host pool's memory; see ``PageMover.register_memory``."""
@@ -391,8 +402,16 @@ class CacheEngine:
         except TierError as exc:
             self._trouble("close", exc)
 
+    def released(self) -> bool:
+        """After ``close``: False while a transfer that hangs keeps the files locked."""
+        return not any(store.lock.held for store in self._tier.stores)
+
+    def discard(self) -> None:
+        """Delete the files, but for those that another process has adopted meanwhile. Raises ``OSError``."""
+        discard(self._tier)
+
     def check(self) -> None:
-        """Assert the index's invariants (tests, ``flexkv check``)."""
+        """Assert the index's invariants."""
         with self._pages.lock:
             check_index(self._pages.index)
 

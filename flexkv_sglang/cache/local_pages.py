@@ -73,8 +73,8 @@ class LocalPages:
             self._end(self._promises.keep(slots))
         return slots
 
-    def hold(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
-        """Pin the READY pages among ``keys`` without using them. Per key its slot; undone by ``unpin``, once each."""
+    def pin_each(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
+        """Pin the READY pages among ``keys``, which is no use of them. Per key its slot; ``unpin`` each once."""
         slots: list[SlotId | None] = []
         for start in range(0, len(keys), _SPAN):
             with self.lock:
@@ -83,8 +83,8 @@ class LocalPages:
             slots += found
         return slots
 
-    def still(self, pages: Sequence[tuple[PageKey, SlotId]]) -> list[bool]:
-        """Per held page: is it READY in its slot to this moment? A pin keeps a slot, not a page found to be bad."""
+    def is_valid(self, pages: Sequence[tuple[PageKey, SlotId]]) -> list[bool]:
+        """Per pinned page: is it still READY in its slot? A pin keeps a slot, not a page that turned out to be bad."""
         flags: list[bool] = []
         for start in range(0, len(pages), _SPAN):
             with self.lock:
@@ -93,7 +93,7 @@ class LocalPages:
         return flags
 
     def unpin(self, slots: Sequence[SlotId]) -> None:
-        """Undo ``pin`` or ``hold``."""
+        """Undo ``pin`` or ``pin_each``."""
         with self.lock:
             self.index.unpin(slots)
 

@@ -1,14 +1,14 @@
-"""Tiers: several tiers as one, the fastest first; each is a ``CacheEngine`` of its own.
+"""Tiers: several tiers as one, the fastest first. It knows nothing of a tier but ``Tier`` and its ``traits``.
 
-Written through: a put goes to every tier, so evicting from a fast one loses nothing. Read from the
-fastest that has the page; a page that is bad there is read from the next. Promotion: a page that is read
-from a lower tier for the second time is put into the tier above, from the host pages it has just been
-read into, before the call returns (later they are not ours any more).
+Written through: a put goes to every written tier, so evicting from a fast one loses nothing. A page is read from the
+fastest local tier that has it; if it is bad there, the next one reads it. Promotion: a page that is read from a lower
+tier for the second time is put into the tier above, from the host pages that it has just been read into. That happens
+before the call returns, because afterwards these host pages belong to SGLang.
+
+Tiers that are not local (other machines) are asked for pages that no local tier has, and read while the local tiers
+read. Their pages are put into the written tiers afterwards, by the thread of ``Backfill``.
 
 With one tier (the common case) every call goes straight to it.
-
-Below the lowest tier are other nodes (``remote``): asked for what no tier here has, while the tiers read what
-they have. What comes from there is put into the tiers afterwards, by a thread of ours (``keeping``).
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from contextlib import ExitStack
 from itertools import pairwise
 
 from flexkv_sglang.backends.io.huge_pages import huge_pages
-from flexkv_sglang.backends.slots.retired import discard
-from flexkv_sglang.cache.engine import CacheEngine
+from flexkv_sglang.cache.tier import PendingGet, Tier
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.backfill import Backfill
-from flexkv_sglang.sharing.remote_pages import RemotePages
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
-Held = tuple[int, SlotId]
-"""Where a page is kept by ``hold``: (number of the tier, slot)."""
+PinnedPage = tuple[int, SlotId]
+"""A page that is pinned: (number of the tier, the tier's own number for the page)."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,29 +34,33 @@ _HUGE_PAGES_HINT = " (transfers cost less CPU with them: docs/OPERATING.md, 'Hug
 
 
 class Tiers:
-    """``tiers`` (at least one) as one store; owns and closes them. Thread-safe as they are."""
+    """``tiers`` as one store, at least one of them local. Owns and closes them. Thread-safe as they are."""
 
-    def __init__(
-        self,
-        tiers: Sequence[CacheEngine],
-        metrics: Metrics,
-        remote: RemotePages | None = None,
-        *,
-        keep_bytes: int = 0,
-    ) -> None:
-        """``keep_bytes``: bytes of a page if pages of other nodes are to be kept here, else 0."""
-        assert tiers
+    def __init__(self, tiers: Sequence[Tier], metrics: Metrics, *, backfill_bytes: int = 0) -> None:
+        """``backfill_bytes``: bytes of a page; 0: pages of tiers that are not local are not stored here."""
         self.tiers = tuple(tiers)
+        self._local = tuple(tier for tier in tiers if tier.traits.local)
+        self._remote = tuple(tier for tier in tiers if not tier.traits.local)
+        self._written = tuple(tier for tier in tiers if tier.traits.written)
+        assert self._local
+        self._only = self.tiers[0] if len(self.tiers) == 1 else None
         self._metrics = metrics
-        self._remote = remote
-        self._keeping = Backfill(keep_bytes, self.put, metrics) if keep_bytes else None
-        self._seen = [_SeenOnce(max(1024, tier.slot_count)) for tier in self.tiers[:-1]]
+        self._backfill: Backfill | None = None
+        if backfill_bytes and any(tier.traits.backfills for tier in tiers):
+            self._backfill = Backfill(backfill_bytes, self.put, metrics)
+        self._seen = [_SeenOnce(max(1024, tier.slot_count)) for tier in self._local[:-1]]
 
     def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:
-        """Length of the leading run of pages that some tier has. See ``CacheEngine.prefix``."""
+        """Length of the leading run of pages that some tier has. See ``Tier.prefix``."""
+        if self._only is not None:
+            return self._only.prefix(keys, promise=promise)
         count = self._local_prefix(keys, promise=promise)
-        while self._remote is not None and count < len(keys):
-            further = self._remote.prefix(keys[count:])
+        while count < len(keys):
+            further = 0
+            for tier in self._remote:
+                further = tier.prefix(keys[count:], promise=promise)
+                if further:
+                    break
             if not further:
                 break
             count += further
@@ -66,12 +68,12 @@ class Tiers:
         return count
 
     def _local_prefix(self, keys: Sequence[PageKey], *, promise: bool) -> int:
-        if len(self.tiers) == 1:
-            return self.tiers[0].prefix(keys, promise=promise)
+        if len(self._local) == 1:
+            return self._local[0].prefix(keys, promise=promise)
         count = 0
         while count < len(keys):
             start = count
-            for tier in reversed(self.tiers):  # the lowest is the largest
+            for tier in reversed(self._local):  # the lowest is the largest
                 if count < len(keys):
                     count += tier.prefix(keys[count:], promise=promise)
             if count == start:
@@ -79,107 +81,121 @@ class Tiers:
         return count
 
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Per key: has some tier the page? Pages behind a hole count as well. Memory only, promises nothing."""
-        flags = self.tiers[-1].holds(keys)
-        for tier in self.tiers[:-1]:
+        """Per key: does some tier have the page? Pages behind a missing one count as well. Memory only."""
+        flags = self._local[-1].holds(keys)
+        for tier in (*self._local[:-1], *self._remote):
             if all(flags):
                 break
             flags = [a or b for a, b in zip(flags, tier.holds(keys), strict=True)]
-        if self._remote is not None and not all(flags):
-            flags = [a or b for a, b in zip(flags, self._remote.holds(keys), strict=True)]
         return flags
 
-    def hold(self, keys: Sequence[PageKey]) -> list[Held | None]:
-        """Keep those of these pages that this process has: none is evicted before ``release``. Memory only.
+    def pin(self, keys: Sequence[PageKey]) -> list[PinnedPage | None]:
+        """Keep pages of this process from eviction until ``unpin``. Memory only.
 
-        Per key where it is kept, in the fastest tier that has it; None: here it is not, though a neighbour may have it.
+        Per key the fastest tier that could pin it; None: no tier could, though a neighbour may have the page.
         """
-        held: list[Held | None] = [None] * len(keys)
+        pinned: list[PinnedPage | None] = [None] * len(keys)
         for level, tier in enumerate(self.tiers):
-            absent = [position for position, place in enumerate(held) if place is None]
+            absent = [position for position, place in enumerate(pinned) if place is None]
             if not absent:
                 break
-            slots = tier.local.hold([keys[position] for position in absent])
+            slots = tier.pin([keys[position] for position in absent])
             for position, slot in zip(absent, slots, strict=True):
-                held[position] = None if slot is None else (level, slot)
-        return held
+                pinned[position] = None if slot is None else (level, slot)
+        return pinned
 
-    def lost(self, held: Mapping[PageKey, Held]) -> list[PageKey]:
-        """Which of the pages that are kept are gone all the same: found to be bad, cleared, on a disk that fails."""
+    def invalidated(self, pinned: Mapping[PageKey, PinnedPage]) -> list[PageKey]:
+        """Pinned pages that are no longer valid: damaged, cleared, or on a failed disk."""
         gone: list[PageKey] = []
         for level, tier in enumerate(self.tiers):
-            pages = [(key, slot) for key, (where, slot) in held.items() if where == level]
-            flags = tier.local.still(pages) if pages else []
+            pages = [(key, slot) for key, (where, slot) in pinned.items() if where == level]
+            flags = tier.is_valid(pages) if pages else []
             gone += [key for (key, _), flag in zip(pages, flags, strict=True) if not flag]
         return gone
 
-    def release(self, held: Sequence[Held]) -> None:
-        """Undo ``hold``, once per page; also after ``close``."""
+    def unpin(self, pinned: Sequence[PinnedPage]) -> None:
+        """Undo ``pin``, once per page. Also called after ``close``."""
         for level, tier in enumerate(self.tiers):
-            slots = [slot for where, slot in held if where == level]
+            slots = [slot for where, slot in pinned if where == level]
             if slots:
-                tier.local.unpin(slots)
+                tier.unpin(slots)
 
     def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
-        """As ``CacheEngine.get``, from whichever tiers and other nodes have the pages."""
-        if self._remote is None:
-            done = self._get_local(keys, targets, deadline)
-        else:
-            done = self._get_shared(self._remote, keys, targets, deadline)
+        """As ``Tier.get``, from all tiers."""
+        read = self._get_shared if self._remote else self._get_local
+        done = read(keys, targets, deadline)
         self._metrics.count("read_miss_pages", len(keys) - done)
         return [True] * done + [False] * (len(keys) - done)
 
-    def _get_shared(
-        self, remote: RemotePages, keys: Sequence[PageKey], targets: PageBuffers, deadline: float
-    ) -> int:
-        """Pages here and pages elsewhere by turns, both at once. A page that is bad here is asked for elsewhere.
+    def _get_shared(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> int:
+        """Turns of local pages and the remote pages that follow, both read at once.
 
-        Other nodes are given one time limit for all turns: a slow one must not take it anew with each.
+        A page that is bad locally is asked for elsewhere. A remote tier has one time limit for all turns, so that a
+        slow one costs it once.
         """
-        done, failed = 0, -1
-        remote_deadline = remote.latest(len(keys), deadline)
+        limits = [tier.get_deadline(len(keys), deadline) for tier in self._remote]
+        done, failed, first = 0, -1, 0
         while done < len(keys):
             here = self._local_prefix(keys[done:], promise=False)
             split = done + here
-            further = None
-            if split < len(keys):
-                further = remote.begin(
-                    keys[split:], targets.take(slice(split, None)), remote_deadline
-                )
+            number, read = self._begin_remote(first, keys[split:], targets, split, limits)
             try:
                 got = self._get_local(keys[done:split], targets.take(slice(done, split)), deadline)
             finally:
-                came = further.wait() if further is not None else 0  # the targets are ours again
+                came = read.wait() if read is not None else 0  # no target is touched from here on
             done += got
             if got < here:
                 if done == failed:
                     break
                 failed = done
             elif came:
-                self._keep(keys, split, came, targets)
-                done += came
+                if self._remote[number].traits.backfills:
+                    self._add_backfill(keys, split, came, targets)
+                done, first = done + came, 0
+            elif number + 1 < len(self._remote):
+                first = number + 1  # this one delivered nothing: ask the next
             else:
                 break
         return done
 
-    def _keep(self, keys: Sequence[PageKey], start: int, count: int, targets: PageBuffers) -> None:
-        if self._keeping is not None:
+    def _begin_remote(
+        self,
+        first: int,
+        keys: Sequence[PageKey],
+        targets: PageBuffers,
+        start: int,
+        limits: Sequence[float],
+    ) -> tuple[int, PendingGet | None]:
+        """Begin reading ``keys`` from the first remote tier that has some: its number and the read."""
+        if keys:
+            part = targets.take(slice(start, None))
+            for number in range(first, len(self._remote)):
+                read = self._remote[number].begin_get(keys, part, limits[number])
+                if read is not None:
+                    return number, read
+        return len(self._remote), None
+
+    def _add_backfill(
+        self, keys: Sequence[PageKey], start: int, count: int, targets: PageBuffers
+    ) -> None:
+        if self._backfill is not None:
             rows = slice(start, start + count)
-            self._keeping.keep(keys[rows], keys[start - 1] if start else None, targets.take(rows))
+            parent = keys[start - 1] if start else None
+            self._backfill.add(keys[rows], parent, targets.take(rows))
 
     def _get_local(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> int:
-        """Length of the leading run that tiers here delivered."""
+        """Length of the leading run that local tiers delivered."""
         done = 0
         while done < len(keys):
             start = done
-            for level, tier in enumerate(self.tiers):
+            for level, tier in enumerate(self._local):
                 if done == len(keys):
                     break
                 stop = done + self._until_faster(level, keys[done:])
                 part = targets.take(slice(done, stop))
                 got = sum(tier.get(keys[done:stop], part, deadline))
                 self._metrics.count(f"tier{level}_hit_pages", got)
-                if level:
+                if level and tier.traits.promotes:
                     self._promote(level - 1, keys, done, got, targets, deadline)
                 done += got
             if done == start:
@@ -195,9 +211,9 @@ class Tiers:
         *,
         own: bool = False,
     ) -> list[bool]:
-        """As ``CacheEngine.put``, into every tier. True where one of them has the page now."""
+        """As ``Tier.put``, into every written tier. True where one of them has the page now."""
         results = [False] * len(keys)
-        for tier in reversed(self.tiers):  # the lowest first: it is the one that lasts
+        for tier in reversed(self._written):  # the lowest first: it keeps pages longest
             flags = tier.put(keys, sources, parent, deadline, own=own)
             results = [a or b for a, b in zip(results, flags, strict=True)]
         return results
@@ -209,25 +225,25 @@ class Tiers:
 
     def close(self) -> None:
         """Close every tier, also when one fails. Idempotent."""
-        with ExitStack() as stack:  # last in, first out: whoever puts pages ends before the tiers
+        with (
+            ExitStack() as stack
+        ):  # last in, first out: the backfill puts pages, so it ends before the tiers
             for tier in self.tiers:
                 stack.callback(tier.close)
-            if self._remote is not None:
-                stack.callback(self._remote.close)
-            if self._keeping is not None:
-                stack.callback(self._keeping.close)
+            if self._backfill is not None:
+                stack.callback(self._backfill.close)
 
     def released(self) -> bool:
-        """After ``close``: no transfer runs any more, the files are nobody's."""
-        return not any(store.lock.held for tier in self.tiers for store in tier.files.stores)
+        """After ``close``: has every transfer ended, so that the files may be deleted?"""
+        return all(tier.released() for tier in self.tiers)
 
     def discard(self) -> None:
-        """When ``released``: delete every tier's files, unless another process took them over. Raises ``OSError``."""
+        """Delete every tier's files, once it ``released``. Raises ``OSError``."""
         for tier in self.tiers:
-            discard(tier.files)
+            tier.discard()
 
     def register_memory(self, address: int, byte_count: int) -> None:
-        """Announce the host pool's memory; see ``PageMover.register_memory``."""
+        """Announce the host pool's memory; see ``Tier.register_memory``."""
         kind = huge_pages(address)
         logger.info(
             "flexkv: %.2f GiB of host memory, huge pages: %s%s",
@@ -239,19 +255,16 @@ class Tiers:
             tier.register_memory(address, byte_count)
 
     def page_count(self) -> int:
-        """Own READY pages of the lowest tier."""
-        return self.tiers[-1].page_count()
+        """Pages of this process in the lowest local tier."""
+        return self._local[-1].page_count()
 
-    def neighbour_page_count(self) -> int:
-        """Pages that neighbours claim in the lowest tier."""
-        return self.tiers[-1].neighbour_page_count()
-
-    def remote_page_count(self) -> int:
-        """Pages that other nodes claim."""
-        return 0 if self._remote is None else self._remote.page_count()
+    @property
+    def slot_count(self) -> int:
+        """Pages that the lowest local tier has room for."""
+        return self._local[-1].slot_count
 
     def check(self) -> None:
-        """Assert every index's invariants."""
+        """Assert every tier's invariants; for tests."""
         for tier in self.tiers:
             tier.check()
 
@@ -259,10 +272,11 @@ class Tiers:
         """How many pages to ask this tier for: up to the next one that a faster tier has."""
         if not level:
             return len(keys)
-        for position in range(1, len(keys)):
-            if any(tier.find(keys[position]) for tier in self.tiers[:level]):
-                return position
-        return len(keys)
+        count = len(keys)
+        for tier in self._local[:level]:
+            flags = tier.holds(keys[1:count])
+            count = 1 + flags.index(True) if True in flags else count
+        return count
 
     def _promote(
         self,
@@ -282,13 +296,13 @@ class Tiers:
             if run and time.monotonic() < deadline:
                 parent = keys[run[0] - 1] if run[0] else None
                 part = targets.take(slice(run[0], run[-1] + 1))
-                tier, wanted = self.tiers[level], keys[run[0] : run[-1] + 1]
+                tier, wanted = self._local[level], keys[run[0] : run[-1] + 1]
                 tier.put(wanted, part, parent, deadline)  # True for a page that was declined, too
-                self._metrics.count("promoted_pages", sum(map(tier.find, wanted)))
+                self._metrics.count("promoted_pages", sum(tier.holds(wanted)))
 
 
 class _SeenOnce:
-    """Keys read from below lately: the last ``room`` to ``2 * room`` of them. Races cost a promotion."""
+    """The last ``room`` to ``2 * room`` keys that were read from a lower tier. A race costs a promotion."""
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -296,7 +310,7 @@ class _SeenOnce:
         self._before: set[PageKey] = set()
 
     def again(self, keys: Sequence[PageKey]) -> list[int]:
-        """Positions of keys seen before; they are forgotten, the others remembered."""
+        """Positions of keys that are in the set. They leave it, the others join."""
         now, before = self._now, self._before
         found = []
         for position, key in enumerate(keys):

@@ -22,6 +22,7 @@ from flexkv_sglang.cache.stats_file import Reporter
 from flexkv_sglang.cache.watch import CallWatch
 from flexkv_sglang.errors import JournalError, TierError
 from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,14 @@ class Upkeep:
         self._suspended: dict[int, bool] = {}  # region: still read? Guarded by _state_lock
         self._state_lock = threading.Lock()
         self.reporter: Reporter | None = None  # set before ``start``
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="flexkv-upkeep", daemon=True)
+        self._thread = PeriodicThread(
+            "flexkv-upkeep",
+            self._step,
+            lambda: metrics.count("upkeep_exceptions"),
+            trouble="flexkv: upkeep failed",
+            first_s=_ROUND_S,
+            retry_s=_ROUND_S,
+        )
 
     def start(self) -> None:
         """Start the thread."""
@@ -63,16 +70,12 @@ class Upkeep:
 
     def stop(self) -> None:
         """End the thread; waits a bounded time."""
-        self._stop.set()
-        self._thread.join(timeout=_JOIN_TIMEOUT_S)
+        self._thread.stop()
+        self._thread.join(time.monotonic() + _JOIN_TIMEOUT_S)
 
-    def _run(self) -> None:
-        while not self._stop.wait(_ROUND_S):
-            try:
-                self.round()
-            except Exception:
-                self._metrics.count("upkeep_exceptions")
-                logger.warning("flexkv: upkeep failed", exc_info=True)
+    def _step(self) -> float:
+        self.round()
+        return _ROUND_S
 
     def round(self) -> None:
         """One round of everything."""
@@ -122,7 +125,7 @@ class Upkeep:
         healthy = False
         try:
             probe_directory(str(mine[0].lock.directory), mine[0].slots.mode.engine)
-            if not self._stop.is_set():
+            if not self._thread.stopped:
                 self._bring_back(breaker, mine)
                 healthy = True
         except (OSError, TierError, JournalError) as exc:

@@ -42,14 +42,19 @@ SGLANG_KEYS = frozenset(
 """Keys that belong to SGLang: accepted, and none of our business."""
 
 
+TIER_TYPES = ("slots",)
+"""Kinds of tiers; the first is the default. ``cache.assembly.OPENERS`` opens each."""
+
+
 @dataclass(frozen=True, slots=True)
 class TierConfig:
     """One tier. ``path``: directories, striped evenly. ``size``: bytes one server may take over all of them
     and all its rank processes, or None (what an earlier run left, else a quarter of the free space, at
-    most 64 GB per rank process and directory)."""
+    most 64 GB per rank process and directory). ``type``: one of ``TIER_TYPES``."""
 
     path: tuple[str, ...] = ("~/.cache/flexkv-sglang",)
     size: int | None = None
+    type: str = TIER_TYPES[0]
 
     def describe(self) -> str:
         """For the log."""
@@ -148,11 +153,11 @@ def _tiers(key: str, value: object) -> tuple[TierConfig, ...]:
         if not isinstance(item, Mapping):
             raise ConfigError(f"{key}[{number}]: {item!r}. Valid: {help_text}")
         given = dict(item)
-        choice("slots")(where + "type", given.pop("type", "slots"))
+        kind = choice(*TIER_TYPES)(where + "type", given.pop("type", TIER_TYPES[0]))
         reject_unknown(given, ["type", *_TIER_PARSERS], where)
         if "path" not in given:
             raise ConfigError(f"{where}path: missing in {item!r}. Valid: {help_text}")
-        tiers.append(_tier(where, given))
+        tiers.append(replace(_tier(where, given), type=kind))
     paths = [path for tier in tiers for path in tier.path]
     if len(set(paths)) != len(paths):
         raise ConfigError(f"{key}: {value!r} names a directory twice. Valid: different directories")

@@ -155,7 +155,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
         """Read pages into the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
-        return self._read(self._stores.get(KV), keys, host_indices, self._deadline(len(keys)))
+        pool = self._stores.get(KV)
+        flags = read(pool, page_keys(keys), host_indices, self._deadline(len(keys)))
+        return self._checked(flags, pool, keys, host_indices)
 
     @answers(miss=no_pages, uses_stores=True)
     def batch_set_v1(
@@ -163,9 +165,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
     ) -> list[bool]:
         """Write pages of the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
         deadline = time.monotonic() + CALL_SECONDS_MAX
-        return self._write(
-            self._stores.get(KV), keys, host_indices, _parent_of(extra_info), deadline
-        )
+        pool = self._stores.get(KV)
+        flags = write(pool, page_keys(keys), host_indices, _parent_of(extra_info), deadline)
+        return self._checked(flags, pool, keys, host_indices)
 
     @answers(miss=no_transfers, uses_stores=True)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
@@ -175,8 +177,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         answer = PoolAnswer()
         for transfer in transfers:
             pool = self._stores.get(as_text(transfer.name))
-            keys = list(transfer.keys or ())
-            answer.add(transfer.name, self._read(pool, keys, transfer.host_indices, deadline))
+            keys, indices = list(transfer.keys or ()), transfer.host_indices
+            flags = read(pool, page_keys(keys), indices, deadline)
+            answer.add(transfer.name, self._checked(flags, pool, keys, indices))
         return answer.results
 
     @answers(miss=no_transfers, uses_stores=True)
@@ -187,9 +190,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         answer = PoolAnswer()
         for transfer in transfers:
             pool = self._stores.get(as_text(transfer.name))
-            keys = list(transfer.keys or ())
-            flags = self._write(pool, keys, transfer.host_indices, parent, deadline)
-            answer.add(transfer.name, flags)
+            keys, indices = list(transfer.keys or ()), transfer.host_indices
+            flags = write(pool, page_keys(keys), indices, parent, deadline)
+            answer.add(transfer.name, self._checked(flags, pool, keys, indices))
         return answer.results
 
     @answers(miss=False)
@@ -260,27 +263,6 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         groups = WHOLE if kv is None else kv.pages.groups
         return transfer_stats(*self.metrics.drain_transfers(), groups.count)  # of KV only
 
-    def _read(
-        self, pool: Pool | None, keys: list[str], host_indices: Any, deadline: float
-    ) -> list[bool]:
-        if pool is None or not keys:
-            return [False] * len(keys)
-        flags = read(pool, page_keys(keys), host_indices, deadline)
-        return self._mismatch(pool, keys, host_indices) if flags is None else flags
-
-    def _write(
-        self,
-        pool: Pool | None,
-        keys: list[str],
-        host_indices: Any,
-        parent: PageKey | None,
-        deadline: float,
-    ) -> list[bool]:
-        if pool is None or not keys:
-            return [False] * len(keys)
-        flags = write(pool, page_keys(keys), host_indices, parent, deadline)
-        return self._mismatch(pool, keys, host_indices) if flags is None else flags
-
     def _deadline(self, page_count: int, reads: int = 1) -> float:
         """Deadline of a get of ``page_count`` pages over ``reads`` pools. Each page has the tokens of a KV page.
 
@@ -293,11 +275,15 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         seconds = max(least, 0.8 * per_ki_token * tokens / 1024)
         return time.monotonic() + min(seconds, CALL_SECONDS_MAX)
 
-    def _mismatch(self, pool: Pool, keys: list[str], host_indices: Any) -> list[bool]:
+    def _checked(
+        self, flags: list[bool] | None, pool: Pool | None, keys: list[str], host_indices: Any
+    ) -> list[bool]:
+        """The answer of a transfer; None means that ``host_indices`` do not fit ``keys``."""
+        if flags is not None:
+            return flags
         given = 0 if host_indices is None else int(host_indices.numel())
-        self._report(
-            "host_indices", ConfigError(f"{pool.name}: {len(keys)} keys with {given} indices")
-        )
+        name = pool.name if pool is not None else ""
+        self._report("host_indices", ConfigError(f"{name}: {len(keys)} keys with {given} indices"))
         return [False] * len(keys)
 
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flexkv_sglang.cache.tiers import Held, Tiers
+from flexkv_sglang.cache.tiers import PinnedPage, Tiers
 from flexkv_sglang.identity.keys import page_key, page_keys
 from flexkv_sglang.linker.device_pages import DevicePool
 from flexkv_sglang.pools.pool import Pool
@@ -51,7 +51,7 @@ class _Pinned:
     """What one lease keeps of one pool, in the store it was pinned in."""
 
     store: Tiers
-    held: dict[PageKey, Held] = field(default_factory=dict)
+    held: dict[PageKey, PinnedPage] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -152,9 +152,9 @@ class Lookups:
 
     def _drop_lost(self, lease: _Lease) -> None:
         for name, pinned in lease.pools.items():
-            gone = [pinned.held.pop(key) for key in pinned.store.lost(pinned.held)]
+            gone = [pinned.held.pop(key) for key in pinned.store.invalidated(pinned.held)]
             if gone:
-                pinned.store.release(gone)
+                pinned.store.unpin(gone)
                 self._counts[name] -= len(gone)
 
     def _note_chain(self, texts: list[str]) -> None:
@@ -205,12 +205,12 @@ class Lookups:
             if pinned is not None:
                 self._unpin(pool.name, pinned)
             pinned = lease.pools[pool.name] = _Pinned(store)
-        room = store.tiers[-1].slot_count // _HELD_PART - self._counts.get(pool.name, 0)
+        room = store.slot_count // _HELD_PART - self._counts.get(pool.name, 0)
         missing = [key for key in dict.fromkeys(keys) if key not in pinned.held][: max(0, room)]
-        places = store.hold(missing) if missing else []
+        places = store.pin(missing) if missing else []
         if leading and None in places:
             hole = places.index(None)
-            store.release([place for place in places[hole:] if place is not None])
+            store.unpin([place for place in places[hole:] if place is not None])
             places = places[:hole]
         fresh = {k: place for k, place in zip(missing, places, strict=False) if place is not None}
         pinned.held.update(fresh)
@@ -224,7 +224,7 @@ class Lookups:
 
     def _unpin(self, name: str, pinned: _Pinned) -> None:
         self._counts[name] -= len(pinned.held)
-        pinned.store.release(list(pinned.held.values()))
+        pinned.store.unpin(list(pinned.held.values()))
         pinned.held = {}
 
     def _fetch_more(self, kv: Pool, keys: list[PageKey], run: int, usable: int) -> None:
@@ -241,8 +241,8 @@ class Lookups:
             opened = self._stores.get(pool.name)
             if opened is not None and opened.store is not None and opened.spec.writes:
                 reach = keys[max(0, run + more - _PROMOTE_MAX) : run + more]
-                places = opened.store.hold(reach)
-                opened.store.release([place for place in places if place is not None])
+                places = opened.store.pin(reach)
+                opened.store.unpin([place for place in places if place is not None])
                 absent = [key for key, place in zip(reach, places, strict=True) if place is None]
                 there = opened.store.holds(absent)
                 for key, flag in zip(absent, there, strict=True):

@@ -19,7 +19,7 @@ done by ``flexkv-load``, ``flexkv-offload`` and ``flexkv-promote``; ``flexkv-wat
 from __future__ import annotations
 
 import logging
-import threading
+import time
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +49,7 @@ from flexkv_sglang.linker.staging import StagingPool
 from flexkv_sglang.pools.pool_rules import KV, MAMBA
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.sharing.rank import Sharing
+from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,12 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             lambda: self._epoch,
             self.offload_seconds,
         )
-        self._stopping = threading.Event()
-        self._watch = threading.Thread(target=self._watching, name="flexkv-watch", daemon=True)
+        self._watch = PeriodicThread(
+            "flexkv-watch",
+            self._look,
+            lambda: self.metrics.count("watch_exceptions"),
+            first_s=WATCH_S,
+        )
         self._watch.start()
         if MAMBA in self._staging:
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
@@ -240,13 +245,13 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         WEIGHTS.detach(self)
         try:
             self._quiesce(QUIET_S)
-            self._stopping.set()
+            self._watch.stop()
             ended = [
                 worker.stop(QUIET_S) for worker in (self._loader, self._offloader, self._promoter)
             ]
             if not all(ended):
                 logger.error("flexkv: a transfer hangs while the linker is closed")
-            self._watch.join(QUIET_S)
+            self._watch.join(time.monotonic() + QUIET_S)
             self._stores.close()
             if self._sharing is not None:
                 self._sharing.close()
@@ -271,13 +276,10 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         except Exception as exc:  # noqa: BLE001 - boundary: called in the forward pass
             self._report("follow_layer", exc)
 
-    def _watching(self) -> None:
-        while not self._stopping.wait(WATCH_S):
-            try:
-                self._loader.fail_overdue()
-                self._lookups.expire()
-            except Exception as exc:  # noqa: BLE001 - a thread of ours: nobody else watches
-                self._report("watch", exc)
+    def _look(self) -> float:
+        self._loader.fail_overdue()
+        self._lookups.expire()
+        return WATCH_S
 
 
 def _pages_of(pool: DevicePool, transfers: dict[str, Any]) -> tuple[list[str], torch.Tensor]:

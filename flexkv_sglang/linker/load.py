@@ -30,11 +30,11 @@ from flexkv_sglang.identity.keys import page_keys
 from flexkv_sglang.linker.device_pages import DevicePool
 from flexkv_sglang.linker.side_stream import SideStream, finish, follow, record_here
 from flexkv_sglang.linker.staging import StagingPool, chunks
-from flexkv_sglang.linker.worker import JobThread
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.pool_rules import KV
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.pools.transfers import read
+from flexkv_sglang.threads import JobThread
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ from flexkv_sglang.identity.keys import page_keys
 from flexkv_sglang.linker.device_pages import DevicePool
 from flexkv_sglang.linker.side_stream import SideStream, finish
 from flexkv_sglang.linker.staging import StagingPool, chunks
-from flexkv_sglang.linker.worker import JobThread
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.pools.transfers import write
+from flexkv_sglang.threads import JobThread
 from flexkv_sglang.types import PageKey
 
 logger = logging.getLogger(__name__)

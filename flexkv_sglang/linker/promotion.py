@@ -12,13 +12,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from flexkv_sglang.linker.staging import StagingPool, chunks
-from flexkv_sglang.linker.worker import JobThread
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.pools.transfers import fetch, store_own
+from flexkv_sglang.threads import JobThread
 from flexkv_sglang.types import PageKey
 
 logger = logging.getLogger(__name__)
@@ -46,9 +45,7 @@ class Promoter:
         self._stores, self._staging = stores, staging
         self._wanted: set[tuple[str, PageKey]] = set()  # each operation on these is atomic
         self._tried: dict[tuple[str, PageKey], float] = {}  # first pages of chains, until when
-        self._worker = JobThread[_PromotionJob](
-            "flexkv-promote", self._run, self._failed, nullcontext
-        )
+        self._worker = JobThread[_PromotionJob]("flexkv-promote", self._run, self._failed)
 
     def ask(self, pool: str, keys: list[PageKey], parent: PageKey | None) -> None:
         """Fetch ``keys``, a chain after ``parent``, unless that is under way. Beyond a bound nothing happens."""

@@ -84,29 +84,31 @@ def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
 
 
 def read(
-    pool: Pool, keys: Sequence[PageKey], host_indices: Any, deadline: float
+    pool: Pool | None, keys: Sequence[PageKey], host_indices: Any, deadline: float
 ) -> list[bool] | None:
     """Read pages into the host pool. One bool per key, False from the first missing page on.
 
     None: the number of ``host_indices`` (int64) does not fit the number of keys.
     """
+    if pool is None or not keys:
+        return [False] * len(keys)
     if not _fits(pool, keys, host_indices):
         return None
+    opened, groups = pool.store, pool.pages.groups
     results: list[bool] = []
-    while len(results) < len(keys):
+    while len(results) < len(keys) and opened is not None and all(results):
         part = slice(len(results), len(results) + pool.pages.span)
         batch = pool.pages.incoming(_indices(pool, host_indices, part), keys[part])
         if batch is None:
             return None
-        flags = fetch(pool, keys[part], batch, deadline)
-        results += flags
-        if not all(flags):
-            break
+        with pool.spec.metrics.timed("get"):
+            flags = opened.get(groups.keys(keys[part]), batch.buffers, deadline)
+            results += batch.landed(groups.whole(flags))
     return results + [False] * (len(keys) - len(results))
 
 
 def fetch(pool: Pool, keys: Sequence[PageKey], batch: Batch, deadline: float) -> list[bool]:
-    """Read one batch."""
+    """Read one batch whose memory the caller chose."""
     opened = pool.store
     if opened is None:
         return [False] * len(keys)
@@ -117,13 +119,15 @@ def fetch(pool: Pool, keys: Sequence[PageKey], batch: Batch, deadline: float) ->
 
 
 def write(
-    pool: Pool,
+    pool: Pool | None,
     keys: Sequence[PageKey],
     host_indices: Any,
     parent: PageKey | None,
     deadline: float,
 ) -> list[bool] | None:
     """Write pages of the host pool. One bool per key: True if it is stored now. None: as ``read``."""
+    if pool is None or not keys:
+        return [False] * len(keys)
     if not _fits(pool, keys, host_indices):
         return None
     results: list[bool] = []

@@ -1,7 +1,7 @@
 """Agent: the one process per node that shares the node's pages with other nodes.
 
 It follows the journals of the node's rank processes, tells other nodes what is here (``Membership``), keeps the
-replica of what is there (``ReplicaWriter``) for the rank processes, and serves pages (``PageServer``). It owns no
+replica of what is there (``PeerSetsWriter``) for the rank processes, and serves pages (``PageServer``). It owns no
 page and holds no state that could be lost: killed at any moment, it starts again from the journals.
 
 Threads: ``run`` is the process's main thread: it follows journals, and everything periodic; the parts have
@@ -21,7 +21,7 @@ from pathlib import Path
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet.members.membership import Membership
 from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, NodeInfo
 from flexkv_sglang.backends.fleet.wire.curve import load_secret
@@ -29,6 +29,7 @@ from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.opening import prepare_directory
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.node_pages import NodePages, is_shareable, payload_bytes_of
 from flexkv_sglang.sharing.run_dir import RunDir, node_name
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
 _SCAN_S = 1.0
-_LOG_INTERVAL_S = 60.0
+_READ_DEPTH = 8  # reads in flight at the disk, with io_uring
 
 
 def _version() -> str:
@@ -66,7 +67,7 @@ class Agent:
         self._pages: dict[str, NodePages] = {}  # replaced, never changed: other threads read it
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
-        self._logged_at: dict[str, float] = {}
+        self._log = RateLimitedLog(logger)
         self._needed_at = time.monotonic()
         self._changes = 0
         self._doubts: dict[tuple[str, str, str], int] = {}  # (rank, namespace, node) -> as reported
@@ -77,18 +78,18 @@ class Agent:
         run_dir.add_places(config)
         self._address = ""
         self._server = PageServer(share, secret, self.info, self._pages_of, self._logs.find)
-        self._replica = ReplicaWriter(run_dir.path)
+        self._replica = PeerSetsWriter(run_dir.path)
         self._control = WirePeerControl(share, secret)
-        self._roster = Membership(
+        self._membership = Membership(
             share, self._own, self._logs.find, self._control, self._replica, self._count
         )
         self._round("scan", self._scan)
         self._address = self._server.start()
-        self._roster.start()
+        self._membership.start()
 
     def info(self) -> NodeInfo:
         """What other nodes are told, with the name this node has by now."""
-        return self._roster.own_info()
+        return self._membership.own_info()
 
     def _count(self, name: str, amount: int = 1) -> None:
         with self._counts_lock:
@@ -99,7 +100,7 @@ class Agent:
             node_id=self._node_id,
             epoch=self._logs.epoch,
             address=self._address,
-            pod=self._share.pod,
+            share_group=self._share.share_group,
             namespaces=tuple(sorted(self._pages)),
             engines=self._server.engines,
             version=_VERSION,
@@ -130,7 +131,7 @@ class Agent:
 
     def close(self) -> None:
         """Leave the others' lists, stop serving. Bounded, idempotent."""
-        ends: list[Callable[[], object]] = [self._roster.close, self._server.close]
+        ends: list[Callable[[], object]] = [self._membership.close, self._server.close]
         ends += [self._control.close, self._replica.close]
         for end in (*ends, *(pages.close for pages in self._pages.values())):
             self._round("close", end)
@@ -157,7 +158,7 @@ class Agent:
                 self._serve(namespace, payload_bytes)
         for pages in self._pages.values():
             pages.scan()
-        self._roster.wanted_namespaces(set(self._pages))
+        self._membership.wanted_namespaces(set(self._pages))
         self._round("doubts", self._hear_doubts)
         self._run_dir.write_status(self._status())
 
@@ -172,7 +173,7 @@ class Agent:
         new = {(key[1], key[2]) for key, n in heard.items() if n > self._doubts.get(key, 0)}
         self._doubts = heard
         for namespace, node_id in new:
-            self._roster.doubted(namespace, NodeId(node_id))
+            self._membership.set_suspect(namespace, NodeId(node_id))
 
     def _prepare(self, path: str, io_engine: str) -> None:
         """Prove a directory with real I/O, once. A directory that is lost is tried again at every scan."""
@@ -209,9 +210,7 @@ class Agent:
 
     def _serve(self, namespace: str, payload_bytes: int) -> None:
         log = self._logs.log(namespace)
-        pages = NodePages(
-            self._modes, namespace, payload_bytes, log, self.metrics, self._share.serve_depth
-        )
+        pages = NodePages(self._modes, namespace, payload_bytes, log, self.metrics, _READ_DEPTH)
         self._pages = {**self._pages, namespace: pages}
         logger.info("flexkv: serving namespace %s, pages of %d bytes", namespace, payload_bytes)
 
@@ -223,11 +222,11 @@ class Agent:
 
     def _status(self) -> dict[str, object]:
         return {
-            **self._roster.status(),
+            **self._membership.status(),
             "written_at": time.time(),
             "address": self._address,
             "cluster_id": self._share.cluster_id,
-            "pod": self._share.pod,
+            "pod": self._share.share_group,
             "guarded": self._share.secret_file is not None or self._share.insecure,
             "version": _VERSION,
             "ranks": self._run_dir.ranks(),
@@ -242,10 +241,7 @@ class Agent:
     def _round(self, name: str, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - a part that fails must not end the agent
             self._count("agent_exceptions")
-            now = time.monotonic()
-            if now - self._logged_at.get(name, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
-                self._logged_at[name] = now
-                level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
-                logger.log(level, "flexkv: agent: %s failed", name, exc_info=True)
+            level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
+            self._log.log(name, level, "flexkv: agent: %s failed", name, exc_info=exc)

@@ -12,21 +12,24 @@ import logging
 import random
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from flexkv_sglang.backoff import Backoff
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.sharing.run_dir import RunDir, settings_digest
+from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 5.0
 _IDLE_S = 1.0
-_PAUSE_MAX_S = 60.0
+_PAUSE_S, _PAUSE_MAX_S = 2.0, 60.0
 _JOIN_S = 2.0
 _SHELL_S = 10.0
-_LOG_INTERVAL_S = 60.0
+
+FLEXKV = (sys.executable, "-P", "-m", "flexkv_sglang.cli")
+"""The command ``flexkv``."""
 
 
 class AgentLauncher:
@@ -39,19 +42,27 @@ class AgentLauncher:
         idle: Callable[[], None] = lambda: None,
         *,
         look_s: float = _LOOK_S,
+        flexkv: Sequence[str] = FLEXKV,
     ) -> None:
+        self._flexkv = flexkv
         self._idle = idle
         self._config = config
         self._run_dir = run_dir
         self._look_s = look_s
         self._digest = settings_digest(config.share)
-        self._stop = threading.Event()
         self._lock = run_dir.take_rank_lock()
         self._told = False
         self._reported = ""
-        self._failure_at = -_LOG_INTERVAL_S  # when a failure of the thread was logged
+        self._look_at = 0.0
+        self._backoff = Backoff(_PAUSE_S, _PAUSE_MAX_S)
         self.usable = True  # False: the agent runs with other settings
-        self._thread = threading.Thread(target=self._run, name="flexkv-agent-keeper", daemon=True)
+        self._thread = PeriodicThread(
+            "flexkv-agent-keeper",
+            self._step,
+            lambda: None,
+            trouble="flexkv: the replica cannot be followed",
+            retry_s=0.0,
+        )
 
     def start(self) -> None:
         """Start the thread; it starts the agent."""
@@ -67,32 +78,23 @@ class AgentLauncher:
 
     def close(self) -> None:
         """Stop looking; the agent stays. Idempotent."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(_JOIN_S)
+        self._thread.stop()
+        self._thread.join(time.monotonic() + _JOIN_S)
         self._lock.close()
         self._lock.path.unlink(missing_ok=True)
 
-    def _run(self) -> None:
-        look_at, started = 0.0, 1.0
-        while not self._stop.is_set():
-            if time.monotonic() >= look_at:
-                pause = self._look_s
-                if self._looked():
-                    started = 1.0
-                else:
-                    started = min(2 * started, _PAUSE_MAX_S)
-                    pause = max(started, self._look_s) * random.uniform(0.8, 1.2)
-                look_at = time.monotonic() + pause
-            if self._stop.wait(_IDLE_S):
-                return
-            try:
-                self._idle()
-            except Exception:
-                now = time.monotonic()
-                if now - self._failure_at >= _LOG_INTERVAL_S:
-                    self._failure_at = now
-                    logger.warning("flexkv: the replica cannot be followed", exc_info=True)
+    def _step(self) -> float:
+        if time.monotonic() >= self._look_at:
+            pause = self._look_s
+            if self._looked():
+                self._backoff.reset()
+            else:
+                pause = max(self._backoff.failed(), self._look_s) * random.uniform(0.8, 1.2)
+            self._look_at = time.monotonic() + pause
+        self._thread.pause(_IDLE_S)
+        if not self._thread.stopped:
+            self._idle()
+        return 0.0
 
     def _looked(self) -> bool:
         """True if an agent lives; else one was started, or could not be."""
@@ -100,7 +102,7 @@ class AgentLauncher:
             self._come_back()
             if self._look():
                 return True
-            launch_agent(self._config, self._run_dir)
+            launch_agent(self._config, self._run_dir, self._flexkv)
         except (OSError, subprocess.SubprocessError) as exc:
             logger.warning("flexkv: the agent cannot be started: %s", exc)
         return False
@@ -134,14 +136,14 @@ class AgentLauncher:
         return True
 
 
-def launch_agent(config: FlexKVConfig, run_dir: RunDir) -> None:
+def launch_agent(config: FlexKVConfig, run_dir: RunDir, flexkv: Sequence[str] = FLEXKV) -> None:
     """Start an agent that nobody is the parent of, in our working directory: paths may be relative to it.
 
     Raises ``OSError``, ``subprocess.SubprocessError``.
     """
     run_dir.write_config(config)
-    command = [sys.executable, "-P", "-m", "flexkv_sglang.cli", "agent"]
-    command += ["--config", str(run_dir.config_path), "--run-dir", str(run_dir.path), "--for-ranks"]
+    command = [*flexkv, "agent", "--config", str(run_dir.config_path)]
+    command += ["--run-dir", str(run_dir.path), "--for-ranks"]
     with run_dir.log_path.open("ab") as log:
         subprocess.run(
             ["/bin/sh", "-c", '"$@" &', "sh", *command],

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.threads import JobThread
 from flexkv_sglang.types import SECTOR, PageBuffers, PageKey, round_up
 
 logger = logging.getLogger(__name__)
@@ -52,17 +52,15 @@ class Backfill:
         self._free = list(range(self._rows))
         self._memory: mmap.mmap | None = None
         self._base = 0
-        self._jobs: queue.SimpleQueue[_BackfillJob | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: JobThread[_BackfillJob] | None = None
         self._lengths = np.zeros(0, np.uint64)
 
-    def keep(self, keys: Sequence[PageKey], parent: PageKey | None, pages: PageBuffers) -> None:
+    def add(self, keys: Sequence[PageKey], parent: PageKey | None, pages: PageBuffers) -> None:
         """Copy these pages, one chain, and store them later. Those that find no room are dropped."""
         with self._lock:
             if self._closed:
                 return
-            if self._thread is None:
-                self._begin(pages)
+            thread = self._thread = self._thread or self._begin(pages)
             count = min(len(keys), len(self._free))
             rows = [self._free.pop() for _ in range(count)]
         self._metrics.count("remote_unkept_pages", len(keys) - count)
@@ -73,38 +71,37 @@ class Backfill:
             for address, length in zip(addresses, pages.lengths.tolist(), strict=True):
                 ctypes.memmove(target, address, length)
                 target += length
-        self._jobs.put(_BackfillJob(keys[:count], parent, rows))
+        thread.put(_BackfillJob(keys[:count], parent, rows))
 
     def close(self) -> None:
         """Drop what waits, end the thread. Idempotent; bounded by one put."""
         with self._lock:
             self._closed = True
         if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join(_JOIN_S)
+            self._thread.stop(_JOIN_S)
 
-    def _begin(self, pages: PageBuffers) -> None:
+    def _begin(self, pages: PageBuffers) -> JobThread[_BackfillJob]:
         self._memory = mmap.mmap(
             -1, self._rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
         self._memory.madvise(mmap.MADV_DONTFORK)
         self._base = np.frombuffer(self._memory, np.uint8).ctypes.data
         self._lengths = pages.lengths
-        self._thread = threading.Thread(target=self._run, name="flexkv-keeping", daemon=True)
-        self._thread.start()
+        return JobThread("flexkv-keeping", self._store, self._failed)
 
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None and not self._closed:
-            try:
-                done = self._put(
-                    job.keys, self._pages(job.rows), job.parent, time.monotonic() + _PUT_S
-                )
-                self._metrics.count("remote_kept_pages", sum(done))
-            except Exception:
-                self._metrics.count("upkeep_exceptions")
-                logger.warning("flexkv: pages of another node are not kept", exc_info=True)
-            with self._lock:
-                self._free += job.rows
+    def _store(self, job: _BackfillJob) -> None:
+        done = self._put(job.keys, self._pages(job.rows), job.parent, time.monotonic() + _PUT_S)
+        self._metrics.count("remote_kept_pages", sum(done))
+        self._release(job)
+
+    def _failed(self, job: _BackfillJob, error: Exception) -> None:
+        self._metrics.count("upkeep_exceptions")
+        logger.warning("flexkv: pages of another node are not kept", exc_info=error)
+        self._release(job)
+
+    def _release(self, job: _BackfillJob) -> None:
+        with self._lock:
+            self._free += job.rows
 
     def _pages(self, rows: list[int]) -> PageBuffers:
         starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]]).astype(np.uint64)

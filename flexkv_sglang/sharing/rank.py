@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.fleet.members.redis_link import RedisLink, parse_redis_url
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.wire.curve import listen_address, load_secret
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
+from flexkv_sglang.backends.fleet.wire.addresses import listen_address
+from flexkv_sglang.backends.fleet.wire.curve import load_secret
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.sharing.agent_launcher import AgentLauncher
-from flexkv_sglang.sharing.remote_pages import RemotePages
+from flexkv_sglang.sharing.agent_launcher import FLEXKV, AgentLauncher
+from flexkv_sglang.sharing.remote_pages import RemoteTier
 from flexkv_sglang.sharing.run_dir import RunDir
 
 
@@ -27,19 +28,24 @@ def check_settings(share: ShareConfig) -> None:
 
 
 class Sharing:
-    """Keeps an agent alive and owns the connections to other nodes' agents. Raises ``ConfigError``."""
+    """Keeps an agent alive and owns the connections to other nodes' agents. Raises ``ConfigError``.
 
-    def __init__(self, config: FlexKVConfig, metrics: Metrics) -> None:
+    ``flexkv``: the command that starts the agent.
+    """
+
+    def __init__(
+        self, config: FlexKVConfig, metrics: Metrics, flexkv: Sequence[str] = FLEXKV
+    ) -> None:
         self._config = config
-        self._opened: list[
-            RemotePages
-        ] = []  # replaced, never changed: the keeper's thread reads it
+        self._opened: list[RemoteTier] = []  # replaced, never changed: the keeper's thread reads it
         check_settings(config.share)
         self._run_dir = RunDir.of(config)
         self._client = PeerClient(config.share, metrics.count)
         keeper = None
         try:
-            keeper = self._keeper = AgentLauncher(config, self._run_dir, self._follow)
+            keeper = self._keeper = AgentLauncher(
+                config, self._run_dir, self._follow, flexkv=flexkv
+            )
             keeper.start()
         except OSError as exc:
             if keeper is not None:
@@ -56,15 +62,15 @@ class Sharing:
 
     def pages(
         self, namespace: str, fields: Mapping[str, object], payload_bytes: int, metrics: Metrics
-    ) -> RemotePages | None:
+    ) -> RemoteTier | None:
         """Other nodes' pages of a namespace; None for weights that have no name outside this server."""
         if fields.get("epoch"):
             return None
         tokens = fields.get("page_size", 0)
-        pages = RemotePages(
+        pages = RemoteTier(
             namespace,
             payload_bytes,
-            ReplicaReader(self._run_dir.path, namespace, self._config.share.replica_ttl_s),
+            PeerSetsReader(self._run_dir.path, namespace, self._config.share.replica_ttl_s),
             self._client,
             ACCEPTED_KINDS[self._config.verify],
             self._config.share,

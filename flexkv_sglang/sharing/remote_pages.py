@@ -1,8 +1,8 @@
-"""RemotePages: pages of one namespace on other nodes, as one rank process sees them.
+"""RemoteTier: pages of one namespace on other nodes, as one rank process sees them.
 
-Looking up is memory only: the replica that this node's agent keeps. Reading asks the other node's agent
-directly. What is found there is a hint; every page is verified before it counts (``PeerClient``). A page that
-was not there after all is not believed in again for a while, so that a request does not wait for it again.
+A lookup reads memory only: the replica that this node's agent keeps. A read asks the other node's agent directly.
+The replica is a hint; every page is verified before it counts (``PeerClient``). A page that a peer did not have
+after all is not asked for there for a while, so that no second request waits for it.
 
 Threads: any.
 """
@@ -18,20 +18,21 @@ from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
 from flexkv_sglang.backends.fleet.replica.files import Peer
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
 from flexkv_sglang.backends.fleet.vocabulary import fingerprints_of, namespace_bytes
+from flexkv_sglang.cache.tier import Tier, TierTraits
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import U64, PageBuffers, PageKey
 
 _RATE_MIN = 100e6
-"""Bytes per second that a remote read is given at least; see ``latest``."""
+"""Slowest rate, in bytes per second, that a remote read is given time for; see ``get_deadline``."""
 
 _NEGATIVE_CACHE_S = 30.0
 _NEGATIVE_CACHE_MAX = 1 << 16
 _RUNS_MAX = 8
 _MISSES_MAX = 16
-"""So many reads in a row that end with a page that the peer does not have: its set here is wrong."""
+"""After this many reads in a row that end with a page that the peer does not have, its set in the replica is wrong."""
 
 _LOST = {PageOutcome.MISS, PageOutcome.CORRUPT}
 """Not LATE: a peer that hangs has a breaker, and when it answers again its pages are there."""
@@ -47,36 +48,36 @@ class PeerRun:
 
 
 class RemoteGet:
-    """A read of some runs that has begun. ``wait`` once."""
+    """A read of some runs that has begun: a ``PendingGet``."""
 
     def __init__(
-        self, owner: RemotePages, keys: Sequence[PageKey], started: list[tuple[PeerRun, Pending]]
+        self, owner: RemoteTier, keys: Sequence[PageKey], started: list[tuple[PeerRun, Pending]]
     ):
         self._owner = owner
         self._keys = keys
         self._started = started
 
     def wait(self) -> int:
-        """Length of the leading run that arrived whole and right. Nothing is written into targets after."""
+        """Number of leading pages that arrived whole and right. No target is touched afterwards."""
         done, broken = 0, False
-        # all of them, also behind a hole and before anything can fail: their targets are the caller's again
+        # Wait for all of them, also behind a hole, before anything can fail: the caller gets its targets back.
         ended = [(run, pending.wait()) for run, pending in self._started]
         for run, outcomes in ended:
-            got = self._owner.ended(run, self._keys[run.start : run.stop], outcomes)
+            got = self._owner.record_outcomes(run, self._keys[run.start : run.stop], outcomes)
             if not broken:
                 done += got
                 broken = got < run.stop - run.start
         return done
 
 
-class RemotePages:
-    """``page_tokens``: tokens of a page, to weigh fetching against computing; 0: do not weigh."""
+class RemoteTier(Tier):
+    """Read only. ``page_tokens``: tokens of a page, to weigh fetching against computing; 0: do not weigh."""
 
     def __init__(  # noqa: PLR0913 - one call, spelled out
         self,
         namespace: str,
         payload_bytes: int,
-        reader: ReplicaReader,
+        reader: PeerSetsReader,
         client: PeerClient,
         accepted: frozenset[ChecksumKind],
         share: ShareConfig,
@@ -85,6 +86,9 @@ class RemotePages:
         page_tokens: int = 0,
         usable: Callable[[], bool] = lambda: True,
     ) -> None:
+        self.traits = TierTraits(
+            local=False, written=False, promotes=False, backfills=share.promote
+        )
         self._namespace = namespace_bytes(namespace)
         self._payload_bytes = payload_bytes
         self._reader = reader
@@ -101,12 +105,11 @@ class RemotePages:
         self._lock = threading.Lock()  # guards the next three; dict work
         self._misses: dict[str, int] = {}  # node_id -> reads in a row that ended with a miss
         self._doubts: dict[str, int] = {}  # node_id -> how often there were too many
-        self._negative_cache: dict[
-            tuple[str, int, PageKey], float
-        ] = {}  # until when; the oldest first
+        # (node_id, epoch, key) -> until when, in seconds; the oldest first
+        self._negative_cache: dict[tuple[str, int, PageKey], float] = {}
 
-    def prefix(self, keys: Sequence[PageKey]) -> int:
-        """Length of the leading run that other nodes hold and that is worth fetching. Memory only."""
+    def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:  # noqa: ARG002
+        """Length of the leading run that other nodes hold and that is worth fetching. Nothing is promised."""
         runs = self._plan(keys)
         return runs[-1].stop if runs else 0
 
@@ -116,17 +119,20 @@ class RemotePages:
             return [False] * len(keys)
         return list(map(bool, self._reader.holds(fingerprints_of(keys), self._skip)))
 
-    def begin(
+    def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
+        """As ``begin_get``, and wait."""
+        read = self.begin_get(keys, targets, deadline)
+        count = 0 if read is None else read.wait()
+        return [True] * count + [False] * (len(keys) - count)
+
+    def begin_get(
         self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float
     ) -> RemoteGet | None:
-        """Start reading the leading run of ``keys`` that other nodes hold into ``targets``; None if there is none.
-
-        The targets are the caller's again when ``wait`` has returned: at the deadline at the latest.
-        """
+        """Start reading the leading run of ``keys`` that other nodes hold. ``wait`` is over at the deadline."""
         runs = self._plan(keys)
         if not runs:
             return None
-        deadline = self.latest(runs[-1].stop, deadline)
+        deadline = self.get_deadline(runs[-1].stop, deadline)
         started: list[tuple[PeerRun, Pending]] = []
         try:
             for run in runs:
@@ -142,14 +148,14 @@ class RemotePages:
                 )
                 started.append((run, self._client.begin(read)))
         except BaseException:
-            for _run, pending in started:  # nobody will wait for them
+            for _run, pending in started:  # no caller will wait for these
                 pending.cut(0)
                 pending.wait()
             raise
         return RemoteGet(self, keys, started)
 
-    def latest(self, page_count: int, deadline: float) -> float:
-        """When reads of so many pages that begin now must have ended, however many turns they take."""
+    def get_deadline(self, page_count: int, deadline: float) -> float:
+        """Time limit for reads of ``page_count`` pages that begin now, however many turns they take."""
         seconds = self._share.remote_deadline_s + page_count * self._payload_bytes / _RATE_MIN
         return min(deadline, time.monotonic() + seconds)
 
@@ -157,8 +163,10 @@ class RemotePages:
         """Pages that other nodes claim (one that two have counts twice)."""
         return self._reader.page_count()
 
-    def ended(self, run: PeerRun, keys: Sequence[PageKey], outcomes: Sequence[PageOutcome]) -> int:
-        """Count what became of a run; returns how many of its pages came, up to the first that did not."""
+    def record_outcomes(
+        self, run: PeerRun, keys: Sequence[PageKey], outcomes: Sequence[PageOutcome]
+    ) -> int:
+        """Count the outcomes of a run. Returns how many pages came before the first that did not."""
         good = 0
         for outcome in outcomes:
             if outcome is not PageOutcome.OK:
@@ -175,17 +183,17 @@ class RemotePages:
         return good
 
     def doubts(self) -> dict[str, int]:
-        """Node -> how often so far it did not have what the replica says, time after time."""
+        """Per node, how often it missed ``_MISSES_MAX`` reads in a row that the replica had promised."""
         with self._lock:
             return dict(self._doubts)
 
     def follow(self) -> None:
-        """Take in what the agent says now. Once a second at least, or files it has replaced stay in memory."""
+        """Map what the agent has published. Called at least once a second, or replaced files stay in memory."""
         self._refresh()
 
     @property
     def closed(self) -> bool:
-        """Has ``close`` been called?"""
+        """True once ``close`` was called."""
         return self._ended.is_set()
 
     def peers(self) -> Sequence[Peer]:
@@ -195,7 +203,7 @@ class RemotePages:
     def close(self) -> None:
         """Idempotent. Nothing is found any more."""
         if not self.closed:
-            for name in ("remote_pages", "remote_peers"):  # what is closed must not be kept alive
+            for name in ("remote_pages", "remote_peers"):  # a gauge would keep this object alive
                 self._metrics.gauge(name, 0)
         self._ended.set()
         self._reader.close()
@@ -204,7 +212,7 @@ class RemotePages:
         return self._usable() and self._refresh() and self._reader.alive
 
     def _refresh(self) -> bool:
-        """False: closed. What is opened again by a call that overlaps ``close`` is let go of."""
+        """False once closed. A call that overlaps ``close`` may open files again, so it closes them again."""
         if not self._ended.is_set():
             self._reader.refresh()
         if self._ended.is_set():
@@ -216,7 +224,7 @@ class RemotePages:
         return not self._client.usable(peer.node_id, peer.epoch, peer.address)
 
     def _plan(self, keys: Sequence[PageKey]) -> list[PeerRun]:
-        """Runs that cover the leading run of ``keys``: the longest at one peer first, and so on."""
+        """Runs that cover the leading run of ``keys``; each time the peer that has the longest next run."""
         if not keys or not self._ready():
             return []
         fingerprints = fingerprints_of(keys)
@@ -247,7 +255,7 @@ class RemotePages:
             excluded.add(peer.node_id)
 
     def _worthwhile(self, runs: list[PeerRun]) -> list[PeerRun]:
-        """Leave what would be late, and what is computed sooner than it is fetched, as far as rates are known."""
+        """Drop pages that would be late or that are computed sooner than fetched, as far as rates are known."""
         kept: list[PeerRun] = []
         for run in runs:
             pages = run.stop - run.start
@@ -267,7 +275,7 @@ class RemotePages:
         return kept
 
     def _believed(self, peer: Peer, keys: Sequence[PageKey]) -> int:
-        """Length of the leading run that this peer has not disappointed with lately."""
+        """Length of the leading run without keys that this peer missed in the last ``_NEGATIVE_CACHE_S`` seconds."""
         if not self._negative_cache:
             return len(keys)
         now = time.monotonic()

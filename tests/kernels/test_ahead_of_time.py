@@ -1,5 +1,5 @@
-"""Every kernel compiles for GPUs that are not here, with 16-byte accesses, no spilled registers, and one binary for
-whatever values come.
+"""Every kernel compiles for GPUs that this machine lacks, with 16-byte accesses, no spilled registers, and one binary
+for all run-time values.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ import pytest
 from models import ahead_of_time
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-COPIES = ("copy ", "heads ")
-"""Kernels that do nothing but move bytes: every access to data is wide."""
-
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +36,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-4000:]
     found: list[dict[str, Any]] = json.loads(done.stdout)
     assert {kernel["target"] for kernel in found} == set(TARGETS)
-    assert len(found) >= 15 * len(TARGETS)
+    assert len(found) >= 7 * len(TARGETS)
     return found
 
 
@@ -48,10 +45,6 @@ def test_they_compile_well(kernels: list[dict[str, Any]]) -> None:
         assert kernel["binary_bytes"] > 1000, kernel
         assert kernel["spilled"] == 0, kernel
         assert set(kernel["specialized"]) <= set(ahead_of_time.POINTERS), kernel
-        if kernel["name"].startswith(COPIES):
+        if kernel["name"] != "odd rows of 4":
             assert kernel["wide_loads"] == kernel["wide_stores"] > 0, kernel
             assert kernel["narrow"] == 0, kernel
-        if kernel["name"] == "checksum" or "decode=False" in kernel["name"]:
-            assert kernel["wide_loads"] > 0, kernel
-        if "decode=True" in kernel["name"]:
-            assert kernel["wide_stores"] > 0, kernel

@@ -5,24 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexkv_sglang.triton_kernels.layout import BlockLayout
-from flexkv_sglang.triton_kernels.ops import (
-    PtrTable,
-    gather_pages,
-    gather_tokens,
-    scatter_pages,
-    scatter_tokens,
-    warmup,
-)
+from flexkv_sglang.triton_kernels.ops import PtrTable, gather_pages, scatter_pages, warmup
 from models.paged_pools import (
     POISON,
     Shape,
     block_of,
+    layout_of,
     poisoned,
     random_buffers,
     random_bytes,
     same_bytes,
-    tokens_of,
 )
 
 F8 = torch.float8_e4m3fn
@@ -86,33 +78,12 @@ def test_scatter_leaves_the_gaps_between_rows(device: torch.device) -> None:
     assert torch.equal(whole, before)
 
 
-@pytest.mark.parametrize("name", ["mha-16", "mla-16", "rows-of-6-bytes", "mha-1"])
-def test_tokens_come_from_anywhere_and_go_anywhere(name: str, device: torch.device) -> None:
-    shape = CASES[name]
-    rows = shape.pages * shape.page_size
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(5))
-    slots = order[: 3 * shape.page_size]
-    buffers = random_buffers(shape, device)
-    table = PtrTable(buffers, shape.page_size)
-    blocks = poisoned(3, shape.block_bytes, device, shape.block_bytes + 32)
-    gather_tokens(table, slots.to(device), blocks)
-    want = torch.stack([tokens_of(buffers, part.tolist()) for part in slots.view(3, -1)])
-    assert torch.equal(blocks, want)
-    others = random_buffers(shape, device, seed=50)
-    kept = order[len(slots) :].tolist()
-    before = tokens_of(others, kept)
-    scatter_tokens(PtrTable(others, shape.page_size), slots, blocks, quota=2)
-    after = torch.stack([tokens_of(others, part.tolist()) for part in slots.view(3, -1)])
-    assert torch.equal(after, want)
-    assert torch.equal(tokens_of(others, kept), before)
-
-
 @pytest.mark.parametrize("v_dim", [64, 32], ids=["symmetric", "asymmetric"])
 def test_layer_by_layer_is_the_whole_page(v_dim: int, device: torch.device) -> None:
     layers, page_size = 3, 8
     k = random_buffers(Shape(layers, 6, page_size, (2, 64)), device)
     v = random_buffers(Shape(layers, 6, page_size, (2, v_dim)), device, seed=20)
-    layout = BlockLayout.mha(layers, page_size, 2 * 64 * 2, 2 * v_dim * 2)
+    layout = layout_of(layers, page_size, 2 * 64 * 2, 2 * v_dim * 2)
     pools = [[*k, *v]] if layout.table_count == 1 else [k, v]
     tables = [PtrTable(buffers, page_size) for buffers in pools]
     ids = torch.tensor([5, 2])
@@ -161,7 +132,7 @@ def test_nothing_to_do(device: torch.device) -> None:
     shape = CASES["mha-16"]
     table = PtrTable(random_buffers(shape, device), shape.page_size)
     none = torch.zeros(0, dtype=torch.int64)
-    for function in (gather_pages, scatter_pages, gather_tokens, scatter_tokens):
+    for function in (gather_pages, scatter_pages):
         function(table, none, poisoned(0, shape.block_bytes, device))
 
 

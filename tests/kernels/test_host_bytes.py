@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.pool_host import dsa, mha
 
 from flexkv_sglang.triton_kernels.layout import BlockLayout
 from flexkv_sglang.triton_kernels.ops import PtrTable, gather_pages, scatter_pages
-from models.paged_pools import poisoned, random_bytes
+from models.paged_pools import layout_of, poisoned, random_bytes
 
 pytestmark = pytest.mark.sglang
 LAYOUT = "page_first_direct"
@@ -122,12 +122,12 @@ def test_a_block_is_a_host_page(kind: Kind, page_size: int) -> None:
     size = geometry.heads * geometry.dtype.itemsize
     if kind == "mla":
         pools = [list(device.kv_buffer)]
-        layout = BlockLayout.mla(geometry.layers, page_size, (64 + 16) * 2)
+        layout = layout_of(geometry.layers, page_size, (64 + 16) * 2)
     else:
         k, v = list(device.k_buffer), list(device.v_buffer)
         pools = [k, v] if kind == "mha_asymmetric" else [[*k, *v]]
         rows = geometry.head_dim * size, geometry.v_head_dim * size
-        layout = BlockLayout.mha(geometry.layers, page_size, *rows)
+        layout = layout_of(geometry.layers, page_size, *rows)
     compare(host, device, pools, layout, page_size, flat_pages=kind != "mha_asymmetric")
 
 
@@ -138,5 +138,5 @@ def test_a_block_is_a_host_page_of_an_indexer(monkeypatch: pytest.MonkeyPatch) -
     model = hybrid_models.MODELS["indexer"](LAYOUT)
     host, device = model.sidecars["indexer"].pool, model.device
     buffers = list(device.index_k_with_scale_buffer)
-    layout = BlockLayout.mla(len(buffers), 1, buffers[0][0].numel())
+    layout = layout_of(len(buffers), 1, buffers[0][0].numel())
     compare(host, device, [buffers], layout, hybrid_models.PAGE, rows_are_pages=True)

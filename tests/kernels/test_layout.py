@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flexkv_sglang.errors import KernelArgumentError
 from flexkv_sglang.triton_kernels.layout import BlockLayout, Part
 from flexkv_sglang.triton_kernels.ops import PtrTable
-from models.paged_pools import Shape, random_buffers
+from models.paged_pools import Shape, layout_of, random_buffers
 
 layouts = st.integers(1, 9).flatmap(
     lambda layers: st.lists(
@@ -43,19 +43,19 @@ def test_runs_name_each_chunk_of_the_layers_once(layout: BlockLayout, data: st.D
 
 
 def test_what_the_design_says_of_known_models() -> None:
-    llama = BlockLayout.mha(32, 64, 8 * 128 * 2, 8 * 128 * 2)
+    llama = layout_of(32, 64, 8 * 128 * 2, 8 * 128 * 2)
     assert (llama.block_bytes, llama.table_count, len(llama.runs())) == (8 << 20, 1, 1)
     chunk = 128 << 10
     group = [(run.first, run.count, run.offset_bytes) for run in llama.runs(4, 8)]
     assert group == [(4, 4, 4 * chunk), (36, 4, 36 * chunk)]
-    deepseek = BlockLayout.mla(61, 64, 1152)
+    deepseek = layout_of(61, 64, 1152)
     assert deepseek.block_bytes == 61 * 72 * 1024
-    uneven = BlockLayout.mha(2, 16, 384, 256)
+    uneven = layout_of(2, 16, 384, 256)
     assert [run.table for run in uneven.runs()] == [0, 1]
 
 
 def test_layers_outside_are_refused() -> None:
-    layout = BlockLayout.mla(4, 1, 16)
+    layout = layout_of(4, 1, 16)
     for first, last in ((-1, 2), (0, 5), (2, 2), (3, 1)):
         with pytest.raises(KernelArgumentError, match="layers"):
             layout.runs(first, last)

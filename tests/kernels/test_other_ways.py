@@ -12,16 +12,9 @@ import pytest
 import torch
 
 HERE = pathlib.Path(__file__).parent
-FILES = (
-    "kernels_alone.py",
-    "test_copies.py",
-    "test_heads.py",
-    "test_checksum.py",
-    "test_exponents.py",
-    "test_quant.py",
-)
-TESTS_MIN = 120
-"""There are more; fewer would mean that some are not found any more."""
+FILES = ("kernels_alone.py", "test_copies.py")
+TESTS_MIN = 50
+"""There are more; fewer would mean that pytest does not find some of them."""
 
 
 def run(way: str, environment: dict[str, str]) -> None:

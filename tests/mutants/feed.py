@@ -115,14 +115,14 @@ MUTANTS = (
         REPAIR,
     ),
     (
-        "feed: the beat forgets who is silent never",
+        "feed: the heartbeat forgets who is silent never",
         FEED,
         "    redis.call('ZREMRANGEBYSCORE', live, from, to)\n    redis.call('HDEL', nodes, unpack(gone))\n",
         "",
         REDIS,
     ),
     (
-        "feed: a beat from the future lasts",
+        "feed: a heartbeat from the future lasts",
         FEED,
         "for i = 1, 2 do",
         "for i = 1, 1 do",
@@ -131,7 +131,7 @@ MUTANTS = (
     (
         "feed: other pods are followed",
         ROSTER,
-        "                and info.pod == self._share.pod\n",
+        "                and info.share_group == self._share.share_group\n",
         "",
         REDIS,
     ),
@@ -173,8 +173,8 @@ MUTANTS = (
     (
         "feed: silence of a source takes its members down",
         "backends/fleet/members/members.py",
-        "        if now < until:\n            listed",
-        "        if now < 0:\n            listed",
+        "        if now < until:\n            present",
+        "        if now < 0:\n            present",
         MEMBERS,
     ),
     (

@@ -131,8 +131,8 @@ MUTANTS = (
     (
         "linker: all slots can be leased",
         LOOKUPS,
-        "store.tiers[-1].slot_count // _HELD_PART",
-        "store.tiers[-1].slot_count",
+        "store.slot_count // _HELD_PART",
+        "store.slot_count",
         LEASE_TESTS,
     ),
     (

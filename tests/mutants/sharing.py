@@ -31,14 +31,14 @@ MUTANTS = (
     ),
     (
         "sharing: a rank's lock is seen before it is held",
-        RUN,
+        "backends/file_lock.py",
         "            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n            hidden.rename(path)\n",
         "            hidden.rename(path)\n            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         RUNS,
     ),
     (
         "sharing: a lock whose file was replaced counts",
-        RUN,
+        "backends/file_lock.py",
         "return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)",
         "return mine.st_dev == there.st_dev",
         RUNS,
@@ -109,8 +109,8 @@ MUTANTS = (
     (
         "sharing: each turn takes its time anew",
         "flexkv_sglang/cache/tiers.py",
-        "keys[split:], targets.take(slice(split, None)), remote_deadline",
-        "keys[split:], targets.take(slice(split, None)), deadline",
+        "begin_get(keys, part, limits[number])",
+        "begin_get(keys, part, time.monotonic() + 20)",
         READS,
     ),
     (
@@ -144,8 +144,8 @@ MUTANTS = (
     (
         "sharing: room for kept pages does not come back",
         "flexkv_sglang/sharing/backfill.py",
-        "                self._free += job.rows\n",
-        "                pass\n",
+        "            self._free += job.rows\n",
+        "            pass\n",
         KEEPS,
     ),
     (

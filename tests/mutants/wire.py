@@ -12,7 +12,8 @@ WIRE, CURVE = (
 )
 READ, CHANNEL = "backends/fleet/reader/read.py", "backends/fleet/reader/channel.py"
 QUEUE, PAGES = "backends/fleet/server/queue.py", "backends/fleet/server/pages.py"
-DECODE, KEYS = "backends/fleet/wire/decode.py", "backends/fleet/wire/curve.py"
+ANSWERS, PROTOCOL = "backends/fleet/wire/answers.py", "backends/fleet/wire/protocol.py"
+KEYS = "backends/fleet/wire/curve.py"
 
 MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
@@ -59,9 +60,9 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     (
         "wire: more pages than announced",
-        DECODE,
-        "if len(frames) != 2 or not length or len(frames[1]) != expected:",
-        "if len(frames) != 2 or not length or len(frames[1]) < length:",
+        ANSWERS,
+        "if body is None or not length or len(body) != expected:",
+        "if body is None or not length or len(body) < length:",
         WIRE,
     ),
     (
@@ -81,15 +82,15 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "wire: corrupt pages are not reported",
         CHANNEL,
-        "            link.send(wire.pack_bad(",
-        "            len(wire.pack_bad(",
+        "            link.send(requests.pack_report_corrupt(",
+        "            len(requests.pack_report_corrupt(",
         f"{CLIENT}::test_a_corrupt_page_is_never_delivered_and_reported",
     ),
     (
         "wire: the breaker closes by itself",
         "backends/fleet/reader/health.py",
         "return not self._open and now >= self._busy_until",
-        "return (not self._open or now >= self._retry_at) and now >= self._busy_until",
+        "return (not self._open or self._backoff.due) and now >= self._busy_until",
         f"{CLIENT}::test_pauses_of_the_breaker_double_and_end",
     ),
     (
@@ -143,14 +144,14 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     (
         "wire: any key opens the door",
-        KEYS,
+        "backends/fleet/wire/auth.py",
         "and hmac.compare_digest(credentials[0], self._allowed)",
         "and len(credentials[0]) == len(self._allowed)",
         f"{CURVE}::test_curve_lets_in_the_derived_key_only",
     ),
     (
         "wire: an open place without a secret",
-        KEYS,
+        "backends/fleet/wire/addresses.py",
         "if secret is None and not share.insecure:",
         "if secret is None and share.insecure is None:",
         f"{CURVE}::test_an_open_place_needs_a_secret",
@@ -164,21 +165,21 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     (
         "wire: longer frames than announced",
-        DECODE,
+        PROTOCOL,
         "if len(frame) != layout.size + rest:",
         "if len(frame) < layout.size + rest:",
         f"{WIRE}::test_what_is_no_request_is_refused",
     ),
     (
         "wire: snapshots of any size",
-        DECODE,
+        ANSWERS,
         "or count > SNAPSHOT_KEYS_MAX:",
         "or count < 0:",
         f"{WIRE}::test_what_is_no_answer_is_refused",
     ),
     (
         "wire: a part's checksum is not compared",
-        DECODE,
+        ANSWERS,
         "if xxhash.xxh3_64_intdigest(data) != checksum:",
         "if xxhash.xxh3_64_intdigest(data) < 0:",
         f"{WIRE}::test_what_is_no_answer_is_refused",

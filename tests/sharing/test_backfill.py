@@ -51,7 +51,7 @@ def test_bytes_are_those_of_the_moment_of_the_call() -> None:
     keeper = Backfill(8000, store.put, metrics)
     memory, buffers = pages(3)
     expected = [memory[i * 8000 : (i + 1) * 8000].tobytes() for i in range(3)]
-    keeper.keep([key(1), key(2), key(3)], key(0), buffers)
+    keeper.add([key(1), key(2), key(3)], key(0), buffers)
     memory[:] = 0  # SGLang has its pages back
     store.open.set()
     assert store.done.acquire(timeout=10)
@@ -65,14 +65,14 @@ def test_what_finds_no_room_is_dropped_and_room_comes_back() -> None:
     keeper = Backfill(8000, store.put, metrics)
     keeper._free = keeper._free[:4]  # a buffer of four pages
     memory, buffers = pages(6)
-    keeper.keep([key(i) for i in range(6)], None, buffers)
+    keeper.add([key(i) for i in range(6)], None, buffers)
     assert metrics.snapshot()["remote_unkept_pages"] == 2
-    keeper.keep([key(9)], None, buffers.take([0]))
+    keeper.add([key(9)], None, buffers.take([0]))
     assert metrics.snapshot()["remote_unkept_pages"] == 3
     store.open.set()
     assert store.done.acquire(timeout=10)
     for attempt in range(1000):  # rows are given back right after the put
-        keeper.keep([key(10 + attempt)], None, buffers.take([5]))
+        keeper.add([key(10 + attempt)], None, buffers.take([5]))
         if store.done.acquire(timeout=0.01):
             break
     keeper.close()
@@ -84,7 +84,7 @@ def test_closing_waits_for_the_put_that_runs_and_drops_the_rest() -> None:
     keeper = Backfill(8000, store.put, Metrics())
     _, buffers = pages(1)
     for number in range(3):
-        keeper.keep([key(number)], None, buffers)
+        keeper.add([key(number)], None, buffers)
     closer = threading.Thread(target=keeper.close)
     closer.start()
     store.open.set()
@@ -105,7 +105,7 @@ def test_a_store_that_fails_does_not_end_the_thread() -> None:
     keeper = Backfill(8000, put, metrics)
     _, buffers = pages(1)
     for number in range(2):
-        keeper.keep([key(number)], None, buffers)
+        keeper.add([key(number)], None, buffers)
         assert calls.acquire(timeout=10)
     keeper.close()
     assert metrics.snapshot()["upkeep_exceptions"] == 2

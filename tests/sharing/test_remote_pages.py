@@ -15,13 +15,13 @@ import pytest
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
 from flexkv_sglang.backends.fleet.reader.read import Pending, RemoteRead
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Snapshot, fingerprints_of
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.sharing.remote_pages import RemotePages
+from flexkv_sglang.sharing.remote_pages import RemoteTier
 from flexkv_sglang.types import PageKey
 from nodes.page_servers import EPOCH, FULL, NAME, serving
 from nodes.page_sources import MemorySource, PageMemory, keys_of
@@ -50,8 +50,8 @@ class Client(PeerClient):
 class Bed:
     """Sources of two other nodes, the replica that knows of them, and this process's view."""
 
-    writer: ReplicaWriter
-    pages: RemotePages
+    writer: PeerSetsWriter
+    pages: RemoteTier
     client: Client
     metrics: Metrics
     sources: dict[str, MemorySource]
@@ -73,7 +73,7 @@ class Bed:
 def bed(tmp_path: Path) -> Iterator[Bed]:
     share, metrics = ShareConfig(listen="127.0.0.1:0", remote_deadline_s=5.0), Metrics()
     with ExitStack() as stack:
-        writer = ReplicaWriter(tmp_path / "run")
+        writer = PeerSetsWriter(tmp_path / "run")
         stack.callback(writer.close)
         sources = {}
         for node in NODES:
@@ -82,9 +82,9 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
             writer.set_peer(NodeId(node), EPOCH, address, up=True)
         client = Client(share, metrics)
         stack.callback(client.close)
-        reader = ReplicaReader(tmp_path / "run", NAME, 30.0)
-        pages = RemotePages(NAME, PAGE, reader, client, FULL, share, metrics)
-        store = Tiers([open_engine(tmp_path / "disk", PAGE, 64 * PAGE)], metrics, pages)
+        reader = PeerSetsReader(tmp_path / "run", NAME, 30.0)
+        pages = RemoteTier(NAME, PAGE, reader, client, FULL, share, metrics)
+        store = Tiers([open_engine(tmp_path / "disk", PAGE, 64 * PAGE), pages], metrics)
         stack.callback(store.close)
         yield Bed(writer, pages, client, metrics, sources, store)
 
@@ -120,13 +120,13 @@ def test_turns_share_one_time_limit(bed: Bed, monkeypatch: pytest.MonkeyPatch) -
     bed.holds("a", keys[:4] + keys[8:])
     put(bed.store, keys[4:8])
     limits: list[float] = []
-    latest = bed.pages.latest
+    latest = bed.pages.get_deadline
 
     def told(page_count: int, deadline: float) -> float:
         limits.append(latest(page_count, deadline))
         return limits[-1]
 
-    monkeypatch.setattr(bed.pages, "latest", told)
+    monkeypatch.setattr(bed.pages, "get_deadline", told)
     never = threading.Event()
     bed.sources["a"].before = lambda _keys: bool(never.wait(0.01))  # type: ignore[assignment,return-value]
     memory = PageMemory(12, [PAGE])
@@ -223,10 +223,10 @@ def test_what_is_computed_sooner_is_left(bed: Bed, tmp_path: Path) -> None:
     keys = keys_of(4)
     bed.holds("a", keys)
     memory = PageMemory(4, [PAGE])
-    assert all(bed.pages.begin(keys, memory.buffers, soon()).wait() == 4 for _ in range(1))  # type: ignore[union-attr]
+    assert all(bed.pages.begin_get(keys, memory.buffers, soon()).wait() == 4 for _ in range(1))  # type: ignore[union-attr]
     quick = ShareConfig(remote_deadline_s=5.0, recompute_tokens_per_s=1e9)
-    reader = ReplicaReader(tmp_path / "run", NAME, 30.0)
-    pages = RemotePages(NAME, PAGE, reader, bed.client, FULL, quick, bed.metrics, page_tokens=16)
+    reader = PeerSetsReader(tmp_path / "run", NAME, 30.0)
+    pages = RemoteTier(NAME, PAGE, reader, bed.client, FULL, quick, bed.metrics, page_tokens=16)
     until = soon()
     while not bed.client.seconds_for(NodeId("a"), PAGE):  # with the end, behind the last page
         assert soon() - until < 10
@@ -249,8 +249,8 @@ def test_an_agent_with_other_settings_is_not_asked(bed: Bed, tmp_path: Path) -> 
     keys: list[Any] = keys_of(2)
     bed.holds("a", keys)
     usable = [False]
-    reader = ReplicaReader(tmp_path / "run", NAME, 30.0)
-    pages = RemotePages(
+    reader = PeerSetsReader(tmp_path / "run", NAME, 30.0)
+    pages = RemoteTier(
         *(NAME, PAGE, reader, bed.client, FULL, ShareConfig(), bed.metrics),
         usable=lambda: usable[0],
     )

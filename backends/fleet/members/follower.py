@@ -116,7 +116,7 @@ class Follower:
         self.wants_snapshot = True
         return []
 
-    def distrust(self) -> list[Step]:
+    def invalidate(self) -> list[Step]:
         """What the set says is not so."""
         self.wants_snapshot = True
         return self._forget()

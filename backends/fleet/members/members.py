@@ -26,7 +26,7 @@ class FeedHost(Protocol):
         """What this node tells of itself, with the name it has now."""
         ...
 
-    def listed(self, source: str, infos: list[NodeInfo], hold_s: float = 0.0) -> None:
+    def update_members(self, source: str, infos: list[NodeInfo], grace_s: float = 0.0) -> None:
         """These nodes are there, and no others. ``hold_s``: who is missing stays for that long."""
         ...
 
@@ -73,22 +73,22 @@ class Members:
 
     def __init__(self) -> None:
         self._sources: dict[str, dict[NodeId, NodeInfo]] = {}
-        self._hold_until: dict[str, float] = {}
+        self._grace_until: dict[str, float] = {}
         self.known: dict[NodeId, Member] = {}
         self.refused = 0
 
-    def listed(
-        self, source: str, infos: Iterable[NodeInfo], now: float, hold_s: float = 0.0
+    def update_members(
+        self, source: str, infos: Iterable[NodeInfo], now: float, grace_s: float = 0.0
     ) -> None:
         """A source lists these, and no others. ``hold_s``: for so long it may be missing some."""
-        until = self._hold_until.get(source, 0.0)
-        if hold_s:
-            until = self._hold_until[source] = max(until, now + hold_s)
-        listed = {info.node_id: info for info in infos}
+        until = self._grace_until.get(source, 0.0)
+        if grace_s:
+            until = self._grace_until[source] = max(until, now + grace_s)
+        present = {info.node_id: info for info in infos}
         if now < until:
-            listed = {**self._sources.get(source, {}), **listed}
-        self._sources[source] = listed
-        self._settle(now)
+            present = {**self._sources.get(source, {}), **present}
+        self._sources[source] = present
+        self._reconcile(now)
 
     def tick(self, now: float) -> list[NodeId]:
         """Forget who has been down for long, and say whom."""
@@ -101,21 +101,21 @@ class Members:
             del self.known[node_id]
         return gone
 
-    def _settle(self, now: float) -> None:
+    def _reconcile(self, now: float) -> None:
         """Static sources first: their nodes answered themselves, while an entry in Redis may be older."""
-        listed: dict[NodeId, NodeInfo] = {}
+        present: dict[NodeId, NodeInfo] = {}
         for source in sorted(self._sources, key=lambda name: (name == "redis", name)):
             for node_id, info in self._sources[source].items():
-                listed.setdefault(node_id, info)
+                present.setdefault(node_id, info)
         self.refused = 0
-        for node_id in sorted(listed):
+        for node_id in sorted(present):
             member = self.known.get(node_id)
             if member is not None:
-                member.info, member.down_since = listed[node_id], None
+                member.info, member.down_since = present[node_id], None
             elif len(self.known) < MEMBERS_MAX:
-                self.known[node_id] = Member(listed[node_id])
+                self.known[node_id] = Member(present[node_id])
             else:
                 self.refused += 1
         for node_id, member in self.known.items():
-            if node_id not in listed and member.down_since is None:
+            if node_id not in present and member.down_since is None:
                 member.down_since = now

@@ -1,7 +1,7 @@
 """Which other nodes there are and what each holds: members and changes in, the replica of their sets out.
 
-Follows nodes of the same pod in namespaces present on this node, never itself. Everything comes from outside and
-may be late, lost or wrong; what reaches the ranks is at worst a page that the peer answers MISS to.
+Follows nodes of the same share group in namespaces present on this node, never itself. Everything comes from
+outside and may be late, lost or wrong; what reaches the ranks is at worst a page that the peer answers MISS to.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from flexkv_sglang.backends.fleet.background import Backoff, PeriodicThread
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.follower import Apply, Follower, Forget, Reset, Step
 from flexkv_sglang.backends.fleet.members.members import Member, Members
+from flexkv_sglang.backends.fleet.members.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.redis_feed import RedisFeed
 from flexkv_sglang.backends.fleet.members.replica_sink import ReplicaSink
 from flexkv_sglang.backends.fleet.members.snapshot_queue import Feed, SnapshotQueue
@@ -30,14 +30,15 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     Snapshot,
 )
 from flexkv_sglang.errors import FlexKVError, PeerError
+from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 
-BEAT_S, TICK_S = 0.2, 1.0
+HEARTBEAT_S, TICK_S = 0.2, 1.0
 SNAPSHOT_TIMEOUT_S = 10.0
 SNAPSHOTS_AT_ONCE = 2
 CLOSE_S = 1.7
-_NAME_BEATS = 3
+_NAME_HEARTBEATS = 3
 _OWN_EPOCHS = 16
 
 
@@ -46,7 +47,7 @@ class Membership:
 
     ``info``: what this node tells of itself; cheap, asked often. If another agent has the same
     ``node_id``, ``Membership.node_id`` is the new name. ``logs``: a namespace's ``OwnChanges``, or None. ``sink``
-    is only used under the roster's lock, its ``beat`` and ``tick`` too (by the thread ``flexkv-roster``).
+    is only used under the membership's lock, its ``heartbeat`` and ``tick`` too (by the thread ``flexkv-membership``).
     ``metrics``: ``(name, amount)``, names ``share_...``. Raises ``ConfigError`` for wrong settings, later nothing.
     """
 
@@ -64,14 +65,14 @@ class Membership:
         self._lock = threading.Lock()
         self._node_id = info().node_id  # guarded by _lock, as are all below
         self._own_epochs: deque[int] = deque([info().epoch], _OWN_EPOCHS)
-        self._name_beats: dict[str, int] = {}
+        self._name_heartbeats: dict[str, int] = {}
         self._members = Members()
         self._told: dict[NodeId, tuple[int, str, bool]] = {}
         self._followers: dict[Feed, Follower] = {}
         self._snapshot_at: dict[Feed, float] = {}
         self._wanted: frozenset[str] = frozenset()
         self._queue = SnapshotQueue()
-        self._sink_outage = Backoff("replica of other nodes' pages")
+        self._sink_outage = PartnerState("replica of other nodes' pages")
         self._closed = False
         self._ticked_at = 0.0
         self._feeds: list[RedisFeed | StaticFeed] = [
@@ -84,7 +85,7 @@ class Membership:
             PeriodicThread(f"flexkv-snapshot-{number}", self._ask, failed)
             for number in range(SNAPSHOTS_AT_ONCE)
         ]
-        self._threads = [PeriodicThread("flexkv-roster", self._upkeep, failed), *self._askers]
+        self._threads = [PeriodicThread("flexkv-membership", self._upkeep, failed), *self._askers]
 
     def start(self) -> None:
         """Begin to follow and, with Redis, to publish."""
@@ -118,17 +119,17 @@ class Membership:
             if wanted == self._wanted:
                 return
             self._wanted = wanted
-            self._settle()
+            self._reconcile()
         self._wake()
 
-    def doubted(self, namespace: str, node_id: NodeId) -> None:
+    def set_suspect(self, namespace: str, node_id: NodeId) -> None:
         """Readers do not find at this peer what its set says: forget the set, and ask for it again."""
         with self._lock:
             follower = self._followers.get((namespace, node_id))
             if follower is None or not follower.held:
                 return
             self.count("share_distrusted")
-            self._do((namespace, node_id), follower.distrust())
+            self._do((namespace, node_id), follower.invalidate())
 
     def status(self) -> dict[str, object]:
         """For ``flexkv nodes``: JSON-able, no secret in it. Times in seconds ago."""
@@ -155,7 +156,7 @@ class Membership:
                 self._own_epochs.append(info.epoch)
             return replace(info, node_id=self._node_id)
 
-    def listed(self, source: str, infos: list[NodeInfo], hold_s: float = 0.0) -> None:
+    def update_members(self, source: str, infos: list[NodeInfo], grace_s: float = 0.0) -> None:
         """A source's members, all of them."""
         now = time.monotonic()
         with self._lock:
@@ -164,10 +165,10 @@ class Membership:
                 for info in infos
                 if info.node_id != self._node_id
                 and info.epoch not in self._own_epochs
-                and info.pod == self._share.pod
+                and info.share_group == self._share.share_group
             ]
-            self._members.listed(source, others, now, hold_s)
-            changed = self._settle()
+            self._members.update_members(source, others, now, grace_s)
+            changed = self._reconcile()
         if changed:
             self._wake()
 
@@ -176,18 +177,18 @@ class Membership:
         with self._lock:
             own = self._own_epochs[-1]
             if info is None or info.epoch in self._own_epochs:
-                self._name_beats.pop(source, None)
+                self._name_heartbeats.pop(source, None)
                 return
-            beats = self._name_beats[source] = self._name_beats.get(source, 0) + 1
-            if beats < (_NAME_BEATS if own > info.epoch else 2 * _NAME_BEATS):
-                if beats == _NAME_BEATS:
+            heartbeats = self._name_heartbeats[source] = self._name_heartbeats.get(source, 0) + 1
+            if heartbeats < (_NAME_HEARTBEATS if own > info.epoch else 2 * _NAME_HEARTBEATS):
+                if heartbeats == _NAME_HEARTBEATS:
                     logger.error(
                         "flexkv: node %s: the agent at %s has the same nid and should take another one",
                         self._node_id,
                         info.address,
                     )
                 return
-            self._name_beats.clear()
+            self._name_heartbeats.clear()
             former = self._node_id
             self._node_id = NodeId(f"{former[:91]}-{own & 0xFFFF:04x}")
             self.count("share_renamed")
@@ -229,7 +230,7 @@ class Membership:
 
     # --- under the lock ---
 
-    def _settle(self) -> bool:
+    def _reconcile(self) -> bool:
         """Bring followers and sink in line with members and wanted namespaces. True: what is followed changed."""
         now = time.monotonic()
         before = self._followers.keys() | set()
@@ -343,17 +344,17 @@ class Membership:
     def _upkeep(self) -> float:
         now = time.monotonic()
         with self._lock:
-            self._write(self._sink.beat)
+            self._write(self._sink.heartbeat)
             if now - self._ticked_at >= TICK_S:
                 self._ticked_at = now
                 self._write(self._sink.tick)
                 for node_id in self._members.tick(now):
                     self._told.pop(node_id, None)
                     self._write(self._sink.remove_peer, node_id)
-                self._settle()
+                self._reconcile()
             for feed, follower in self._followers.items():
                 self._do(feed, follower.tick(now))
-        return BEAT_S
+        return HEARTBEAT_S
 
     def _ask(self) -> float:
         """Fetch one snapshot, if one is due."""

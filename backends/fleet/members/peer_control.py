@@ -24,8 +24,16 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     namespace_bytes,
 )
 from flexkv_sglang.backends.fleet.wire import curve
-from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire.answers import (
+    SNAPSHOT_KEYS_MAX,
+    Answer,
+    Changes,
+    SnapshotPart,
+    Unavailable,
+    UnavailableReason,
+)
 from flexkv_sglang.backends.fleet.wire.link import Link
+from flexkv_sglang.backends.fleet.wire.requests import Poll, pack_poll, pack_snapshot_request
 from flexkv_sglang.errors import PeerError
 
 if TYPE_CHECKING:
@@ -33,7 +41,7 @@ if TYPE_CHECKING:
 
 LINKS_MAX = 64
 IDLE_S = 60.0
-KEYS_MAX = wire.SNAPSHOT_KEYS_MAX
+KEYS_MAX = SNAPSHOT_KEYS_MAX
 
 
 class WirePeerControl:
@@ -68,11 +76,11 @@ class WirePeerControl:
     ) -> list[Change] | None:
         """Changes after ``last`` of ``epoch``, the first of them if there are many; None: take a snapshot."""
         request_id = next(self._rids)
-        ask = wire.pack_poll(wire.Poll(request_id, namespace_bytes(namespace), epoch, last))
+        ask = pack_poll(Poll(request_id, namespace_bytes(namespace), epoch, last))
         answer = self._ask(address, request_id, ask, timeout_s)[0]
-        if isinstance(answer, wire.Unavailable) and answer.reason is wire.UnavailableReason.LOST:
+        if isinstance(answer, Unavailable) and answer.reason is UnavailableReason.LOST:
             return None
-        if not isinstance(answer, wire.Changes):
+        if not isinstance(answer, Changes):
             raise _unexpected(address, answer)
         return answer.changes
 
@@ -80,9 +88,12 @@ class WirePeerControl:
         """All pages of that node in a namespace."""
         request_id = next(self._rids)
         answers = self._ask(
-            address, request_id, wire.pack_snap(request_id, namespace_bytes(namespace)), timeout_s
+            address,
+            request_id,
+            pack_snapshot_request(request_id, namespace_bytes(namespace)),
+            timeout_s,
         )
-        parts = [answer for answer in answers if isinstance(answer, wire.SnapshotPart)]
+        parts = [answer for answer in answers if isinstance(answer, SnapshotPart)]
         if not parts or len(parts) != len(answers):
             raise _unexpected(address, answers[0])
         first = parts[0]
@@ -111,7 +122,7 @@ class WirePeerControl:
 
     def _ask(
         self, address: str, request_id: int, ask: list[bytes], timeout_s: float
-    ) -> list[wire.Answer]:
+    ) -> list[Answer]:
         deadline = time.monotonic() + timeout_s
         link = self._take(address) or self._open(address)
         try:
@@ -124,22 +135,20 @@ class WirePeerControl:
         self._put_back(address, link)
         return answers
 
-    def _answers(
-        self, link: Link, address: str, request_id: int, deadline: float
-    ) -> list[wire.Answer]:
+    def _answers(self, link: Link, address: str, request_id: int, deadline: float) -> list[Answer]:
         """One answer, or all parts of a snapshot."""
-        answers: list[wire.Answer] = []
+        answers: list[Answer] = []
         while True:
             self._wait(link, address, deadline)
             while (received := link.receive()) is not None:
                 answer = received[0]
                 if (
-                    not isinstance(answer, wire.SnapshotPart | wire.Changes | wire.Unavailable)
+                    not isinstance(answer, SnapshotPart | Changes | Unavailable)
                     or answer.request_id != request_id
                 ):
                     raise _unexpected(address, answer)
                 answers.append(answer)
-                if not isinstance(answer, wire.SnapshotPart) or len(answers) == answer.parts:
+                if not isinstance(answer, SnapshotPart) or len(answers) == answer.parts:
                     return answers
             link.watch()
 
@@ -202,6 +211,6 @@ class WirePeerControl:
             unused.close()
 
 
-def _unexpected(address: str, answer: wire.Answer) -> PeerError:
-    reason = answer.reason.name if isinstance(answer, wire.Unavailable) else type(answer).__name__
+def _unexpected(address: str, answer: Answer) -> PeerError:
+    reason = answer.reason.name if isinstance(answer, Unavailable) else type(answer).__name__
     return PeerError(f"{address}: not what was asked for: {reason}")

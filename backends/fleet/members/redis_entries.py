@@ -55,7 +55,7 @@ def encode_info(info: NodeInfo) -> bytes:
         "epoch": f"{info.epoch:016x}",
         "addr": [info.address],
         "engines": list(info.engines),
-        "pod": info.pod,
+        "pod": info.share_group,
         "ns": sorted(info.namespaces)[:NAMESPACES_MAX],
         "ver": info.version,
     }
@@ -73,7 +73,7 @@ def decode_info(node_id: bytes, entry: bytes | None) -> NodeInfo | None:
             node_id=NodeId(name),
             epoch=int(fields["epoch"], 16),
             address=fields["addr"][0],
-            pod=fields["pod"],
+            share_group=fields["pod"],
             namespaces=tuple(fields["ns"]),
             engines=tuple(fields["engines"]),
             version=str(fields["ver"])[:64],
@@ -86,7 +86,7 @@ def decode_info(node_id: bytes, entry: bytes | None) -> NodeInfo | None:
 
 def is_sound(info: NodeInfo) -> bool:
     """Does what another node says of itself keep to types and limits?"""
-    texts = (info.node_id, info.address, info.pod, *info.namespaces, *info.engines)
+    texts = (info.node_id, info.address, info.share_group, *info.namespaces, *info.engines)
     if not all(isinstance(text, str) for text in texts):
         return False
     return (
@@ -94,7 +94,7 @@ def is_sound(info: NodeInfo) -> bool:
         and 0 < info.epoch < 1 << 64
         and is_name(info.node_id)
         and bool(_ADDRESS.fullmatch(info.address))
-        and len(info.pod) <= 128
+        and len(info.share_group) <= 128
         and len(info.namespaces) <= NAMESPACES_MAX
         and all(is_namespace(name) for name in info.namespaces)
         and len(info.engines) <= 16

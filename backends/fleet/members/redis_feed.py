@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flexkv_sglang.backends.fleet.background import Backoff, PeriodicThread
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX, FeedHost
+from flexkv_sglang.backends.fleet.members.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.redis_entries import (
     decode_change,
     decode_info,
@@ -28,6 +28,7 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
 from flexkv_sglang.backends.fleet.members.redis_link import RedisLink, parse_redis_url
 from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo, ShareConfig
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ _BATCH_CHANGES = 64
 _READ_ENTRIES, _READ_ENTRIES_ALL = 256, 4096
 _FEW_NODES = 32
 
-BEAT = """
+HEARTBEAT = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local live, nodes, ver = KEYS[1], KEYS[2], KEYS[3]
@@ -106,14 +107,14 @@ class RedisFeed:
         )
         self._writing = self._link.client()
         self._reading = self._link.client(BLOCK_S)
-        self._script = self._writing.register_script(BEAT)
+        self._script = self._writing.register_script(HEARTBEAT)
         name = f"Redis at {self._link.address}"
-        self._write_outage = Backoff(name)
-        self._read_outage = Backoff(f"{name} (feed)")
+        self._write_outage = PartnerState(name)
+        self._read_outage = PartnerState(f"{name} (feed)")
         self._infos: list[NodeInfo] = []
         self._version = b""
-        self._beaten_as: NodeId | None = None
-        self._next_beat = self._retry_at = self._flushed_at = 0.0
+        self._registered_as: NodeId | None = None
+        self._next_heartbeat = self._retry_at = self._flushed_at = 0.0
         self._written_at: dict[str, float] = {}
         self._cursors: dict[bytes, bytes] = {}
         self._heard_at: dict[bytes, float] = {}
@@ -135,7 +136,7 @@ class RedisFeed:
 
     def wake(self) -> None:
         """What is followed, or what this node tells of itself, has changed."""
-        self._next_beat = 0.0
+        self._next_heartbeat = 0.0
         for thread in self._threads:
             thread.event.set()
 
@@ -149,8 +150,8 @@ class RedisFeed:
         ended = [thread.join(deadline) for thread in self._threads]
         if all(ended):
             time_left = deadline - time.monotonic() > 2 * LEAVE_S
-            if time_left and self._write_outage.connected and self._beaten_as is not None:
-                self._leave(self._beaten_as)
+            if time_left and self._write_outage.connected and self._registered_as is not None:
+                self._leave(self._registered_as)
             self._writing.close()
             self._reading.close()
         return all(ended)
@@ -173,21 +174,21 @@ class RedisFeed:
             self._threads[0].pause(self._retry_at - now)
             return 0.0
         try:
-            if now >= self._next_beat:
+            if now >= self._next_heartbeat:
                 period = self._share.heartbeat_s * random.uniform(0.9, 1.1)
-                self._next_beat = now + period
-                self._beat()
+                self._next_heartbeat = now + period
+                self._heartbeat()
             more = self._publish()
         except self._link.errors as error:
             self._host.count("share_redis_errors")
             self._retry_at = time.monotonic() + self._write_outage.failed(error)
-            self._next_beat = 0.0
+            self._next_heartbeat = 0.0
             self._writing.connection_pool.disconnect()
             return 0.0
         self._write_outage.worked()
-        return 0.0 if more else min(KEEP_S / 5, max(0.0, self._next_beat - time.monotonic()))
+        return 0.0 if more else min(KEEP_S / 5, max(0.0, self._next_heartbeat - time.monotonic()))
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         own = self._host.own_info()
         args = [
             own.node_id,
@@ -203,13 +204,13 @@ class RedisFeed:
             found = [decode_info(*pair) for pair in zip(answer[2], answer[3], strict=False)]
             self._infos = [info for info in found if info is not None]
         self._version = answer[0]
-        lost = former == b"" and self._beaten_as == own.node_id
+        lost = former == b"" and self._registered_as == own.node_id
         if lost:  # flushed, failed over or away for long: others have yet to come back
             self._emptied += 1
             self._host.count("share_redis_emptied")
-        self._beaten_as = own.node_id
-        hold_s = self._share.node_ttl_s + self._write_outage.retry_max_s if lost else 0.0
-        self._host.listed(SOURCE, self._infos, hold_s)
+        self._registered_as = own.node_id
+        grace_s = self._share.node_ttl_s + self._write_outage.retry_max_s if lost else 0.0
+        self._host.update_members(SOURCE, self._infos, grace_s)
         other = decode_info(own.node_id.encode(), former) if former not in (b"", b"=") else None
         self._host.own_name_seen(SOURCE, other)
 

@@ -1,4 +1,4 @@
-"""Where a roster writes what it knows of other nodes. ``ReplicaWriter`` is the real one."""
+"""Where a roster writes what it knows of other nodes. ``PeerSetsWriter`` is the real one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ReplicaSink(Protocol):
         """Forget a node's set until the next ``reset``."""
         ...
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """The writer lives. Every 200 ms."""
         ...
 

@@ -10,11 +10,12 @@ import random
 import time
 from dataclasses import replace
 
-from flexkv_sglang.backends.fleet.background import Backoff, PeriodicThread
 from flexkv_sglang.backends.fleet.members.members import FeedHost
+from flexkv_sglang.backends.fleet.members.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.redis_entries import is_sound
 from flexkv_sglang.backends.fleet.vocabulary import NodeInfo, PeerControl, ShareConfig
 from flexkv_sglang.errors import PeerError
+from flexkv_sglang.threads import PeriodicThread
 
 ASK_TIMEOUT_S = 1.0
 POLL_S = 0.02
@@ -35,7 +36,7 @@ class StaticFeed:
         self._host = host
         self._control = control
         self._source = f"peer {address}"
-        self._outage = Backoff(self._source, min(5.0, share.heartbeat_s))
+        self._outage = PartnerState(self._source, min(5.0, share.heartbeat_s))
         self._info: NodeInfo | None = None
         self._next_hello = 0.0
         self._answered_at = time.monotonic()
@@ -72,7 +73,7 @@ class StaticFeed:
             self._host.count("share_peer_errors")
             self._thread.pause(self._outage.failed(error))
             if time.monotonic() - self._answered_at >= self._share.node_ttl_s:
-                self._host.listed(self._source, [])
+                self._host.update_members(self._source, [])
             return 0.0
         try:
             asked = self._poll()
@@ -96,7 +97,7 @@ class StaticFeed:
         self._outage.worked()
         own = self._host.own_info()
         self._host.own_name_seen(self._source, info if info.node_id == own.node_id else None)
-        self._host.listed(self._source, [replace(info, address=self._address)])
+        self._host.update_members(self._source, [replace(info, address=self._address)])
 
     def _poll(self) -> int:
         """Ask for the changes of what is followed. How many namespaces were asked for."""

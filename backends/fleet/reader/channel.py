@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from flexkv_sglang.backends.fleet.reader.health import REFUSED_S, PeerHealth
 from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, Arrived, PageOutcome, Pending
 from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PageStatus
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.link import Link, State
+from flexkv_sglang.backends.fleet.wire import answers, requests
+from flexkv_sglang.backends.fleet.wire.link import Link, LinkState
 
 if TYPE_CHECKING:
     import zmq
@@ -83,7 +83,7 @@ class PeerChannel:
         self._page_bytes = max(self._page_bytes, *(p.page_bytes for p in self._waiting))
         self._open_links()
         while self._waiting and len(self._out) < OUTSTANDING:
-            free = [link for link in self.links if link.state is State.READY]
+            free = [link for link in self.links if link.state is LinkState.READY]
             if not free:
                 return
             loads = [sum(out.link is link for out in self._out.values()) for link in free]
@@ -118,13 +118,15 @@ class PeerChannel:
         request_id = next(self._rids)
         budget_ms = max(1, int((pending.read.deadline - time.monotonic()) * 1000))
         keys = tuple(pending.read.keys[first : first + count])
-        read = wire.Read(request_id, pending.read.namespace, budget_ms, wire.STOP_AT_FIRST, keys)
+        read = requests.Read(
+            request_id, pending.read.namespace, budget_ms, requests.STOP_AT_FIRST, keys
+        )
         self._out[request_id] = Out(pending, link, first, count)
         link.send(self._pack(read))
 
-    def _pack(self, read: wire.Read) -> list[bytes]:
+    def _pack(self, read: requests.Read) -> list[bytes]:
         """The request on the wire."""
-        return wire.pack_read(read)
+        return requests.pack_read(read)
 
     def receive(self, link: Link) -> None:
         """Take what has come on a link, and see whether it is still alive."""
@@ -136,7 +138,7 @@ class PeerChannel:
                 break
             self.heard_at = time.monotonic()
             self._take(link, *answer)
-        if link.state is State.READY and before is State.OPENING:
+        if link.state is LinkState.READY and before is LinkState.OPENING:
             self.heard_at = time.monotonic()
             if self._probe_until:
                 self._probe_until = 0.0
@@ -144,14 +146,14 @@ class PeerChannel:
         if not link.alive:
             self.lost(link)
 
-    def _take(self, link: Link, answer: wire.Answer, frame: zmq.Frame | None) -> None:
-        if not isinstance(answer, wire.Pages | wire.End):
+    def _take(self, link: Link, answer: answers.Answer, frame: zmq.Frame | None) -> None:
+        if not isinstance(answer, answers.PagesHeader | answers.End):
             link.fail(f"wire: {type(answer).__name__} was not asked for")
             return
         out = self._out.get(answer.request_id)
         if out is None:
             return  # of a read that was given up
-        if isinstance(answer, wire.End):
+        if isinstance(answer, answers.End):
             self._ended(link, answer, out)
         elif (
             answer.index != out.got
@@ -163,7 +165,9 @@ class PeerChannel:
             out.got += len(answer.checksums)
             self._pages(link, answer, out, frame)
 
-    def _pages(self, link: Link, pages: wire.Pages, out: Out, frame: zmq.Frame | None) -> None:
+    def _pages(
+        self, link: Link, pages: answers.PagesHeader, out: Out, frame: zmq.Frame | None
+    ) -> None:
         place = out.first + pages.index
         if pages.status is not PageStatus.OK or frame is None:
             if pages.status is PageStatus.BUSY:
@@ -179,14 +183,14 @@ class PeerChannel:
         out.pending.arrived(len(pages.checksums) * pages.length, self.heard_at)
         self._cancel_unwanted(out.pending)
 
-    def _deliver(self, link: Link, pages: wire.Pages, out: Out, data: Arrived) -> None:
+    def _deliver(self, link: Link, pages: answers.PagesHeader, out: Out, data: Arrived) -> None:
         place = out.first + pages.index
         delivered, failure = out.pending.deliver(place, pages, data)
         if delivered:
             self._count("remote_read_bytes", delivered * pages.length)
         if failure is PageOutcome.CORRUPT:
             key = out.pending.read.keys[place + delivered]
-            link.send(wire.pack_bad(out.pending.read.namespace, [key]))
+            link.send(requests.pack_report_corrupt(out.pending.read.namespace, [key]))
             if self.health.corrupt():
                 self._count("remote_breaker_trips", 1)
 
@@ -200,13 +204,13 @@ class PeerChannel:
 
     def _cancel(self, request_id: int) -> None:
         """Nobody wants this request any more."""
-        self._remove(request_id).link.send(wire.pack_cancel(request_id))
+        self._remove(request_id).link.send(requests.pack_cancel(request_id))
 
     def _remove(self, request_id: int) -> Out:
         """This request is over."""
         return self._out.pop(request_id)
 
-    def _ended(self, link: Link, end: wire.End, out: Out) -> None:
+    def _ended(self, link: Link, end: answers.End, out: Out) -> None:
         del self._out[end.request_id]
         if end.sent != out.got:
             link.fail(f"wire: {out.got} pages came, {end.sent} were sent")
@@ -246,7 +250,7 @@ class PeerChannel:
         for request_id in victims:
             self._failed(self._remove(request_id), PageOutcome.FAILED)
         if wanted and not link.reason.endswith("NO_HELLO"):
-            self._trip(link.reason, REFUSED_S if link.state is State.REFUSED else None)
+            self._trip(link.reason, REFUSED_S if link.state is LinkState.REFUSED else None)
 
     def _trip(self, reason: str, pause_s: float | None = None) -> None:
         """Open the breaker: everything under way fails."""

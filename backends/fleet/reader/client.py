@@ -124,6 +124,7 @@ class PeerClient:
             if self._thread is None:
                 self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 _let_malloc_keep_messages()
+                # a loop over sockets that ends them itself, so no thread of threads.py
                 self._thread = threading.Thread(target=self._run, name="flexkv-peers", daemon=True)
                 self._thread.start()
         return True

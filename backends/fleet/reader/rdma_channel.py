@@ -21,9 +21,9 @@ from flexkv_sglang.backends.fleet.reader.health import PeerHealth
 from flexkv_sglang.backends.fleet.reader.rdma_memory import FALLBACK_S, EngineReads, Fetch
 from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, PageOutcome, Pending
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus
-from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link
-from flexkv_sglang.backends.fleet.wire.offers import pack_done, pack_offer
+from flexkv_sglang.backoff import Backoff
 
 if TYPE_CHECKING:
     import zmq
@@ -43,43 +43,46 @@ class EngineChannel(PeerChannel):
     ) -> None:
         super().__init__(health, open_link, count)
         self._engine = engine
-        self._zmq_until = 0.0
+        self._fallback = Backoff(FALLBACK_S, FALLBACK_S)  # while it is not due: over ZeroMQ
         self._fetches: dict[int, Fetch] = {}
 
-    def _pack(self, read: wire.Read) -> list[bytes]:
+    def _pack(self, read: requests.Read) -> list[bytes]:
         out = self._out[read.request_id]
         welcome = out.link.welcome
         if (
             welcome is None
             or self._engine.name not in welcome.info.engines
-            or time.monotonic() < self._zmq_until
+            or not self._fallback.due
         ):
             return super()._pack(read)
         fetch = self._engine.take(out.count, out.pending.page_bytes)
         if fetch is None:
             return super()._pack(read)
         self._fetches[read.request_id] = fetch
-        return pack_offer(read)
+        return requests.pack_offer(read)
 
-    def _take(self, link: Link, answer: wire.Answer, frame: zmq.Frame | None) -> None:
-        if isinstance(answer, wire.Offered):
+    def _take(self, link: Link, answer: answers.Answer, frame: zmq.Frame | None) -> None:
+        if isinstance(answer, answers.Offered):
             self._offered(link, answer)
-        elif isinstance(answer, wire.Pages | wire.End) and answer.request_id in self._fetches:
+        elif (
+            isinstance(answer, answers.PagesHeader | answers.End)
+            and answer.request_id in self._fetches
+        ):
             link.fail(f"wire: {type(answer).__name__} instead of an offer")
         else:
             super()._take(link, answer, frame)
 
-    def _offered(self, link: Link, offered: wire.Offered) -> None:
+    def _offered(self, link: Link, offered: answers.Offered) -> None:
         """The peer holds pages for the engine."""
         request_id = offered.request_id
         out, fetch = self._out.get(request_id), self._fetches.get(request_id)
         if out is None:  # of a read that was given up
-            link.send(pack_done(offered.hold))
+            link.send(requests.pack_done(offered.lease))
             return
         if fetch is None or fetch.transfer is not None or out.link is not link:
             link.fail("wire: an offer out of place")
             return
-        fetch.hold = offered.hold
+        fetch.hold = offered.lease
         pages = list(itertools.takewhile(lambda page: page.status is PageStatus.OK, offered.pages))
         lengths = {page.length for page in pages}
         if len(offered.pages) > out.count or lengths - {out.pending.page_bytes}:
@@ -95,11 +98,11 @@ class EngineChannel(PeerChannel):
             self.pump()
             return
         try:
-            self._engine.start(fetch, wanted, offered.hold_ms, offered.blob)
+            self._engine.start(fetch, wanted, offered.lease_ms, offered.blob)
         except EngineError as exc:
             self._fall_back(request_id, str(exc))
 
-    def _fail_behind(self, out: Out, offered: wire.Offered, count: int) -> None:
+    def _fail_behind(self, out: Out, offered: answers.Offered, count: int) -> None:
         """The page behind the first ``count`` of an offer is not there."""
         outcome = PageOutcome.FAILED  # an offer that ends early
         if count < len(offered.pages):
@@ -128,7 +131,7 @@ class EngineChannel(PeerChannel):
         out = self._out[request_id]
         self.heard_at = time.monotonic()
         for index, page in enumerate(fetch.pages):
-            head = wire.Pages(
+            head = answers.PagesHeader(
                 request_id, index, page.status, page.kind, page.length, (page.checksum,)
             )
             self._deliver(out.link, head, out, self._engine.landed(fetch, index))
@@ -151,7 +154,7 @@ class EngineChannel(PeerChannel):
         if fetch is not None:
             self._engine.give_back(fetch)
             if fetch.hold and out.link.alive:
-                out.link.send(pack_done(fetch.hold))
+                out.link.send(requests.pack_done(fetch.hold))
         return out
 
     def _fall_back(self, request_id: int, reason: str) -> None:
@@ -168,17 +171,16 @@ class EngineChannel(PeerChannel):
             self.pump()
 
     def _leave_engine(self, reason: str) -> None:
-        now = time.monotonic()
-        if now >= self._zmq_until:
+        if self._fallback.due:
             node_id = self.health.node_id
             logger.warning("node %s is read over zmq for %g s: %s", node_id, FALLBACK_S, reason)
             self._count("remote_engine_failures", 1)
-        self._zmq_until = now + FALLBACK_S
+        self._fallback.failed(FALLBACK_S)
 
     def renew(self) -> None:
         """Another process: nothing is known against its engine."""
         super().renew()
-        self._zmq_until = 0.0
+        self._fallback = Backoff(FALLBACK_S, FALLBACK_S)
 
     def abandon(self, pending: Pending) -> None:
         """A transfer that is late is the engine's fault, not a silence of the peer."""

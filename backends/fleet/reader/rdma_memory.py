@@ -23,8 +23,8 @@ from flexkv_sglang.backends.fleet.rdma.base import (
 )
 from flexkv_sglang.backends.fleet.rdma.choice import close_engine, open_engine
 from flexkv_sglang.backends.fleet.slabs import ServeSlabs
-from flexkv_sglang.backends.fleet.wire import curve
-from flexkv_sglang.backends.fleet.wire.messages import OfferedPage
+from flexkv_sglang.backends.fleet.wire import addresses
+from flexkv_sglang.backends.fleet.wire.answers import OfferedPage
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.types import SECTOR, round_up
@@ -84,7 +84,7 @@ class EngineReads:
     @classmethod
     def of(cls, share: ShareConfig, engine: OneSidedEngine | None) -> EngineReads | None:
         """With ``engine``, or the one that ``share.engine`` names; None: ZeroMQ only."""
-        engine = engine or open_engine(share, lambda: curve.outward_host(share))
+        engine = engine or open_engine(share, lambda: addresses.outward_host(share))
         return None if engine is None else cls(engine)
 
     @property

@@ -21,7 +21,8 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, PageStatus
-from flexkv_sglang.backends.fleet.wire.messages import Bytes, Pages, stride_of
+from flexkv_sglang.backends.fleet.wire.answers import PagesHeader
+from flexkv_sglang.backends.fleet.wire.protocol import Bytes, stride_of
 from flexkv_sglang.types import PageBuffers, PageKey
 
 _SMALL = 64 << 10
@@ -81,7 +82,7 @@ class Arrived(Protocol):
 
     @property
     def buffer(self) -> Bytes:
-        """As ``Pages`` says."""
+        """As ``PagesHeader`` says."""
         ...
 
 
@@ -127,7 +128,9 @@ class Pending:
             self._abandon(self)
         return outcomes
 
-    def deliver(self, first: int, pages: Pages, frame: Arrived) -> tuple[int, PageOutcome | None]:
+    def deliver(
+        self, first: int, pages: PagesHeader, frame: Arrived
+    ) -> tuple[int, PageOutcome | None]:
         """Pages from ``first`` on have come: verify and copy each.
 
         Returns how many are OK, and what the next one is; None: there is none, or nobody wants it any more.

@@ -1,4 +1,4 @@
-"""ReplicaReader: a rank process's view of what other nodes hold. Memory only; no lock shared with the writer.
+"""PeerSetsReader: a rank process's view of what other nodes hold. Memory only; no lock shared with the writer.
 
 ``refresh`` takes in what changed of nodes and sets; changes of a set's pages need no refresh: they are in
 memory that is shared with the agent. Everything found here is a hint: the read at the peer decides.
@@ -59,7 +59,7 @@ class _Held:
         return len(fingerprints) if held.all() else int(held.argmin())
 
 
-class ReplicaReader:
+class PeerSetsReader:
     """What other nodes hold in one namespace, as the agent of this node last said.
 
     Without ``run_dir``, a table in it, or a sign of life of the agent in the last ``ttl_s`` seconds there are no
@@ -100,7 +100,7 @@ class ReplicaReader:
         table = self._table
         if table is None:
             return False
-        age = time.monotonic_ns() - table.beat_ns
+        age = time.monotonic_ns() - table.heartbeat_ns
         return -_AHEAD_NS <= age <= self._ttl_ns
 
     def peers(self) -> Sequence[Peer]:
@@ -169,7 +169,7 @@ class ReplicaReader:
         """Open the table, or the one that has taken its place."""
         table = self._table
         retired = table is not None and table.retired
-        if table is not None and not retired and now - table.beat_ns < _QUIET_NS:
+        if table is not None and not retired and now - table.heartbeat_ns < _QUIET_NS:
             return
         if not retired and now < self._look_at_ns:
             return

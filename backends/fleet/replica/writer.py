@@ -1,4 +1,4 @@
-"""ReplicaWriter: the agent's side of the membership replica (``replica_files`` says what lies where).
+"""PeerSetsWriter: the agent's side of the membership replica (``replica_files`` says what lies where).
 
 Whatever moment it is killed at, readers see for every node either what was true before or what is true after.
 The next writer starts with no nodes, puts its table in the place of the old one and removes the old sets;
@@ -44,7 +44,7 @@ from flexkv_sglang.types import U64
 logger = logging.getLogger(__name__)
 
 
-class ReplicaWriter:
+class PeerSetsWriter:
     """Keeps what other nodes hold in ``run_dir``. The only one that does: the caller holds the agent's lock.
 
     Nothing but the constructor fails for the disk. Calls about nodes or sets it does not know do nothing.
@@ -65,7 +65,7 @@ class ReplicaWriter:
             remove_sets(self._run_dir)
         except OSError as exc:
             raise PeerError(f"cannot keep the replica in {self._run_dir}: {exc}") from exc
-        self.beat()
+        self.heartbeat()
 
     @property
     def frozen(self) -> bool:
@@ -80,9 +80,9 @@ class ReplicaWriter:
         sets = [space.sets.get(entry.peer.slot, ()) for space in self._namespaces.values()]
         return sum(len(pages) for pages in sets)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """The agent lives."""
-        self._table.beat_ns = time.monotonic_ns()
+        self._table.heartbeat_ns = time.monotonic_ns()
 
     def set_peer(self, node_id: NodeId, epoch: int, address: str, up: bool) -> None:
         """Make a node known, or what is new of it. ``up`` False: look-ups pass it over, its sets stay.

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.server.queue import Reader
-from flexkv_sglang.backends.fleet.server.worker import Job, JobPool
 from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, Snapshot, namespace_name
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.messages import UnavailableReason
+from flexkv_sglang.backends.fleet.wire import answers, requests
+from flexkv_sglang.backends.fleet.wire.answers import UnavailableReason
+from flexkv_sglang.threads import JobPool, PoolJob
 
 if TYPE_CHECKING:
     import zmq
@@ -50,7 +50,7 @@ class ServeFeeds:
         self._kept: dict[bytes, tuple[float, Snapshot]] = {}  # used by the worker's thread only
         self._sending: deque[_Sending] = deque()
 
-    def snap(self, reader: Reader, ask: wire.SnapshotRequest) -> None:
+    def snap(self, reader: Reader, ask: requests.SnapshotRequest) -> None:
         """Answer with all parts, one after the other, or with GONE."""
 
         def build() -> Callable[[], None]:
@@ -59,26 +59,26 @@ class ServeFeeds:
 
         self._ask(reader, ask.request_id, build)
 
-    def poll(self, reader: Reader, ask: wire.Poll) -> None:
+    def poll(self, reader: Reader, ask: requests.Poll) -> None:
         """Answer with CHANGES, or with GONE."""
 
         def build() -> Callable[[], None]:
             log = self._logs(namespace_name(ask.namespace))
             changes = log.since(ask.epoch, ask.last) if log is not None else None
             if changes is not None:
-                frames = wire.pack_changes(ask.request_id, changes)
+                frames = answers.pack_changes(ask.request_id, changes)
             else:
                 reason = (
                     UnavailableReason.UNKNOWN_NAMESPACE if log is None else UnavailableReason.LOST
                 )
-                frames = wire.pack_gone(ask.request_id, reason)
+                frames = answers.pack_unavailable(ask.request_id, reason)
             return lambda: _ignore(self._send(reader, frames))
 
         self._ask(reader, ask.request_id, build)
 
-    def _ask(self, reader: Reader, request_id: int, build: Job) -> None:
+    def _ask(self, reader: Reader, request_id: int, build: PoolJob) -> None:
         def busy() -> None:
-            self._send(reader, wire.pack_gone(request_id, UnavailableReason.BUSY))
+            self._send(reader, answers.pack_unavailable(request_id, UnavailableReason.BUSY))
 
         if not self._worker.put(build, busy):
             busy()
@@ -95,13 +95,14 @@ class ServeFeeds:
         sending.trackers = [tracker for tracker in sending.trackers if not tracker.done]
         while len(sending.trackers) < PARTS_IN_FLIGHT:
             tracker = self._send(
-                sending.reader, wire.pack_part(sending.request_id, sending.snapshot, sending.part)
+                sending.reader,
+                answers.pack_part(sending.request_id, sending.snapshot, sending.part),
             )
             if tracker is None:
                 return False
             sending.trackers.append(tracker)
             sending.part += 1
-            if sending.part == wire.snapshot_parts(sending.snapshot):
+            if sending.part == answers.parts_of(len(sending.snapshot.fingerprints)):
                 return False
         return True
 
@@ -120,7 +121,7 @@ class ServeFeeds:
             reason = (
                 UnavailableReason.UNKNOWN_NAMESPACE if snapshot is None else UnavailableReason.BUSY
             )
-            self._send(reader, wire.pack_gone(request_id, reason))
+            self._send(reader, answers.pack_unavailable(request_id, reason))
         else:
             self._sending.append(_Sending(reader, request_id, snapshot))
 

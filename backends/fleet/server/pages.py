@@ -20,7 +20,6 @@ from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.rdma.base import OneSidedEngine
 from flexkv_sglang.backends.fleet.server.holds import Hold, ServeHolds
 from flexkv_sglang.backends.fleet.server.queue import Reader, Request, ServeQueue, Turn
-from flexkv_sglang.backends.fleet.server.worker import JobPool
 from flexkv_sglang.backends.fleet.slabs import ServeSlabs
 from flexkv_sglang.backends.fleet.vocabulary import (
     MISSING,
@@ -30,8 +29,8 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     ShareConfig,
     namespace_name,
 )
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.offers import pack_offered
+from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
+from flexkv_sglang.threads import JobPool
 
 if TYPE_CHECKING:
     import zmq
@@ -127,15 +126,15 @@ class ServePages:
         landed, request.offered = request.offered or [], None
         return [(page, offset) for page, offset in landed if page.status is PageStatus.OK]
 
-    def read(self, reader: Reader, ask: wire.Read) -> None:
+    def read(self, reader: Reader, ask: requests.Read) -> None:
         self._take(Request(reader, ask, *self._terms(ask)))
 
-    def offer(self, reader: Reader, ask: wire.Read) -> None:
+    def offer(self, reader: Reader, ask: requests.Read) -> None:
         if not self._blob:
-            raise wire.WireError("no engine here")
+            raise protocol.WireError("no engine here")
         self._take(Request(reader, ask, *self._terms(ask), offered=[]))
 
-    def _terms(self, ask: wire.Read) -> tuple[PageSource | None, float]:
+    def _terms(self, ask: requests.Read) -> tuple[PageSource | None, float]:
         deadline = time.monotonic() + ask.budget_ms / 1000
         return self._sources(namespace_name(ask.namespace)), deadline
 
@@ -194,7 +193,7 @@ class ServePages:
         request = turn.request
         late = time.monotonic() > request.deadline
         index = turn.first
-        most = max(1, wire.PAGES_BYTES_MAX // request.slot_bytes)
+        most = max(1, answers.PAGES_BYTES_MAX // request.slot_bytes)
         for status, alike in _runs(pages, most, first_alone=not turn.first):
             if status is PageStatus.OK and not request.over and not late:
                 self._send_pages(request, index, alike, offset)
@@ -225,7 +224,7 @@ class ServePages:
         if length < stride:  # not what another page has left there
             for start in range(offset, offset + count * stride, stride):
                 memory[start + length : start + stride] = bytes(stride - length)
-        head = wire.Pages(
+        head = answers.PagesHeader(
             request.read.request_id, index, PageStatus.OK, pages[0].kind, length,
             tuple(page.checksum for page in pages),
         )  # fmt: skip
@@ -233,7 +232,7 @@ class ServePages:
         data = zmq.Frame(memory[offset:end], track=True, copy=False)
         leaving = self._leaving.setdefault(request.reader, deque())
         leaving.append((data.tracker, request, offset, count))
-        if self._send(request.reader, [wire.pack_pages(head), data]):
+        if self._send(request.reader, [answers.pack_pages(head), data]):
             self.counts["pages_sent"] += count
             self.counts["bytes_sent"] += count * length
 
@@ -251,38 +250,44 @@ class ServePages:
             self._end(request)
 
     def _send_status(self, request: Request, index: int, status: PageStatus) -> None:
-        head = wire.Pages(request.read.request_id, index, status, ChecksumKind.NONE, 0, (0,))
+        head = answers.PagesHeader(
+            request.read.request_id, index, status, ChecksumKind.NONE, 0, (0,)
+        )
         request.sent += 1
         self.counts[f"pages_{status.name.lower()}"] += 1
         if request.offered is not None:
             request.offered.append((ServedPage(status), 0))
             return
-        self._send(request.reader, [wire.pack_pages(head)])
+        self._send(request.reader, [answers.pack_pages(head)])
 
     def _end(self, request: Request) -> None:
         self._queue.finish(request)
         if request.offered is not None:
             self._send_offered(request, request.offered)
             return
-        self._send(request.reader, wire.pack_end(request.read.request_id, request.sent))
+        self._send(request.reader, answers.pack_end(request.read.request_id, request.sent))
 
     def _send_offered(self, request: Request, offered: list[tuple[ServedPage, int]]) -> None:
         """Tell the reader where its pages lie, and keep them there."""
         offsets = [offset for _, offset in self._landed_pages(request)]
         hold = self._holds.hold(request, offsets, time.monotonic()) if offsets else 0
         pages = tuple(self._told(request, page, offset) for page, offset in offered)
-        told = wire.Offered(request.read.request_id, hold, self._holds.hold_ms, pages, self._blob)
-        if self._send(request.reader, pack_offered(told)):
+        told = answers.Offered(
+            request.read.request_id, hold, self._holds.hold_ms, pages, self._blob
+        )
+        if self._send(request.reader, answers.pack_offered(told)):
             self.counts["pages_offered"] += len(offsets)
             self.counts["bytes_offered"] += len(offsets) * request.page_bytes
         else:
             self.done(request.reader, hold)
 
-    def _told(self, request: Request, page: ServedPage, offset: int) -> wire.OfferedPage:
+    def _told(self, request: Request, page: ServedPage, offset: int) -> answers.OfferedPage:
         if page.status is not PageStatus.OK:
-            return wire.OfferedPage(page.status, ChecksumKind.NONE, 0, 0, 0)
+            return answers.OfferedPage(page.status, ChecksumKind.NONE, 0, 0, 0)
         address = self._slabs.address + offset
-        return wire.OfferedPage(page.status, page.kind, request.page_bytes, page.checksum, address)
+        return answers.OfferedPage(
+            page.status, page.kind, request.page_bytes, page.checksum, address
+        )
 
 
 def _runs(

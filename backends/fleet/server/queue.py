@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from flexkv_sglang.backends.fleet.vocabulary import PageSource, ServedPage
-from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire import protocol, requests
 
 QUEUE_MAX = 32
 """Requests of one reader that are not answered yet."""
@@ -27,7 +27,7 @@ class Reader:
     """One connection. ``welcomed``: it has shown who it is. ``held``: bytes."""
 
     routing: bytes
-    hello: wire.Hello | None = None
+    hello: requests.Hello | None = None
     challenge: bytes | None = None
     welcomed: bool = False
     gone: bool = False
@@ -44,7 +44,7 @@ class Request:
     """
 
     reader: Reader
-    read: wire.Read
+    read: requests.Read
     source: PageSource | None
     deadline: float
     accepted: int = 0
@@ -61,12 +61,12 @@ class Request:
     @property
     def slot_bytes(self) -> int:
         """Bytes that a page takes in the slabs."""
-        return wire.stride_of(self.page_bytes)
+        return protocol.stride_of(self.page_bytes)
 
     @property
     def stops_at_first(self) -> bool:
         """Is the first page that is not OK the last one answered?"""
-        return bool(self.read.flags & wire.STOP_AT_FIRST)
+        return bool(self.read.flags & requests.STOP_AT_FIRST)
 
 
 @dataclass(frozen=True, slots=True)

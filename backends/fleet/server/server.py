@@ -23,7 +23,6 @@ from flexkv_sglang.backends.fleet.rdma.choice import close_engine, open_engine
 from flexkv_sglang.backends.fleet.server.feeds import ServeFeeds
 from flexkv_sglang.backends.fleet.server.pages import ServePages
 from flexkv_sglang.backends.fleet.server.queue import QUEUE_MAX, Reader
-from flexkv_sglang.backends.fleet.server.worker import JobPool
 from flexkv_sglang.backends.fleet.vocabulary import (
     BATCH_PAGES,
     PROTOCOL,
@@ -33,10 +32,10 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     ShareConfig,
     namespace_name,
 )
-from flexkv_sglang.backends.fleet.wire import curve
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.decode import decode_request
+from flexkv_sglang.backends.fleet.wire import addresses, answers, curve, protocol, requests
+from flexkv_sglang.backends.fleet.wire.auth import ZapAuthenticator
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.threads import JobPool
 
 if TYPE_CHECKING:
     import zmq
@@ -73,9 +72,9 @@ class PageServer:
     ) -> None:
         self._share, self._secret = share, secret
         self._info, self._sources, self._logs = info, sources, logs
-        self._host, self._port = curve.listen_address(share, secret)
+        self._host, self._port = addresses.listen_address(share, secret)
         self._engine = engine or open_engine(
-            share, lambda: curve.advertised_host(share, self._host)
+            share, lambda: addresses.advertised_host(share, self._host)
         )
         self.engines = ("zmq", self._engine.name) if self._engine else ("zmq",)
         self.counts: Counter[str] = Counter()
@@ -88,9 +87,9 @@ class PageServer:
 
         assert self._thread is None, "started twice"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
-        self._door: curve.ZapAuthenticator | None = None
+        self._door: ZapAuthenticator | None = None
         if self._secret is not None and curve.uses_curve(self._share, self._secret):
-            self._door = curve.ZapAuthenticator(self._context, self._secret)
+            self._door = ZapAuthenticator(self._context, self._secret)
         self._router = self._open_router()
         try:
             self._bind()
@@ -107,22 +106,23 @@ class PageServer:
         self._feeds = ServeFeeds(self._logs, self._control, self._send_tracked)
         self._pages = self._open_pages()
         self._readers: OrderedDict[bytes, Reader] = OrderedDict()
+        # a loop over sockets that closes them itself, so no thread of threads.py
         self._thread = threading.Thread(target=self._run, name="flexkv-serve", daemon=True)
         self._thread.start()
-        return curve.advertised(self._share, self._host, int(bound.rpartition(":")[2]))
+        return addresses.advertised(self._share, self._host, int(bound.rpartition(":")[2]))
 
     def _bind(self) -> None:
         """The port that nobody named may be another's: then any will do, though nobody can know it beforehand."""
         import zmq
 
         try:
-            self._router.bind(f"tcp://{curve.join_address(self._host, self._port)}")
+            self._router.bind(f"tcp://{addresses.join_address(self._host, self._port)}")
         except zmq.ZMQError as error:
             if error.errno != errno.EADDRINUSE or self._share.listen != "auto" or not self._port:
                 raise
             text = "port %d is in use: serving pages on another one. Set share.listen if others name this node"
             logger.warning(text, self._port)
-            self._router.bind(f"tcp://{curve.join_address(self._host, 0)}")
+            self._router.bind(f"tcp://{addresses.join_address(self._host, 0)}")
 
     def _open_pages(self) -> ServePages:
         try:
@@ -145,7 +145,7 @@ class PageServer:
         router = self._context.socket(zmq.ROUTER)
         router.linger = 0
         router.router_mandatory = 1
-        router.maxmsgsize = wire.REQUEST_BYTES_MAX
+        router.maxmsgsize = protocol.REQUEST_BYTES_MAX
         router.sndhwm = router.rcvhwm = QUEUE_MESSAGES
         router.heartbeat_ivl, router.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
         router.ipv6 = ":" in self._host
@@ -215,63 +215,63 @@ class PageServer:
             except zmq.Again:
                 return
             try:
-                self._dispatch(routing, decode_request(frames))
-            except wire.WireError:
+                self._dispatch(routing, requests.decode_request(frames))
+            except protocol.WireError:
                 self.counts["invalid_messages"] += 1
             except Exception:
                 # ours or the agent's: one message is lost, not the server
                 logger.exception("a message could not be answered")
                 self.counts["errors"] += 1
 
-    def _dispatch(self, routing: bytes, ask: wire.Request) -> None:
+    def _dispatch(self, routing: bytes, ask: requests.Request) -> None:
         reader = self._readers.get(routing)
-        if isinstance(ask, wire.Hello):
+        if isinstance(ask, requests.Hello):
             self._greet(routing, ask)
-        elif isinstance(ask, wire.Proof):
+        elif isinstance(ask, requests.Proof):
             self._check_proof(reader, ask)
         elif reader is None or not reader.welcomed:
-            self._refuse(reader or Reader(routing), wire.Refusal.NO_HELLO)
+            self._refuse(reader or Reader(routing), answers.Refusal.NO_HELLO)
         else:
             self._readers.move_to_end(routing)
             self._serve(reader, ask)
 
-    def _serve(self, reader: Reader, ask: wire.Request) -> None:
-        if isinstance(ask, wire.Read):
+    def _serve(self, reader: Reader, ask: requests.Request) -> None:
+        if isinstance(ask, requests.Read):
             self._pages.read(reader, ask)
-        elif isinstance(ask, wire.Offer):
+        elif isinstance(ask, requests.Offer):
             self._pages.offer(reader, ask.read)
-        elif isinstance(ask, wire.Done):
-            self._pages.done(reader, ask.hold)
-        elif isinstance(ask, wire.Cancel):
+        elif isinstance(ask, requests.Done):
+            self._pages.done(reader, ask.lease)
+        elif isinstance(ask, requests.Cancel):
             self._pages.cancel(reader, ask.request_id)
-        elif isinstance(ask, wire.ReportCorrupt):
+        elif isinstance(ask, requests.ReportCorrupt):
             self._reported_bad(ask)
-        elif isinstance(ask, wire.SnapshotRequest):
+        elif isinstance(ask, requests.SnapshotRequest):
             self.counts["snapshots_asked"] += 1
             self._feeds.snap(reader, ask)
-        elif isinstance(ask, wire.Poll):
+        elif isinstance(ask, requests.Poll):
             self.counts["polls_asked"] += 1
             self._feeds.poll(reader, ask)
 
     # ---- greeting ----
 
-    def _greet(self, routing: bytes, hello: wire.Hello) -> None:
+    def _greet(self, routing: bytes, hello: requests.Hello) -> None:
         self._forget(routing)
         reader = Reader(routing, hello)
         if hello.protocol != PROTOCOL or hello.cluster_id != self._share.cluster_id:
             other = hello.protocol != PROTOCOL
-            self._refuse(reader, wire.Refusal.PROTOCOL if other else wire.Refusal.CLUSTER)
+            self._refuse(reader, answers.Refusal.PROTOCOL if other else answers.Refusal.CLUSTER)
             return
         self._readers[routing] = reader
         if len(self._readers) > READERS_MAX:
             self._forget(next(iter(self._readers)))
         if self._secret is not None and self._door is None:
-            reader.challenge = secrets.token_bytes(wire.NONCE_BYTES)
-            self._send(reader, wire.pack_challenge(reader.challenge))
+            reader.challenge = secrets.token_bytes(protocol.NONCE_BYTES)
+            self._send(reader, answers.pack_challenge(reader.challenge))
         else:
-            self._welcome(reader, bytes(wire.PROOF_BYTES))
+            self._welcome(reader, bytes(protocol.PROOF_BYTES))
 
-    def _check_proof(self, reader: Reader | None, ask: wire.Proof) -> None:
+    def _check_proof(self, reader: Reader | None, ask: requests.Proof) -> None:
         import hmac
 
         if reader is None or reader.challenge is None or reader.hello is None:
@@ -281,9 +281,9 @@ class PageServer:
         if hmac.compare_digest(ask.proof, self._proof(b"reader", reader.hello, challenge)):
             self._welcome(reader, self._proof(b"server", reader.hello, challenge))
         else:
-            self._refuse(reader, wire.Refusal.PROOF)
+            self._refuse(reader, answers.Refusal.PROOF)
 
-    def _proof(self, who: bytes, hello: wire.Hello, challenge: bytes) -> bytes:
+    def _proof(self, who: bytes, hello: requests.Hello, challenge: bytes) -> bytes:
         assert self._secret is not None
         return curve.proof(self._secret, who, hello.nonce, challenge, self._share.cluster_id)
 
@@ -293,14 +293,14 @@ class PageServer:
         limit = self._share.serve_inflight_peer
         self._send(
             reader,
-            wire.pack_welcome(wire.Welcome(reader.hello.nonce, proof, self._info(), limit, QUEUE_MAX)),
+            answers.pack_welcome(answers.Welcome(reader.hello.nonce, proof, self._info(), limit, QUEUE_MAX)),
         )  # fmt: skip
 
-    def _refuse(self, reader: Reader, why: wire.Refusal) -> None:
+    def _refuse(self, reader: Reader, why: answers.Refusal) -> None:
         self.counts["refused_greetings"] += 1
-        self._send(reader, wire.pack_refused(why))
+        self._send(reader, answers.pack_refused(why))
 
-    def _reported_bad(self, bad: wire.ReportCorrupt) -> None:
+    def _reported_bad(self, bad: requests.ReportCorrupt) -> None:
         self.counts["pages_reported_bad"] += len(bad.keys)
 
         def verify() -> Callable[[], None]:

@@ -16,9 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PROTOCOL, ShareConfig
-from flexkv_sglang.backends.fleet.wire import curve
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.decode import decode_answer
+from flexkv_sglang.backends.fleet.wire import answers, curve, protocol, requests
 
 if TYPE_CHECKING:
     import zmq
@@ -32,7 +30,7 @@ MESSAGE_BYTES_MIN = 2 << 20
 _EVENT = struct.Struct("<Hi")
 
 
-class State(Enum):
+class LinkState(Enum):
     """OPENING -> GREETING -> READY; DEAD from anywhere. REFUSED: dead, and it will not be better soon."""
 
     OPENING = 0
@@ -55,11 +53,11 @@ class Link:
         import zmq
 
         self._share, self._secret = share, secret
-        self._nonce = secrets.token_bytes(wire.NONCE_BYTES)
+        self._nonce = secrets.token_bytes(protocol.NONCE_BYTES)
         self._challenge: bytes | None = None
         self.page_bytes = page_bytes
-        self.state, self.reason = State.OPENING, ""
-        self.welcome: wire.Welcome | None = None
+        self.state, self.reason = LinkState.OPENING, ""
+        self.welcome: answers.Welcome | None = None
         largest = max(MESSAGE_BYTES_MIN, page_bytes + 4096)
         self.sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self.sock.linger = 0
@@ -85,17 +83,17 @@ class Link:
         except zmq.ZMQError as error:
             self.fail(f"cannot connect: {error.strerror}")
             return
-        self.send(wire.pack_hello(wire.Hello(self._nonce, share.cluster_id)))
+        self.send(requests.pack_hello(requests.Hello(self._nonce, share.cluster_id)))
 
     @property
     def alive(self) -> bool:
         """Opening or ready."""
-        return self.state in (State.OPENING, State.READY)
+        return self.state in (LinkState.OPENING, LinkState.READY)
 
     def fail(self, reason: str, *, refused: bool = False) -> None:
         """It is of no use any more."""
         if self.alive:
-            self.state, self.reason = State.REFUSED if refused else State.DEAD, reason
+            self.state, self.reason = LinkState.REFUSED if refused else LinkState.DEAD, reason
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Queue one small message. A full queue means that nobody reads at the other end."""
@@ -118,7 +116,7 @@ class Link:
             event = zmq.Event(_EVENT.unpack_from(frames[0])[0])
             self.fail(str(event.name).lower().replace("_", " "))
 
-    def receive(self) -> tuple[wire.Answer, zmq.Frame | None] | None:
+    def receive(self) -> tuple[answers.Answer, zmq.Frame | None] | None:
         """The next answer that is not part of the greeting, and the bytes behind it; None: nothing more now.
 
         An answer that cannot be understood makes the link dead.
@@ -134,44 +132,45 @@ class Link:
                 self.fail(f"cannot receive: {error.strerror}")
                 return None
             try:
-                answer = decode_answer([frame.buffer for frame in frames])
+                answer = answers.decode_answer([frame.buffer for frame in frames])
                 if not self._greeted(answer):
                     return answer, frames[1] if len(frames) > 1 else None
-            except wire.WireError as error:
+            except protocol.WireError as error:
                 self.fail(f"wire: {error}")
         return None
 
-    def _greeted(self, answer: wire.Answer) -> bool:
+    def _greeted(self, answer: answers.Answer) -> bool:
         """Was it part of the greeting?"""
-        if isinstance(answer, wire.Challenge):
-            if self._secret is None or self._challenge is not None or self.state is State.READY:
-                raise wire.WireError("a challenge out of place")
+        if isinstance(answer, answers.Challenge):
+            if self._secret is None or self._challenge is not None or self.state is LinkState.READY:
+                raise protocol.WireError("a challenge out of place")
             self._challenge = answer.nonce
-            self.send(wire.pack_proof(self._proof(b"reader", answer.nonce)))
+            self.send(requests.pack_proof(self._proof(b"reader", answer.nonce)))
             return True
-        if isinstance(answer, wire.Welcome):
+        if isinstance(answer, answers.Welcome):
             self._check_welcome(answer)
-            self.welcome, self.state = answer, State.READY
+            self.welcome, self.state = answer, LinkState.READY
             return True
-        if isinstance(answer, wire.Refused):
+        if isinstance(answer, answers.Refused):
             # after a restart the server has forgotten us: nothing wrong with it
             self.fail(
-                f"refused: {answer.reason.name}", refused=answer.reason is not wire.Refusal.NO_HELLO
+                f"refused: {answer.reason.name}",
+                refused=answer.reason is not answers.Refusal.NO_HELLO,
             )
             return True
-        if self.state is not State.READY:
-            raise wire.WireError("an answer before the greeting")
+        if self.state is not LinkState.READY:
+            raise protocol.WireError("an answer before the greeting")
         return False
 
-    def _check_welcome(self, welcome: wire.Welcome) -> None:
-        if welcome.nonce != self._nonce or self.state is State.READY:
-            raise wire.WireError("a welcome out of place")
+    def _check_welcome(self, welcome: answers.Welcome) -> None:
+        if welcome.nonce != self._nonce or self.state is LinkState.READY:
+            raise protocol.WireError("a welcome out of place")
         if welcome.info.protocol != PROTOCOL:
-            raise wire.WireError(f"protocol {welcome.info.protocol}")
+            raise protocol.WireError(f"protocol {welcome.info.protocol}")
         if self._secret is None or curve.uses_curve(self._share, self._secret):
             return
         if self._challenge is None or welcome.proof != self._proof(b"server", self._challenge):
-            raise wire.WireError("no proof that the other side knows the secret")
+            raise protocol.WireError("no proof that the other side knows the secret")
 
     def _proof(self, who: bytes, challenge: bytes) -> bytes:
         assert self._secret is not None

@@ -68,7 +68,7 @@ def plugin(facts: Facts) -> Finding | None:
             "plugin_misfit",
             "The plug-in does not fit this SGLang",
             f"SGLang {found.sglang}: {found.misfit}",
-            "Install a release of flexkv-sglang that knows it (README, table of versions), or use the backend dynamic",
+            "Install a release of flexkv-sglang that knows it (docs/SGLANG.md, Releases), or use the backend dynamic",
         )
     return None
 

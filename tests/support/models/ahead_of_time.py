@@ -1,4 +1,4 @@
-"""Compiles every kernel for GPUs that are not here and prints what came out, as a JSON list.
+"""Compiles every kernel for GPUs that this machine lacks and prints the results as a JSON list.
 
     python tests/support/models/ahead_of_time.py sm_90 gfx942
 
@@ -20,23 +20,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flexkv_sglang.triton_kernels import (
-    checksum_kernel,
-    copy,
-    exponents_kernel,
-    heads_kernel,
-    quant_kernel,
-)
+from flexkv_sglang.triton_kernels import copy
 from flexkv_sglang.triton_kernels.launch import OPTIONS, WORD_BYTES, WORDS
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-POINTERS = {
-    "table": "*u64", "ids": "*i64", "blocks": "*u8", "source": "*u8", "target": "*u8", "packed": "*u8",
-    "sums": "*i64", "counts": "*i32", "found": "*i32", "code_of": "*u8", "before": "*i32", "packs": "*i32",
-}  # fmt: skip
+POINTERS = {"table": "*u64", "ids": "*i64", "blocks": "*u8"}
 """Types of the pointers; integers have theirs in the kernel."""
 UNALIGNED = ("table", "ids")
 """Pointers whose alignment is not known: views."""
@@ -65,19 +56,9 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
             for strided in (False, True) if rows == 1 else (False,):
                 name = f"copy {rows}x{block} scatter={scatter} strided={strided}"
                 constants = tile(16, rows, block) | {"SCATTER": scatter, "STRIDED": strided}
-                yield name, copy.copy_pieces, constants
-    yield "heads 8x512", heads_kernel.copy_row_pieces, tile(16, 8, 512)
+                yield name, copy.copy_pages, constants
     odd = tile(4, 8, 512) | {"SCATTER": False, "STRIDED": False}
-    yield "odd rows of 4", copy.copy_pieces, odd
-    sums = {"VEC": 2, "ALIGN": 16, "BLOCK": checksum_kernel.TILE_WORDS}
-    yield "checksum", checksum_kernel.add_word_sums, sums
-    for name in ("count_exponents", "count_escapes", "pack_tiles", "unpack_tiles"):
-        yield f"exponents {name}", getattr(exponents_kernel, name), {}
-    for decode in (False, True):
-        for e4m3, bf16, largest in ((True, True, 448.0), (False, False, 127.0)):
-            constants = {"DECODE": decode, "E4M3": e4m3, "BF16": bf16, "LARGEST": largest}
-            name = f"quant decode={decode} e4m3={e4m3}"
-            yield name, quant_kernel.quantise, constants | {"GROUPS": 64, "GROUP": 64}
+    yield "odd rows of 4", copy.copy_pages, odd
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:

@@ -1,10 +1,12 @@
-"""Device pools as SGLang shapes them, with random bytes, and what a block of a page must hold, by plain slicing."""
+"""Device pools as SGLang shapes them, with random bytes; and the block of a page by plain slicing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+from flexkv_sglang.triton_kernels.layout import BlockLayout, Part
 
 POISON = 0xA5
 
@@ -31,7 +33,7 @@ class Shape:
 
 
 def random_bytes(*shape: int, seed: int = 0, device: torch.device | None = None) -> torch.Tensor:
-    """uint8, the same for the same seed wherever it goes."""
+    """Random uint8: equal for equal seeds, on any device."""
     maker = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=maker).to(device or "cpu")
 
@@ -52,27 +54,27 @@ def random_buffers(shape: Shape, device: torch.device, seed: int = 0) -> list[to
     ]
 
 
+def layout_of(layers: int, page_size: int, *row_bytes: int) -> BlockLayout:
+    """One part per number of bytes that a token has in one layer: K and V, or one latent vector (MLA)."""
+    return BlockLayout(tuple(Part(layers, page_size * row) for row in row_bytes))
+
+
 def block_of(buffers: list[torch.Tensor], page_size: int, page: int) -> torch.Tensor:
     """The bytes of a page: buffer after buffer."""
     rows = slice(page * page_size, (page + 1) * page_size)
     return torch.cat([buffer[rows].contiguous().view(torch.uint8).flatten() for buffer in buffers])
 
 
-def tokens_of(buffers: list[torch.Tensor], slots: list[int]) -> torch.Tensor:
-    """The bytes of some rows: buffer after buffer, in each the rows in their order."""
-    return torch.cat([buffer[slots].contiguous().view(torch.uint8).flatten() for buffer in buffers])
-
-
 def poisoned(
     count: int, width: int, device: torch.device, pitch: int | None = None
 ) -> torch.Tensor:
-    """Blocks that nobody has written; ``pitch``: bytes from one to the next."""
+    """Blocks full of ``POISON``; ``pitch``: bytes from one to the next."""
     whole = torch.full((count, pitch or width), POISON, dtype=torch.uint8, device=device)
     return whole[:, :width]
 
 
 def same_bytes(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    """Are they equal, bit for bit?"""
+    """True when they are equal, bit for bit."""
     return all(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8))
         for a, b in zip(some, others, strict=True)

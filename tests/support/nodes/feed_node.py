@@ -44,7 +44,7 @@ def main() -> None:
         held = node.holds(ask["peer"])
         answer = {
             "held": None if held is None else len(held),
-            "status": node.roster and node.roster.status(),
+            "status": node.membership and node.membership.status(),
         }
         if ask.get("seen"):
             answer["seen"] = seen

@@ -104,7 +104,7 @@ class MemorySink:
         with self._used("drop"):
             self.sets.pop((namespace, node_id), None)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         with self._used("beat"):
             pass
 
@@ -157,35 +157,41 @@ class Node:
         self.sink = MemorySink()
         self.counts: Counter[str] = Counter()
         self.wires = wires
-        self.roster = Membership(share, self.info, self.logs.find, wires, self.sink, self._count)
+        self.membership = Membership(
+            share, self.info, self.logs.find, wires, self.sink, self._count
+        )
         wires.nodes[self.address] = self
-        self.roster.wanted_namespaces({NS})
+        self.membership.wanted_namespaces({NS})
 
     def _count(self, name: str, amount: int) -> None:
         self.counts[name] += amount
 
     def info(self) -> NodeInfo:
         return NodeInfo(
-            self.first_nid, self.logs.epoch, self.address, self.share.pod, self.logs.namespaces()
+            self.first_nid,
+            self.logs.epoch,
+            self.address,
+            self.share.share_group,
+            self.logs.namespaces(),
         )
 
     def own_info(self) -> NodeInfo:
-        return self.roster.own_info()
+        return self.membership.own_info()
 
     def start(self) -> Node:
-        self.roster.start()
+        self.membership.start()
         return self
 
     def knows(self, other: Node, namespace: str = NS) -> bool:
         """Is the replica of ``other`` what it has?"""
         log = other.logs.find(namespace)
         assert log is not None
-        mine = self.sink.sets.get((namespace, other.roster.node_id))
+        mine = self.sink.sets.get((namespace, other.membership.node_id))
         return mine == set(log.snapshot().fingerprints.tolist()) and self.sees(other)
 
     def sees(self, other: Node) -> bool:
         """Is ``other`` up here?"""
-        return self.sink.peers.get(other.roster.node_id, (0, "", False))[2]
+        return self.sink.peers.get(other.membership.node_id, (0, "", False))[2]
 
     def __enter__(self) -> Node:
         return self.start()
@@ -196,7 +202,7 @@ class Node:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        self.roster.close()
+        self.membership.close()
         self.wires.nodes.pop(self.address, None)
 
 
@@ -209,7 +215,7 @@ class WireNode:
         self.node_id = NodeId(node_id)
         self.sink = MemorySink()
         self.counts: Counter[str] = Counter()
-        self.roster: Membership | None = None
+        self.membership: Membership | None = None
         self.control = WirePeerControl(share, None)
         self.address = ""  # asked for before ``start`` returns
         listen = "127.0.0.1:0" if share.listen == "auto" else share.listen
@@ -218,16 +224,16 @@ class WireNode:
         self.address = self._server.start()
 
     def own_info(self) -> NodeInfo:
-        node_id = self.roster.node_id if self.roster else self.node_id
+        node_id = self.membership.node_id if self.membership else self.node_id
         return NodeInfo(node_id, self.logs.epoch, self.address, "", self.logs.namespaces())
 
     def meet(self, share: ShareConfig) -> None:
         """Begin to follow."""
-        self.roster = Membership(
+        self.membership = Membership(
             share, self.own_info, self.logs.find, self.control, self.sink, self._count
         )
-        self.roster.wanted_namespaces({NS})
-        self.roster.start()
+        self.membership.wanted_namespaces({NS})
+        self.membership.start()
 
     def _count(self, name: str, amount: int) -> None:
         self.counts[name] += amount
@@ -238,8 +244,8 @@ class WireNode:
         return self.sink.sets.get((NS, NodeId(node_id))) if up else None
 
     def close(self) -> None:
-        if self.roster:
-            self.roster.close()
+        if self.membership:
+            self.membership.close()
         self.control.close()
         self._server.close()
 
@@ -254,14 +260,14 @@ class HandNode:
         self.node_id = NodeId(node_id)
         self.logs = ChangeLogs()
         self.log = self.logs.log(NS)
-        self.roster = SimpleNamespace(node_id=self.node_id)
+        self.membership = SimpleNamespace(node_id=self.node_id)
         self._cluster_id = cluster_id
         wires.nodes[f"{node_id}:1"] = cast(Node, self)
 
     def own_info(self) -> NodeInfo:
         return NodeInfo(self.node_id, self.logs.epoch, f"{self.node_id}:1", "", (NS,))
 
-    def beat(self, entry: bytes | None = None, ahead_s: float = 0.0) -> None:
+    def heartbeat(self, entry: bytes | None = None, ahead_s: float = 0.0) -> None:
         """Be in the list until the expiry, as if it were ``ahead_s`` seconds later."""
         live, nodes, version = member_keys(self._cluster_id)
         self.client.zadd(live, {self.node_id: (time.time() + ahead_s) * 1000})

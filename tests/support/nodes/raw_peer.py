@@ -7,8 +7,7 @@ from types import TracebackType
 
 import zmq
 
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.decode import decode_answer
+from flexkv_sglang.backends.fleet.wire import answers, requests
 
 
 class RawPeer:
@@ -23,25 +22,25 @@ class RawPeer:
         self.sock.rcvhwm = queue
         self.sock.connect(f"tcp://{address}")
         if greet:
-            self.say(wire.pack_hello(wire.Hello(bytes(16), cluster_id)))
+            self.say(requests.pack_hello(requests.Hello(bytes(16), cluster_id)))
             self.greeting = self.hear()
 
     def say(self, frames: list[bytes]) -> None:
         """Send one message."""
         self.sock.send_multipart(frames)
 
-    def hear(self, seconds: float = 10.0) -> wire.Answer | None:
+    def hear(self, seconds: float = 10.0) -> answers.Answer | None:
         """The next answer; None: there is none in time."""
         if not self.sock.poll(int(seconds * 1000)):
             return None
-        return decode_answer(self.sock.recv_multipart())
+        return answers.decode_answer(self.sock.recv_multipart())
 
-    def hear_all(self) -> list[wire.Answer]:
+    def hear_all(self) -> list[answers.Answer]:
         """Answers up to an END; pages that came in one message are taken apart."""
-        heard: list[wire.Answer] = []
-        while not isinstance(answer := self.hear(), wire.End):
+        heard: list[answers.Answer] = []
+        while not isinstance(answer := self.hear(), answers.End):
             assert answer is not None, heard
-            heard += one_by_one(answer) if isinstance(answer, wire.Pages) else [answer]
+            heard += one_by_one(answer) if isinstance(answer, answers.PagesHeader) else [answer]
         return [*heard, answer]
 
     def __enter__(self) -> RawPeer:
@@ -57,7 +56,7 @@ class RawPeer:
         self._context.term()
 
 
-def one_by_one(pages: wire.Pages) -> list[wire.Pages]:
+def one_by_one(pages: answers.PagesHeader) -> list[answers.PagesHeader]:
     """As if each had come in a message of its own."""
     return [
         replace(pages, index=pages.index + place, checksums=(checksum,))

@@ -21,8 +21,8 @@ import numpy as np
 
 from flexkv_sglang.backends.failpoints import Failpoint, set_hook
 from flexkv_sglang.backends.fleet.replica.files import Peer
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Op, Snapshot
 from flexkv_sglang.types import U64
 from stores.killer import KillAt
@@ -51,7 +51,7 @@ def write(run_dir: str, seed: int, point: Failpoint | None) -> None:
     draw = random.Random(seed)
     if point is not None:
         set_hook(KillAt(point, draw.randrange(1, 8)))
-    writer, pages = ReplicaWriter(run_dir), [pages_of(node) for node in range(NODES)]
+    writer, pages = PeerSetsWriter(run_dir), [pages_of(node) for node in range(NODES)]
     for _ in range(100_000):
         number = draw.randrange(NODES)
         node, fingerprints = NodeId(f"node-{number}"), pages[number]
@@ -68,12 +68,12 @@ def write(run_dir: str, seed: int, point: Failpoint | None) -> None:
             writer.tick()
         else:
             writer.apply(NAMESPACE, node, Op.ADD if turn < 0.7 else Op.DROP, fingerprints[some])
-        writer.beat()
+        writer.heartbeat()
 
 
 def settle(run_dir: str, seed: int) -> dict[str, list[int]]:
     """Take over from the one that was killed; what each node holds from then on, by number of page."""
-    draw, writer, held = random.Random(seed), ReplicaWriter(run_dir), dict[str, list[int]]()
+    draw, writer, held = random.Random(seed), PeerSetsWriter(run_dir), dict[str, list[int]]()
     for number in draw.sample(range(NODES), NODES - 1):
         node, fingerprints = NodeId(f"node-{number}"), pages_of(number)
         kept = sorted(draw.sample(range(PAGES), draw.randrange(1, PAGES // 2)))
@@ -85,13 +85,13 @@ def settle(run_dir: str, seed: int) -> dict[str, list[int]]:
         writer.apply(NAMESPACE, node, Op.DROP, fingerprints[dropped])
         held[node] = sorted((set(kept) | set(added)) - set(dropped))
     writer.tick()
-    writer.beat()
+    writer.heartbeat()
     return held
 
 
 def read(run_dir: str) -> None:
     """Judge until a line arrives: a JSON line with what each node should hold. Answers with a JSON line."""
-    reader = ReplicaReader(run_dir, NAMESPACE, 30.0)
+    reader = PeerSetsReader(run_dir, NAMESPACE, 30.0)
     pages, foreign = [pages_of(node) for node in range(NODES)], never_added()
     draw, wrong, found = random.Random(0), list[str](), 0
     waiting = selectors.DefaultSelector()
@@ -111,7 +111,7 @@ def read(run_dir: str) -> None:
 
 
 def look(
-    reader: ReplicaReader,
+    reader: PeerSetsReader,
     pages: list[U64],
     foreign: U64,
     draw: random.Random,
@@ -133,7 +133,7 @@ def look(
     return int(reader.holds(some, nobody).sum())
 
 
-def settled(reader: ReplicaReader, held: dict[str, list[int]]) -> bool:
+def settled(reader: PeerSetsReader, held: dict[str, list[int]]) -> bool:
     """Does the reader now see exactly this? It has ten seconds, and needs one refresh."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -145,7 +145,7 @@ def settled(reader: ReplicaReader, held: dict[str, list[int]]) -> bool:
     return False
 
 
-def sees_exactly(reader: ReplicaReader, node_id: NodeId, numbers: list[int]) -> bool:
+def sees_exactly(reader: PeerSetsReader, node_id: NodeId, numbers: list[int]) -> bool:
     """Is what this node holds, as far as the reader sees, what it should hold?"""
     seen = reader.holds(pages_of(int(node_id[5:])), lambda peer: peer.node_id != node_id)
     return np.flatnonzero(seen).tolist() == numbers

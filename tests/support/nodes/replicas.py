@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from flexkv_sglang.backends.fleet.replica.files import Peer
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Snapshot
 from flexkv_sglang.types import U64
 
@@ -27,12 +27,14 @@ def nobody(peer: Peer) -> bool:
     return False
 
 
-def open_reader(run_dir: Path, namespace: str = SPACE, ttl_s: float = 30.0) -> ReplicaReader:
-    reader = ReplicaReader(run_dir, namespace, ttl_s)
+def open_reader(run_dir: Path, namespace: str = SPACE, ttl_s: float = 30.0) -> PeerSetsReader:
+    reader = PeerSetsReader(run_dir, namespace, ttl_s)
     reader.refresh()
     return reader
 
 
-def fill(writer: ReplicaWriter, node_id: NodeId, fingerprints: U64, namespace: str = SPACE) -> None:
+def fill(
+    writer: PeerSetsWriter, node_id: NodeId, fingerprints: U64, namespace: str = SPACE
+) -> None:
     writer.set_peer(node_id, 7, f"{node_id}:1", up=True)
     writer.reset(namespace, node_id, Snapshot(7, 0, fingerprints))

@@ -20,9 +20,7 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     ShareConfig,
     Snapshot,
 )
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.decode import decode_answer, decode_request
-from flexkv_sglang.backends.fleet.wire.offers import pack_done, pack_offer, pack_offered
+from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
 from nodes.copy_engine import CopyEngine
 from nodes.page_servers import EPOCH, NAME, NID, SPACE, begin, reading, serving
 from nodes.page_sources import ListedChanges, MemorySource, PageMemory, keys_of
@@ -35,48 +33,51 @@ CHANGES = [
     Change(EPOCH, 6, Op.CLEAR, np.empty(0, np.uint64)),
     Change(EPOCH, 7, Op.DROP, np.arange(2, dtype=np.uint64)),
 ]
-OFFERED = wire.Offered(
+OFFERED = answers.Offered(
     13, 5, 5000,
     (
-        wire.OfferedPage(PageStatus.OK, ChecksumKind.XXH3_64, 4096, 1 << 63, 1 << 40),
-        wire.OfferedPage(PageStatus.MISS, ChecksumKind.NONE, 0, 0, 0),
+        answers.OfferedPage(PageStatus.OK, ChecksumKind.XXH3_64, 4096, 1 << 63, 1 << 40),
+        answers.OfferedPage(PageStatus.MISS, ChecksumKind.NONE, 0, 0, 0),
     ),
     b"blob",
 )  # fmt: skip
 
 
-def requests() -> list[Frames]:
+def valid_requests() -> list[Frames]:
     """One valid message of each kind that a server takes."""
     return [
-        wire.pack_hello(wire.Hello(bytes(16), "default")),
-        wire.pack_proof(bytes(32)),
-        wire.pack_read(wire.Read(9, SPACE, 500, wire.STOP_AT_FIRST, tuple(KEYS))),
-        wire.pack_read(wire.Read(10, bytes(16), 500, 0, tuple(KEYS[:1]))),
-        wire.pack_cancel(9),
-        wire.pack_bad(SPACE, KEYS[:2]),
-        wire.pack_snap(11, SPACE),
-        wire.pack_poll(wire.Poll(12, SPACE, EPOCH, 3)),
-        pack_offer(wire.Read(13, SPACE, 500, wire.STOP_AT_FIRST, tuple(KEYS))),
-        pack_done(1),
+        requests.pack_hello(requests.Hello(bytes(16), "default")),
+        requests.pack_proof(bytes(32)),
+        requests.pack_read(requests.Read(9, SPACE, 500, requests.STOP_AT_FIRST, tuple(KEYS))),
+        requests.pack_read(requests.Read(10, bytes(16), 500, 0, tuple(KEYS[:1]))),
+        requests.pack_cancel(9),
+        requests.pack_report_corrupt(SPACE, KEYS[:2]),
+        requests.pack_snapshot_request(11, SPACE),
+        requests.pack_poll(requests.Poll(12, SPACE, EPOCH, 3)),
+        requests.pack_offer(requests.Read(13, SPACE, 500, requests.STOP_AT_FIRST, tuple(KEYS))),
+        requests.pack_done(1),
     ]
 
 
-def answers() -> list[Frames]:
+def valid_answers() -> list[Frames]:
     """One valid message of each kind that a client takes."""
     info = NodeInfo(NID, EPOCH, "10.0.0.1:7", "rack", (NAME, NAME), version="1")
     full, none = ChecksumKind.XXH3_64, ChecksumKind.NONE
     return [
-        wire.pack_challenge(bytes(16)),
-        wire.pack_welcome(wire.Welcome(bytes(16), bytes(32), info, 1 << 26, 32)),
-        wire.pack_refused(wire.Refusal.CLUSTER),
-        [wire.pack_pages(wire.Pages(9, 0, PageStatus.OK, full, 64, (5,))), bytes(64)],
-        [wire.pack_pages(wire.Pages(9, 1, PageStatus.OK, full, 64, (5, 6))), bytes(4096 + 64)],
-        [wire.pack_pages(wire.Pages(9, 3, PageStatus.MISS, none, 0, (0,)))],
-        wire.pack_end(9, 4),
-        [bytes(frame) for frame in wire.pack_part(11, SNAPSHOT, 0)],
-        wire.pack_changes(12, CHANGES),
-        wire.pack_gone(12, wire.UnavailableReason.LOST),
-        pack_offered(OFFERED),
+        answers.pack_challenge(bytes(16)),
+        answers.pack_welcome(answers.Welcome(bytes(16), bytes(32), info, 1 << 26, 32)),
+        answers.pack_refused(answers.Refusal.CLUSTER),
+        [answers.pack_pages(answers.PagesHeader(9, 0, PageStatus.OK, full, 64, (5,))), bytes(64)],
+        [
+            answers.pack_pages(answers.PagesHeader(9, 1, PageStatus.OK, full, 64, (5, 6))),
+            bytes(4096 + 64),
+        ],
+        [answers.pack_pages(answers.PagesHeader(9, 3, PageStatus.MISS, none, 0, (0,)))],
+        answers.pack_end(9, 4),
+        [bytes(frame) for frame in answers.pack_part(11, SNAPSHOT, 0)],
+        answers.pack_changes(12, CHANGES),
+        answers.pack_unavailable(12, answers.UnavailableReason.LOST),
+        answers.pack_offered(OFFERED),
     ]
 
 
@@ -111,15 +112,15 @@ def spoiled(valid: list[Frames], rng: random.Random) -> Frames:
 def fuzz_decoders(count: int, seed: int) -> dict[str, int]:
     """Feed ``count`` messages to both decoders: a value or ``WireError`` each; anything else is raised."""
     rng = random.Random(seed)
-    asked, told = requests(), answers()
+    asked, told = valid_requests(), valid_answers()
     understood = refused = 0
     for _ in range(count):
-        for decode, valid in ((decode_request, asked), (decode_answer, told)):
+        for decode, valid in ((requests.decode_request, asked), (answers.decode_answer, told)):
             frames = spoiled(valid, rng)
             try:
                 decode(frames)
                 understood += 1
-            except wire.WireError:
+            except protocol.WireError:
                 refused += 1
     return {"understood": understood, "refused": refused}
 
@@ -149,7 +150,7 @@ def fuzz_server(count: int, seed: int, senders: int = 4) -> dict[str, int]:
                 if rng.random() < 0.01:
                     sock.close(0)
                     socks[socks.index(sock)] = sock = _connect(context, address)
-                sock.send_multipart(spoiled(requests(), rng))
+                sock.send_multipart(spoiled(valid_requests(), rng))
                 _drain(sock)
                 if number % 5000 == 0:
                     served += _honest(client, address)
@@ -174,15 +175,15 @@ def _connect(context: zmq.Context, address: str) -> zmq.Socket:
     sock.linger = 0
     sock.sndtimeo = 10_000
     sock.connect(f"tcp://{address}")
-    sock.send_multipart(wire.pack_hello(wire.Hello(bytes(16), "default")))
+    sock.send_multipart(requests.pack_hello(requests.Hello(bytes(16), "default")))
     return sock
 
 
 def _drain(sock: zmq.Socket) -> None:
     while sock.poll(0):
-        answer = decode_answer(sock.recv_multipart())  # the server itself talks sense
-        if isinstance(answer, wire.Offered):
-            sock.send_multipart(pack_done(answer.hold))
+        answer = answers.decode_answer(sock.recv_multipart())  # the server itself talks sense
+        if isinstance(answer, answers.Offered):
+            sock.send_multipart(requests.pack_done(answer.lease))
 
 
 def _honest(client: object, address: str) -> int:

@@ -17,7 +17,7 @@ from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import IoMode, make_engine
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import open_places, open_tier, prepare_directory
-from flexkv_sglang.cache.assembly import open_tiers, prepare_tiers, undivided
+from flexkv_sglang.cache.assembly import Quota, open_tiers, prepare_tiers
 from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
@@ -63,7 +63,15 @@ def open_hierarchy_on(tiers: Sequence[tuple[Path, int]], payload_bytes: int) -> 
         tiers=tuple(TierConfig((str(directory),), size) for directory, size in tiers)
     )
     prepared = prepare_tiers(config)
-    return open_tiers(config, prepared, "ns", {}, payload_bytes, undivided(config), Metrics())
+    return open_tiers(
+        config,
+        prepared,
+        "ns",
+        {},
+        payload_bytes,
+        [Quota(tier.size) for tier in config.tiers],
+        Metrics(),
+    )
 
 
 def page_memory(

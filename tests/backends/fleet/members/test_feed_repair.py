@@ -30,7 +30,7 @@ def scene(server: RedisServer, share: ShareConfig) -> Iterator[tuple[Node, HandN
     wires = Wires()
     hand = HandNode(server.client(), wires, "h")
     hand.write(hand.added(1, 2, 3))
-    hand.beat()
+    hand.heartbeat()
     with Node(share, wires, "a") as node:
         assert eventually(lambda: node.knows(hand))  # type: ignore[arg-type]
         yield node, hand
@@ -47,7 +47,7 @@ def test_entries_are_applied_once_and_in_part(scene: tuple[Node, HandNode]) -> N
     hand.log.add(fingerprints(7))
     hand.write(first, first, second, first, overlap)
     assert knows(node, hand)
-    assert node.roster.status()["peers"][0]["pages"] == 7  # type: ignore[index]
+    assert node.membership.status()["peers"][0]["pages"] == 7  # type: ignore[index]
     assert node.counts["share_snapshots"] == 1
 
 
@@ -96,7 +96,7 @@ def test_another_epoch_is_ignored_until_a_beat_tells_of_it(
     with hand.logs.lock:
         hand.logs.renew_locked()
     hand.log.drop(fingerprints(2))
-    hand.beat()
+    hand.heartbeat()
     assert knows(node, hand)
 
 
@@ -131,8 +131,8 @@ def test_rubbish_in_redis_is_counted_and_skipped(scene: tuple[Node, HandNode]) -
     hand.client.zadd(live, {"no entry": time.time() * 1000, "../x": time.time() * 1000})
     hand.client.hset(nodes, "../x", sound)  # type: ignore[arg-type]
     hand.client.set(version, b"changed")
-    beats = node.counts["share_beats"]
-    assert eventually(lambda: node.counts["share_beats"] > beats + 2)
+    heartbeats = node.counts["share_beats"]
+    assert eventually(lambda: node.counts["share_beats"] > heartbeats + 2)
     assert set(node.sink.peers) == {hand.node_id}
     hand.client.delete(live)
     hand.client.set(live, b"no set at all")
@@ -145,9 +145,9 @@ def test_sets_that_lie_are_asked_for_again(
 ) -> None:
     monkeypatch.setattr("flexkv_sglang.backends.fleet.members.snapshot_queue.ASK_AGAIN_S", 0.1)
     node, hand = scene
-    node.roster.doubted("no such namespace", hand.node_id)
+    node.membership.set_suspect("no such namespace", hand.node_id)
     assert node.counts["share_distrusted"] == 0
-    node.roster.doubted(NS, hand.node_id)
+    node.membership.set_suspect(NS, hand.node_id)
     assert node.counts["share_distrusted"] == 1
     assert eventually(lambda: node.counts["share_snapshots"] >= 2)
     assert knows(node, hand)
@@ -169,11 +169,11 @@ def test_a_replica_that_cannot_be_written_is_written_later(
 
 def test_after_close_nothing_is_written(scene: tuple[Node, HandNode]) -> None:
     node, hand = scene
-    node.roster.close()
+    node.membership.close()
     calls = node.sink.calls.copy()
     hand.write(hand.added(4))
-    node.roster.changed(NS, hand.node_id, [Change(hand.logs.epoch, 4, Op.ADD, fingerprints(4))])
-    node.roster.listed("redis", [])
-    node.roster.wanted_namespaces(())
+    node.membership.changed(NS, hand.node_id, [Change(hand.logs.epoch, 4, Op.ADD, fingerprints(4))])
+    node.membership.update_members("redis", [])
+    node.membership.wanted_namespaces(())
     assert node.sink.calls == calls
     assert not [thread.name for thread in threading.enumerate() if "flexkv-r" in thread.name]

@@ -131,7 +131,7 @@ class FeedMachine(RuleBasedStateMachine):
         del self.wire[:count]
 
     @rule()
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         self.replica.take(self.follower.announced(self.logs.epoch, self.now))
 
     @rule()
@@ -156,7 +156,7 @@ class FeedMachine(RuleBasedStateMachine):
     @rule()
     def catch_up(self) -> None:
         """Beat and a fresh snapshot in one, or the interesting states are seldom reached."""
-        self.beat()
+        self.heartbeat()
         if self.follower.wants_snapshot:
             self.replica.take(self.follower.answered(self.log.snapshot()))
 
@@ -166,8 +166,8 @@ class FeedMachine(RuleBasedStateMachine):
         self.publish(1)
 
     @rule()
-    def distrust(self) -> None:
-        self.replica.take(self.follower.distrust())
+    def invalidate(self) -> None:
+        self.replica.take(self.follower.invalidate())
 
     @rule(seconds=st.sampled_from([0.5, 3.0]))
     def time_passes(self, seconds: float) -> None:
@@ -197,7 +197,7 @@ class FeedMachine(RuleBasedStateMachine):
         """Nothing is lost from now on: a beat, a keep-alive, a snapshot if one is wanted; then it is right."""
         self.publish(1 << 20)
         self.deliver(1 << 20)
-        self.beat()
+        self.heartbeat()
         self.keep()
         self.deliver(1 << 20)
         if self.follower.wants_snapshot:

@@ -26,8 +26,8 @@ def up(members: Members) -> set[str]:
 
 def test_who_is_not_listed_is_down_and_gone_after_a_minute() -> None:
     members = Members()
-    members.listed("redis", [A, B], 0.0)
-    members.listed("redis", [B], 10.0)
+    members.update_members("redis", [A, B], 0.0)
+    members.update_members("redis", [B], 10.0)
     assert up(members) == {"b"}
     assert members.tick(10.0 + REMOVE_AFTER_S - 1) == []
     assert members.tick(10.0 + REMOVE_AFTER_S) == ["a"]
@@ -36,45 +36,45 @@ def test_who_is_not_listed_is_down_and_gone_after_a_minute() -> None:
 
 def test_who_comes_back_is_up_again() -> None:
     members = Members()
-    members.listed("redis", [A], 0.0)
-    members.listed("redis", [], 1.0)
-    members.listed("redis", [replace(A, epoch=9)], 2.0)
+    members.update_members("redis", [A], 0.0)
+    members.update_members("redis", [], 1.0)
+    members.update_members("redis", [replace(A, epoch=9)], 2.0)
     assert members.known[A.node_id].info.epoch == 9
     assert members.tick(1000.0) == []
 
 
 def test_silence_changes_nothing() -> None:
     members = Members()
-    members.listed("redis", [A], 0.0)
+    members.update_members("redis", [A], 0.0)
     assert members.tick(1e6) == []
     assert up(members) == {"a"}
 
 
 def test_a_list_that_lost_members_takes_nobody_down_for_a_while() -> None:
     members = Members()
-    members.listed("redis", [A, B], 0.0)
-    members.listed("redis", [B], 10.0, hold_s=5.0)
-    members.listed("redis", [B], 14.0)
+    members.update_members("redis", [A, B], 0.0)
+    members.update_members("redis", [B], 10.0, grace_s=5.0)
+    members.update_members("redis", [B], 14.0)
     assert up(members) == {"a", "b"}
-    members.listed("redis", [B], 15.0)
+    members.update_members("redis", [B], 15.0)
     assert up(members) == {"b"}
 
 
 def test_one_source_is_enough_and_its_own_word_counts_more() -> None:
     members = Members()
-    members.listed("redis", [A], 0.0)
-    members.listed("peer x", [replace(A, epoch=5)], 1.0)
+    members.update_members("redis", [A], 0.0)
+    members.update_members("peer x", [replace(A, epoch=5)], 1.0)
     assert members.known[A.node_id].info.epoch == 5
-    members.listed("redis", [], 2.0)
+    members.update_members("redis", [], 2.0)
     assert up(members) == {"a"}
-    members.listed("peer x", [], 3.0)
+    members.update_members("peer x", [], 3.0)
     assert up(members) == set()
 
 
 def test_members_are_bounded() -> None:
     members = Members()
     many = [NodeInfo(NodeId(f"n{number}"), 1, "a:1") for number in range(MEMBERS_MAX + 5)]
-    members.listed("redis", many, 0.0)
+    members.update_members("redis", many, 0.0)
     assert len(members.known) == MEMBERS_MAX
     assert members.refused == 5
 

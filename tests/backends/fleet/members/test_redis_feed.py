@@ -50,7 +50,7 @@ def test_redis_absent_at_the_start(server: RedisServer, share: ShareConfig) -> N
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         one.logs.log(NS).add(fingerprints(1))
         assert eventually(lambda: one.counts["share_redis_errors"] > 2)
-        assert one.roster.status()["peers"] == []
+        assert one.membership.status()["peers"] == []
         server.start()
         assert both_know(one, two)
 
@@ -99,8 +99,8 @@ def test_close_is_bounded_while_redis_hangs(
     assert eventually(lambda: one.counts["share_beats"] > 1)
     server.signal(signal.SIGSTOP)
     begin = time.monotonic()
-    one.roster.close()
-    one.roster.close()
+    one.membership.close()
+    one.membership.close()
     assert time.monotonic() - begin < 2.0  # a promise to the agent, not a measurement
     server.signal(signal.SIGCONT)
 
@@ -155,10 +155,10 @@ def test_a_node_that_dies_is_down_after_the_expiry(server: RedisServer, share: S
     wires = Wires()
     hand = HandNode(server.client(), wires, "h")
     with Node(share, wires, "a") as one:
-        hand.beat()
+        hand.heartbeat()
         assert eventually(lambda: one.sink.peers.get(hand.node_id, (0, "", False))[2])
         assert eventually(lambda: not one.sink.peers[hand.node_id][2])
-        hand.beat()
+        hand.heartbeat()
         assert eventually(lambda: one.sink.peers[hand.node_id][2])
 
 
@@ -169,7 +169,7 @@ def test_a_quiet_stream_says_how_far_it_goes(
     wires = Wires()
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         assert both_know(one, two)
-        key = stream_key("default", NS, one.roster.node_id)
+        key = stream_key("default", NS, one.membership.node_id)
         assert eventually(lambda: len(server.client().xrange(key)) > 2)
         _entry_id, fields = server.client().xrange(key)[-1]  # type: ignore[index]
         assert fields[b"o"] == b"K"
@@ -193,7 +193,7 @@ def test_an_outbox_that_overflows_is_a_new_epoch(server: RedisServer, share: Sha
 def test_two_clusters_on_one_redis_do_not_meet(server: RedisServer, share: ShareConfig) -> None:
     wires = Wires()
     elsewhere = replace(share, cluster_id="other")
-    podded = replace(share, pod="rack 2")
+    podded = replace(share, share_group="rack 2")
     with (
         Node(share, wires, "a") as one,
         Node(share, wires, "b") as two,
@@ -216,12 +216,12 @@ def test_a_servers_clock_that_went_back_leaves_no_zombies(
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         assert both_know(one, two)
         zombie = HandNode(server.client(), wires, "z")
-        zombie.beat(ahead_s=3600)  # as all are when the clock goes back an hour
+        zombie.heartbeat(ahead_s=3600)  # as all are when the clock goes back an hour
         for node in (one, two):
-            server.client().zadd(member_keys("default")[0], {node.roster.node_id: 1e15})
+            server.client().zadd(member_keys("default")[0], {node.membership.node_id: 1e15})
         assert eventually(lambda: server.client().zcard(member_keys("default")[0]) == 2)
-        beats = one.counts["share_beats"]
-        assert eventually(lambda: one.counts["share_beats"] > beats + 3)
+        heartbeats = one.counts["share_beats"]
+        assert eventually(lambda: one.counts["share_beats"] > heartbeats + 3)
         assert not one.sink.was_down - {"z"}
         assert two.sees(one)
 
@@ -232,7 +232,7 @@ def test_only_namespaces_present_here_are_followed(server: RedisServer, share: S
         one.logs.log(OTHER_NS).add(fingerprints(5))
         assert both_know(one, two)
         assert set(two.sink.sets) == {(NS, "a")}
-        two.roster.wanted_namespaces({OTHER_NS})
+        two.membership.wanted_namespaces({OTHER_NS})
         assert eventually(lambda: two.knows(one, OTHER_NS))
         assert set(two.sink.sets) == {(OTHER_NS, "a")}
 
@@ -245,7 +245,7 @@ def test_many_streams_are_not_asked_for_at_every_change(
 
     def all_there() -> bool:
         for other in others:
-            other.beat()
+            other.heartbeat()
         return len(one.sink.peers) == len(others)
 
     with Node(share, wires, "a") as one:
@@ -266,9 +266,9 @@ def test_the_same_name_twice(
         other.address = "twin2:1"
         wires.nodes.update({"twin:1": one, "twin2:1": other})
         with other:
-            assert eventually(lambda: one.roster.node_id != other.roster.node_id)
+            assert eventually(lambda: one.membership.node_id != other.membership.node_id)
             assert both_know(one, other)
-            assert {"twin"} < {one.roster.node_id, other.roster.node_id}
+            assert {"twin"} < {one.membership.node_id, other.membership.node_id}
         assert any(
             record.levelname == "ERROR" and "same nid" in record.message
             for record in caplog.records
@@ -283,8 +283,10 @@ def test_clocks_of_this_machine_may_jump(
         assert both_know(one, two)
         for number, jump in enumerate((-1e6, 1e6, 0.0)):
             monkeypatch.setattr(time, "time", lambda jump=jump: 1.7e9 + jump)
-            beats = one.counts["share_beats"]
-            assert eventually(lambda beats=beats: one.counts["share_beats"] > beats + 3)  # type: ignore[misc]
+            heartbeats = one.counts["share_beats"]
+            assert eventually(
+                lambda heartbeats=heartbeats: one.counts["share_beats"] > heartbeats + 3
+            )  # type: ignore[misc]
             one.logs.log(NS).add(fingerprints(number))
             assert both_know(one, two)
     assert not one.sink.was_down

@@ -101,7 +101,7 @@ def test_a_wrong_password_is_an_outage_until_the_file_is_right(
         wires = Wires()
         with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
             assert eventually(lambda: one.counts["share_redis_errors"] > 1)
-            (feed,) = one.roster.status()["feeds"]  # type: ignore[misc]
+            (feed,) = one.membership.status()["feeds"]  # type: ignore[misc]
             assert not feed["connected"]
             assert "AuthenticationError" in feed["last_error"]
             file.unlink()
@@ -109,7 +109,7 @@ def test_a_wrong_password_is_an_outage_until_the_file_is_right(
             assert eventually(lambda: one.counts["share_redis_errors"] > before)
             file.write_text(SECRET)
             assert eventually(lambda: one.knows(two) and two.knows(one))
-            said = caplog.text + str(one.roster.status())
+            said = caplog.text + str(one.membership.status())
     assert SECRET not in said
     assert "donkey" not in said
 

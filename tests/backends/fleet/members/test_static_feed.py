@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
 from nodes.fleet_bed import NS, WireNode, eventually, fingerprints
 from nodes.redis_server import RedisServer, free_port
@@ -129,10 +129,10 @@ def test_ranks_find_the_pages_of_other_nodes_in_the_replica(
     pair: tuple[WireNode, WireNode], tmp_path: Path
 ) -> None:
     one, two = pair
-    two.sink = writer = ReplicaWriter(tmp_path / "run")  # type: ignore[assignment]
+    two.sink = writer = PeerSetsWriter(tmp_path / "run")  # type: ignore[assignment]
     pages = np.random.default_rng(1).integers(0, 1 << 63, 100_000, np.uint64)
     one.logs.log(NS).add(pages)
-    reader = ReplicaReader(tmp_path / "run", NS, 30.0)
+    reader = PeerSetsReader(tmp_path / "run", NS, 30.0)
     wanted = pages[:128]
 
     def found() -> tuple[str, int] | None:

@@ -14,7 +14,7 @@ from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.fleet.reader.health import PeerHealth
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus, ShareConfig
-from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire import answers
 from flexkv_sglang.types import PageKey
 from nodes.delay_proxy import DelayProxy
 from nodes.page_servers import EPOCH, NID, ServerProcess, begin, reading, serving, until
@@ -264,7 +264,7 @@ def test_a_page_that_comes_after_wait_is_not_written() -> None:
     pending = Pending(read, given_up.append)
     assert pending.wait() == [LATE]
     assert given_up == [pending]
-    answer = wire.Pages(1, 0, PageStatus.OK, full, 4096, (checksum,))
+    answer = answers.PagesHeader(1, 0, PageStatus.OK, full, 4096, (checksum,))
     assert pending.deliver(0, answer, zmq.Frame(page)) == (0, None)
     assert memory.untouched(0)
 

@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 
 from flexkv_sglang.backends.fleet.replica.files import SetPlace, open_set
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import Op
 from flexkv_sglang.types import U64
 from nodes.replicas import SPACE, A, B, fill, nobody, open_reader, pages
 
 
 @pytest.fixture
-def writer(shm_path: Path) -> Iterator[ReplicaWriter]:
-    made = ReplicaWriter(shm_path)
+def writer(shm_path: Path) -> Iterator[PeerSetsWriter]:
+    made = PeerSetsWriter(shm_path)
     yield made
     made.close()
 
 
-def grow(writer: ReplicaWriter, rounds: int) -> U64:
+def grow(writer: PeerSetsWriter, rounds: int) -> U64:
     """Add until the changes no longer fit beside the base. What was added."""
     added = [pages(500) for _ in range(rounds)]
     for fingerprints in added:
@@ -38,7 +38,7 @@ def grow(writer: ReplicaWriter, rounds: int) -> U64:
 
 
 def test_a_full_disk_freezes_what_readers_see(
-    shm_path: Path, writer: ReplicaWriter, caplog: pytest.LogCaptureFixture
+    shm_path: Path, writer: PeerSetsWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
     """``RLIMIT_FSIZE`` is a disk that takes no larger file: the error is the kernel's."""
     caplog.set_level(logging.INFO)
@@ -81,7 +81,7 @@ def test_a_full_tmpfs_freezes_too(tmp_path: Path) -> None:
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a file system can be mounted by root only")
     try:
-        writer = ReplicaWriter(place)
+        writer = PeerSetsWriter(place)
         fill(writer, A, first := pages(2000))
         ballast = place / "ballast"
         free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
@@ -103,7 +103,7 @@ def test_a_full_tmpfs_freezes_too(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_files_that_are_damaged_are_no_sets(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_files_that_are_damaged_are_no_sets(shm_path: Path, writer: PeerSetsWriter) -> None:
     fill(writer, A, pages(100))
     tenancy = writer._entries[A].tenancy
     place = SetPlace(shm_path / SPACE, 0, tenancy, 1)
@@ -119,7 +119,7 @@ def test_files_that_are_damaged_are_no_sets(shm_path: Path, writer: ReplicaWrite
     assert open_set(place) is not None
 
 
-def test_a_set_file_is_what_the_documents_say(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_a_set_file_is_what_the_documents_say(shm_path: Path, writer: PeerSetsWriter) -> None:
     """Read by hand, after docs/DATA_FILE.md."""
     fingerprints = pages(1000)
     fill(writer, A, fingerprints)

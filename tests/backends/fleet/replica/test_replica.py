@@ -13,27 +13,27 @@ import pytest
 from flexkv_sglang.backends.fleet.replica import files as replica_files
 from flexkv_sglang.backends.fleet.replica.files import Entry, Peer, PeersTable, SetPlace, open_set
 from flexkv_sglang.backends.fleet.replica.fingerprint_set import record_count
-from flexkv_sglang.backends.fleet.replica.reader import ReplicaReader
-from flexkv_sglang.backends.fleet.replica.writer import ReplicaWriter
+from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
+from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Op, Snapshot
 from flexkv_sglang.errors import PeerError
 from nodes.replicas import OTHER, RNG, SPACE, A, B, C, fill, nobody, open_reader, pages
 
 
-def node_ids(reader: ReplicaReader) -> list[str]:
+def node_ids(reader: PeerSetsReader) -> list[str]:
     reader.refresh()
     return [peer.node_id for peer in reader.peers()]
 
 
-def let_look(reader: ReplicaReader) -> None:
+def let_look(reader: PeerSetsReader) -> None:
     """As if the pauses between looks at the file system were over."""
     reader._look_at_ns = reader._retry_at_ns = 0
     reader.refresh()
 
 
 @pytest.fixture
-def writer(shm_path: Path) -> Iterator[ReplicaWriter]:
-    made = ReplicaWriter(shm_path)
+def writer(shm_path: Path) -> Iterator[PeerSetsWriter]:
+    made = PeerSetsWriter(shm_path)
     yield made
     made.close()
 
@@ -45,14 +45,14 @@ def test_nothing_there_is_no_peers(tmp_path: Path) -> None:
     assert reader.run(pages(3), nobody) is None
     assert not reader.holds(pages(3), nobody).any()
     assert reader.page_count() == 0
-    fill(ReplicaWriter(tmp_path / "absent"), A, fingerprints := pages(3))
+    fill(PeerSetsWriter(tmp_path / "absent"), A, fingerprints := pages(3))
     let_look(reader)
     assert reader.run(fingerprints, nobody) == (Peer(0, A, 7, "a:1"), 3)
     reader.close()
     assert reader.run(fingerprints, nobody) is None
 
 
-def test_a_change_is_seen_without_a_refresh(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_a_change_is_seen_without_a_refresh(shm_path: Path, writer: PeerSetsWriter) -> None:
     fill(writer, A, fingerprints := pages(100))
     reader, more = open_reader(shm_path), pages(50)
     writer.apply(SPACE, A, Op.ADD, more)
@@ -64,7 +64,7 @@ def test_a_change_is_seen_without_a_refresh(shm_path: Path, writer: ReplicaWrite
     assert reader.page_count() == 140
 
 
-def test_a_set_follows_through_many_files(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_a_set_follows_through_many_files(shm_path: Path, writer: PeerSetsWriter) -> None:
     fill(writer, A, pages(0))
     reader, held = open_reader(shm_path), set[int]()
     for number in range(40):
@@ -84,7 +84,7 @@ def test_a_set_follows_through_many_files(shm_path: Path, writer: ReplicaWriter)
     assert reader.page_count() == len(held)
 
 
-def test_reset_clear_and_drop(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_reset_clear_and_drop(shm_path: Path, writer: PeerSetsWriter) -> None:
     first, second = pages(10), pages(20)
     fill(writer, A, first)
     reader = open_reader(shm_path)
@@ -107,7 +107,7 @@ def test_reset_clear_and_drop(shm_path: Path, writer: ReplicaWriter) -> None:
     assert reader.page_count() == 20
 
 
-def test_namespaces_are_apart(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_namespaces_are_apart(shm_path: Path, writer: PeerSetsWriter) -> None:
     reader, other = open_reader(shm_path), open_reader(shm_path, OTHER)
     fill(writer, A, mine := pages(5))
     fill(writer, A, theirs := pages(5), OTHER)
@@ -120,7 +120,7 @@ def test_namespaces_are_apart(shm_path: Path, writer: ReplicaWriter) -> None:
     assert reader.run(mine, nobody) is None
 
 
-def test_down_removed_and_a_slot_that_changes_hands(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_down_removed_and_a_slot_that_changes_hands(shm_path: Path, writer: PeerSetsWriter) -> None:
     fill(writer, A, fingerprints := pages(5))
     reader = open_reader(shm_path)
     writer.set_peer(A, 9, "elsewhere:2", up=False)
@@ -137,7 +137,7 @@ def test_down_removed_and_a_slot_that_changes_hands(shm_path: Path, writer: Repl
     assert reader.run(other, nobody) == (Peer(0, B, 7, "b:1"), 5)
 
 
-def test_a_set_of_another_tenancy_is_not_taken(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_a_set_of_another_tenancy_is_not_taken(shm_path: Path, writer: PeerSetsWriter) -> None:
     fill(writer, A, fingerprints := pages(5))
     reader = open_reader(shm_path)
     entry = reader._entries[0]
@@ -161,7 +161,7 @@ def test_a_set_of_another_tenancy_is_not_taken(shm_path: Path, writer: ReplicaWr
     assert reader.run(fingerprints, nobody) is None
 
 
-def test_the_longest_run_wins_and_is_exact(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_the_longest_run_wins_and_is_exact(shm_path: Path, writer: PeerSetsWriter) -> None:
     chain = RNG.permutation(pages(128))
     fill(writer, A, np.unique(chain[:40]))
     fill(writer, B, np.unique(chain[:90]))
@@ -173,7 +173,7 @@ def test_the_longest_run_wins_and_is_exact(shm_path: Path, writer: ReplicaWriter
     assert reader.run(chain[:0], nobody) is None
 
 
-def test_holes_are_found_wherever_they_are(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_holes_are_found_wherever_they_are(shm_path: Path, writer: PeerSetsWriter) -> None:
     chain = RNG.permutation(pages(128))
     fill(writer, A, np.unique(chain))
     reader = open_reader(shm_path)
@@ -184,7 +184,7 @@ def test_holes_are_found_wherever_they_are(shm_path: Path, writer: ReplicaWriter
         writer.apply(SPACE, A, Op.ADD, chain[hole : hole + 1])
 
 
-def test_runs_agree_with_the_definition(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_runs_agree_with_the_definition(shm_path: Path, writer: PeerSetsWriter) -> None:
     pool, held = pages(300), {}
     for node_id in (A, B, C):
         own = np.sort(RNG.choice(pool, 270, replace=False))
@@ -206,7 +206,7 @@ def test_runs_agree_with_the_definition(shm_path: Path, writer: ReplicaWriter) -
             assert answer[1] == runs[answer[0].node_id] == best
 
 
-def test_of_equals_the_one_answered_last(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_of_equals_the_one_answered_last(shm_path: Path, writer: PeerSetsWriter) -> None:
     both, only_b = pages(20), pages(5)
     fill(writer, A, both)
     fill(writer, B, np.unique(np.concatenate([both, only_b])))
@@ -219,30 +219,34 @@ def test_of_equals_the_one_answered_last(shm_path: Path, writer: ReplicaWriter) 
     assert (first[0].node_id, again[0].node_id) == (A, B)
 
 
-def test_a_silent_agent_is_ignored_and_comes_back(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_a_silent_agent_is_ignored_and_comes_back(shm_path: Path, writer: PeerSetsWriter) -> None:
     fill(writer, A, fingerprints := pages(5))
     reader = open_reader(shm_path)
     table = PeersTable.open(shm_path, writable=True)
     assert table is not None
-    for beat in (time.monotonic_ns() - 31_000_000_000, time.monotonic_ns() + 3_600_000_000_000, 0):
-        table.beat_ns = beat
+    for heartbeat in (
+        time.monotonic_ns() - 31_000_000_000,
+        time.monotonic_ns() + 3_600_000_000_000,
+        0,
+    ):
+        table.heartbeat_ns = heartbeat
         reader.refresh()
         assert not reader.alive
         assert reader.peers() == ()
         assert reader.run(fingerprints, nobody) is None
         assert not reader.holds(fingerprints, nobody).any()
-    writer.beat()
+    writer.heartbeat()
     assert reader.alive
     assert reader.run(fingerprints, nobody) == (Peer(0, A, 7, "a:1"), 5)
 
 
 def test_the_next_writer_takes_over(shm_path: Path) -> None:
-    old = ReplicaWriter(shm_path)
+    old = PeerSetsWriter(shm_path)
     fill(old, A, before := pages(50))
     reader = open_reader(shm_path)
     (shm_path / "agent.lock").touch()
     (shm_path / SPACE / "someone").touch()
-    new = ReplicaWriter(shm_path)
+    new = PeerSetsWriter(shm_path)
     assert reader.holds(before, nobody).all()  # what is mapped stays usable until the next refresh
     reader.refresh()
     assert reader.alive
@@ -261,17 +265,17 @@ def test_the_next_writer_takes_over(shm_path: Path) -> None:
 
 def test_a_table_that_was_put_there_anew_is_found(shm_path: Path) -> None:
     """The old one cannot say that it is retired: somebody removed the directory."""
-    old = ReplicaWriter(shm_path / "run")
+    old = PeerSetsWriter(shm_path / "run")
     reader = open_reader(shm_path / "run")
     (shm_path / "run").rename(shm_path / "away")
-    fill(ReplicaWriter(shm_path / "run"), A, fingerprints := pages(5))
-    old._table.beat_ns = time.monotonic_ns() - 2_000_000_000
+    fill(PeerSetsWriter(shm_path / "run"), A, fingerprints := pages(5))
+    old._table.heartbeat_ns = time.monotonic_ns() - 2_000_000_000
     let_look(reader)
     assert reader.holds(fingerprints, nobody).all()
 
 
 def test_an_entry_that_is_being_written_keeps_what_was_known(
-    shm_path: Path, writer: ReplicaWriter
+    shm_path: Path, writer: PeerSetsWriter
 ) -> None:
     writer.set_peer(A, 1, "a:1", up=True)
     reader = open_reader(shm_path)
@@ -292,7 +296,7 @@ def test_an_entry_that_is_being_written_keeps_what_was_known(
     assert reader.peers() == (Peer(0, A, 3, "c:3"),)
 
 
-def test_names_of_any_length_and_no_more_nodes_than_slots(writer: ReplicaWriter) -> None:
+def test_names_of_any_length_and_no_more_nodes_than_slots(writer: PeerSetsWriter) -> None:
     writer.set_peer(NodeId("n" * 200), 1, "h" * 273 + ":65535", up=True)
     with pytest.raises(PeerError, match="too long"):
         writer.set_peer(NodeId("ü" * 101), 1, "h:1", up=True)
@@ -305,7 +309,9 @@ def test_names_of_any_length_and_no_more_nodes_than_slots(writer: ReplicaWriter)
     writer.set_peer(A, 1, "h:1", up=True)
 
 
-def test_a_look_up_opens_nothing_and_talks_to_nobody(shm_path: Path, writer: ReplicaWriter) -> None:
+def test_a_look_up_opens_nothing_and_talks_to_nobody(
+    shm_path: Path, writer: PeerSetsWriter
+) -> None:
     for node_id in (A, B, C):
         fill(writer, node_id, pages(3000))
     reader, events = open_reader(shm_path), []
@@ -321,4 +327,4 @@ def test_a_look_up_opens_nothing_and_talks_to_nobody(shm_path: Path, writer: Rep
 def test_a_place_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PeerError, match="cannot keep the replica"):
-        ReplicaWriter(tmp_path / "file" / "run")
+        PeerSetsWriter(tmp_path / "file" / "run")

@@ -9,8 +9,7 @@ import pytest
 from flexkv_sglang.backends.fleet.server import holds as serve_holds
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus, ShareConfig
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.offers import pack_done, pack_offer
+from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.types import PageKey
 from nodes.copy_engine import CopyEngine
 from nodes.page_servers import SPACE, serving, until
@@ -28,12 +27,16 @@ def held(server: PageServer) -> int:
 
 def offer(request_id: int, keys: Sequence[PageKey] = KEYS, budget_ms: int = 5000) -> list[bytes]:
     """An OFFER of pages."""
-    return pack_offer(wire.Read(request_id, SPACE, budget_ms, wire.STOP_AT_FIRST, tuple(keys)))
+    return requests.pack_offer(
+        requests.Read(request_id, SPACE, budget_ms, requests.STOP_AT_FIRST, tuple(keys))
+    )
 
 
 def read(request_id: int, keys: Sequence[PageKey] = KEYS) -> list[bytes]:
     """A READ of the same."""
-    return wire.pack_read(wire.Read(request_id, SPACE, 5000, wire.STOP_AT_FIRST, tuple(keys)))
+    return requests.pack_read(
+        requests.Read(request_id, SPACE, 5000, requests.STOP_AT_FIRST, tuple(keys))
+    )
 
 
 def test_a_hold_lasts_until_done_of_the_same_reader() -> None:
@@ -45,23 +48,23 @@ def test_a_hold_lasts_until_done_of_the_same_reader() -> None:
     ):
         peer.say(offer(1))
         offered = peer.hear()
-        assert isinstance(offered, wire.Offered)
-        assert (offered.request_id, offered.hold_ms, offered.blob) == (1, 5000, engine.blob())
+        assert isinstance(offered, answers.Offered)
+        assert (offered.request_id, offered.lease_ms, offered.blob) == (1, 5000, engine.blob())
         assert [page.status for page in offered.pages] == [PageStatus.OK] * 20
         start, byte_count = engine.memory
         assert all(start <= page.address < start + byte_count for page in offered.pages)
         assert held(server) == 20 * 8192
-        other.say(pack_done(offered.hold))
+        other.say(requests.pack_done(offered.lease))
         other.say(read(2))  # answered behind it
         assert len(other.hear_all()) == 21
-        peer.say(pack_done(offered.hold + 1))
+        peer.say(requests.pack_done(offered.lease + 1))
         peer.say(read(3))
         assert len(peer.hear_all()) == 21
         until(lambda: not server._pages.are_leaving)  # what was read
         assert held(server) == 20 * 8192
-        peer.say(pack_done(offered.hold))
+        peer.say(requests.pack_done(offered.lease))
         until(lambda: not held(server))
-        peer.say(pack_done(offered.hold))  # twice does no harm
+        peer.say(requests.pack_done(offered.lease))  # twice does no harm
         peer.say(read(4))
         assert len(peer.hear_all()) == 21
 
@@ -77,10 +80,10 @@ def test_memory_in_a_hold_is_not_used_and_comes_back_when_its_time_is_over(
         peer = RawPeer(address)
         with peer, RawPeer(address) as other:
             peer.say(offer(1))
-            assert isinstance(peer.hear(), wire.Offered)
+            assert isinstance(peer.hear(), answers.Offered)
             other.say(read(2))
             busy = other.hear()
-            assert isinstance(busy, wire.Pages)
+            assert isinstance(busy, answers.PagesHeader)
             assert busy.status is PageStatus.BUSY
         # both are gone, but an engine may still be reading
         assert held(server) == 20 * 8192
@@ -97,7 +100,7 @@ def test_an_offer_that_is_cancelled_holds_nothing() -> None:
 
         def cancel(asked: Sequence[PageKey]) -> None:
             if KEYS[3] in asked:
-                peer.say(wire.pack_cancel(1))
+                peer.say(requests.pack_cancel(1))
                 until(lambda: held(server) < 20 << 20)
                 cancelled.append(asked)
 
@@ -107,7 +110,7 @@ def test_an_offer_that_is_cancelled_holds_nothing() -> None:
         source.before = lambda asked: None
         peer.say(offer(2))
         answer = peer.hear()
-        assert isinstance(answer, wire.Offered)
+        assert isinstance(answer, answers.Offered)
         assert answer.request_id == 2
 
 
@@ -116,13 +119,13 @@ def test_an_offer_of_what_is_not_there_holds_only_what_is() -> None:
     with serving(source, engine=CopyEngine()) as (server, address), RawPeer(address) as peer:
         peer.say(offer(1))
         offered = peer.hear()
-        assert isinstance(offered, wire.Offered)
+        assert isinstance(offered, answers.Offered)
         assert [page.status for page in offered.pages] == [PageStatus.OK] * 3 + [PageStatus.MISS]
         until(lambda: held(server) == 3 * 8192)
         peer.say(offer(2, KEYS[5:]))
         offered = peer.hear()
-        assert isinstance(offered, wire.Offered)
-        assert (offered.hold, len(offered.pages)) == (0, 1)
+        assert isinstance(offered, answers.Offered)
+        assert (offered.lease, len(offered.pages)) == (0, 1)
         until(lambda: held(server) == 3 * 8192)
 
 

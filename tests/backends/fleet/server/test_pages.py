@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus, ServedPage, ShareConfig
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.decode import decode_answer
+from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
 from flexkv_sglang.types import PageKey
 from nodes.page_servers import SPACE, serving, until
 from nodes.page_sources import MemorySource, keys_of
@@ -25,11 +24,11 @@ def test_small_pages_travel_together_with_zeros_between_them() -> None:
         memory[:] = bytes([0xAB]) * len(memory)
         missing = keys_of(1, seed=9)
         asked = (*keys[:12], *missing, *keys[12:])
-        peer.say(wire.pack_read(wire.Read(1, SPACE, 5000, 0, asked)))
+        peer.say(requests.pack_read(requests.Read(1, SPACE, 5000, 0, asked)))
         told, sizes = [], []
-        while len(frames := peer.sock.recv_multipart()) == 2 or frames[0][3] != wire.Kind.END:
-            head = decode_answer(frames)
-            assert isinstance(head, wire.Pages)
+        while len(frames := peer.sock.recv_multipart()) == 2 or frames[0][3] != protocol.Kind.END:
+            head = answers.decode_answer(frames)
+            assert isinstance(head, answers.PagesHeader)
             told.append((head.index, head.status, len(head.checksums)))
             for place in range(len(frames) > 1 and len(head.checksums)):
                 page = frames[1][8192 * place : 8192 * (place + 1)]
@@ -54,6 +53,6 @@ class ShortSource(MemorySource):
 def test_a_source_that_answers_for_too_few_pages_costs_no_memory() -> None:
     keys = keys_of(4)
     with serving(ShortSource(keys, 4096)) as (server, address), RawPeer(address) as peer:
-        peer.say(wire.pack_read(wire.Read(1, SPACE, 5000, 0, tuple(keys))))
+        peer.say(requests.pack_read(requests.Read(1, SPACE, 5000, 0, tuple(keys))))
         assert [answer.status for answer in peer.hear_all()[:-1]] == [PageStatus.MISS] * 4
         until(lambda: server._pages.held_bytes == 0)

@@ -23,8 +23,7 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     Snapshot,
     namespace_name,
 )
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.decode import decode_answer
+from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
 from flexkv_sglang.errors import ConfigError, PeerError
 from flexkv_sglang.types import PageKey
 from nodes.page_servers import EPOCH, NAME, NID, SPACE, begin, reading, serving, until
@@ -43,7 +42,7 @@ def small(total: int, per_reader: int) -> ShareConfig:
 def read(
     request_id: int, keys: list[PageKey], budget_ms: int = 10_000, flags: int = 1
 ) -> list[bytes]:
-    return wire.pack_read(wire.Read(request_id, SPACE, budget_ms, flags, tuple(keys)))
+    return requests.pack_read(requests.Read(request_id, SPACE, budget_ms, flags, tuple(keys)))
 
 
 class Valve:
@@ -73,9 +72,9 @@ def test_a_reader_beyond_its_share_is_told_busy_at_once() -> None:
         peer.say(read(2, keys[8:16]))  # two of these fit
         peer.say(read(3, keys[16:]))
         busy = peer.hear()
-        assert isinstance(busy, wire.Pages)
+        assert isinstance(busy, answers.PagesHeader)
         assert (busy.request_id, busy.index, busy.status) == (3, 0, BUSY)
-        assert peer.hear() == wire.End(3, 1)
+        assert peer.hear() == answers.End(3, 1)
         other.say(read(4, keys[:10]))  # of all memory, six are left
         until(lambda: server._pages.held_bytes == 64 << 10)
         valve.open.set()
@@ -131,7 +130,7 @@ def test_a_cancelled_request_is_not_answered() -> None:
     with serving(MemorySource(keys, 4096, valve)) as (server, address), RawPeer(address) as peer:
         peer.say(read(1, keys))
         assert valve.reached.wait(10)
-        peer.say(wire.pack_cancel(1))
+        peer.say(requests.pack_cancel(1))
         peer.say(read(2, keys_of(1, seed=9)))
         until(lambda: server._pages.held_bytes == 3 * 4096)
         valve.open.set()
@@ -214,13 +213,13 @@ def _take_slowly(peer: RawPeer, keys: list[PageKey], source: MemorySource) -> in
     pages = set(source.pages.values())
     while peer.sock.poll(10_000):
         frames = peer.sock.recv_multipart()
-        if len(frames) == 1 and frames[0][3] == wire.Kind.END:
+        if len(frames) == 1 and frames[0][3] == protocol.Kind.END:
             return good
         if len(frames) == 2:
-            told = decode_answer(frames)
-            assert isinstance(told, wire.Pages)
+            told = answers.decode_answer(frames)
+            assert isinstance(told, answers.PagesHeader)
             for place in range(len(told.checksums)):
-                start = place * wire.stride_of(told.length)
+                start = place * protocol.stride_of(told.length)
                 assert frames[1][start : start + told.length] in pages
             good += len(told.checksums)
     raise AssertionError("no end")
@@ -245,14 +244,18 @@ def test_a_reader_that_goes_away_gives_its_memory_back() -> None:
 def test_without_a_greeting_nothing_is_answered_but_a_refusal() -> None:
     keys = keys_of(1)
     with serving(MemorySource(keys, 4096)) as (_, address), RawPeer(address, greet=False) as peer:
-        for frames in (read(1, keys), wire.pack_snap(1, SPACE), wire.pack_proof(bytes(32))):
+        for frames in (
+            read(1, keys),
+            requests.pack_snapshot_request(1, SPACE),
+            requests.pack_proof(bytes(32)),
+        ):
             peer.say(frames)
-        assert peer.hear() == wire.Refused(wire.Refusal.NO_HELLO)
-        assert peer.hear() == wire.Refused(wire.Refusal.NO_HELLO)
-        peer.say(wire.pack_hello(wire.Hello(bytes(16), "default", 9)))
-        assert peer.hear() == wire.Refused(wire.Refusal.PROTOCOL)
+        assert peer.hear() == answers.Refused(answers.Refusal.NO_HELLO)
+        assert peer.hear() == answers.Refused(answers.Refusal.NO_HELLO)
+        peer.say(requests.pack_hello(requests.Hello(bytes(16), "default", 9)))
+        assert peer.hear() == answers.Refused(answers.Refusal.PROTOCOL)
         peer.say(read(1, keys))
-        assert peer.hear() == wire.Refused(wire.Refusal.NO_HELLO)
+        assert peer.hear() == answers.Refused(answers.Refusal.NO_HELLO)
 
 
 def test_a_failing_source_is_a_miss_and_the_server_lives() -> None:
@@ -298,8 +301,8 @@ def test_checksums_are_those_of_the_source() -> None:
         assert peer.sock.poll(10_000)
         head, data = peer.sock.recv_multipart()
         checksum = int.from_bytes(head[-8:], "little")
-        pages = wire.Pages(1, 0, OK, source.kind, 4096, (checksum,))
-        assert wire.pack_pages(pages) == head
+        pages = answers.PagesHeader(1, 0, OK, source.kind, 4096, (checksum,))
+        assert answers.pack_pages(pages) == head
         right = np.frombuffer(source.pages[keys[0]], np.uint8).copy()
         assert data != right.tobytes()
         told = page_checksum(source.kind, keys[0], [(right.ctypes.data, 4096)])
@@ -369,7 +372,7 @@ def test_a_page_larger_than_a_readers_share_is_still_served() -> None:
     source = MemorySource([], 1 << 20)
     queue = ServeQueue(4 << 20, 64 << 10)
     keys = tuple(keys_of(3))
-    request = Request(Reader(b"r"), wire.Read(1, SPACE, 1, 0, keys), source, 0.0)
+    request = Request(Reader(b"r"), requests.Read(1, SPACE, 1, 0, keys), source, 0.0)
     queue.accept(request)
     assert (request.accepted, queue.held) == (1, 1 << 20)
 

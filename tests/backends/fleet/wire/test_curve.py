@@ -12,8 +12,7 @@ import zmq
 from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
 from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
-from flexkv_sglang.backends.fleet.wire import curve
-from flexkv_sglang.backends.fleet.wire import messages as wire
+from flexkv_sglang.backends.fleet.wire import addresses, answers, curve, requests
 from flexkv_sglang.errors import ConfigError, PeerError
 from nodes.page_servers import EPOCH, NAME, NID, SPACE, begin, reading, serving, write_secret
 from nodes.page_sources import MemorySource, PageMemory, keys_of
@@ -71,7 +70,7 @@ def _curve_client(
     sock.curve_serverkey = server_key
     sock.curve_publickey, sock.curve_secretkey = pair
     sock.connect(f"tcp://{address}")
-    sock.send_multipart(wire.pack_hello(wire.Hello(bytes(16), "default")))
+    sock.send_multipart(requests.pack_hello(requests.Hello(bytes(16), "default")))
     return sock
 
 
@@ -99,15 +98,15 @@ def test_hmac_takes_one_proof_for_one_challenge(tmp_path: Path) -> None:
     assert secret is not None
     with serving(MemorySource(KEYS, 8192), share) as (_, address), RawPeer(address) as peer:
         challenge = peer.greeting
-        assert isinstance(challenge, wire.Challenge)
-        peer.say(wire.pack_read(wire.Read(1, SPACE, 1000, 1, tuple(KEYS))))
-        assert peer.hear() == wire.Refused(wire.Refusal.NO_HELLO)
-        peer.say(wire.pack_proof(bytes(32)))
-        assert peer.hear() == wire.Refused(wire.Refusal.PROOF)
+        assert isinstance(challenge, answers.Challenge)
+        peer.say(requests.pack_read(requests.Read(1, SPACE, 1000, 1, tuple(KEYS))))
+        assert peer.hear() == answers.Refused(answers.Refusal.NO_HELLO)
+        peer.say(requests.pack_proof(bytes(32)))
+        assert peer.hear() == answers.Refused(answers.Refusal.PROOF)
         right = curve.proof(secret, b"reader", bytes(16), challenge.nonce, "default")
-        peer.say(wire.pack_proof(right))  # too late for that challenge
-        peer.say(wire.pack_read(wire.Read(1, SPACE, 1000, 1, tuple(KEYS))))
-        assert peer.hear() == wire.Refused(wire.Refusal.NO_HELLO)
+        peer.say(requests.pack_proof(right))  # too late for that challenge
+        peer.say(requests.pack_read(requests.Read(1, SPACE, 1000, 1, tuple(KEYS))))
+        assert peer.hear() == answers.Refused(answers.Refusal.NO_HELLO)
 
 
 def test_hmac_wants_a_proof_of_the_server_too(tmp_path: Path) -> None:
@@ -161,38 +160,38 @@ def test_keys_are_a_function_of_the_secret() -> None:
 @pytest.mark.parametrize("listen", ["10.1.2.3:5", "0.0.0.0:5", "[::]:5", "some-host:5", "*:5"])
 def test_an_open_place_needs_a_secret(listen: str) -> None:
     with pytest.raises(ConfigError, match=r"share\.listen"):
-        curve.listen_address(ShareConfig(listen=listen, advertise="h:1"), None)
+        addresses.listen_address(ShareConfig(listen=listen, advertise="h:1"), None)
 
 
 def test_where_servers_listen(caplog: pytest.LogCaptureFixture) -> None:
     secret = curve.derive(b"s" * 32)
     plain = ShareConfig(listen="10.1.2.3:5")
-    assert curve.listen_address(ShareConfig(), None) == ("127.0.0.1", 7400)
+    assert addresses.listen_address(ShareConfig(), None) == ("127.0.0.1", 7400)
     redis = ShareConfig(redis_url="redis://127.0.0.1")
-    assert curve.listen_address(redis, None) == ("127.0.0.1", 0)
-    assert curve.listen_address(ShareConfig(listen="127.0.0.9"), None) == ("127.0.0.9", 0)
-    assert curve.listen_address(ShareConfig(listen="[::1]:7"), None) == ("::1", 7)
-    assert curve.listen_address(plain, secret) == ("10.1.2.3", 5)
+    assert addresses.listen_address(redis, None) == ("127.0.0.1", 0)
+    assert addresses.listen_address(ShareConfig(listen="127.0.0.9"), None) == ("127.0.0.9", 0)
+    assert addresses.listen_address(ShareConfig(listen="[::1]:7"), None) == ("::1", 7)
+    assert addresses.listen_address(plain, secret) == ("10.1.2.3", 5)
     assert not caplog.records
-    assert curve.listen_address(replace(plain, insecure=True), None) == ("10.1.2.3", 5)
+    assert addresses.listen_address(replace(plain, insecure=True), None) == ("10.1.2.3", 5)
     assert "without a secret" in caplog.text
     with pytest.raises(ConfigError, match="advertise"):
-        curve.listen_address(ShareConfig(listen="0.0.0.0:5"), secret)
+        addresses.listen_address(ShareConfig(listen="0.0.0.0:5"), secret)
     to_peer = ShareConfig(peers=("127.0.0.1:99",))
-    assert curve.listen_address(to_peer, secret) == ("127.0.0.1", 7400)
+    assert addresses.listen_address(to_peer, secret) == ("127.0.0.1", 7400)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:x", ":5", "127.0.0.1:70000"])
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(ConfigError, match=r"share\.listen"):
-        curve.listen_address(ShareConfig(listen=address), None)
+        addresses.listen_address(ShareConfig(listen=address), None)
 
 
 def test_what_others_are_told() -> None:
-    assert curve.advertised(ShareConfig(), "::1", 5) == "[::1]:5"
-    assert curve.advertised(ShareConfig(advertise="node7"), "0.0.0.0", 5) == "node7:5"
-    assert curve.advertised(ShareConfig(advertise="node7:9"), "0.0.0.0", 5) == "node7:9"
-    assert curve.advertised(ShareConfig(advertise="[fd00::1]"), "0.0.0.0", 5) == "[fd00::1]:5"
+    assert addresses.advertised(ShareConfig(), "::1", 5) == "[::1]:5"
+    assert addresses.advertised(ShareConfig(advertise="node7"), "0.0.0.0", 5) == "node7:5"
+    assert addresses.advertised(ShareConfig(advertise="node7:9"), "0.0.0.0", 5) == "node7:9"
+    assert addresses.advertised(ShareConfig(advertise="[fd00::1]"), "0.0.0.0", 5) == "[fd00::1]:5"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +199,7 @@ def test_what_others_are_told() -> None:
     [(None, "10.0.0.5"), ("node7", "node7"), ("node7:9", "node7"), ("[fd00::1]:9", "fd00::1")],
 )
 def test_the_host_that_others_are_told(advertise: str | None, host: str) -> None:
-    assert curve.advertised_host(ShareConfig(advertise=advertise), "10.0.0.5") == host
+    assert addresses.advertised_host(ShareConfig(advertise=advertise), "10.0.0.5") == host
 
 
 def test_ipv6_loopback_serves() -> None:

@@ -9,19 +9,17 @@ import pytest
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.vocabulary import Change, NodeInfo, Op, PageStatus, Snapshot
-from flexkv_sglang.backends.fleet.wire import messages as wire
-from flexkv_sglang.backends.fleet.wire.decode import decode_answer, decode_request
-from flexkv_sglang.backends.fleet.wire.offers import pack_done, pack_offer, pack_offered
+from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
 from nodes.page_servers import EPOCH, NAME, NID, SPACE
 from nodes.page_sources import keys_of
 from nodes.wire_fuzz import (
     CHANGES,
     OFFERED,
     SNAPSHOT,
-    answers,
     fuzz_decoders,
     fuzz_server,
-    requests,
+    valid_answers,
+    valid_requests,
 )
 
 KEYS = tuple(keys_of(128))
@@ -30,45 +28,48 @@ KEYS = tuple(keys_of(128))
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (wire.pack_hello(wire.Hello(bytes(16), "c" * 128)), wire.Hello(bytes(16), "c" * 128)),
-        (wire.pack_proof(bytes(32)), wire.Proof(bytes(32))),
-        (wire.pack_cancel(1 << 63), wire.Cancel(1 << 63)),
-        (wire.pack_bad(SPACE, KEYS), wire.ReportCorrupt(SPACE, KEYS)),
-        (wire.pack_snap(3, SPACE), wire.SnapshotRequest(3, SPACE)),
         (
-            wire.pack_poll(wire.Poll(3, SPACE, (1 << 64) - 1, 9)),
-            wire.Poll(3, SPACE, (1 << 64) - 1, 9),
+            requests.pack_hello(requests.Hello(bytes(16), "c" * 128)),
+            requests.Hello(bytes(16), "c" * 128),
+        ),
+        (requests.pack_proof(bytes(32)), requests.Proof(bytes(32))),
+        (requests.pack_cancel(1 << 63), requests.Cancel(1 << 63)),
+        (requests.pack_report_corrupt(SPACE, KEYS), requests.ReportCorrupt(SPACE, KEYS)),
+        (requests.pack_snapshot_request(3, SPACE), requests.SnapshotRequest(3, SPACE)),
+        (
+            requests.pack_poll(requests.Poll(3, SPACE, (1 << 64) - 1, 9)),
+            requests.Poll(3, SPACE, (1 << 64) - 1, 9),
         ),
         (
-            wire.pack_read(wire.Read(1, SPACE, 10**9, 1, KEYS)),
-            wire.Read(1, SPACE, 60_000, 1, KEYS),
+            requests.pack_read(requests.Read(1, SPACE, 10**9, 1, KEYS)),
+            requests.Read(1, SPACE, 60_000, 1, KEYS),
         ),
         (
-            pack_offer(wire.Read(1, SPACE, 10**9, 1, KEYS)),
-            wire.Offer(wire.Read(1, SPACE, 60_000, 1, KEYS)),
+            requests.pack_offer(requests.Read(1, SPACE, 10**9, 1, KEYS)),
+            requests.Offer(requests.Read(1, SPACE, 60_000, 1, KEYS)),
         ),
-        (pack_done(1 << 63), wire.Done(1 << 63)),
+        (requests.pack_done(1 << 63), requests.Done(1 << 63)),
     ],
 )
-def test_requests_survive(frames: list[bytes], message: wire.Request) -> None:
-    assert decode_request(frames) == message
+def test_requests_survive(frames: list[bytes], message: requests.Request) -> None:
+    assert requests.decode_request(frames) == message
 
 
 def test_answers_survive() -> None:
     info = NodeInfo(NID, 1 << 63, "[::1]:9", "rack", (NAME, NAME), ("zmq", "nixl"), "0.1")
-    welcome = wire.Welcome(bytes(16), bytes(range(32)), info, 64 << 20, 32)
-    assert decode_answer(wire.pack_welcome(welcome)) == welcome
+    welcome = answers.Welcome(bytes(16), bytes(range(32)), info, 64 << 20, 32)
+    assert answers.decode_answer(answers.pack_welcome(welcome)) == welcome
     full = ChecksumKind.XXH3_64
-    page = wire.Pages(1 << 60, 127, PageStatus.OK, full, 8, ((1 << 64) - 1,))
-    assert decode_answer([wire.pack_pages(page), bytes(8)]) == page
-    pages = wire.Pages(1, 100, PageStatus.OK, full, 4097, tuple(range(28)))
-    assert decode_answer([wire.pack_pages(pages), bytes(27 * 8192 + 4097)]) == pages
-    assert decode_answer(wire.pack_end(1, 128)) == wire.End(1, 128)
-    assert decode_answer(pack_offered(OFFERED)) == OFFERED
-    most = wire.Offered(1, 2, 60_000, OFFERED.pages[:1] * 128, bytes(32 << 10))
-    assert decode_answer(pack_offered(most)) == most
-    changes = decode_answer(wire.pack_changes(4, CHANGES))
-    assert isinstance(changes, wire.Changes)
+    page = answers.PagesHeader(1 << 60, 127, PageStatus.OK, full, 8, ((1 << 64) - 1,))
+    assert answers.decode_answer([answers.pack_pages(page), bytes(8)]) == page
+    pages = answers.PagesHeader(1, 100, PageStatus.OK, full, 4097, tuple(range(28)))
+    assert answers.decode_answer([answers.pack_pages(pages), bytes(27 * 8192 + 4097)]) == pages
+    assert answers.decode_answer(answers.pack_end(1, 128)) == answers.End(1, 128)
+    assert answers.decode_answer(answers.pack_offered(OFFERED)) == OFFERED
+    most = answers.Offered(1, 2, 60_000, OFFERED.pages[:1] * 128, bytes(32 << 10))
+    assert answers.decode_answer(answers.pack_offered(most)) == most
+    changes = answers.decode_answer(answers.pack_changes(4, CHANGES))
+    assert isinstance(changes, answers.Changes)
     for told, sent in zip(changes.changes, CHANGES, strict=True):
         assert (told.epoch, told.first, told.op) == (sent.epoch, sent.first, sent.op)
         assert told.fingerprints.tolist() == sent.fingerprints.tolist()
@@ -78,10 +79,10 @@ def test_answers_survive() -> None:
 def test_a_snapshot_survives_in_parts(count: int) -> None:
     snapshot = Snapshot(5, 6, np.arange(count, dtype=np.uint64))
     parts = [
-        decode_answer(wire.pack_part(1, snapshot, part))
-        for part in range(wire.snapshot_parts(snapshot))
+        answers.decode_answer(answers.pack_part(1, snapshot, part))
+        for part in range(answers.parts_of(count))
     ]
-    assert all(isinstance(part, wire.SnapshotPart) and part.count == count for part in parts)
+    assert all(isinstance(part, answers.SnapshotPart) and part.count == count for part in parts)
     assert (
         np.concatenate([part.fingerprints for part in parts]).tolist()
         == snapshot.fingerprints.tolist()
@@ -90,36 +91,39 @@ def test_a_snapshot_survives_in_parts(count: int) -> None:
 
 def test_many_changes_are_cut_to_one_message() -> None:
     many = [Change(1, 1 + 512 * i, Op.ADD, np.arange(512, dtype=np.uint64)) for i in range(1000)]
-    frames = wire.pack_changes(1, many)
-    assert len(frames[1]) <= wire.CHANGES_BYTES_MAX
-    told = decode_answer(frames)
-    assert isinstance(told, wire.Changes)
+    frames = answers.pack_changes(1, many)
+    assert len(frames[1]) <= answers.CHANGES_BYTES_MAX
+    told = answers.decode_answer(frames)
+    assert isinstance(told, answers.Changes)
     assert 200 < len(told.changes) < 1000
     assert told.changes[-1].first == 1 + 512 * (len(told.changes) - 1)
 
 
 def test_golden_bytes() -> None:
     """Nodes of one protocol version understand each other: whoever changes these changes the version."""
-    read = wire.pack_read(wire.Read(0x0102030405060708, SPACE, 250, 1, KEYS[:1]))
+    read = requests.pack_read(requests.Read(0x0102030405060708, SPACE, 250, 1, KEYS[:1]))
     assert read[0].hex() == (
         "666b020601000100fa0000000807060504030201" + SPACE.hex() + KEYS[0].hex()
     )  # fmt: skip
     full = ChecksumKind.XXH3_64
-    pages = wire.pack_pages(wire.Pages(7, 3, PageStatus.OK, full, 4096, (0xAABB, 0xCC)))
+    pages = answers.pack_pages(answers.PagesHeader(7, 3, PageStatus.OK, full, 4096, (0xAABB, 0xCC)))
     assert pages.hex() == (
         "666b0207030000020010000002000000" + "0700000000000000" + "bbaa000000000000" + "cc00000000000000"
     )  # fmt: skip
-    assert wire.pack_end(7, 3)[0].hex() == "666b0208030000000700000000000000"
-    hello = wire.pack_hello(wire.Hello(bytes(range(16)), "ab"))[0]
+    assert answers.pack_end(7, 3)[0].hex() == "666b0208030000000700000000000000"
+    hello = requests.pack_hello(requests.Hello(bytes(range(16)), "ab"))[0]
     assert hello.hex() == "666b0201" + bytes(range(16)).hex() + "020000006162"
-    assert pack_offer(wire.Read(1, SPACE, 250, 1, KEYS[:1]))[0][:8].hex() == "666b021001000100"
-    assert pack_done(7)[0].hex() == "666b0212000000000700000000000000"
-    assert pack_offered(OFFERED)[0].hex() == (
+    assert (
+        requests.pack_offer(requests.Read(1, SPACE, 250, 1, KEYS[:1]))[0][:8].hex()
+        == "666b021001000100"
+    )
+    assert requests.pack_done(7)[0].hex() == "666b0212000000000700000000000000"
+    assert answers.pack_offered(OFFERED)[0].hex() == (
         "666b02110200040088130000" + "0d00000000000000" + "0500000000000000"
         + "0002000000100000" + "0000000000000080" + "0000000000010000"
         + "0100000000000000" + bytes(16).hex() + b"blob".hex()
     )  # fmt: skip
-    part = wire.pack_part(1, SNAPSHOT, 0)
+    part = answers.pack_part(1, SNAPSHOT, 0)
     assert struct.unpack("<2sBBHHQQQQ", part[0][:40]) == (b"fk", 2, 12, 0, 1, 1, EPOCH, 40, 1000)
 
 
@@ -131,19 +135,19 @@ def test_golden_bytes() -> None:
         [b"fk"],
         [b"fk\x01\x63"],
         [b"fk\x02\x06" + bytes(60)],
-        wire.pack_end(1, 1),
-        [wire.pack_read(wire.Read(1, SPACE, 1, 0, KEYS[:2]))[0][:-1]],
-        [wire.pack_read(wire.Read(1, SPACE, 1, 0, KEYS[:2]))[0] + bytes(32)],
+        answers.pack_end(1, 1),
+        [requests.pack_read(requests.Read(1, SPACE, 1, 0, KEYS[:2]))[0][:-1]],
+        [requests.pack_read(requests.Read(1, SPACE, 1, 0, KEYS[:2]))[0] + bytes(32)],
         [bytes(1 << 17)],
-        [*wire.pack_cancel(1), b""],
+        [*requests.pack_cancel(1), b""],
         [b"fk\x01\x06" + struct.pack("<HHIQ", 129, 0, 1, 1) + SPACE + bytes(129 * 32)],
         [b"fk\x01\x06" + struct.pack("<HHIQ", 0, 0, 1, 1) + SPACE],
         [b"fk\x01\x01" + bytes(16) + struct.pack("<HH", 1, 0) + b"\xff"],
     ],
 )
 def test_what_is_no_request_is_refused(frames: list[bytes]) -> None:
-    with pytest.raises(wire.WireError):
-        decode_request(frames)
+    with pytest.raises(protocol.WireError):
+        requests.decode_request(frames)
 
 
 def _part(part: int, parts: int, count: int, data: bytes) -> list[bytes]:
@@ -166,7 +170,7 @@ def _pages(
     [
         [],
         [b"", b"", b""],
-        wire.pack_cancel(1),
+        requests.pack_cancel(1),
         _part(0, 1, 1 << 40, bytes(8)),
         _part(0, 65535, 1 << 27, bytes(8)),
         _part(0, 65535, 65535 * 131_072, bytes(1 << 20)),
@@ -189,28 +193,31 @@ def _pages(
         [_pages(0, 0, 2, status=1)],
         [_pages(128, 0, 1, status=1)],
         [_pages(0, 0, 1, status=9)],
-        [wire.pack_changes(1, CHANGES)[0], wire.pack_changes(1, CHANGES)[1][:-1]],
-        [wire.pack_changes(1, CHANGES)[0], wire.pack_changes(1, CHANGES)[1] + b"x"],
-        wire.pack_end(1, 129),
+        [answers.pack_changes(1, CHANGES)[0], answers.pack_changes(1, CHANGES)[1][:-1]],
+        [answers.pack_changes(1, CHANGES)[0], answers.pack_changes(1, CHANGES)[1] + b"x"],
+        answers.pack_end(1, 129),
         [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 129, 0, 5000, 1, 1) + bytes(129 * 24)],
         [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 0, 32769, 5000, 1, 1) + bytes(32769)],
         [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 0, 0, 0, 1, 1)],
         [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 0, 0, 60_001, 1, 1)],
         [struct.pack("<2sBBHHIQQ", b"fk", 2, 17, 1, 0, 1, 1, 1) + b"\x63" + bytes(23)],
-        [*pack_offered(OFFERED), b""],
+        [*answers.pack_offered(OFFERED), b""],
     ],
 )
 def test_what_is_no_answer_is_refused(frames: list[bytes]) -> None:
-    with pytest.raises(wire.WireError):
-        decode_answer(frames)
+    with pytest.raises(protocol.WireError):
+        answers.decode_answer(frames)
 
 
 def test_every_cut_of_every_message_is_refused() -> None:
-    for decode, messages in ((decode_request, requests()), (decode_answer, answers())):
+    for decode, messages in (
+        (requests.decode_request, valid_requests()),
+        (answers.decode_answer, valid_answers()),
+    ):
         for frames in messages:
             for place, frame in enumerate(frames):
                 for length in range(0, len(frame), 1 + len(frame) // 200):
-                    with pytest.raises(wire.WireError):
+                    with pytest.raises(protocol.WireError):
                         decode([*frames[:place], frame[:length], *frames[place + 1 :]])
 
 
