@@ -46,19 +46,14 @@ def as_text(value: Any) -> str:
 
 
 def resolve(path: str) -> Any:
-    """``package.module.Class.attribute``. Raises ``ImportError`` or ``AttributeError``."""
-    module, class_name, attribute = path.rsplit(".", 2)
+    """``package.module.name`` or ``package.module.Class.name``. Raises ``ImportError`` or ``AttributeError``."""
+    home, name = path.rsplit(".", 1)
+    module, owner = home.rsplit(".", 1)
     with warnings.catch_warnings():  # where they are errors, an import would be cut off half way
         warnings.simplefilter("ignore")
-        return getattr(getattr(importlib.import_module(module), class_name), attribute)
-
-
-def resolve_function(path: str) -> Any:
-    """``package.module.function``. Raises ``ImportError`` or ``AttributeError``."""
-    module, name = path.rsplit(".", 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(importlib.import_module(module), name)
+        if owner[0].isupper():
+            return getattr(getattr(importlib.import_module(module), owner), name)
+        return getattr(importlib.import_module(home), name)
 
 
 def first_there(*paths: str) -> str | None:

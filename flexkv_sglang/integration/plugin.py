@@ -38,7 +38,6 @@ from flexkv_sglang.integration.compat import (
     RUNTIME_CONFIG,
     first_there,
     resolve,
-    resolve_function,
 )
 
 NAME = "flexkv"
@@ -83,17 +82,17 @@ def register() -> None:
 
 def misfit() -> str | None:
     """The reason why this SGLang cannot be hooked, or None. Imports the class that attaches storage backends."""
-    return _misfit(ATTACH, resolve, _ATTACH_PARAMETERS)
+    return _misfit(ATTACH, _ATTACH_PARAMETERS)
 
 
 def linker_misfit() -> str | None:
     """The reason why ``flexkv`` cannot name a linker in this SGLang, or None. Older releases have no linkers."""
-    return _misfit(CREATE_LINKER, resolve_function, _LINKER_PARAMETERS)
+    return _misfit(CREATE_LINKER, _LINKER_PARAMETERS)
 
 
-def _misfit(path: str, find: Callable[[str], Any], wanted: tuple[str, ...]) -> str | None:
+def _misfit(path: str, wanted: tuple[str, ...]) -> str | None:
     try:
-        target = find(path)
+        target = resolve(path)
     except (ImportError, AttributeError) as exc:
         return f"{path} cannot be reached ({type(exc).__name__}: {exc})"
     parameters = inspect.signature(inspect.unwrap(target)).parameters

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -100,19 +101,23 @@ class PoolPages(Protocol):
     tokens_per_page: int
     geometry: PageGeometry
     span: int
-    groups: HeadGroups
+    groups: HeadGroups = WHOLE
 
+    @abstractmethod
     def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
         """The present content of pages, to be written."""
 
+    @abstractmethod
     def incoming(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
         """Memory to read pages into."""
 
     def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
         """SGLang's flat page tensors, to be written or read."""
+        return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
 
     def memory(self) -> list[tuple[int, int]]:
         """(address, bytes) of memory that an I/O engine may pin as long as this object lives."""
+        return []
 
 
 def open_pages(pool: HostPool, groups: HeadGroups = WHOLE) -> PoolPages:
@@ -138,12 +143,11 @@ def open_pages(pool: HostPool, groups: HeadGroups = WHOLE) -> PoolPages:
             raise UnsupportedPoolError(f"{no_buffers}; {no_pages}") from no_pages
 
 
-class HostPages:
+class HostPages(PoolPages):
     """Page addresses of one host pool. Raises ``UnsupportedPoolError`` when the pool cannot name them."""
 
     how = "zero-copy"
     span = 1 << 30
-    groups = WHOLE
 
     def __init__(self, pool: HostPool, first_page_indices: Any) -> None:
         """``first_page_indices``: int64 tensor ``[tokens per page]`` of any page, to learn the geometry."""
@@ -184,10 +188,6 @@ class HostPages:
         return None if buffers is None else Batch(buffers)
 
     incoming = outgoing
-
-    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
-        """See ``PoolPages``."""
-        return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
 
     def memory(self) -> list[tuple[int, int]]:
         """(address, bytes) of the pool's CPU memory; nothing if it is not made of tensors.
@@ -248,11 +248,10 @@ class HeadGroupPages(HostPages):
         return Batch(PageBuffers(addresses, self._lengths), pages.memory)
 
 
-class FlatPages:
+class FlatPages(PoolPages):
     """Pages copied by ``get_data_page`` and ``set_from_flat_data_page``. Raises ``UnsupportedPoolError``."""
 
     how = "flat pages"
-    groups = WHOLE
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
@@ -301,23 +300,14 @@ class FlatPages:
         starts: list[int] = host_indices[:: self.tokens_per_page].tolist()
         return starts
 
-    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
-        """See ``PoolPages``."""
-        return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
 
-    def memory(self) -> list[tuple[int, int]]:
-        """Nothing: I/O uses staging memory."""
-        return []
-
-
-class MarkerPages:
+class MarkerPages(PoolPages):
     """A pool without bytes, whose pages stand for those of other pools (``LogicalHostPool``).
 
     A record that names the page is stored, so that lookups stay true; the pool is never touched.
     """
 
     how = "markers"
-    groups = WHOLE
     span = STAGING_BYTES // _MARKER_BYTES
 
     def __init__(self, pool: HostPool) -> None:
@@ -347,10 +337,6 @@ class MarkerPages:
             return [flag and same for flag, same in zip(flags, right, strict=True)]
 
         return Batch(buffers, rows, landed)
-
-    def memory(self) -> list[tuple[int, int]]:
-        """Nothing."""
-        return []
 
 
 def _rows(count: int, payload_bytes: int) -> tuple[torch.Tensor, PageBuffers]:
