@@ -15,7 +15,7 @@ class FlexKVError(Exception):
 
 
 class ConfigError(FlexKVError, ValueError):
-    """A setting is wrong. Names the key, the value and what is valid.
+    """A setting is wrong. Its text names the key, the value and the valid choices.
 
     Also a ``ValueError``: SGLang prints those as "Failed to create storage backend: ...".
     """

@@ -41,7 +41,7 @@ RESET = "sglang.srt.managers.cache_controller.HiCacheController.reset"
 
 
 def as_text(value: Any) -> str:
-    """A name or a setting of SGLang as text; of an enumeration its value. Releases differ in what is one."""
+    """A name or a setting of SGLang as text; of a member of an enumeration its value."""
     return str(getattr(value, "value", value))
 
 

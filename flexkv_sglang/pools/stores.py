@@ -54,7 +54,7 @@ _SUSPEND_S = 9.0
 
 
 class PoolStores:
-    """The stores of one attach. What they do now is ``StoresState``: each method below is one of its events.
+    """The stores of one attach. ``StoresState`` has the table of their states and of the events, the methods here.
 
     ``describe`` is called once per pool that can be stored and per weight update. ``groups``: how pages are cut into
     head groups where that is possible. ``sharing``: with other nodes; it is not closed with the stores.

@@ -1,4 +1,4 @@
-"""Seeded bugs in what names the weights and in what happens when they change; see ``run.py``."""
+"""Seeded bugs in the identity of weights and in weight updates; see ``run.py``."""
 
 from __future__ import annotations
 
