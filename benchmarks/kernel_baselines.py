@@ -1,4 +1,4 @@
-"""What people do without such kernels: ``index_select`` per layer, one copy per chunk, CUDA's batched copy."""
+"""Ways without such kernels: ``index_select`` per layer, one copy per chunk, CUDA's batched copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from flexkv_sglang.triton_kernels.ops import PtrTable
 
 CHUNKS_MAX = 16384
-"""One copy per chunk takes microseconds each: that many are enough to know the rate."""
+"""One copy per chunk takes microseconds each: these are enough to know the rate."""
 CHUNKS_MAX_CPU = 64
 """There only: does it run?"""
 STREAM_ORDER = 1
@@ -20,7 +20,7 @@ STREAM_ORDER = 1
 
 
 class Missing(Exception):  # noqa: N818  a baseline that is not there is no error
-    """Why a baseline cannot run here."""
+    """The reason why a baseline cannot run here."""
 
 
 def index_select(table: PtrTable, ids: torch.Tensor, blocks: torch.Tensor) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""What ``kernels.py`` moves: geometries of real models, pools of them, streams and clocks of either device."""
+"""Cases of ``kernels.py``: geometries of real models, pools of them, streams and clocks of either device."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Device:
         self.is_gpu = self.device.type == "cuda"
 
     def seconds(self, work: Callable[[], None]) -> float:
-        """How long ``work`` takes on the current stream, launches included when the device waits for them."""
+        """Seconds of ``work`` on the current stream, launches included when the device waits for them."""
         if not self.is_gpu:
             begin = time.perf_counter()
             work()
@@ -85,7 +85,7 @@ class Device:
         return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
 
     def mark(self) -> Any:
-        """An event behind what the current stream was given."""
+        """An event behind all work of the current stream."""
         if not self.is_gpu:
             return None
         event = torch.cuda.Event()
