@@ -9,8 +9,11 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
+from typing import Any
 
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
@@ -23,13 +26,20 @@ _LOG_BYTES = 1 << 20
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
-def run_agent(config_path: Path, run_path: Path | None, *, for_ranks: bool) -> int:
+def run_agent(
+    config_path: Path,
+    run_path: Path | None,
+    *,
+    for_ranks: bool,
+    times: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
     """Exit code 0 when stopped, not needed any more, or when another agent lives; 2 for a wrong setting.
 
-    1 for a run directory that cannot be used.
+    1 for a run directory that cannot be used. ``times``: fields of ``ShareConfig`` that are no settings, for tests.
     """
     try:
         config = _read(config_path)
+        config = replace(config, share=replace(config.share, **times))
         run_dir = RunDir.of(config) if run_path is None else RunDir(run_path)
         _raise_file_limit()
         stop = threading.Event()

@@ -169,15 +169,15 @@ class Lookups:
         for pool in self._pools:
             if pool.name == KV:
                 continue
-            demand = PoolRequirement(pool.name, pool.policy, max(1, len(asked[pool.source])))
+            requirement = PoolRequirement(pool.name, pool.policy, max(1, len(asked[pool.source])))
             opened = self._stores.get(pool.name)
             if opened is None or not keys:
-                yield demand, []
+                yield requirement, []
             elif pool.for_every_page:
                 run = self._leading(lease, opened, keys)
-                yield demand, [True] * run
+                yield requirement, [True] * run
             else:
-                yield demand, self._keep(lease, opened, keys)
+                yield requirement, self._keep(lease, opened, keys)
 
     def _leading(self, lease: _Lease, pool: Pool, keys: list[PageKey]) -> int:
         """Leading run of pages that are kept for the lease from now on."""
@@ -198,7 +198,7 @@ class Lookups:
         store = pool.store
         if store is None:
             return [False] * len(keys)
-        if not pool.told.writes:
+        if not pool.spec.writes:
             return store.holds(keys)
         pinned = lease.pools.get(pool.name)
         if pinned is None or pinned.store is not store:  # other files, perhaps of other weights
@@ -230,7 +230,7 @@ class Lookups:
     def _fetch_more(self, kv: Pool, keys: list[PageKey], run: int, usable: int) -> None:
         """Ask for what is elsewhere and would make the prefix longer."""
         more = 0
-        if kv.told.writes and kv.store is not None and run < len(keys):
+        if kv.spec.writes and kv.store is not None and run < len(keys):
             wanted = keys[run : run + _PROMOTE_MAX]
             more = kv.store.prefix(wanted, promise=False)
             if more:
@@ -239,7 +239,7 @@ class Lookups:
             return
         for pool in self._pools[1:]:
             opened = self._stores.get(pool.name)
-            if opened is not None and opened.store is not None and opened.told.writes:
+            if opened is not None and opened.store is not None and opened.spec.writes:
                 reach = keys[max(0, run + more - _PROMOTE_MAX) : run + more]
                 places = opened.store.pin(reach)
                 opened.store.unpin([place for place in places if place is not None])

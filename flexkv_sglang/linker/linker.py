@@ -145,10 +145,10 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
     def _open_stores(self) -> None:
         agree_before_attach()
         try:
-            self._stores.anchor(self._staging[KV], opens=WEIGHTS.settled)
+            self._stores.open_kv(self._staging[KV], opens=WEIGHTS.settled)
             for name, staging in self._staging.items():
                 self._stores.add(name, staging)
-            self._stores.burst_over()
+            self._stores.registration_done()
         except BaseException:
             self._stores.close()
             raise
@@ -268,12 +268,12 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         """Before a weight update: from now on nothing is found and nothing stored; what runs fails."""
         self._epoch += 1
         self._lookups.end_all()
-        self._stores.leave()
+        self._stores.suspend()
 
     @boundary(lambda self: None)
     def enter_epoch(self) -> None:
         """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
-        self._stores.enter()
+        self._stores.resume()
 
     def _quiesce(self, seconds: float) -> None:
         self._loader.quiesce()

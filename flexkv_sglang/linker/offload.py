@@ -191,7 +191,7 @@ class Offloader:
         opened = self._stores.get(given.pool.name)
         if opened is None:
             raise TierError(f"pool {given.pool.name} is not open")
-        if not opened.told.writes:
+        if not opened.spec.writes:
             return True
         staging, keys = self._staging[given.pool.name], page_keys(given.texts)
         parent, good = job.parent if given.pool.for_every_page else None, True

@@ -89,7 +89,7 @@ class Promoter:
                         assert part_of is not None
                         end = time.monotonic() + PROMOTE_S
                         stored = store_own(pool, keys[:got], part_of, parent, end)
-                        pool.told.metrics.count("linker_promoted_pages", sum(stored))
+                        pool.spec.metrics.count("linker_promoted_pages", sum(stored))
                     if got < len(keys):
                         return
                     parent = keys[-1]

@@ -29,6 +29,7 @@ from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.opening import prepare_directory
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.node_pages import NodePages, is_shareable, payload_bytes_of
 from flexkv_sglang.sharing.run_dir import RunDir, node_name
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
 _SCAN_S = 1.0
-_LOG_INTERVAL_S = 60.0
+_READ_DEPTH = 8  # reads in flight at the disk, with io_uring
 
 
 def _version() -> str:
@@ -66,7 +67,7 @@ class Agent:
         self._pages: dict[str, NodePages] = {}  # replaced, never changed: other threads read it
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
-        self._logged_at: dict[str, float] = {}
+        self._log = RateLimitedLog(logger)
         self._needed_at = time.monotonic()
         self._changes = 0
         self._doubts: dict[tuple[str, str, str], int] = {}  # (rank, namespace, node) -> as reported
@@ -209,9 +210,7 @@ class Agent:
 
     def _serve(self, namespace: str, payload_bytes: int) -> None:
         log = self._logs.log(namespace)
-        pages = NodePages(
-            self._modes, namespace, payload_bytes, log, self.metrics, self._share.serve_depth
-        )
+        pages = NodePages(self._modes, namespace, payload_bytes, log, self.metrics, _READ_DEPTH)
         self._pages = {**self._pages, namespace: pages}
         logger.info("flexkv: serving namespace %s, pages of %d bytes", namespace, payload_bytes)
 
@@ -242,10 +241,7 @@ class Agent:
     def _round(self, name: str, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - a part that fails must not end the agent
             self._count("agent_exceptions")
-            now = time.monotonic()
-            if now - self._logged_at.get(name, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
-                self._logged_at[name] = now
-                level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
-                logger.log(level, "flexkv: agent: %s failed", name, exc_info=True)
+            level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
+            self._log.log(name, level, "flexkv: agent: %s failed", name, exc_info=exc)

@@ -13,8 +13,9 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from flexkv_sglang.backoff import Backoff
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.sharing.run_dir import RunDir, settings_digest
 from flexkv_sglang.threads import PeriodicThread
@@ -23,9 +24,12 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 5.0
 _IDLE_S = 1.0
-_PAUSE_MAX_S = 60.0
+_PAUSE_S, _PAUSE_MAX_S = 2.0, 60.0
 _JOIN_S = 2.0
 _SHELL_S = 10.0
+
+FLEXKV = (sys.executable, "-P", "-m", "flexkv_sglang.cli")
+"""The command ``flexkv``."""
 
 
 class AgentLauncher:
@@ -38,7 +42,9 @@ class AgentLauncher:
         idle: Callable[[], None] = lambda: None,
         *,
         look_s: float = _LOOK_S,
+        flexkv: Sequence[str] = FLEXKV,
     ) -> None:
+        self._flexkv = flexkv
         self._idle = idle
         self._config = config
         self._run_dir = run_dir
@@ -47,7 +53,8 @@ class AgentLauncher:
         self._lock = run_dir.take_rank_lock()
         self._told = False
         self._reported = ""
-        self._look_at, self._pause_s = 0.0, 1.0
+        self._look_at = 0.0
+        self._backoff = Backoff(_PAUSE_S, _PAUSE_MAX_S)
         self.usable = True  # False: the agent runs with other settings
         self._thread = PeriodicThread(
             "flexkv-agent-keeper",
@@ -80,10 +87,9 @@ class AgentLauncher:
         if time.monotonic() >= self._look_at:
             pause = self._look_s
             if self._looked():
-                self._pause_s = 1.0
+                self._backoff.reset()
             else:
-                self._pause_s = min(2 * self._pause_s, _PAUSE_MAX_S)
-                pause = max(self._pause_s, self._look_s) * random.uniform(0.8, 1.2)
+                pause = max(self._backoff.failed(), self._look_s) * random.uniform(0.8, 1.2)
             self._look_at = time.monotonic() + pause
         self._thread.pause(_IDLE_S)
         if not self._thread.stopped:
@@ -96,7 +102,7 @@ class AgentLauncher:
             self._come_back()
             if self._look():
                 return True
-            launch_agent(self._config, self._run_dir)
+            launch_agent(self._config, self._run_dir, self._flexkv)
         except (OSError, subprocess.SubprocessError) as exc:
             logger.warning("flexkv: the agent cannot be started: %s", exc)
         return False
@@ -130,14 +136,14 @@ class AgentLauncher:
         return True
 
 
-def launch_agent(config: FlexKVConfig, run_dir: RunDir) -> None:
+def launch_agent(config: FlexKVConfig, run_dir: RunDir, flexkv: Sequence[str] = FLEXKV) -> None:
     """Start an agent that nobody is the parent of, in our working directory: paths may be relative to it.
 
     Raises ``OSError``, ``subprocess.SubprocessError``.
     """
     run_dir.write_config(config)
-    command = [sys.executable, "-P", "-m", "flexkv_sglang.cli", "agent"]
-    command += ["--config", str(run_dir.config_path), "--run-dir", str(run_dir.path), "--for-ranks"]
+    command = [*flexkv, "agent", "--config", str(run_dir.config_path)]
+    command += ["--run-dir", str(run_dir.path), "--for-ranks"]
     with run_dir.log_path.open("ab") as log:
         subprocess.run(
             ["/bin/sh", "-c", '"$@" &', "sh", *command],

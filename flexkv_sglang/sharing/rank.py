@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.fleet.members.redis_link import RedisLink, parse_redis_url
@@ -14,7 +14,7 @@ from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.sharing.agent_launcher import AgentLauncher
+from flexkv_sglang.sharing.agent_launcher import FLEXKV, AgentLauncher
 from flexkv_sglang.sharing.remote_pages import RemoteTier
 from flexkv_sglang.sharing.run_dir import RunDir
 
@@ -28,9 +28,14 @@ def check_settings(share: ShareConfig) -> None:
 
 
 class Sharing:
-    """Keeps an agent alive and owns the connections to other nodes' agents. Raises ``ConfigError``."""
+    """Keeps an agent alive and owns the connections to other nodes' agents. Raises ``ConfigError``.
 
-    def __init__(self, config: FlexKVConfig, metrics: Metrics) -> None:
+    ``flexkv``: the command that starts the agent.
+    """
+
+    def __init__(
+        self, config: FlexKVConfig, metrics: Metrics, flexkv: Sequence[str] = FLEXKV
+    ) -> None:
         self._config = config
         self._opened: list[RemoteTier] = []  # replaced, never changed: the keeper's thread reads it
         check_settings(config.share)
@@ -38,7 +43,9 @@ class Sharing:
         self._client = PeerClient(config.share, metrics.count)
         keeper = None
         try:
-            keeper = self._keeper = AgentLauncher(config, self._run_dir, self._follow)
+            keeper = self._keeper = AgentLauncher(
+                config, self._run_dir, self._follow, flexkv=flexkv
+            )
             keeper.start()
         except OSError as exc:
             if keeper is not None:

@@ -28,10 +28,58 @@ def test_one_url_is_enough_and_so_are_peers() -> None:
     assert (found.peers, found.cluster_id, found.wanted) == (("10.0.0.5:7400",), "blue", True)
 
 
-def test_units_are_those_of_the_keys_names() -> None:
-    found = share(remote_deadline_ms=400, serve_inflight_mb=8, publish_flush_ms=20)
-    assert found.remote_deadline_s == pytest.approx(0.4)
-    assert (found.serve_inflight, found.publish_flush_s) == (8 << 20, pytest.approx(0.02))
+@pytest.mark.parametrize(("total_mb", "reader_mb"), [(8, 8), (100, 64), (256, 64), (1024, 256)])
+def test_one_reader_gets_a_quarter_of_the_serving_memory(total_mb: int, reader_mb: int) -> None:
+    found = share(serve_inflight_mb=total_mb)
+    assert (found.serve_inflight, found.serve_inflight_peer) == (total_mb << 20, reader_mb << 20)
+
+
+def test_pod_is_the_former_name_of_share_group() -> None:
+    assert share(pod="rack-1").share_group == share(share_group="rack-1").share_group == "rack-1"
+    with pytest.raises(ConfigError, match=r"share\.pod: .*share\.share_group"):
+        share(pod="rack-1", share_group="rack-1")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "heartbeat_s",
+        "node_ttl_s",
+        "remote_deadline_ms",
+        "serve_inflight_peer_mb",
+        "serve_depth",
+        "publish_flush_ms",
+        "replica_ttl_s",
+        "agent_linger_s",
+    ],
+)
+def test_a_removed_setting_is_refused_with_advice(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^share\.{key} is no longer a setting: remove it\. .+\.$"
+    ):
+        share(**{key: 1})
+
+
+def test_the_json_sets_only_settings() -> None:
+    assert share(redis_url="redis://r").settings().keys() == {
+        "redis_url",
+        "redis_password_file",
+        "redis_ca_file",
+        "peers",
+        "cluster_id",
+        "node_id",
+        "listen",
+        "advertise",
+        "secret_file",
+        "auth",
+        "insecure",
+        "share_group",
+        "engine",
+        "promote",
+        "recompute_tokens_per_s",
+        "serve_inflight",
+        "run_dir",
+    }
 
 
 @pytest.mark.parametrize(
@@ -49,9 +97,11 @@ def test_units_are_those_of_the_keys_names() -> None:
         ({"auth": "none"}, ["share.auth", "curve", "hmac"]),
         ({"insecure": 1}, ["share.insecure", "true or false"]),
         ({"engine": "rdma"}, ["share.engine", "zmq, nixl, mooncake"]),
-        ({"heartbeat_s": 0}, ["share.heartbeat_s", "seconds"]),
-        ({"heartbeat_s": True}, ["share.heartbeat_s"]),
-        ({"heartbeat_s": 2, "node_ttl_s": 3}, ["share.node_ttl_s", "heartbeat", "4"]),
+        (
+            {"recompute_tokens_per_s": -1},
+            ["share.recompute_tokens_per_s", "-1", "tokens per second"],
+        ),
+        ({"recompute_tokens_per_s": True}, ["share.recompute_tokens_per_s"]),
         ({"serve_inflight_mb": "8"}, ["share.serve_inflight_mb", "MiB"]),
     ],
 )

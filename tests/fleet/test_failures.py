@@ -195,7 +195,7 @@ def test_this_nodes_agent_is_killed(pair: tuple[Node, Rank, Node, Rank]) -> None
 
 def test_this_nodes_agent_hangs(redis_server: RedisServer, make_node: MakeNode) -> None:
     a = make_node("a", redis_url=redis_server.url)
-    b = make_node("b", redis_url=redis_server.url, replica_ttl_s=2, promote=False)
+    b = make_node("b", redis_url=redis_server.url, promote=False, times={"replica_ttl_s": 2})
     writer, reader = a.rank(), b.rank()
     writer.put(1, PAGES)
     assert eventually(lambda: reads_all(reader))

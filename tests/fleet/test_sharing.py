@@ -149,9 +149,7 @@ def test_one_agent_for_many_ranks(redis_server: RedisServer, make_node: MakeNode
 
 
 def test_an_agent_nobody_needs_ends(redis_server: RedisServer, make_node: MakeNode) -> None:
-    a = make_node("a", redis_url=redis_server.url)
-    a.config["share"] |= {"agent_linger_s": 0}
-    a.write_config()
+    a = make_node("a", redis_url=redis_server.url, times={"agent_linger_s": 0})
     rank = a.rank()
     assert eventually(lambda: a.agent_pid is not None)
     assert eventually(lambda: a.status().get("ranks") == 1)
@@ -190,7 +188,8 @@ def test_two_clusters_on_one_redis(redis_server: RedisServer, make_node: MakeNod
 
 def test_a_page_is_visible_soon(redis_server: RedisServer, make_node: MakeNode) -> None:
     """No figure here (benchmarks/fleet_feed.py has it), only that nobody waits for a scan or a heartbeat."""
-    a, b = (make_node(n, redis_url=redis_server.url, heartbeat_s=30, node_ttl_s=90) for n in "ab")
+    slow = {"heartbeat_s": 30, "node_ttl_s": 90}
+    a, b = (make_node(name, redis_url=redis_server.url, times=slow) for name in "ab")
     writer, reader = a.rank(), b.rank()
     writer.put(1, 1)
     assert eventually(lambda: reader.prefix(1, 1) == 1, 45), b.status()

@@ -133,7 +133,7 @@ def test_a_hanging_disk_releases_the_forward_pass_and_writes_nothing_afterwards(
 
 def test_finishing_waits_no_longer_than_the_deadline(hasty: Side) -> None:
     gate = hold(hasty.linker, "read")
-    hasty.linker._stopping.set()  # no watchdog
+    hasty.linker._watch.stop()  # no watchdog
     index = hasty.begin(KEYS, 5, 6, 7)
     assert hasty.linker.finish_layer_wise_loading(index) is False
     gate.go_on.set()

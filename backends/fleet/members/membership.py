@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from flexkv_sglang.backends.fleet.background import Backoff
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.follower import Apply, Follower, Forget, Reset, Step
 from flexkv_sglang.backends.fleet.members.members import Member, Members
+from flexkv_sglang.backends.fleet.members.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.redis_feed import RedisFeed
 from flexkv_sglang.backends.fleet.members.replica_sink import ReplicaSink
 from flexkv_sglang.backends.fleet.members.snapshot_queue import Feed, SnapshotQueue
@@ -72,7 +72,7 @@ class Membership:
         self._snapshot_at: dict[Feed, float] = {}
         self._wanted: frozenset[str] = frozenset()
         self._queue = SnapshotQueue()
-        self._sink_outage = Backoff("replica of other nodes' pages")
+        self._sink_outage = PartnerState("replica of other nodes' pages")
         self._closed = False
         self._ticked_at = 0.0
         self._feeds: list[RedisFeed | StaticFeed] = [

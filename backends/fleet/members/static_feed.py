@@ -10,8 +10,8 @@ import random
 import time
 from dataclasses import replace
 
-from flexkv_sglang.backends.fleet.background import Backoff
 from flexkv_sglang.backends.fleet.members.members import FeedHost
+from flexkv_sglang.backends.fleet.members.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.redis_entries import is_sound
 from flexkv_sglang.backends.fleet.vocabulary import NodeInfo, PeerControl, ShareConfig
 from flexkv_sglang.errors import PeerError
@@ -36,7 +36,7 @@ class StaticFeed:
         self._host = host
         self._control = control
         self._source = f"peer {address}"
-        self._outage = Backoff(self._source, min(5.0, share.heartbeat_s))
+        self._outage = PartnerState(self._source, min(5.0, share.heartbeat_s))
         self._info: NodeInfo | None = None
         self._next_hello = 0.0
         self._answered_at = time.monotonic()

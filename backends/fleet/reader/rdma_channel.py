@@ -23,6 +23,7 @@ from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, PageOutcome, Pe
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link
+from flexkv_sglang.backoff import Backoff
 
 if TYPE_CHECKING:
     import zmq
@@ -42,7 +43,7 @@ class EngineChannel(PeerChannel):
     ) -> None:
         super().__init__(health, open_link, count)
         self._engine = engine
-        self._zmq_until = 0.0
+        self._fallback = Backoff(FALLBACK_S, FALLBACK_S)  # while it is not due: over ZeroMQ
         self._fetches: dict[int, Fetch] = {}
 
     def _pack(self, read: requests.Read) -> list[bytes]:
@@ -51,7 +52,7 @@ class EngineChannel(PeerChannel):
         if (
             welcome is None
             or self._engine.name not in welcome.info.engines
-            or time.monotonic() < self._zmq_until
+            or not self._fallback.due
         ):
             return super()._pack(read)
         fetch = self._engine.take(out.count, out.pending.page_bytes)
@@ -170,17 +171,16 @@ class EngineChannel(PeerChannel):
             self.pump()
 
     def _leave_engine(self, reason: str) -> None:
-        now = time.monotonic()
-        if now >= self._zmq_until:
+        if self._fallback.due:
             node_id = self.health.node_id
             logger.warning("node %s is read over zmq for %g s: %s", node_id, FALLBACK_S, reason)
             self._count("remote_engine_failures", 1)
-        self._zmq_until = now + FALLBACK_S
+        self._fallback.failed(FALLBACK_S)
 
     def renew(self) -> None:
         """Another process: nothing is known against its engine."""
         super().renew()
-        self._zmq_until = 0.0
+        self._fallback = Backoff(FALLBACK_S, FALLBACK_S)
 
     def abandon(self, pending: Pending) -> None:
         """A transfer that is late is the engine's fault, not a silence of the peer."""

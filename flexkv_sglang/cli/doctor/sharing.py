@@ -125,8 +125,8 @@ def no_other_node(facts: Facts) -> Finding | None:
         known = f"{', '.join(down[:_SHOWN])}: down" if down else "none was ever seen"
         return _finding(
             *(facts, "no_other_node", "No other node is alive"),
-            f"cluster {fleet.status.get('cluster_id')!r}, pod {fleet.status.get('pod', '')!r}; {known}",
-            "Start the others with the same Redis (and database number), cluster_id and pod, or name them in "
+            f"cluster {fleet.status.get('cluster_id')!r}, share_group {fleet.status.get('pod', '')!r}; {known}",
+            "Start the others with the same Redis (and database number), cluster_id and share_group, or name them in "
             "share.peers. flexkv nodes shows on each machine whom it sees",
         )
     return None

@@ -100,9 +100,6 @@ class Fleet:
                 "nid": host,
                 "secret_file": str(secret),
                 "run_dir": str(self.work / host / "run"),
-                "heartbeat_s": 0.5,
-                "node_ttl_s": 2,
-                "agent_linger_s": 600,
             },
         }
 

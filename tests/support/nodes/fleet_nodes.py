@@ -101,7 +101,10 @@ class Rank:
 
 
 class Node:
-    """One node. ``share``: settings beside those that every test wants; ``prefix``: what runs a command there."""
+    """One node. ``share``: settings beside those that every test wants; ``prefix``: a command that runs others there.
+
+    ``times``: fields of ``ShareConfig`` that are no settings, of the agent and the rank processes.
+    """
 
     def __init__(
         self,
@@ -112,6 +115,7 @@ class Node:
         page_bytes: int = PAGE_BYTES,
         prefix: Sequence[str] = (),
         extra: dict[str, Any] | None = None,
+        times: dict[str, float] | None = None,
         **share: Any,
     ) -> None:
         self.name = name
@@ -122,11 +126,11 @@ class Node:
         self._prefix = tuple(prefix)
         self._ranks: list[Rank] = []
         self.directory.mkdir(parents=True, exist_ok=True)
-        quick = {"heartbeat_s": 0.3, "node_ttl_s": 1.5, "agent_linger_s": 600}
+        self.times = {"heartbeat_s": 0.3, "node_ttl_s": 1.5, "agent_linger_s": 600, **(times or {})}
         self.config = {
             "path": str(self.pages_dir),
             "size": size,
-            "share": {"nid": name, "run_dir": str(self.run_dir.path), **quick, **share},
+            "share": {"nid": name, "run_dir": str(self.run_dir.path), **share},
             **(extra or {}),
         }
         self.config_path = self.directory / "config.json"
@@ -139,9 +143,8 @@ class Node:
     def rank(self) -> Rank:
         """Start a rank process, and so an agent."""
         command = [*self._prefix, sys.executable, "-P", str(_SUPPORT / "fleet_rank.py")]
-        rank = Rank(
-            [*command, str(self.config_path), str(self.page_bytes)], self.directory / "rank.log"
-        )
+        command += [str(self.config_path), str(self.page_bytes), json.dumps(self.times)]
+        rank = Rank(command, self.directory / "rank.log")
         self._ranks.append(rank)
         return rank
 

@@ -11,6 +11,8 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from flexkv_sglang.sharing.rank import Sharing
 from flexkv_sglang.types import PageBuffers, PageKey
 
 POISON = 0xA5
+_FLEET_AGENT = Path(__file__).with_name("fleet_agent.py")
 
 
 def identity(payload_bytes: int) -> Identity:
@@ -81,11 +84,15 @@ class Memory:
 class Rank:
     """The commands. Every answer has ``seconds``."""
 
-    def __init__(self, config: FlexKVConfig, payload_bytes: int) -> None:
+    def __init__(
+        self, config: FlexKVConfig, payload_bytes: int, times: Mapping[str, float]
+    ) -> None:
+        config = replace(config, share=replace(config.share, **times))
+        flexkv = [sys.executable, "-P", str(_FLEET_AGENT), json.dumps(times)]
         self._payload_bytes = payload_bytes
         self._metrics = Metrics()
         told = identity(payload_bytes)
-        self._sharing = Sharing.of(config, self._metrics)
+        self._sharing = Sharing(config, self._metrics, flexkv) if config.share.wanted else None
         self.store: Tiers = open_tiers(
             config,
             prepare_tiers(config),
@@ -165,7 +172,7 @@ class Rank:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     config = FlexKVConfig.parse(json.loads(Path(sys.argv[1]).read_text()))
-    rank = Rank(config, int(sys.argv[2]))
+    rank = Rank(config, int(sys.argv[2]), json.loads(sys.argv[3]))
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
