@@ -152,9 +152,11 @@ def test_settings_of_sharing_and_their_defaults() -> None:
         keys = [literal(key) for key in row[0].split(",")]
         values = row[1].split(",") if len(keys) == row[1].count(",") + 1 else [row[1]] * len(keys)
         found.update({key: literal(value) for key, value in zip(keys, values, strict=True)})
-    assert set(found) == set(share._PARSERS)
+    aliases = {"pod"}
+    assert set(found) == set(share._PARSERS) - aliases
     default = share.ShareConfig()
-    for key, (field, parse) in share._PARSERS.items():
+    for key in found:
+        field, parse = share._PARSERS[key]
         value = getattr(default, field)
         if value is None or value == ():
             assert not re.match(r"^[\d\"]", found[key]), key
@@ -168,6 +170,21 @@ def test_settings_of_sharing_and_their_defaults() -> None:
             assert parse(key, float(text)) == value, key
         else:
             assert text == value, key
+
+
+def test_fixed_times_of_sharing_and_settings_that_are_gone() -> None:
+    default = share.ShareConfig()
+    text = section(DOCS / "OPERATING.md", "## Sharing between machines")
+    text = re.sub(r"\s+", " ", text.split("**Fixed times.**")[1].split("**How it works.**")[0])
+    assert f"heartbeat every {default.heartbeat_s:g} s" in text
+    assert f"after {default.node_ttl_s:g} s without one" in text
+    assert f"waits {1000 * default.remote_deadline_s:g} ms" in text
+    assert f"collected for {1000 * default.publish_flush_s:g} ms" in text
+    assert f"used for {default.replica_ttl_s:g} s" in text
+    assert f"ends {default.agent_linger_s:g} s after" in text
+    for key in share._REMOVED:
+        naming = [path.name for path in DOCUMENTS if f"`{key}`" in path.read_text()]
+        assert naming == ["CHANGELOG.md"], key
 
 
 # --- metrics and the doctor ---
