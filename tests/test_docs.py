@@ -426,6 +426,9 @@ def test_the_trails_of_the_eight_questions_are_short() -> None:
         assert word in question
         files = set(re.findall(r"`([\w/]+\.(?:py|md))`", trail))
         assert 1 < len(files) <= 6, question
+        for name, inside in re.findall(r"`([\w/]+\.py)` \(`([\w.]+)`", trail):
+            text = (ROOT / "flexkv_sglang" / name).read_text()
+            assert set(inside.split(".")) <= set(re.findall(r"\w+", text)), f"{name}: {inside}"
 
 
 def test_the_glossary_is_used() -> None:
