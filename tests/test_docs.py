@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import re
 import runpy
 from collections.abc import Iterator
@@ -289,6 +290,27 @@ def test_scripts_and_their_flags_exist(path: Path) -> None:
         tables = [p for p in (ROOT / "tests" / "mutants").glob("*.py") if p.name != "run.py"]
         bugs = [bug[0] for table in tables for bug in runpy.run_path(str(table))["MUTANTS"]]
         assert not [word for word in names if not any(word in bug for bug in bugs)]
+
+
+OTHER_FLAGS = {*("--no-deps", "--shm-size", "--kernels-on", "--e2e-variant", "--mib", "--gbit")}
+"""Of pip, Docker, pytest and benchmarks."""
+
+
+@pytest.mark.sglang
+def test_flags_of_sglang_exist() -> None:
+    """Flags that no command of ours has are SGLang's: its arguments name them, with underscores."""
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None
+    (place,) = [Path(found) / "srt" for found in spec.submodule_search_locations or ()]
+    sources = [place / "server_args.py", *(place / "arg_groups").rglob("*.py")]
+    known = frozenset(re.findall(r"\w+", "\n".join(path.read_text() for path in sources)))
+    ours = set().union(*commands().values()) | OTHER_FLAGS
+    for path in DOCUMENTS:
+        text = path.read_text()
+        for command in sorted(named_commands(path, "scripts/"), key=len, reverse=True):
+            text = text.replace(command, "")
+        for flag in set(flags_of(text)) - ours:
+            assert flag[2:].replace("-", "_") in known, f"{named(path)}: {flag}"
 
 
 # --- paths, modules and names ---
