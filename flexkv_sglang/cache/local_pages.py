@@ -1,8 +1,8 @@
-"""LocalPages: one tier's index, slot files and lookup pins, with the two locks that keep them in step.
+"""LocalPages: one tier's index, slot files and lookup pins with the two locks that keep them in step.
 
-``lock`` guards index and lookup pins. It is held for dict work only: never for I/O, never while logging.
-``publish`` puts journal appends and the index changes that they announce into one order. It is taken before
-``lock``, never after it. No read takes it, and every wait for it has a bound.
+``lock`` guards index and pins and is held for dict work only: never for I/O, never while logging.
+``publish`` puts journal appends and the index changes they announce into one order; it is taken before
+``lock``, never after it, no read takes it, and nobody waits for it without a bound.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.cache.eviction.policies import ReuseDensity
+from flexkv_sglang.cache.eviction.reuse_density import ReuseDensity
 from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.cache.index.lookup_pins import LookupPins
 from flexkv_sglang.errors import TierUnavailableError
@@ -24,7 +24,7 @@ LOCK_SPAN = 512  # keys looked up under one hold of the lock
 
 
 class LocalPages:
-    """Shared by an engine, its plans and its upkeep. The locks guard everything but ``tier``."""
+    """Shared by an engine, its plans and its upkeep. All but ``tier`` is guarded by the two locks."""
 
     def __init__(self, tier: SlotFileTier, recovered: Recovered) -> None:
         self.tier = tier
@@ -32,18 +32,20 @@ class LocalPages:
         self._publish = threading.Lock()
         count = tier.slot_count
         self.index = TierIndex(count, ReuseDensity(count), tier.regions())
-        self._promises = LookupPins(count)
+        self._lookup_pins = LookupPins(count)
         dropped = self.index.load(recovered.keys, recovered.slots, recovered.parents)
         keys, slots = recovered.keys[dropped].tolist(), recovered.slots[dropped].tolist()
         lost = [(PageKey(key), SlotId(slot)) for key, slot in zip(keys, slots, strict=True)]
-        # Without tombstones their slots would be rewritten while their old records still stand.
+        # Else their slots would be rewritten while their records are still valid.
         tier.publish_del(lost)
         self.recovered_count = len(recovered.keys) - len(dropped)
-        self._pending_tombstones: list[tuple[PageKey, SlotId]] = []  # not in the journal yet
+        self._pending_tombstones: list[
+            tuple[PageKey, SlotId]
+        ] = []  # tombstones not on the journal yet
 
     @contextmanager
     def publishing(self, deadline: float) -> Iterator[None]:
-        """Hold ``publish``. Raises ``TierUnavailableError`` if it is not free before ``deadline``."""
+        """Hold ``publish``. Raises ``TierUnavailableError`` if that is not possible before ``deadline``."""
         if not self._publish.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TierUnavailableError("a journal does not answer")
         try:
@@ -52,25 +54,25 @@ class LocalPages:
             self._publish.release()
 
     def prefix(self, keys: Sequence[PageKey], *, promise: bool) -> int:
-        """Length of the leading run of READY keys. Takes the lock once: the caller bounds the number of keys."""
+        """Length of the leading run of READY keys, at most one hold of the lock long."""
         with self.lock:
             run = self.index.run(keys)
             if promise and run:
                 now = time.monotonic()
-                self._end(self._promises.expire(now))
-                self.index.hold(self._promises.make(run, self.index.parents, now))
+                self._end(self._lookup_pins.expire(now))
+                self.index.pin(self._lookup_pins.add(run, self.index.parents, now))
         return len(run)
 
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Per key: is it READY? Takes the lock once."""
+        """Per key: is it READY? At most one hold of the lock long."""
         with self.lock:
             return self.index.found(keys)
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
-        """Pin and touch the leading run of READY keys. Their lookup pins end."""
+        """Pin and touch the leading run of READY keys; their lookup pins end."""
         with self.lock:
-            slots = self.index.pin(keys)
-            self._end(self._promises.keep(slots))
+            slots = self.index.pin_run(keys)
+            self._end(self._lookup_pins.release(slots))
         return slots
 
     def pin_each(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
@@ -79,7 +81,7 @@ class LocalPages:
         for start in range(0, len(keys), LOCK_SPAN):
             with self.lock:
                 found = [self.index.find(key) for key in keys[start : start + LOCK_SPAN]]
-                self.index.hold([slot for slot in found if slot is not None])
+                self.index.pin([slot for slot in found if slot is not None])
             slots += found
         return slots
 
@@ -100,13 +102,13 @@ class LocalPages:
     def reserve(
         self, keys: Sequence[PageKey], parent: PageKey | None, held: frozenset[int]
     ) -> Reserved:
-        """Slots for absent pages; see ``TierIndex.reserve``. Lookup pins end where nothing else can be evicted."""
+        """Slots for what is absent; see ``TierIndex.reserve``. Lookup pins give way when no other page can."""
         with self.lock:
-            self._end(self._promises.expire(time.monotonic()))
+            self._end(self._lookup_pins.expire(time.monotonic()))
             first = self.index.reserve(keys, parent, held)
-            if not first.refused or not len(self._promises):
+            if not first.refused or not len(self._lookup_pins):
                 return first
-            self._end(self._promises.break_all())
+            self._end(self._lookup_pins.release_all())
             second = self.index.reserve(keys, parent, held)
         return Reserved(
             sorted(first.granted + second.granted),
@@ -116,32 +118,32 @@ class LocalPages:
         )
 
     def publish_del(self, victims: Sequence[tuple[PageKey, SlotId]], deadline: float) -> None:
-        """Append tombstones, and pending ones. Raises ``TierUnavailableError``; then these are pending, too."""
+        """Append tombstones, with those that are pending. Raises ``TierUnavailableError``: then they stay pending."""
         with self.lock:
             self._pending_tombstones += victims
+            # Another thread may have taken our tombstones and not appended them yet; wait for ``publish``.
             if not self._pending_tombstones:
                 return
-        # Another thread may have taken our tombstones and not appended them yet: wait for ``publish``.
         with self.publishing(deadline):
             with self.lock:
                 pending, self._pending_tombstones = self._pending_tombstones, []
             self.tier.publish_del(pending)
 
     def commit(self, slots: Sequence[SlotId], done: Sequence[bool]) -> list[bool]:
-        """Make the slots READY that are ``done`` and not cleared meanwhile, free the rest. Per slot: is it READY?"""
+        """Make the ``done`` and still wanted slots READY, free the others. Per slot: is it READY?"""
         with self.lock:
             alive = self.index.still_writing(slots)
             ready = [a and b for a, b in zip(alive, done, strict=True)]
             good = [slot for slot, flag in zip(slots, ready, strict=True) if flag]
             self.index.commit(good[::-1])  # tail first, as a chain is used
             self.index.abort([slot for slot, flag in zip(slots, ready, strict=True) if not flag])
-            self._end(self._promises.keep(good))
+            self._end(self._lookup_pins.release(good))
         return ready
 
     def clear(self) -> None:
         """Forget every page."""
         with self.lock:
-            self._end(self._promises.break_all())
+            self._end(self._lookup_pins.release_all())
             self.index.clear()
 
     def suspend(self, region: int, *, readable: bool = False) -> int:
@@ -149,10 +151,10 @@ class LocalPages:
         with self.lock:
             return self.index.suspend(region, readable=readable)
 
-    def break_promises(self) -> None:
+    def release_lookup_pins(self) -> None:
         """End all lookup pins."""
         with self.lock:
-            self._end(self._promises.break_all())
+            self._end(self._lookup_pins.release_all())
 
     def _end(self, slots: Sequence[SlotId]) -> None:
         if slots:
