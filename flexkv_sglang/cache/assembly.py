@@ -111,20 +111,20 @@ def open_tiers(  # noqa: PLR0913 - one call, spelled out
     namespace: str,
     fields: Mapping[str, object],
     payload_bytes: int,
-    shares: Sequence[Quota],
+    quotas: Sequence[Quota],
     metrics: Metrics,
     sharing: Sharing | None = None,
 ) -> Tiers:
     """Open ``namespace`` in every tier and recover its pages.
 
-    ``fields``: the meaning of the namespace, for people. ``shares``: per tier, the quota of this process.
+    ``fields``: the meaning of the namespace, for people. ``quotas``: per tier, the space of this process.
     ``sharing``: with other nodes. Raises ``ConfigError``.
     """
     for path in {path for modes in prepared for path in modes}:
         remove_unshared(Path(path).expanduser(), keep=str(fields.get("epoch", "")))
     tiers: list[Tier] = []
     try:
-        for number, quota in enumerate(shares):
+        for number, quota in enumerate(quotas):
             request = TierRequest(
                 config, number, prepared[number], namespace, fields, payload_bytes, quota, metrics
             )
@@ -140,7 +140,7 @@ def open_tiers(  # noqa: PLR0913 - one call, spelled out
         remote = sharing.pages(namespace, fields, payload_bytes, metrics)
     if remote is not None:
         tiers.append(remote)
-    writes = any(quota.byte_count != 0 for quota in shares)
+    writes = any(quota.byte_count != 0 for quota in quotas)
     return Tiers(tiers, metrics, backfill_bytes=payload_bytes if writes else 0)
 
 

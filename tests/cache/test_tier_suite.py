@@ -13,9 +13,12 @@ from unittest import mock
 import pytest
 
 from flexkv_sglang.backends.io.mover import PageMover
-from flexkv_sglang.cache.assembly import OPENERS
+from flexkv_sglang.cache.assembly import OPENERS, Quota, TierRequest, open_tiers, prepare_tiers
+from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.cache.tier import Tier
-from flexkv_sglang.config.settings import TIER_TYPES
+from flexkv_sglang.config.settings import TIER_TYPES, FlexKVConfig, TierConfig
+from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.testing.example_tier import MemoryTier
 from flexkv_sglang.testing.tier_suite import TierSuite
 from flexkv_sglang.types import PageKey
@@ -58,6 +61,34 @@ class TestSlotFiles(TierSuite):
 
 def test_every_type_of_tier_has_an_opener() -> None:
     assert tuple(OPENERS) == TIER_TYPES
+    for name in OPENERS:
+        (tier,) = FlexKVConfig.parse({"tiers": [{"type": name, "path": "/a"}]}).tiers
+        assert tier.type == name
+    with pytest.raises(
+        ConfigError, match=rf"tiers\[0\]\.type: 'tape'. Valid: {', '.join(OPENERS)}"
+    ):
+        FlexKVConfig.parse({"tiers": [{"type": "tape", "path": "/a"}]})
+
+
+def test_the_type_of_a_tier_chooses_its_opener(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[TierRequest] = []
+
+    def opened(request: TierRequest) -> Tier:
+        made.append(request)
+        return MemoryTier(room=8)
+
+    monkeypatch.setitem(OPENERS, "memory", opened)
+    config = FlexKVConfig(
+        tiers=(TierConfig((str(tmp_path),), type="memory"), TierConfig((str(tmp_path / "b"),)))
+    )
+    tiers = open_tiers(
+        config, prepare_tiers(config), "ns", {}, 8192, [Quota(0), Quota(1 << 20)], Metrics()
+    )
+    assert [type(tier) for tier in tiers.tiers] == [MemoryTier, CacheEngine]
+    assert [(request.number, list(request.modes)) for request in made] == [(0, [str(tmp_path)])]
+    tiers.close()
 
 
 def test_the_guide_quotes_the_code_as_it_is() -> None:
