@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.slots.neighbour import NeighbourPage
-from flexkv_sglang.backends.slots.neighbours import NeighbourStore
+from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStore
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.types import PageKey, SlotId
 
