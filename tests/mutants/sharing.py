@@ -130,7 +130,7 @@ MUTANTS = (
     (
         "sharing: pages of an owner that went stay told",
         "backends/slots/neighbours.py",
-        "            self._departed += replica.keys()\n",
+        "            self._departed += journal.keys()\n",
         "            pass\n",
         SERVES,
     ),
