@@ -32,7 +32,6 @@ DOCUMENTS = sorted(
     ]
 )
 FOLDERS = ("flexkv_sglang", "backends", "triton_kernels", "tests", "scripts", "benchmarks", "docs")
-PENDING = {"docs/EXTENDING.md"}  # comes with the branch of the tiers
 FORMER = {"flexkv_sglang.adapter", "flexkv_sglang.hierarchy"}
 """Modules that CHANGELOG.md names because they are gone."""
 
@@ -299,7 +298,7 @@ def test_files_and_folders_exist(path: Path) -> None:
     text = "\n".join(line for _, line in outside_of_code(path))
     files |= set(re.findall(r"(?<![\w/.])docs/[\w/]+\.md", text))
     missing = {name for name in files if not name.startswith("/") and not exists(name, path)}
-    assert not missing - PENDING
+    assert not missing
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
