@@ -143,7 +143,7 @@ def test_written_by_one_size_read_by_another(
     assert len(list(tmp_path.glob("*/NAMESPACE.json"))) == 1
 
 
-def test_what_another_size_has_stored_is_not_stored_again(tmp_path: Path) -> None:
+def test_pages_of_another_size_are_not_stored_again(tmp_path: Path) -> None:
     whole, keys = whole_model(), names(PAGES)
     with server(tmp_path, 2) as first, server(tmp_path, 1) as second:
         write(first, whole, keys)

@@ -145,7 +145,7 @@ def test_thousands_of_keys_in_one_call(storage: FlexKVStorage) -> None:
     assert ask(storage, [*names(1, 7), *keys]).kv_hit_pages == 0
 
 
-def test_what_is_announced_is_kept_in_every_pool(tmp_path: Path) -> None:
+def test_announced_pages_are_protected_in_every_pool(tmp_path: Path) -> None:
     """There is room for a few states only: the oldest would be the next victim if it were not protected."""
     storage = hybrid(tmp_path, size="2MB", pool_density={"mamba": 0.05})
     state = store_of(storage, "mamba")
@@ -163,7 +163,7 @@ def test_what_is_announced_is_kept_in_every_pool(tmp_path: Path) -> None:
     storage.close()
 
 
-def test_nothing_is_promised_beyond_the_fold(storage: FlexKVStorage) -> None:
+def test_no_page_beyond_the_fold_is_protected(storage: FlexKVStorage) -> None:
     keys = names(6)
     put(storage, keys, but="mamba")
     assert ask(storage, keys).kv_hit_pages == 0
