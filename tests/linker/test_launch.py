@@ -90,7 +90,7 @@ def test_the_command_line_accepts_the_name() -> None:
     assert given.unified_cache_external_linker_backend == "flexkv"
 
 
-def test_a_wrong_setting_is_refused_before_a_model_is_loaded() -> None:
+def test_a_wrong_setting_is_said_before_a_model_is_loaded() -> None:
     args = SimpleNamespace(
         unified_cache_external_linker_backend="flexkv",
         unified_cache_external_linker_config={"sise": "1GB"},
