@@ -32,12 +32,6 @@ PAGES = 6
 SIZES = (1, 2, 4)
 
 
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about being late."""
-    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 5.0)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _booted(tmp_path_factory: pytest.TempPathFactory) -> None:
     boot(write_config(tmp_path_factory.mktemp("model")), page_size=PAGE)

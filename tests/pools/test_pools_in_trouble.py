@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,6 @@ from models.plain_pools import (
 pytestmark = pytest.mark.sglang
 
 BEFORE_A_CALL_S = pools._OPEN_S + pools._EXCHANGE_S
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here is about time limits."""
-    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 8.0)
-    monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
-    made = hybrid(tmp_path)
-    yield made
-    made.close()
 
 
 class Exploding(Pool):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,20 +32,6 @@ from models.plain_pools import (
 )
 
 pytestmark = pytest.mark.sglang
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about being late."""
-    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 8.0)
-    monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
-    made = hybrid(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("kind", [Pool, FlatPool])
