@@ -1,4 +1,4 @@
-"""Looking up, reading and writing the pools of hybrid models at the adapter: every shape of answer."""
+"""Lookups, reads and writes of the pools of hybrid models: each shape of answer of the storage backend."""
 
 from __future__ import annotations
 
