@@ -1,4 +1,4 @@
-"""The run directory: one agent per directory, rank locks, the node's name; all of it among several processes."""
+"""The run directory: one agent per directory, rank locks; all of it among several processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.sharing.run_dir import RunDir, node_name, settings_digest
+from flexkv_sglang.sharing.run_dir import RunDir, settings_digest
 
 
 @pytest.fixture
@@ -79,25 +79,6 @@ def test_what_an_agent_is_started_with_is_what_was_given(config: FlexKVConfig) -
     assert FlexKVConfig.parse(json.loads(run_dir.config_path.read_text())) == config
 
 
-def test_eight_processes_that_start_at_once_agree_on_the_nodes_name(tmp_path: Path) -> None:
-    code = (
-        "import sys; from flexkv_sglang.config.settings import FlexKVConfig\n"
-        "from flexkv_sglang.sharing.run_dir import node_name\n"
-        "print(node_name(FlexKVConfig.parse({'path': sys.argv[1]})))"
-    )
-    command = [sys.executable, "-P", "-c", code, str(tmp_path / "new")]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    names = {child.communicate()[0] for child in children}
-    assert len(names) == 1
-    assert names != {""}
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["node-id"]
-
-
-def test_other_nodes_have_other_names(tmp_path: Path) -> None:
-    names = {node_name(FlexKVConfig.parse({"path": str(tmp_path / which)})) for which in "ab"}
-    assert len(names) == 2
-
-
 def test_settings_that_differ_without_harm() -> None:
     def digest(**share: object) -> str:
         return settings_digest(FlexKVConfig.parse({"share": share}).share)
@@ -155,14 +136,6 @@ def test_a_lock_whose_file_was_removed_is_not_in_place(config: FlexKVConfig) -> 
     with pytest.raises(OSError, match="Bad file descriptor"):
         lock.write("")  # not into a file that has this number by now
     assert other.in_place
-
-
-@pytest.mark.parametrize("rubbish", [b"", b"../../tmp", b"\xff\xfe\x00", b"ABCDEFGH"])
-def test_a_node_id_that_is_no_mark_is_replaced(tmp_path: Path, rubbish: bytes) -> None:
-    (tmp_path / "node-id").write_bytes(rubbish)
-    config = FlexKVConfig.parse({"path": str(tmp_path)})
-    assert node_name(config) == node_name(config)
-    assert len((tmp_path / "node-id").read_text().strip()) == 8
 
 
 def test_a_run_directory_that_others_can_change(
