@@ -1,7 +1,7 @@
 """Reads the pages of one owner from its slot file and verifies them. Read-only.
 
-Slots are read in the order they lie in, adjacent ones together, with O_DIRECT where that works: what is
-verified is the medium, not the page cache.
+Slots are read in their order on disk, adjacent ones together, with O_DIRECT where that works, so that the medium is
+verified and not the page cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BUFFER_BYTES = 8 << 20
 
 
 class Verdict(IntEnum):
-    """What became of one page."""
+    """The result of one page."""
 
     RIGHT = 0
     WRONG = 1  # length or checksum
@@ -76,7 +76,7 @@ class PageReader:
         return verdicts
 
     def _run(self, records: Records, rows: npt.NDArray[np.intp], first: int) -> list[Verdict]:
-        """Adjacent slots with one read; one by one if that fails, to find which it is."""
+        """Read adjacent slots at once; one by one if that fails, to find the bad one."""
         size = self._class.slot_bytes
         if self._read(first, len(rows)):
             return [

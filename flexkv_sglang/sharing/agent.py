@@ -20,10 +20,10 @@ from pathlib import Path
 
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet.members.membership import Membership
-from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
+from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.server.server import PageServer
-from flexkv_sglang.backends.fleet.vocabulary import NodeId, NodeInfo
+from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, NodeId, NodeInfo
 from flexkv_sglang.backends.fleet.wire.curve import load_secret
 from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.opening import prepare_directory
@@ -78,9 +78,9 @@ class Agent:
         secret = load_secret(share)
         run_dir.add_places(config)
         self._address = ""
-        self._server = PageServer(share, secret, self.info, self._pages_of, self._logs.find)
+        self._server = PageServer(share, secret, self)
         self._replica = PeerSetsWriter(run_dir.path)
-        self._control = WirePeerControl(share, secret)
+        self._control = PeerControl(share, secret)
         self._membership = Membership(
             share, self._own, self._logs.find, self._control, self._replica, self._count
         )
@@ -89,8 +89,8 @@ class Agent:
         self._membership.start()
 
     def info(self) -> NodeInfo:
-        """This node as announced to other nodes, with its current name."""
-        return self._membership.own_info()
+        """As ``ServedNode``; with the current name of this node."""
+        return self._membership.followers.own_info()
 
     def _count(self, name: str, amount: int = 1) -> None:
         with self._counts_lock:
@@ -103,7 +103,7 @@ class Agent:
             address=self._address,
             share_group=self._share.share_group,
             namespaces=tuple(sorted(self._pages)),
-            engines=self._server.engines,
+            engines=self._server.transports,
             version=_VERSION,
         )
 
@@ -137,7 +137,12 @@ class Agent:
         for end in (*ends, *(pages.close for pages in self._pages.values())):
             self._round("close", end)
 
-    def _pages_of(self, namespace: str) -> NodePages | None:
+    def changes_of(self, namespace: str) -> ChangeLog | None:
+        """As ``ServedNode``."""
+        return self._logs.find(namespace)
+
+    def pages_of(self, namespace: str) -> NodePages | None:
+        """As ``ServedNode``."""
         return self._pages.get(namespace)
 
     def _poll(self) -> None:
@@ -159,7 +164,7 @@ class Agent:
                 self._serve(namespace, payload_bytes)
         for pages in self._pages.values():
             pages.scan()
-        self._membership.wanted_namespaces(set(self._pages))
+        self._membership.followers.wanted_namespaces(set(self._pages))
         self._round("doubts", self._read_doubts)
         self._run_dir.write_status(self._status())
 
@@ -174,7 +179,7 @@ class Agent:
         new = {(key[1], key[2]) for key, n in reported.items() if n > self._doubts.get(key, 0)}
         self._doubts = reported
         for namespace, node_id in new:
-            self._membership.set_suspect(namespace, NodeId(node_id))
+            self._membership.followers.set_suspect(namespace, NodeId(node_id))
 
     def _prepare(self, path: str, io_engine: str) -> None:
         """Probe a directory with real I/O, once. A directory that fails is tried again at every scan."""

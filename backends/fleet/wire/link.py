@@ -1,8 +1,8 @@
 """One connection to another node's page server: a DEALER socket, its monitor, and the greeting.
 
-A link is one attempt: it never reconnects. When the other side goes away, or was never there, the monitor
-says so at once and the link is dead; whoever needs the node makes another link. ``READY`` means that the other
-side has the same protocol and cluster, and the secret if there is one.
+A link never reconnects. When the other side goes away, or was never there, the monitor reports it at once and the link
+is dead; its owner opens another one. ``READY`` means that the other side has the same protocol and cluster, and the
+secret if there is one.
 
 Threads: one at a time.
 """
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PROTOCOL, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PROTOCOL
 from flexkv_sglang.backends.fleet.wire import answers, curve, protocol, requests
+from flexkv_sglang.config.share import ShareConfig
 
 if TYPE_CHECKING:
     import zmq
@@ -25,13 +26,13 @@ CONNECT_TIMEOUT_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 300, 1000
 QUEUE_MESSAGES = 4 * BATCH_PAGES
 MESSAGE_BYTES_MIN = 2 << 20
-"""A link takes messages of this size at least: several pages, parts of snapshots, changes."""
+"""Every link accepts messages up to this size: several pages, parts of snapshots, changes."""
 
 _EVENT = struct.Struct("<Hi")
 
 
 class LinkState(Enum):
-    """OPENING -> GREETING -> READY; DEAD from anywhere. REFUSED: dead, and it will not be better soon."""
+    """OPENING -> READY; DEAD from both. REFUSED: dead, and another attempt would be refused too."""
 
     OPENING = 0
     READY = 1
@@ -40,7 +41,7 @@ class LinkState(Enum):
 
 
 class Link:
-    """``state``, ``reason`` (why it is dead), ``welcome`` (once READY). ``sock`` and ``monitor`` are to be polled."""
+    """Poll ``sock`` and ``monitor``. ``reason``: of its death. ``welcome``: once READY."""
 
     def __init__(
         self,
@@ -87,16 +88,16 @@ class Link:
 
     @property
     def alive(self) -> bool:
-        """Opening or ready."""
+        """True while it is opening or ready."""
         return self.state in (LinkState.OPENING, LinkState.READY)
 
     def fail(self, reason: str, *, refused: bool = False) -> None:
-        """It is of no use any more."""
+        """Mark it dead."""
         if self.alive:
             self.state, self.reason = LinkState.REFUSED if refused else LinkState.DEAD, reason
 
     def send(self, frames: Sequence[bytes]) -> None:
-        """Queue one small message. A full queue means that nobody reads at the other end."""
+        """Queue one small message. A full queue means that the other side does not read: the link dies."""
         import zmq
 
         try:
