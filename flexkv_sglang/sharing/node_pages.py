@@ -39,7 +39,7 @@ _VERIFY_S = 5.0
 
 
 class NodePages:
-    """``PageSource`` of one namespace; ``log`` is told of its pages. ``depth``: reads in flight at the disk."""
+    """``PageSource`` of one namespace; ``log`` gets its changes. ``depth``: reads in flight at the disk."""
 
     def __init__(
         self,

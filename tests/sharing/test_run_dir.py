@@ -72,7 +72,7 @@ def test_places_of_all_configurations(config: FlexKVConfig, tmp_path: Path) -> N
     }
 
 
-def test_what_an_agent_is_started_with_is_what_was_given(config: FlexKVConfig) -> None:
+def test_an_agent_starts_with_the_given_configuration(config: FlexKVConfig) -> None:
     run_dir = RunDir.of(config)
     run_dir.write_config(config)
     assert run_dir.config_path.stat().st_mode & 0o77 == 0  # there may be a password in it
@@ -98,7 +98,7 @@ def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_rank_lock_appears_held(config: FlexKVConfig) -> None:
-    """The agent looks at all locks every second, and removes those that nobody holds."""
+    """The agent looks at all locks every second, and removes those without a holder."""
     run_dir = RunDir.of(config)
     done = threading.Event()
 
@@ -141,7 +141,7 @@ def test_a_lock_whose_file_was_removed_is_not_in_place(config: FlexKVConfig) -> 
 def test_a_run_directory_that_others_can_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/dev/shm is everybody's: whoever owns what lies above could exchange it, and read the password in agent.json."""
+    """/dev/shm is open to all users: the owner of the directory above ours could read the password in agent.json."""
     monkeypatch.setattr("flexkv_sglang.sharing.run_dir._MEMORY", tmp_path / "shm")
     above = tmp_path / "shm" / f"flexkv-{os.getuid()}"
     above.mkdir(parents=True)
