@@ -61,7 +61,6 @@ class AgentLauncher:
             self._step,
             lambda: None,
             trouble="flexkv: the replica cannot be followed",
-            retry_s=0.0,
         )
 
     def start(self) -> None:
