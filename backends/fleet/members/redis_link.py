@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from flexkv_sglang.config.parsers import redacted
 from flexkv_sglang.errors import ConfigError
 
 TIMEOUT_S, CONNECT_TIMEOUT_S = 1.0, 0.5
@@ -104,12 +105,6 @@ def parse_redis_url(
             + (" beside redis_ca_file (no rediss://, or two authorities?)" if ca_file else "")
             + f"; valid: {_VALID}"
         ) from None
-
-
-def redacted(url: str) -> str:
-    """Remove user and password from a URL, also from an invalid one."""
-    scheme, mark, rest = url.partition("://")
-    return f"{scheme}{mark}***@{rest.rpartition('@')[2]}" if "@" in rest else url
 
 
 def _service_and_db(path: str, sentinel: bool) -> tuple[str | None, int]:

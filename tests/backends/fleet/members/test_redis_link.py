@@ -14,8 +14,8 @@ from flexkv_sglang.backends.fleet.members.redis_link import (
     RedisAddress,
     RedisLink,
     parse_redis_url,
-    redacted,
 )
+from flexkv_sglang.config.parsers import redacted
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from nodes.fleet_bed import NS, Node, Wires, eventually, fingerprints
