@@ -5,8 +5,8 @@
 
 1. Ceilings: device copy, pinned copies to the device, from it, both ways.
 2. Every geometry and page size, correctness first: a wrong byte ends the run and no speed is printed. Then gather,
-   scatter and what people do instead, interleaved, the whole table twice.
-3. Few programs (``quota``), and what a matmul loop loses meanwhile.
+   scatter and the baselines, interleaved, the whole table twice.
+3. Few programs (``quota``), and the loss of a matmul loop meanwhile.
 4. Gather and one DMA per block, double buffered, against the plain pinned copy, both ways.
 
 GB/s count the payload once; a device copy is counted the same way, so ratios are fair. Exit status: 0 done, 1 a wrong
@@ -84,7 +84,7 @@ def write_rows(rows: list[Row], path: Path, about: dict[str, str]) -> None:
 
 
 def about_device(run: Run) -> dict[str, str]:
-    """What every row says of the machine."""
+    """Fields about the machine, for every row."""
     kernels = runs_kernels(run.device.device)
     versions = [f"torch-{torch.__version__}"]
     if kernels:

@@ -1,31 +1,28 @@
-"""Memory that pages are served from: one preallocated piece, handed out in runs. First fit; free runs are joined.
+"""Staging memory of the page server and of RDMA reads: one preallocated piece, allocated in runs.
 
-A run goes back only when nothing reads it any more: the page server asks ZeroMQ's tracker. Threads: one.
+First fit; adjacent free runs are joined. The caller frees a run when nothing reads it any more. Threads: one.
 """
 
 from __future__ import annotations
 
-import mmap
 from bisect import bisect_left
 
-import numpy as np
-
-from flexkv_sglang.types import SECTOR, round_up
+from flexkv_sglang.backends.memory import AlignedMemory
+from flexkv_sglang.types import SECTOR
 
 
 class ServeSlabs:
     """``byte_count`` bytes at ``address`` (4096-aligned). ``free_bytes`` may lie in several runs."""
 
     def __init__(self, byte_count: int) -> None:
-        self.byte_count = round_up(byte_count, SECTOR)
-        self._map = mmap.mmap(-1, self.byte_count)
-        self.memory = memoryview(self._map)
-        self.address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
+        self._memory = AlignedMemory(byte_count)
+        self.byte_count, self.address = self._memory.byte_count, self._memory.address
+        self.memory = self._memory.view
         self._free: list[tuple[int, int]] = [(0, self.byte_count)]  # (offset, length), ascending
         self.free_bytes = self.byte_count
 
     def take(self, byte_count: int) -> int | None:
-        """Offset of a run of ``byte_count`` bytes (a multiple of 4096); None: there is none now."""
+        """Offset of a run of ``byte_count`` bytes (a multiple of 4096); None: no free run is long enough."""
         assert byte_count % SECTOR == 0, byte_count
         for place, (offset, length) in enumerate(self._free):
             if length >= byte_count:
@@ -36,11 +33,11 @@ class ServeSlabs:
         return None
 
     def give(self, offset: int, byte_count: int) -> None:
-        """A run is free again."""
+        """Free a run."""
         place = bisect_left(self._free, (offset, 0))
         start, end = offset, offset + byte_count
         if place < len(self._free):
-            assert end <= self._free[place][0], "given twice"
+            assert end <= self._free[place][0], "freed twice"
             if end == self._free[place][0]:
                 end += self._free.pop(place)[1]
         if place and sum(self._free[place - 1]) == start:

@@ -151,6 +151,22 @@ class ChangeLog(Protocol):
         ...
 
 
+class ServedNode(Protocol):
+    """This node, for its page server. Any thread."""
+
+    def info(self) -> NodeInfo:
+        """Describe the node for a greeting."""
+        ...
+
+    def pages_of(self, namespace: str) -> PageSource | None:
+        """Its pages in a namespace; None: it has none."""
+        ...
+
+    def changes_of(self, namespace: str) -> ChangeLog | None:
+        """Its changes in a namespace; None: it has none."""
+        ...
+
+
 def fingerprints_of(keys: Sequence[PageKey]) -> U64:
     """uint64 ``[n]``: the first 8 bytes of each key, little-endian."""
     return np.frombuffer(b"".join([key[:8] for key in keys]), "<u8").astype(np.uint64, copy=False)

@@ -6,17 +6,16 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.stores import PoolStores
 
 logger = logging.getLogger(__name__)
 
-_LOG_INTERVAL_S = 60.0
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -29,12 +28,9 @@ class Boundary:
     def _report(self, what: str, exc: Exception) -> None:
         """Count a failure of ``what``; log it unless the same kind was logged within a minute. Any thread."""
         self.metrics.count(f"{what}_exceptions")
-        logged = self.__dict__.setdefault("_logged_at", {})
-        kind = f"{what}:{type(exc).__name__}"
-        now = time.monotonic()
-        if now - logged.get(kind, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
-            logged[kind] = now
-            logger.error("flexkv: %s failed, answered as a miss", what, exc_info=exc)
+        log = self.__dict__.setdefault("_failure_log", RateLimitedLog(logger))
+        text = "flexkv: %s failed, answered as a miss"
+        log.log((what, type(exc)), logging.ERROR, text, what, exc_info=exc)
 
 
 def boundary(miss: Callable[..., Any], *, moves: bool = False) -> Callable[[_F], _F]:

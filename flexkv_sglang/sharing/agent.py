@@ -23,12 +23,13 @@ from flexkv_sglang.backends.fleet.members.membership import Membership
 from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.server.server import PageServer
-from flexkv_sglang.backends.fleet.vocabulary import NodeId, NodeInfo
+from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, NodeId, NodeInfo
 from flexkv_sglang.backends.fleet.wire.curve import load_secret
 from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.opening import prepare_directory
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.node_pages import NodePages, is_shareable, payload_bytes_of
 from flexkv_sglang.sharing.run_dir import RunDir, node_name
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 _POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
 _SCAN_S = 1.0
-_LOG_INTERVAL_S = 60.0
 _READ_DEPTH = 8  # reads in flight at the disk, with io_uring
 
 
@@ -67,7 +67,7 @@ class Agent:
         self._pages: dict[str, NodePages] = {}  # replaced, never changed: other threads read it
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
-        self._logged_at: dict[str, float] = {}
+        self._log = RateLimitedLog(logger)
         self._needed_at = time.monotonic()
         self._changes = 0
         self._doubts: dict[tuple[str, str, str], int] = {}  # (rank, namespace, node) -> as reported
@@ -77,7 +77,7 @@ class Agent:
         secret = load_secret(share)
         run_dir.add_places(config)
         self._address = ""
-        self._server = PageServer(share, secret, self.info, self._pages_of, self._logs.find)
+        self._server = PageServer(share, secret, self)
         self._replica = PeerSetsWriter(run_dir.path)
         self._control = PeerControl(share, secret)
         self._membership = Membership(
@@ -88,7 +88,7 @@ class Agent:
         self._membership.start()
 
     def info(self) -> NodeInfo:
-        """What other nodes are told, with the name this node has by now."""
+        """As ``ServedNode``; with the current name of this node."""
         return self._membership.followers.own_info()
 
     def _count(self, name: str, amount: int = 1) -> None:
@@ -102,7 +102,7 @@ class Agent:
             address=self._address,
             share_group=self._share.share_group,
             namespaces=tuple(sorted(self._pages)),
-            engines=self._server.engines,
+            engines=self._server.transports,
             version=_VERSION,
         )
 
@@ -136,7 +136,12 @@ class Agent:
         for end in (*ends, *(pages.close for pages in self._pages.values())):
             self._round("close", end)
 
-    def _pages_of(self, namespace: str) -> NodePages | None:
+    def changes_of(self, namespace: str) -> ChangeLog | None:
+        """As ``ServedNode``."""
+        return self._logs.find(namespace)
+
+    def pages_of(self, namespace: str) -> NodePages | None:
+        """As ``ServedNode``."""
         return self._pages.get(namespace)
 
     def _poll(self) -> None:
@@ -241,10 +246,7 @@ class Agent:
     def _round(self, name: str, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - a part that fails must not end the agent
             self._count("agent_exceptions")
-            now = time.monotonic()
-            if now - self._logged_at.get(name, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
-                self._logged_at[name] = now
-                level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
-                logger.log(level, "flexkv: agent: %s failed", name, exc_info=True)
+            level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
+            self._log.log(name, level, "flexkv: agent: %s failed", name, exc_info=exc)

@@ -90,7 +90,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         "wire: the breaker closes by itself",
         "backends/fleet/reader/health.py",
         "return not self._open and now >= self._busy_until",
-        "return (not self._open or now >= self._retry_at) and now >= self._busy_until",
+        "return (not self._open or self._backoff.due) and now >= self._busy_until",
         f"{CLIENT}::test_pauses_of_the_breaker_double_and_end",
     ),
     (
@@ -110,7 +110,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "wire: no limit per reader",
         QUEUE,
-        "min(self._limit_per_reader - reader.held, free) // slot_bytes",
+        "min(self._limit_per_reader - reader.reserved, free) // slot_bytes",
         "free // slot_bytes",
         f"{SERVER}::test_a_reader_beyond_its_share_is_told_busy_at_once",
     ),

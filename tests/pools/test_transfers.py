@@ -159,7 +159,7 @@ def test_what_is_announced_is_kept_in_every_pool(tmp_path: Path) -> None:
     assert ask(storage, first).kv_hit_pages == 2
     assert ask(storage, names(2, 100)).kv_hit_pages == 0  # gone in its place
     for name in ("kv", "indexer", "mamba"):
-        assert len(store_of(storage, name).tiers[0]._pages._promises) == 1
+        assert len(store_of(storage, name).tiers[0]._pages._lookup_pins) == 1
     storage.close()
 
 
@@ -168,7 +168,7 @@ def test_nothing_is_promised_beyond_the_fold(storage: FlexKVStorage) -> None:
     put(storage, keys, but="mamba")
     assert ask(storage, keys).kv_hit_pages == 0
     for name in ("kv", "indexer"):
-        assert len(store_of(storage, name).tiers[0]._pages._promises) == 0
+        assert len(store_of(storage, name).tiers[0]._pages._lookup_pins) == 0
 
 
 def test_an_exception_while_pages_move_is_all_false(

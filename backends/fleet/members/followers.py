@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from flexkv_sglang.backends.fleet.background import Backoff
 from flexkv_sglang.backends.fleet.members.follower import (
     Apply,
     Feed,
@@ -26,6 +25,7 @@ from flexkv_sglang.backends.fleet.members.follower import (
     Step,
 )
 from flexkv_sglang.backends.fleet.members.members import Member, Members
+from flexkv_sglang.backends.fleet.members.partner import PartnerState
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo, Snapshot
 from flexkv_sglang.errors import FlexKVError
@@ -67,7 +67,7 @@ class Followers:
         self._snapshot_at: dict[Feed, float] = {}
         self._wanted: frozenset[str] = frozenset()
         self._queue = SnapshotQueue()
-        self._outage = Backoff("replica of other nodes' pages")
+        self._outage = PartnerState("replica of other nodes' pages")
         self._closed = False
         self._ticked_at = 0.0
 

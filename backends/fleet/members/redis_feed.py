@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flexkv_sglang.backends.fleet.background import Backoff
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.followers import Followers
 from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX
+from flexkv_sglang.backends.fleet.members.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.redis_entries import (
     decode_change,
     decode_info,
@@ -111,8 +111,8 @@ class RedisFeed:
         self._reading = self._link.client(BLOCK_S)
         self._script = self._writing.register_script(HEARTBEAT)
         name = f"Redis at {self._link.address}"
-        self._write_outage = Backoff(name)
-        self._read_outage = Backoff(f"{name} (feed)")
+        self._write_outage = PartnerState(name)
+        self._read_outage = PartnerState(f"{name} (feed)")
         self._infos: list[NodeInfo] = []
         self._version = b""
         self._registered_as: NodeId | None = None

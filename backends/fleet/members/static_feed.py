@@ -10,8 +10,8 @@ import random
 import time
 from dataclasses import replace
 
-from flexkv_sglang.backends.fleet.background import Backoff
 from flexkv_sglang.backends.fleet.members.followers import Followers
+from flexkv_sglang.backends.fleet.members.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.members.redis_entries import is_sound
 from flexkv_sglang.backends.fleet.vocabulary import NodeInfo
@@ -38,7 +38,7 @@ class StaticFeed:
         self._followers = followers
         self._control = control
         self._source = f"peer {address}"
-        self._outage = Backoff(self._source, min(5.0, share.heartbeat_s))
+        self._outage = PartnerState(self._source, min(5.0, share.heartbeat_s))
         self._info: NodeInfo | None = None
         self._next_hello = 0.0
         self._answered_at = time.monotonic()

@@ -15,7 +15,7 @@ from flexkv_sglang.backends.fleet.reader.read import PageOutcome
 from flexkv_sglang.backends.fleet.vocabulary import Change, NodeInfo, Op, PageStatus, Snapshot
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
 from flexkv_sglang.config.share import ShareConfig
-from nodes.copy_engine import CopyEngine
+from nodes.copy_transport import CopyTransport
 from nodes.page_servers import EPOCH, NAME, NID, SPACE, begin, reading, serving
 from nodes.page_sources import ListedChanges, MemorySource, PageMemory, keys_of
 
@@ -134,7 +134,7 @@ def fuzz_server(count: int, seed: int, senders: int = 4) -> dict[str, int]:
     context = zmq.Context()
     served = 0
     with (
-        serving(source, share, {NAME: log}, CopyEngine()) as (server, address),
+        serving(source, share, {NAME: log}, CopyTransport()) as (server, address),
         reading() as client,
     ):
         socks = [_connect(context, address) for _ in range(senders)]
