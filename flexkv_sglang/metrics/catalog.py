@@ -46,35 +46,14 @@ class Metric:
 
 CALLS = (
     *("batch_exists", "batch_get_v1", "batch_set_v1", "batch_exists_v2", "batch_get_v2"),
-    *(
-        "batch_set_v2",
-        "register_mem_host_pool_v2",
-        "exists",
-        "get",
-        "batch_get",
-        "set",
-        "batch_set",
-    ),
-    *("clear", "get_stats", "close", "host_indices", "upkeep"),
+    *("batch_set_v2", "register_mem_host_pool_v2", "exists", "get", "batch_get", "set"),
+    *("batch_set", "clear", "get_stats", "close", "host_indices", "upkeep"),
     *("leave_epoch", "enter_epoch", "on_host_pools_registered"),
-    *(
-        "lookup",
-        "load",
-        "start_layer_wise_loading",
-        "finish_layer_wise_loading",
-        "cancel_queued_load",
-    ),
-    *(
-        "offload",
-        "num_completed_offloads",
-        "pop_completed_offload",
-        "reset",
-        "follow_layer",
-        "watch",
-    ),
+    *("lookup", "load", "start_layer_wise_loading", "finish_layer_wise_loading"),
+    *("cancel_queued_load", "offload", "num_completed_offloads", "pop_completed_offload"),
+    *("reset", "follow_layer", "watch"),
 )
 """Calls whose failures are counted; ``host_indices``: their number does not fit the keys."""
-
 
 OPERATIONS = (
     *("read", "write", "tombstone", "commit", "clear", "close"),

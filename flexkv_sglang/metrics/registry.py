@@ -11,9 +11,9 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 
@@ -101,9 +101,16 @@ class Metrics:
             counts[place] += 1
             sums[0] += seconds
 
-    def timed(self, call: str) -> _Timed:
-        """Return a context manager around one call: "get" or "put"."""
-        return _Timed(self, call)
+    @contextmanager
+    def timed(self, call: str) -> Iterator[None]:
+        """Record duration and number of running calls; ``call`` is "get" or "put"."""
+        self.running(f"running_{call}s", 1)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.observe(f"{call}_seconds", time.perf_counter() - started)
+            self.running(f"running_{call}s", -1)
 
     def transferred(self, direction: str, pages: int, byte_count: int, seconds: float) -> None:
         """Record one call that moved pages; ``direction`` is "read" or "write"."""
@@ -140,30 +147,6 @@ class Metrics:
         with self._lock:
             gauges = dict(self._gauges)
         return {at: value() if callable(value) else value for at, value in gauges.items()}
-
-
-class _Timed:
-    """Records how long a call takes, and how many run at once."""
-
-    __slots__ = ("_call", "_metrics", "_started")
-
-    def __init__(self, metrics: Metrics, call: str) -> None:
-        self._metrics = metrics
-        self._call = call
-        self._started = 0.0
-
-    def __enter__(self) -> None:
-        self._metrics.running(f"running_{self._call}s", 1)
-        self._started = time.perf_counter()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._metrics.observe(f"{self._call}_seconds", time.perf_counter() - self._started)
-        self._metrics.running(f"running_{self._call}s", -1)
 
 
 class SlotAges:

@@ -151,7 +151,6 @@ class PeersTable:
         self._memory = memory
         self._words = memoryview(memory).cast("Q")
         self._versions = memoryview(memory)[_PAGE : _PAGE + 4 * SLOTS].cast("I")
-        self._inode = -1
 
     @staticmethod
     def path(run_dir: Path) -> Path:
