@@ -1,11 +1,11 @@
-"""What an eviction policy costs by itself: CPU time per page of a trace, and memory per slot.
+"""Cost of an eviction policy alone: CPU time per page of a trace, and memory per slot.
 
     .venv/bin/python benchmarks/policy_cost.py --trace FILE --capacity 1000,10000,50000 --json
 
-The calls the index makes are recorded once, then fed to a fresh policy again and again, in turn with one
-that does nothing; the difference is the policy's own share. Medians of ``--repeat`` rounds; a page is
-a page of a request, whether it hits or not. Memory is what tracemalloc sees from before the policy is
-made to the end of the trace, peak, last_use included. With --json the last line is one JSON object.
+The calls of the index are recorded once, then repeated on new policies, in turn with one that does nothing;
+the difference is the policy's own share. Medians of ``--repeat`` rounds; a page is
+a page of a request, whether it hits or not. Memory is tracemalloc's peak from before the policy is
+made to the end of the trace, last_use included. With --json the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Nothing:
 
 
 class Recorder:
-    """Passes the calls on to ``policy`` and notes them with what they saw."""
+    """Passes the calls on to ``policy`` and notes them with their arguments."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
@@ -142,7 +142,7 @@ def cost(requests: Sequence[Sequence[int]], capacity: int, name: str, repeat: in
     hit_ratio(requests, capacity, recorder)  # type: ignore[arg-type]
     pages = sum(map(len, requests))
     gc.collect()
-    gc.freeze()  # the recorded calls are not the policy's to scan
+    gc.freeze()  # the garbage collector does not scan the recorded calls
     took = [
         feed(recorder.calls, POLICIES[name](capacity)) - feed(recorder.calls, Nothing())
         for _ in range(repeat)

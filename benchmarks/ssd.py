@@ -1,4 +1,4 @@
-"""Adapter-level SSD speed beside its peers, for the committed results; the measuring is ``flexkv_sglang.bench.ssd``.
+"""Adapter-level SSD speed beside its peers, for the committed results; ``flexkv_sglang.bench.ssd`` measures.
 
     .venv/bin/python benchmarks/ssd.py --dir DIR [--page-bytes 1048576 ...] [--against fio,file,nixl]
         [--reps 7] [--seconds S] [--out NAME.csv] [--plot NAME.svg] [--beside busy]

@@ -1,4 +1,4 @@
-"""What SGLang and the operator see of pages that the eviction policy declines. Real files."""
+"""Pages that the eviction policy declines, as SGLang and the operator see them. Real files."""
 
 from __future__ import annotations
 
