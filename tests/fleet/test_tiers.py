@@ -1,4 +1,4 @@
-"""What an agent serves: every tier, also one in memory; and tools that meet a node's files."""
+"""An agent serves every tier, also one in memory; tools understand a node's files."""
 
 from __future__ import annotations
 

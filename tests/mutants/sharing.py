@@ -11,7 +11,7 @@ SERVES = "tests/sharing/test_node_pages.py"
 KEEPS = "tests/sharing/test_backfill.py"
 SETTINGS = "tests/config/test_share.py"
 DOCTOR = "tests/cli/test_doctor_sharing.py"
-FLEET = "tests/fleet/test_sharing.py::test_an_agent_nobody_needs_ends"
+FLEET = "tests/fleet/test_sharing.py::test_an_unused_agent_ends"
 REMOVED = "tests/fleet/test_failures.py::test_the_run_directory_is_removed"
 
 MUTANTS = (
@@ -27,7 +27,7 @@ MUTANTS = (
         "flexkv_sglang/sharing/agent.py",
         "if n > self._doubts.get(key, 0)}",
         "if n > 0}",
-        "tests/fleet/test_sharing.py::test_a_set_that_lies_is_asked_for_again",
+        "tests/fleet/test_sharing.py::test_a_wrong_set_is_requested_again",
     ),
     (
         "sharing: a rank's lock is seen before it is held",

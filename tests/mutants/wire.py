@@ -54,8 +54,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "wire: pages of a message lie without a gap",
         READ,
-        "source + place * stride",
-        "source + place * self.page_bytes",
+        "address + place * stride",
+        "address + place * self.page_bytes",
         f"{CLIENT}::test_pages_that_are_not_a_multiple_of_4096_arrive",
     ),
     (
@@ -77,7 +77,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         CHANNEL,
         "                link.watch()  # only",
         "                pass  # only",
-        f"{CLIENT}::test_nobody_there_fails_at_once",
+        f"{CLIENT}::test_an_absent_server_fails_at_once",
     ),
     (
         "wire: corrupt pages are not reported",
@@ -98,7 +98,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         PAGES,
         "            while frames and frames[0][0].done:",
         "            while frames:",
-        f"{SERVER}::test_memory_that_has_not_left_is_not_used_again",
+        f"{SERVER}::test_memory_is_not_reused_before_its_bytes_have_left",
     ),
     (
         "wire: the budget is in seconds",
@@ -112,7 +112,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         QUEUE,
         "min(self._limit_per_reader - reader.reserved, free) // slot_bytes",
         "free // slot_bytes",
-        f"{SERVER}::test_a_reader_beyond_its_share_is_told_busy_at_once",
+        f"{SERVER}::test_pages_beyond_a_readers_limit_are_busy_at_once",
     ),
     (
         "wire: queues without an end",
@@ -154,7 +154,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         "backends/fleet/wire/addresses.py",
         "if secret is None and not share.insecure:",
         "if secret is None and share.insecure is None:",
-        f"{CURVE}::test_an_open_place_needs_a_secret",
+        f"{CURVE}::test_an_address_that_strangers_can_reach_needs_a_secret",
     ),
     (
         "wire: the group may read the secret",
@@ -168,21 +168,21 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         PROTOCOL,
         "if len(frame) != layout.size + rest:",
         "if len(frame) < layout.size + rest:",
-        f"{WIRE}::test_what_is_no_request_is_refused",
+        f"{WIRE}::test_invalid_requests_are_refused",
     ),
     (
         "wire: snapshots of any size",
         ANSWERS,
         "or count > SNAPSHOT_KEYS_MAX:",
         "or count < 0:",
-        f"{WIRE}::test_what_is_no_answer_is_refused",
+        f"{WIRE}::test_invalid_answers_are_refused",
     ),
     (
         "wire: a part's checksum is not compared",
         ANSWERS,
         "if xxhash.xxh3_64_intdigest(data) != checksum:",
         "if xxhash.xxh3_64_intdigest(data) < 0:",
-        f"{WIRE}::test_what_is_no_answer_is_refused",
+        f"{WIRE}::test_invalid_answers_are_refused",
     ),
 )
 """(name, file, old, new, tests); ``old`` occurs exactly once."""

@@ -33,7 +33,7 @@ def pair() -> Iterator[tuple[Node, Node]]:
     reader.kill()
 
 
-def test_pages_are_read_one_sided_and_both_sides_end_well(pair: tuple[Node, Node]) -> None:
+def test_pages_come_through_rdma_and_both_processes_end_cleanly(pair: tuple[Node, Node]) -> None:
     server, reader = pair
     assert server.first["engines"] == ["zmq", "mooncake"]
     for number in (1, 2):
@@ -65,7 +65,7 @@ def test_a_server_that_stops_before_the_fetch_costs_one_deadline(pair: tuple[Nod
     assert (counts["pages_offered"], counts["pages_sent"] > 0) == (2 * COUNT, True)
 
 
-def test_a_server_that_stops_before_the_first_contact_holds_up_nobody_else(
+def test_a_server_that_stops_before_the_first_contact_delays_no_other_read(
     pair: tuple[Node, Node],
 ) -> None:
     stopped, reader = pair
@@ -86,7 +86,7 @@ def test_a_server_that_stops_before_the_first_contact_holds_up_nobody_else(
 
 
 @pytest.mark.parametrize("behind", [0, 1])
-def test_a_server_that_dies_is_never_wrong_and_its_successor_is_read_one_sided(
+def test_a_server_that_dies_is_never_wrong_and_its_successor_is_read_through_rdma(
     pair: tuple[Node, Node], behind: int
 ) -> None:
     server, reader = pair

@@ -30,7 +30,7 @@ def pair() -> Iterator[tuple[Node, Node]]:
     reader.kill()
 
 
-def test_pages_are_read_one_sided_and_both_sides_end_well(pair: tuple[Node, Node]) -> None:
+def test_pages_come_through_rdma_and_both_processes_end_cleanly(pair: tuple[Node, Node]) -> None:
     server, reader = pair
     assert server.first["engines"] == ["zmq", "nixl"]
     for number in (1, 2):
@@ -63,7 +63,7 @@ def test_a_server_that_stops_before_the_fetch_costs_one_deadline(pair: tuple[Nod
     assert (counts["pages_offered"], counts["pages_sent"] > 0) == (2 * COUNT, True)
 
 
-def test_a_reader_that_ends_during_a_transfer_ends_well(pair: tuple[Node, Node]) -> None:
+def test_a_reader_that_ends_during_a_transfer_ends_cleanly(pair: tuple[Node, Node]) -> None:
     server, reader = pair
     told = reader.read(server, 0.3, pid=server.process.pid, signal=signal.SIGSTOP)
     assert told["outcomes"] == ["LATE"] * COUNT
@@ -72,7 +72,7 @@ def test_a_reader_that_ends_during_a_transfer_ends_well(pair: tuple[Node, Node])
     assert "its memory is kept" in said
 
 
-def test_a_server_that_dies_before_the_fetch_fails_at_once_and_its_successor_is_read_one_sided(
+def test_a_server_that_dies_before_the_fetch_fails_at_once_and_its_successor_is_read_through_rdma(
     pair: tuple[Node, Node],
 ) -> None:
     server, reader = pair

@@ -1,4 +1,4 @@
-"""Messages between nodes: they survive the wire, their bytes are fixed, and no other bytes do any harm."""
+"""Messages between nodes: they survive the wire, their bytes are fixed, and invalid bytes do no harm."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_many_changes_are_cut_to_one_message() -> None:
 
 
 def test_golden_bytes() -> None:
-    """Nodes of one protocol version understand each other: whoever changes these changes the version."""
+    """Nodes of one protocol version understand each other. A change of these bytes needs another version."""
     read = requests.pack_read(requests.Read(0x0102030405060708, SPACE, 250, 1, KEYS[:1]))
     assert read[0].hex() == (
         "666b020601000100fa0000000807060504030201" + SPACE.hex() + KEYS[0].hex()
@@ -145,7 +145,7 @@ def test_golden_bytes() -> None:
         [b"fk\x01\x01" + bytes(16) + struct.pack("<HH", 1, 0) + b"\xff"],
     ],
 )
-def test_what_is_no_request_is_refused(frames: list[bytes]) -> None:
+def test_invalid_requests_are_refused(frames: list[bytes]) -> None:
     with pytest.raises(protocol.WireError):
         requests.decode_request(frames)
 
@@ -204,7 +204,7 @@ def _pages(
         [*answers.pack_offered(OFFERED), b""],
     ],
 )
-def test_what_is_no_answer_is_refused(frames: list[bytes]) -> None:
+def test_invalid_answers_are_refused(frames: list[bytes]) -> None:
     with pytest.raises(protocol.WireError):
         answers.decode_answer(frames)
 
