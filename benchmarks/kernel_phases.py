@@ -21,12 +21,12 @@ Work = Callable[[], None]
 
 
 class WrongBytesError(Exception):
-    """A copy did not do what it is for."""
+    """A copy wrote wrong bytes."""
 
 
 @dataclass
 class Run:
-    """One run: where, how much, what was found."""
+    """One run: device, sizes and results."""
 
     device: Device
     payload: int
@@ -61,7 +61,7 @@ def timed(run: Run, work: dict[str, Work]) -> dict[str, Timing]:
 
 
 def measure_ceilings(run: Run) -> None:
-    """The best this machine does with whole tensors."""
+    """The ceilings: copies of whole tensors on this machine."""
     size = run.payload // 4
     big = torch.empty(2, run.payload, dtype=torch.uint8, device=run.device.device)
     host, near = run.device.pinned(2, size), big[0, : 2 * size].view(2, size)
@@ -146,7 +146,7 @@ def measure_case(run: Run, pool: Pool, page_size: int, turn: int) -> None:
             batched, moved["batched copies"] = baselines.batched_copies(table, ids, blocks, stream)
             batched()
             work["batched copies"] = batched
-        except baselines.Missing as reason:
+        except baselines.MissingBaseline as reason:
             if turn == 1:
                 run.add(
                     "copies", "batched copies", geometry=pool.geometry.name, missing=str(reason)
@@ -166,7 +166,7 @@ def measure_case(run: Run, pool: Pool, page_size: int, turn: int) -> None:
 
 
 def measure_quotas(run: Run) -> None:
-    """Speed with few programs, what a matmul loop beside them loses, how long a launch waits behind it."""
+    """Speed with few programs, the loss of a matmul loop beside them, the delay of a launch behind it."""
     matrix = torch.randn(run.matmul, run.matmul, device=run.device.device).to(torch.bfloat16)
     main, side = run.device.stream(), run.device.stream(priority=-1)
     rounds = 12 if run.device.is_gpu else 1

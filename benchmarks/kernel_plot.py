@@ -1,4 +1,4 @@
-"""Picture of a run of ``kernels.py``: speed over chunk size, few programs, what a matmul loses."""
+"""Picture of a run of ``kernels.py``: speed over chunk size, few programs, the loss of a matmul."""
 
 from __future__ import annotations
 

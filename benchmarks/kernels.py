@@ -1,12 +1,12 @@
-"""Gather and scatter beside the ceilings of the same GPU: how near, how few multiprocessors, how much they disturb.
+"""Gather and scatter beside the ceilings of the same GPU: speed, speed with few multiprocessors, disturbance.
 
     .venv/bin/python benchmarks/kernels.py [--out results/kernels-DATE.csv]       # needs a GPU, under 3 minutes
     .venv/bin/python benchmarks/kernels.py --device cpu --mib 8                    # only: does it run?
 
 1. Ceilings: device copy, pinned copies to the device, from it, both ways.
 2. Every geometry and page size, correctness first: a wrong byte ends the run and no speed is printed. Then gather,
-   scatter and what people do instead, interleaved, the whole table twice.
-3. Few programs (``quota``), and what a matmul loop loses meanwhile.
+   scatter and the baselines, interleaved, the whole table twice.
+3. Few programs (``quota``), and the loss of a matmul loop meanwhile.
 4. Gather and one DMA per block, double buffered, against the plain pinned copy, both ways.
 
 GB/s count the payload once; a device copy is counted the same way, so ratios are fair. Exit status: 0 done, 1 a wrong
@@ -42,7 +42,7 @@ NO_GPU = 3
 
 
 def judge(rows: list[Row]) -> dict[str, Any]:
-    """The targets of docs/KERNELS.md, as far as the run says something about them."""
+    """The targets of docs/KERNELS.md that this run can judge."""
 
     def worst(phase: str, names: tuple[str, ...], least_chunk: int = 0) -> float | None:
         found = [
@@ -84,7 +84,7 @@ def write_rows(rows: list[Row], path: Path, about: dict[str, str]) -> None:
 
 
 def about_device(run: Run) -> dict[str, str]:
-    """What every row says of the machine."""
+    """Fields about the machine, for every row."""
     kernels = runs_kernels(run.device.device)
     versions = [f"torch-{torch.__version__}"]
     if kernels:

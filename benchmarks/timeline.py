@@ -1,4 +1,4 @@
-"""Where the time of one call of 128 pages goes: milliseconds per stage, of the fastest of several passes.
+"""Time of one call of 128 pages by stage: milliseconds, of the fastest of several passes.
 
     .venv/bin/python benchmarks/timeline.py --dir DIR [--page-bytes 65536 262144 1048576] [--out NAME.csv]
 
@@ -18,9 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.backends.io import mover as transfer
-from flexkv_sglang.backends.io import operations, ring
-from flexkv_sglang.bench.contenders import BATCH, FlexKV, PagePool
+from flexkv_sglang.backends.io import mover, operations, ring, transfer
+from flexkv_sglang.bench.contenders import BATCH, BenchPool, FlexKVContender
 from flexkv_sglang.bench.memory import HostMemory
 from flexkv_sglang.bench.ssd import environment
 from flexkv_sglang.cache import engine, local_pages, plan
@@ -36,12 +35,10 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("  engine", engine.CacheEngine, "put"),
     ("    plan", plan.GetPlan, "__init__"),
     ("    plan", local_pages.LocalPages, "reserve"),
-    ("    move", transfer.PageMover, "read"),
-    ("    move", transfer.PageMover, "write"),
+    ("    move", mover.PageMover, "move"),
     ("      operations", operations.Operations, "__init__"),
     ("      wait", ring.Ring, "_enter"),
-    ("      checksums while pages move", ring.Ring, "_work"),
-    ("      checksums afterwards", transfer._Inspection, "finish"),
+    ("      checksums", transfer.PageTransfer, "run_pending"),
     ("    records and index", engine.CacheEngine, "_commit"),
 )
 
@@ -66,13 +63,13 @@ class Clock:
         setattr(owner, name, timed)
 
     def take(self) -> dict[str, float]:
-        """What was spent, and start anew."""
+        """Seconds since the last ``take``; starts again at 0."""
         spent, self._spent = self._spent, {}
         return spent
 
 
 def stages_of(
-    store: FlexKV, direction: str, clock: Clock, generation: int, calls: int
+    store: FlexKVContender, direction: str, clock: Clock, generation: int, calls: int
 ) -> dict[str, float]:
     """Milliseconds per call of the fastest pass; ``call`` is the whole."""
     best: dict[str, float] = {}
@@ -106,7 +103,7 @@ def main() -> None:
         memory = HostMemory(page_bytes, BATCH)
         with tempfile.TemporaryDirectory(dir=options.dir) as place:
             calls = 16
-            store = FlexKV(Path(place), PagePool(memory), calls * BATCH)
+            store = FlexKVContender(Path(place), BenchPool(memory), calls * BATCH)
             store.write(0)
             found = {
                 direction: stages_of(

@@ -16,6 +16,7 @@ _KINDS_MAX = 4096
 class RateLimitedLog:
     """Logs the first line of a kind at once, then at most one per interval; a later line gives the number left out.
 
+    An interval of ``math.inf``: each kind is logged once.
     ``clock``: seconds that never go back. Threads: any.
     """
 

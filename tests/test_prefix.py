@@ -1,4 +1,4 @@
-"""What SGLang may use of a partly successful answer: against the definition, and against SGLang's own backend."""
+"""The part of an answer that SGLang may use: compared with the definition, and with SGLang's own backend."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_leading_run_counts_up_to_the_first_false(values: list[bool]) -> None:
 
 
 @given(flags)
-def test_nothing_is_true_behind_a_hole(values: list[bool]) -> None:
+def test_no_flag_is_true_after_a_false(values: list[bool]) -> None:
     cut = cut_after_first_failure(values)
     assert len(cut) == len(values)
     assert sum(cut) == leading_run(values) == leading_run(cut)
@@ -85,7 +85,7 @@ def test_every_subset_of_three_pools_as_defined(pages: int) -> None:
 
 
 held = st.sets(st.integers(0, 7))
-demands = st.builds(
+requirements = st.builds(
     PoolRequirement,
     st.sampled_from(["mamba", "swa", "indexer"]),
     st.sampled_from([ALL_PAGES, TRAILING_PAGES]),
@@ -93,7 +93,7 @@ demands = st.builds(
 )
 
 
-@given(st.integers(0, 8), held, st.lists(st.tuples(demands, held), max_size=3))
+@given(st.integers(0, 8), held, st.lists(st.tuples(requirements, held), max_size=3))
 def test_up_to_eight_pages_and_three_pools_as_defined(
     pages: int, kv: set[int], pools: list[tuple[PoolRequirement, set[int]]]
 ) -> None:
@@ -106,20 +106,20 @@ def test_thousands_of_random_cases_as_sglangs_file_backend_answers() -> None:
     assert compare_with_hicache_file(3000, seed=1) == []
 
 
-def test_pools_are_not_looked_at_when_nothing_is_left() -> None:
+def test_pools_are_not_asked_when_no_length_is_left() -> None:
     asked = []
 
     def pools() -> object:
-        for demand, flags in ((INDEXER, [False]), (MAMBA, [True])):
-            asked.append(demand.pool)
-            yield demand, flags
+        for requirement, flags in ((INDEXER, [False]), (MAMBA, [True])):
+            asked.append(requirement.pool)
+            yield requirement, flags
 
     assert usable_prefixes(3, pools()).lengths == []  # type: ignore[arg-type]
     assert usable_prefixes(0, pools()).boundaries == {}  # type: ignore[arg-type]
     assert asked == ["indexer"]
 
 
-def test_a_policy_nobody_knows_makes_nothing_usable() -> None:
+def test_an_unknown_policy_makes_nothing_usable() -> None:
     usable = usable_prefixes(3, [(PoolRequirement("odd", "every_other_page"), [True] * 3)])
     assert (usable.lengths, usable.boundaries) == ([], {"kv": 3})
 
@@ -140,7 +140,7 @@ def test_a_policy_nobody_knows_makes_nothing_usable() -> None:
 def test_block_groups_report_what_they_cover_and_gate_nothing(
     block: int, group: int, missing: tuple[int, ...], expected: int
 ) -> None:
-    demand = PoolRequirement("blocks", BLOCK_GROUPS, block_pages=block, group_pages=group)
-    usable = usable_prefixes(9, [(demand, [i not in missing for i in range(9)])])
+    requirement = PoolRequirement("blocks", BLOCK_GROUPS, block_pages=block, group_pages=group)
+    usable = usable_prefixes(9, [(requirement, [i not in missing for i in range(9)])])
     assert usable.lengths == list(range(1, 10))
     assert usable.boundaries.get("blocks", 0) == expected

@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from flexkv_sglang.backoff import Backoff
+
 _FAILURES = 3
 _PAUSE_S, _PAUSE_MAX_S = 1.0, 30.0
 
@@ -22,11 +24,9 @@ class Breaker:
     """Closed: in use. Open: bypassed, or only read. ``begin_probe`` says when to try again, with doubling pauses."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
         self._lock = threading.Lock()
+        self._backoff = Backoff(_PAUSE_S, _PAUSE_MAX_S, clock=clock)
         self._failures = 0
-        self._pause = _PAUSE_S
-        self._retry_at = 0.0
         self._probing = False
         self._open = False
         self._readable = True
@@ -61,7 +61,7 @@ class Breaker:
     def begin_probe(self) -> bool:
         """True if it is open, its pause is over and nobody else probes: the caller must now end the probe."""
         with self._lock:
-            if not self._open or self._probing or self._clock() < self._retry_at:
+            if not self._open or self._probing or not self._backoff.due:
                 return False
             self._probing = True
             return True
@@ -72,14 +72,15 @@ class Breaker:
             self._probing = False
             if healthy:
                 self._open, self._readable, self.reason = False, True, ""
-                self._failures, self._pause = 0, _PAUSE_S
+                self._failures = 0
+                self._backoff.reset()
             else:
-                self._pause = min(2 * self._pause, _PAUSE_MAX_S)
-                self._retry_at = self._clock() + self._pause
+                self._backoff.failed()
 
     def _trip(self, reason: str, *, readable: bool = False) -> bool:
         if self._open and (readable or not self._readable):
             return False
+        if not self._open:
+            self._backoff.failed()
         self._open, self._readable, self.reason = True, readable, reason
-        self._retry_at = self._clock() + self._pause
         return True

@@ -17,12 +17,14 @@ import secrets
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.failpoints import Failpoint, reach
+from flexkv_sglang.backends.safe_files import replacing, write_all
 from flexkv_sglang.backends.slots.records import (
     HEADER_BYTES,
     JOURNAL_MAGIC,
@@ -214,9 +216,7 @@ class JournalWriter:
     def _drop_generation(self, generation: int) -> None:
         """Undo half a rotation: recovery takes the newest generation, and ours goes on in the old one."""
         for path in (journal_path, snapshot_path):  # the journal first: it makes a generation
-            place = path(self.directory, self.header.owner, generation)
-            place.unlink(missing_ok=True)
-            place.with_name(place.name + ".tmp").unlink(missing_ok=True)
+            path(self.directory, self.header.owner, generation).unlink(missing_ok=True)
 
     def sync(self) -> None:
         """Flush to the medium."""
@@ -275,21 +275,11 @@ def _publish(
     path: Path, head: bytes, body: Iterable[memoryview] = (), *, sync: bool = False
 ) -> None:
     """Write a whole file and rename it into place: nobody ever sees a part of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb", opener=_private) as file:
-        reach(Failpoint.PUBLISH_BEFORE, file.fileno(), head)
-        file.write(head)
-        file.writelines(body)
-        if sync:
-            file.flush()
-            os.fdatasync(file.fileno())
-    reach(Failpoint.PUBLISH_WRITTEN)
-    temporary.rename(path)
+    with replacing(path.parent, path.name) as fd:
+        reach(Failpoint.PUBLISH_BEFORE, fd, head)
+        write_all(fd, chain([head], body), sync=sync)
+        reach(Failpoint.PUBLISH_WRITTEN)
     reach(Failpoint.PUBLISH_RENAMED)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)  # KV cache is as confidential as the prompts
 
 
 def _unlink(path: Path) -> None:

@@ -12,6 +12,7 @@ that lies in the page cache (0.5 us), never while loading a whole journal.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.io.extents import Extents
-from flexkv_sglang.backends.io.probe import IoMode
+from flexkv_sglang.backends.io.transfer import Extents, IoMode
 from flexkv_sglang.backends.slots.neighbour import NeighbourJournal, NeighbourPage
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.errors import JournalError, TierUnavailableError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.types import PageKey
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,7 @@ class NeighbourStore:
         self._lock = threading.Lock()
         self._replicas: dict[tuple[Path, str], NeighbourJournal] = {}  # guarded by _lock
         self._polled_at = 0.0  # guarded by _lock
-        self._rejected: dict[
-            tuple[Path, str], str
-        ] = {}  # used by scan() alone: logged once per reason
+        self._log = RateLimitedLog(logger, math.inf)  # each reason once
 
     def __len__(self) -> int:
         """Pages that neighbours claim to hold (a page held twice counts twice)."""
@@ -84,9 +83,8 @@ class NeighbourStore:
             except FileNotFoundError:
                 continue  # nobody has pages of this namespace there
             except OSError as exc:
-                if self._rejected.get((directory, "")) != str(exc):
-                    self._rejected[directory, ""] = str(exc)
-                    logger.warning("flexkv: cannot list %s: %s", directory, exc)
+                kind = directory, str(exc)
+                self._log.log(kind, logging.WARNING, "flexkv: cannot list %s: %s", directory, exc)
                 continue
             for owner in names:
                 if owner not in self._own and (directory, owner) not in self._replicas:
@@ -158,13 +156,15 @@ class NeighbourStore:
 
     @staticmethod
     def extents(pages: Sequence[NeighbourPage]) -> Extents:
-        """Where claimed pages lie."""
-        return Extents(
-            np.array([page.replica.slots.fd for page in pages], np.int32),
-            np.array(
-                [page.slot * page.replica.slots.slot_class.slot_bytes for page in pages], np.uint64
-            ),
-            tuple(page.replica.slots.mode for page in pages),
+        """Files, offsets and modes of claimed pages, as ``PageTransfer`` takes them."""
+        files = [page.replica.slots for page in pages]
+        offsets = [
+            page.slot * file.slot_class.slot_bytes for page, file in zip(pages, files, strict=True)
+        ]
+        return (
+            np.array([file.fd for file in files], np.int32),
+            np.array(offsets, np.uint64),
+            tuple(file.mode for file in files),
         )
 
     def _load(self, directory: Path, owner: str, mode: IoMode) -> None:
@@ -182,11 +182,9 @@ class NeighbourStore:
             except FileNotFoundError:
                 continue
             except (JournalError, TierUnavailableError, OSError) as exc:
-                if self._rejected.get((directory, owner)) != str(exc):
-                    self._rejected[directory, owner] = str(exc)
-                    logger.info(
-                        "flexkv: owner %s in %s is not readable (yet): %s", owner, directory, exc
-                    )
+                text = "flexkv: owner %s in %s is not readable (yet): %s"
+                kind = directory, owner, str(exc)
+                self._log.log(kind, logging.INFO, text, owner, directory, exc)
                 return
             with self._lock:
                 self._replicas[directory, owner] = replica

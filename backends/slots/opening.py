@@ -17,6 +17,7 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.io.probe import IoMode, probe_directory
+from flexkv_sglang.backends.safe_files import publish
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes, is_no_space
 from flexkv_sglang.backends.slots.journal import generations
@@ -126,9 +127,10 @@ def note(directory: Path, key: str, value: object) -> None:
 
 
 def _describe(directory: Path, fields: Mapping[str, object]) -> None:
-    temporary = directory / f"{_DESCRIPTION}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    temporary.rename(directory / _DESCRIPTION)
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    publish(
+        directory, _DESCRIPTION, [text.encode()], mode=0o666
+    )  # for people, as far as the umask goes
 
 
 def open_tier(

@@ -7,7 +7,6 @@ Lock files are never renamed, and unlinked only by whoever holds them.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from flexkv_sglang.backends.failpoints import Failpoint, reach
+from flexkv_sglang.backends.file_lock import FileLock
 
 _LOCK_NAME = re.compile(r"^([0-9a-f]{12})\.lock$")
 
@@ -22,10 +22,10 @@ _LOCK_NAME = re.compile(r"^([0-9a-f]{12})\.lock$")
 class OwnerLock:
     """A held lock. ``close`` releases it; so does the end of the process, however it ends."""
 
-    def __init__(self, directory: Path, owner: str, fd: int) -> None:
+    def __init__(self, directory: Path, owner: str, lock: FileLock) -> None:
         self.directory = directory
         self.owner = owner
-        self._fd = fd
+        self._lock = lock
 
     @classmethod
     def create(cls, directory: Path) -> OwnerLock:
@@ -41,26 +41,13 @@ class OwnerLock:
 
         ``create``: make the file; None if it exists already.
         """
-        path = directory / f"{owner}.lock"
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
-        try:
-            fd = os.open(path, flags, 0o600)
-        except (FileNotFoundError, FileExistsError):
-            return None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The path may have been unlinked and made anew between open and flock.
-            if os.fstat(fd).st_ino == path.stat().st_ino:
-                return cls(directory, owner, fd)
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(fd)
-        return None
+        lock = FileLock.take(directory / f"{owner}.lock", os.O_CREAT | os.O_EXCL if create else 0)
+        return None if lock is None else cls(directory, owner, lock)
 
     @property
     def held(self) -> bool:
         """Not closed yet."""
-        return self._fd >= 0
+        return self._lock.held
 
     def remove_files(self) -> None:
         """Delete everything of this owner, the lock file last. For owners nobody wants any more."""
@@ -73,9 +60,7 @@ class OwnerLock:
 
     def close(self) -> None:
         """Release. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._lock.close()
 
     def __enter__(self) -> OwnerLock:
         return self

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from flexkv_sglang.backends.safe_files import publish
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.journal import stats_path
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
@@ -118,9 +119,5 @@ def _fields(metrics: Metrics) -> dict[str, object]:
 
 def _write_all(owners: Sequence[tuple[Path, str]], fields: dict[str, object]) -> None:
     for directory, owner in owners:
-        path = stats_path(directory, owner)
-        temporary = path.with_name(path.name + ".tmp")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:
-            json.dump({"owner": owner, **fields}, file, sort_keys=True)
-        temporary.rename(path)
+        text = json.dumps({"owner": owner, **fields}, sort_keys=True)
+        publish(directory, stats_path(directory, owner).name, [text.encode()])

@@ -1,7 +1,7 @@
-"""What one call of SGLang's storage interface does with a pool: look prefixes up, read pages, write pages.
+"""Lookups, reads and writes of one call of SGLang's storage interface.
 
-A hybrid lookup first finds out what every pool holds, folds it (``prefix``), and then promises what it announces,
-in every pool and nothing else. Reads and writes of a pool know nothing of the others.
+A hybrid lookup asks each pool which pages it has, folds the answers (``prefix``), and then protects the pages of the
+announced prefix in each pool, and no others. Reads and writes use one pool at a time.
 
 Threads: any; nothing is kept between calls.
 """
@@ -29,7 +29,7 @@ EXISTS_SPAN = 512
 
 
 def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int, list[PageKey]]:
-    """(leading run of stored KV pages, their keys). Most end early: keys are converted as needed."""
+    """(leading run of stored KV pages, their keys). Most runs are short: keys are converted in parts."""
     found: list[PageKey] = []
     for start in range(0, len(texts), EXISTS_SPAN):
         span = page_keys(texts[start : start + EXISTS_SPAN])
@@ -41,42 +41,42 @@ def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int
 
 
 def usable(
-    stores: PoolStores, kv: Pool, texts: Sequence[str], demands: Sequence[PoolRequirement]
+    stores: PoolStores, kv: Pool, texts: Sequence[str], requirements: Sequence[PoolRequirement]
 ) -> RestorablePrefixes:
-    """Prefixes that can be restored from all pools. What the longest needs is promised in each of them."""
-    kv_pages, keys = leading_pages(kv, texts, promise=not demands)
-    result = usable_prefixes(kv_pages, _held(stores, keys, demands))
-    if demands and result.pages:
+    """Prefixes that can be restored from all pools. The pages of the longest are protected in each pool."""
+    kv_pages, keys = leading_pages(kv, texts, promise=not requirements)
+    result = usable_prefixes(kv_pages, _held(stores, keys, requirements))
+    if requirements and result.pages:
         leading_run(kv, keys[: result.pages], promise=True)
-        for demand in demands:
-            pool = stores.get(demand.pool)
-            if pool is not None and demand.policy != BLOCK_GROUPS:
-                whole = demand.policy == ALL_PAGES
-                first = 0 if whole else max(0, result.pages - max(1, demand.window))
+        for requirement in requirements:
+            pool = stores.get(requirement.pool)
+            if pool is not None and requirement.policy != BLOCK_GROUPS:
+                whole = requirement.policy == ALL_PAGES
+                first = 0 if whole else max(0, result.pages - max(1, requirement.window))
                 leading_run(pool, keys[first : result.pages], promise=True)
     return result
 
 
 def _held(
-    stores: PoolStores, keys: Sequence[PageKey], demands: Sequence[PoolRequirement]
+    stores: PoolStores, keys: Sequence[PageKey], requirements: Sequence[PoolRequirement]
 ) -> Iterator[tuple[PoolRequirement, Sequence[bool]]]:
-    for demand in demands:
-        pool = stores.get(demand.pool)
+    for requirement in requirements:
+        pool = stores.get(requirement.pool)
         opened = pool.store if pool is not None else None
         flags: Sequence[bool] = []
         if pool is not None and opened is not None:
-            if demand.policy == ALL_PAGES:
+            if requirement.policy == ALL_PAGES:
                 flags = [True] * leading_run(pool, keys, promise=False)
             else:
                 groups = pool.pages.groups
                 flags = groups.whole(opened.holds(groups.keys(keys)))
-            pool.told.metrics.count("asked_pages", len(keys))
-            pool.told.metrics.count("found_pages", sum(flags))
-        yield demand, flags
+            pool.spec.metrics.count("asked_pages", len(keys))
+            pool.spec.metrics.count("found_pages", sum(flags))
+        yield requirement, flags
 
 
 def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
-    """How many pages from the first on are there, with all of their head groups."""
+    """The number of leading pages that are there with all their head groups."""
     opened, groups = pool.store, pool.pages.groups
     return (
         0 if opened is None else opened.prefix(groups.keys(keys), promise=promise) // groups.count
@@ -84,46 +84,50 @@ def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
 
 
 def read(
-    pool: Pool, keys: Sequence[PageKey], host_indices: Any, deadline: float
+    pool: Pool | None, keys: Sequence[PageKey], host_indices: Any, deadline: float
 ) -> list[bool] | None:
-    """Read pages into the host pool. One bool per key, False from the first that is not there.
+    """Read pages into the host pool. One bool per key, False from the first missing page on.
 
-    None: ``host_indices`` (int64) are not those of so many pages.
+    None: the number of ``host_indices`` (int64) does not fit the number of keys.
     """
+    if pool is None or not keys:
+        return [False] * len(keys)
     if not _fits(pool, keys, host_indices):
         return None
+    opened, groups = pool.store, pool.pages.groups
     results: list[bool] = []
-    while len(results) < len(keys):
+    while len(results) < len(keys) and opened is not None and all(results):
         part = slice(len(results), len(results) + pool.pages.span)
         batch = pool.pages.incoming(_indices(pool, host_indices, part), keys[part])
         if batch is None:
             return None
-        flags = fetch(pool, keys[part], batch, deadline)
-        results += flags
-        if not all(flags):
-            break
+        with pool.spec.metrics.timed("get"):
+            flags = opened.get(groups.keys(keys[part]), batch.buffers, deadline)
+            results += batch.landed(groups.whole(flags))
     return results + [False] * (len(keys) - len(results))
 
 
 def fetch(pool: Pool, keys: Sequence[PageKey], batch: Batch, deadline: float) -> list[bool]:
-    """Read one batch."""
+    """Read one batch whose memory the caller chose."""
     opened = pool.store
     if opened is None:
         return [False] * len(keys)
-    with pool.told.metrics.timed("get"):
+    with pool.spec.metrics.timed("get"):
         groups = pool.pages.groups
         flags = opened.get(groups.keys(keys), batch.buffers, deadline)
         return batch.landed(groups.whole(flags))
 
 
 def write(
-    pool: Pool,
+    pool: Pool | None,
     keys: Sequence[PageKey],
     host_indices: Any,
     parent: PageKey | None,
     deadline: float,
 ) -> list[bool] | None:
-    """Write pages of the host pool. One bool per key: is it stored now? None: as ``read``."""
+    """Write pages of the host pool. One bool per key: True if it is stored now. None: as ``read``."""
+    if pool is None or not keys:
+        return [False] * len(keys)
     if not _fits(pool, keys, host_indices):
         return None
     results: list[bool] = []
@@ -144,7 +148,7 @@ def store(
     opened = pool.store
     if opened is None:
         return [False] * len(keys)
-    with pool.told.metrics.timed("put"):
+    with pool.spec.metrics.timed("put"):
         groups = pool.pages.groups
         stored = groups.keys(keys)
         return groups.whole(opened.put(stored, batch.buffers, groups.last_key(parent), deadline))
@@ -153,7 +157,7 @@ def store(
 def store_own(
     pool: Pool, keys: Sequence[PageKey], batch: Batch, parent: PageKey | None, deadline: float
 ) -> list[bool]:
-    """As ``store``, also what a neighbour has."""
+    """As ``store``, also for pages that a neighbour has."""
     opened = pool.store
     if opened is None:
         return [False] * len(keys)
@@ -172,8 +176,8 @@ def _indices(pool: Pool, host_indices: Any, part: slice) -> Any:
 
 
 class PoolAnswer:
-    """Per pool one bool per key. A pool that is named twice in one call: the last one's flags, all False if any
-    of the first ones is."""
+    """Per pool, one bool per key. For a pool that is named twice in one call: the flags of the last transfer, or all
+    False if a transfer before it failed."""
 
     def __init__(self) -> None:
         self.results: dict[str, list[bool]] = {}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet.members.membership import Membership
-from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
+from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, NodeId, NodeInfo
@@ -29,6 +29,7 @@ from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.opening import prepare_directory
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.node_pages import NodePages, is_shareable, payload_bytes_of
 from flexkv_sglang.sharing.run_dir import RunDir, node_name
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 _POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
 _SCAN_S = 1.0
-_LOG_INTERVAL_S = 60.0
 _READ_DEPTH = 8  # reads in flight at the disk, with io_uring
 
 
@@ -67,7 +67,7 @@ class Agent:
         self._pages: dict[str, NodePages] = {}  # replaced, never changed: other threads read it
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
-        self._logged_at: dict[str, float] = {}
+        self._log = RateLimitedLog(logger)
         self._needed_at = time.monotonic()
         self._changes = 0
         self._doubts: dict[tuple[str, str, str], int] = {}  # (rank, namespace, node) -> as reported
@@ -79,7 +79,7 @@ class Agent:
         self._address = ""
         self._server = PageServer(share, secret, self)
         self._replica = PeerSetsWriter(run_dir.path)
-        self._control = WirePeerControl(share, secret)
+        self._control = PeerControl(share, secret)
         self._membership = Membership(
             share, self._own, self._logs.find, self._control, self._replica, self._count
         )
@@ -89,7 +89,7 @@ class Agent:
 
     def info(self) -> NodeInfo:
         """As ``ServedNode``; with the current name of this node."""
-        return self._membership.own_info()
+        return self._membership.followers.own_info()
 
     def _count(self, name: str, amount: int = 1) -> None:
         with self._counts_lock:
@@ -163,7 +163,7 @@ class Agent:
                 self._serve(namespace, payload_bytes)
         for pages in self._pages.values():
             pages.scan()
-        self._membership.wanted_namespaces(set(self._pages))
+        self._membership.followers.wanted_namespaces(set(self._pages))
         self._round("doubts", self._hear_doubts)
         self._run_dir.write_status(self._status())
 
@@ -178,7 +178,7 @@ class Agent:
         new = {(key[1], key[2]) for key, n in heard.items() if n > self._doubts.get(key, 0)}
         self._doubts = heard
         for namespace, node_id in new:
-            self._membership.set_suspect(namespace, NodeId(node_id))
+            self._membership.followers.set_suspect(namespace, NodeId(node_id))
 
     def _prepare(self, path: str, io_engine: str) -> None:
         """Prove a directory with real I/O, once. A directory that is lost is tried again at every scan."""
@@ -246,10 +246,7 @@ class Agent:
     def _round(self, name: str, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - a part that fails must not end the agent
             self._count("agent_exceptions")
-            now = time.monotonic()
-            if now - self._logged_at.get(name, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
-                self._logged_at[name] = now
-                level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
-                logger.log(level, "flexkv: agent: %s failed", name, exc_info=True)
+            level = logging.WARNING if isinstance(exc, FlexKVError | OSError) else logging.ERROR
+            self._log.log(name, level, "flexkv: agent: %s failed", name, exc_info=exc)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from flexkv_sglang.backoff import Backoff
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.sharing.run_dir import RunDir, settings_digest
 from flexkv_sglang.threads import PeriodicThread
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 5.0
 _IDLE_S = 1.0
-_PAUSE_MAX_S = 60.0
+_PAUSE_S, _PAUSE_MAX_S = 2.0, 60.0
 _JOIN_S = 2.0
 _SHELL_S = 10.0
 
@@ -52,7 +53,8 @@ class AgentLauncher:
         self._lock = run_dir.take_rank_lock()
         self._told = False
         self._reported = ""
-        self._look_at, self._pause_s = 0.0, 1.0
+        self._look_at = 0.0
+        self._backoff = Backoff(_PAUSE_S, _PAUSE_MAX_S)
         self.usable = True  # False: the agent runs with other settings
         self._thread = PeriodicThread(
             "flexkv-agent-keeper",
@@ -85,10 +87,9 @@ class AgentLauncher:
         if time.monotonic() >= self._look_at:
             pause = self._look_s
             if self._looked():
-                self._pause_s = 1.0
+                self._backoff.reset()
             else:
-                self._pause_s = min(2 * self._pause_s, _PAUSE_MAX_S)
-                pause = max(self._pause_s, self._look_s) * random.uniform(0.8, 1.2)
+                pause = max(self._backoff.failed(), self._look_s) * random.uniform(0.8, 1.2)
             self._look_at = time.monotonic() + pause
         self._thread.pause(_IDLE_S)
         if not self._thread.stopped:

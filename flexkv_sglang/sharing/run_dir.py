@@ -13,19 +13,18 @@ It lies on tmpfs: nothing in it is worth a disk write, and everything in it is m
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import socket
 import stat
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flexkv_sglang.backends.file_lock import FileLock
+from flexkv_sglang.backends.safe_files import publish
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
@@ -35,7 +34,6 @@ _NODE_ID, _RUN = "node-id", ".run"
 IN_DATA_DIRECTORY = frozenset({_NODE_ID, _RUN})
 """What is kept in a data directory beside namespaces: the node's mark, and run directories where /dev/shm is none."""
 
-_ASKED_S = 0.02
 _LOCAL = ("listen", "advertise", "run_dir", "node_id")
 """Settings of ``share`` that differ between nodes and processes without harm."""
 
@@ -115,7 +113,7 @@ class RunDir:
     def places(self) -> dict[str, str]:
         """Directory -> ``io_engine``, of all rank processes that ever used this run directory."""
         found: dict[str, str] = {}
-        for path in sorted((self.path / "places").glob("[0-9a-f]*")):
+        for path in sorted((self.path / "places").glob("[0-9a-f]" * 16)):
             try:
                 fields = json.loads(path.read_text())
                 found |= dict.fromkeys(fields["paths"], fields["io_engine"])
@@ -131,9 +129,9 @@ class RunDir:
         """For ``flexkv nodes``. Raises ``OSError``."""
         _write(self.status_path, json.dumps(fields, sort_keys=True))
 
-    def take_agent_lock(self, digest: str) -> RunLock | None:
+    def take_agent_lock(self, digest: str) -> FileLock | None:
         """For the agent's life; None while another agent lives. Raises ``OSError``."""
-        lock = RunLock.take(self.path / "agent.lock", tries=5)
+        lock = FileLock.take(self.path / "agent.lock", os.O_CREAT, tries=5)
         if lock is not None:
             lock.write(json.dumps({"pid": os.getpid(), "settings": digest}))
         return lock
@@ -141,7 +139,7 @@ class RunDir:
     def agent(self) -> dict[str, Any] | None:
         """What the living agent's lock says ({} if it has not said yet); None if there is no agent."""
         path = self.path / "agent.lock"
-        if not RunLock.is_held(path):
+        if not FileLock.is_held(path):
             return None
         try:
             fields = json.loads(path.read_text())
@@ -149,15 +147,15 @@ class RunDir:
             return {}
         return fields if isinstance(fields, dict) else {}
 
-    def take_rank_lock(self) -> RunLock:
+    def take_rank_lock(self) -> FileLock:
         """For the life of a rank process. Raises ``OSError``."""
-        return RunLock.make(self.path / "ranks" / f"{os.getpid()}-{secrets.token_hex(4)}.lock")
+        return FileLock.make(self.path / "ranks" / f"{os.getpid()}-{secrets.token_hex(4)}.lock")
 
     def ranks(self) -> int:
         """Rank processes that live; locks of dead ones are removed."""
         count = 0
         for path in (self.path / "ranks").glob("*.lock"):
-            if RunLock.is_held(path):
+            if FileLock.is_held(path):
                 count += 1
             else:
                 path.unlink(missing_ok=True)
@@ -170,7 +168,7 @@ class RunDir:
         found = {}
         for path in sorted((self.path / "ranks").glob("*.lock")):
             try:
-                if RunLock.is_held(path):
+                if FileLock.is_held(path):
                     fields = json.loads(path.read_text() or "{}")
                     found[path.stem] = fields if isinstance(fields, dict) else {}
             except (OSError, ValueError):
@@ -188,80 +186,6 @@ class RunDir:
         except (OSError, ValueError):
             return {}
         return fields if isinstance(fields, dict) else {}
-
-
-class RunLock:
-    """A held ``flock``: ends with the process, however that ends. Threads: any."""
-
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path = path
-        self._guard = threading.Lock()  # the number of a closed descriptor is soon another file's
-        self._fd = fd  # guarded by _guard
-
-    @classmethod
-    def make(cls, path: Path) -> RunLock:
-        """A file that does not exist yet: it appears held, so nobody takes it for a dead one. Raises ``OSError``."""
-        hidden = path.with_suffix(".new")
-        fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            hidden.rename(path)
-        except OSError:
-            os.close(fd)
-            raise
-        return cls(path, fd)
-
-    @classmethod
-    def take(cls, path: Path, *, tries: int = 1) -> RunLock | None:
-        """None while another process holds it. ``tries``: somebody may be asking ``is_held`` just now."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        for left in reversed(range(tries)):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_ASKED_S if left else 0)
-            else:
-                return cls(path, fd)
-        os.close(fd)
-        return None
-
-    @staticmethod
-    def is_held(path: Path) -> bool:
-        """Does a process hold it? Shared, so that two who ask do not see each other."""
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        return False
-
-    @property
-    def in_place(self) -> bool:
-        """Can others still see it? False: its file was removed, and another process may hold a new one."""
-        with self._guard:
-            try:
-                mine, there = os.fstat(self._fd), self.path.stat()
-            except OSError:
-                return False
-            return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
-
-    def write(self, text: str) -> None:
-        """Replace the file's content. Raises ``OSError``, also when closed."""
-        with self._guard:
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, text.encode(), 0)
-
-    def close(self) -> None:
-        """Release. Idempotent."""
-        with self._guard:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
 
 
 def settings_digest(share: ShareConfig) -> str:
@@ -341,12 +265,4 @@ def read_mark(home: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "w") as file:
-            file.write(text)
-        temporary.rename(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    publish(path.parent, path.name, [text.encode()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from pathlib import Path
@@ -91,13 +92,14 @@ def test_a_report_that_cannot_be_written_is_counted_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine(tmp_path, PAGE, 16 * PAGE)
-    (owner,) = owners(tmp_path / "ns")
-    blocked = tmp_path / "ns" / f"{owner}.stats.json.tmp"  # no file can be opened there
-    blocked.mkdir()
+
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(reporter, "publish", full)
     monkeypatch.setattr(reporter, "INTERVAL_S", 0.0)
     _, buffers = page_memory(4, PAGE, seed=0)
     assert all(engine.put(keys(4), buffers, None, soon()))
     assert wait_until(lambda: engine._metrics.snapshot().get("report_errors", 0) > 1)
     assert engine._upkeep._thread.is_alive()
-    blocked.rmdir()
     engine.close()

@@ -1,4 +1,4 @@
-"""What must match for a page to be right, mutated one by one, on SGLang's real pools and controller.
+"""Each fact that must match for a page to be right, changed alone, on SGLang's real pools and controller.
 
 In each case the served model name, the tokens and the page hashes are the same, and (but for the page size) so
 is the size of a page. Every case ends with the original set-up reading its own pages back, byte for byte: a
@@ -87,7 +87,7 @@ def written(place: Path, setup: Setup) -> str:
     """Write the prompt; the namespace."""
     with start(place, setup) as rig:
         assert write_pages(rig, TOKENS, seed=1).completed_tokens == len(TOKENS)
-        return str(stored(rig.backend).told.identity.namespace)
+        return str(stored(rig.backend).spec.identity.namespace)
 
 
 def assert_miss(place: Path, setup: Setup, pages: str = "pages") -> None:
@@ -170,7 +170,7 @@ def test_a_data_parallel_rank_is_no_mutation(place: Path) -> None:
         config = dataclasses.replace(rig.controller.storage_config, dp_rank=1)
         other = FlexKVStorage(config, {})
         other.register_mem_pool_host(rig.host)
-        assert stored(other).told.identity == stored(rig.backend).told.identity
+        assert stored(other).spec.identity == stored(rig.backend).spec.identity
         other.close()
 
 

@@ -6,7 +6,7 @@ MODEL = "tests/cache/index/test_index_model.py"
 ENGINE = "tests/cache/test_engine.py"
 NEIGHBOURS = "tests/backends/slots/test_neighbours.py"
 INDEX = "flexkv_sglang/cache/index/index.py"
-EVICTION = "flexkv_sglang/cache/eviction/policies.py"
+EVICTION = "flexkv_sglang/cache/eviction/lru.py"
 CHAINS = "flexkv_sglang/cache/index/chains.py"
 
 MUTANTS = (
@@ -34,8 +34,8 @@ MUTANTS = (
     (
         "evict pages of the own batch",
         INDEX,
-        "self._pins[slot] += 1\n        absent",
-        "pass\n        absent",
+        "        self.pin(present)  # a batch",
+        "        pass  # a batch",
         MODEL,
     ),
     (
@@ -166,16 +166,16 @@ MUTANTS = (
     ),
     (
         "a short transfer is a whole page",
-        "backends/io/mover.py",
-        "good = moved == self._wanted",
-        "good = moved >= 0",
+        "backends/io/transfer.py",
+        "whole = moved == self.page_bytes",
+        "whole = moved >= 0",
         "tests/backends/io/test_mover.py",
     ),
     (
         "a refused page reaches its target",
-        "backends/io/mover.py",
-        "                if kept:\n                    self._parts.accept(position)",
-        "                self._parts.accept(position)",
+        "backends/io/transfer.py",
+        "if right and self._targets is not None",
+        "if self._targets is not None",
         "tests/backends/io/test_mover.py",
     ),
     (
@@ -243,9 +243,9 @@ MUTANTS = (
     ),
     (
         "an owner's lock is not taken",
-        "backends/slots/ownership.py",
-        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "pass",
+        "backends/file_lock.py",
+        "                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n                except",
+        "                    pass\n                except",
         "tests/backends/slots/test_opening.py",
     ),
 )

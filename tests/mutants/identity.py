@@ -1,4 +1,4 @@
-"""Seeded bugs in what names the weights and in what happens when they change; see ``run.py``."""
+"""Seeded bugs in the identity of weights and in weight updates; see ``run.py``."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ MUTANTS = (
     ),
     (
         "all GGUF files of a directory are one model",
-        "flexkv_sglang/integration/served_model.py",
+        "flexkv_sglang/integration/model_files.py",
         "return checkpoint(path.parent, only=path.name)",
         "return checkpoint(path.parent)",
         "tests/integration/test_served_model.py",
     ),
     (
         "the usual cache is looked at, not --download-dir",
-        "flexkv_sglang/integration/served_model.py",
+        "flexkv_sglang/integration/model_files.py",
         "if path.is_dir() or not download_dir:",
         "if True:",
         "tests/integration/test_served_model.py",
@@ -80,36 +80,36 @@ MUTANTS = (
     (
         "only KV gets the name of the new weights",
         POOLS,
-        "for pool, now in zip(pools, told, strict=True):",
-        "for pool, now in zip(pools[:1], told[:1], strict=True):",
+        "for pool, spec in zip(pools, specs, strict=True):",
+        "for pool, spec in zip(pools[:1], specs[:1], strict=True):",
         OF_POOLS,
     ),
     (
         "namespaces of new weights are opened under calls of before",
         POOLS,
-        "if not alone or not self._unsettled or self._away",
-        "if not self._unsettled or self._away",
+        "if not alone or self._state.now is not State.PENDING:",
+        "if self._state.now is not State.PENDING:",
         OF_POOLS,
     ),
     (
         "a pool that comes during an update is opened at once",
-        POOLS,
-        "if not alone or not self._unsettled or self._away",
-        "if not alone or not self._unsettled",
+        "flexkv_sglang/pools/state.py",
+        "Event.ADD: {State.OPEN: State.PENDING},",
+        "Event.ADD: {State.OPEN: State.PENDING, State.SUSPENDED: State.PENDING},",
         OF_POOLS,
     ),
     (
         "files that were being opened for old weights are used for new ones",
         "flexkv_sglang/pools/pool.py",
-        "return self.store is not None and self.opened == self.told.identity",
+        "return self.store is not None and self.opened_as == self.spec.identity",
         "return self.store is not None",
         OF_POOLS,
     ),
     (
         "files of weights that are gone stay",
-        POOLS,
-        "if left[0].namespace not in entered:",
-        "if False:",
+        "flexkv_sglang/pools/suspended.py",
+        "if identity.namespace in keep:",
+        "if True:",
         OF_POOLS,
     ),
     (

@@ -12,11 +12,12 @@ MOVE = """\
             targets = [slots[row] for row in rows]
             breakers = self._tier.breakers(targets)
             if rows:
-                extents = self._tier.extents(targets)
+                extents, part = self._tier.extents(targets), sources.take(rows)
+                transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
                     with self._watch.call(deadline, frozenset(breakers)):
-                        outcomes = self._mover.write(extents, sources.take(rows), deadline, inspect)
+                        outcomes = self._mover.move(transfer)
                 finally:
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):
@@ -49,9 +50,9 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     (
         "under stress: an owner's lock is not taken",
-        "backends/slots/ownership.py",
-        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "pass",
+        "backends/file_lock.py",
+        "                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n                except",
+        "                    pass\n                except",
         STRESS,
     ),
 )

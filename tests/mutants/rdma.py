@@ -42,8 +42,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "rdma: no pause after an error",
         CHANNEL,
-        "        self._zmq_until = now + FALLBACK_S",
-        "        self._zmq_until = now",
+        "        self._fallback.failed(FALLBACK_S)",
+        "        self._fallback.failed(0.0)",
         f"{TESTS}::test_after_an_error_of_the_transport_pages_come_over_zmq",
     ),
     (

@@ -132,8 +132,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "replica: a set is known before it is in place",
         FILES,
-        "    _put_in_place(place.path)\n    return _set_parts",
-        "    return _set_parts",
+        "    with _new_file(place.path, end) as memory:\n",
+        "    with _new_file(place.path.with_suffix('.no'), end) as memory:\n",
         OF_REPLICA,
     ),
 )

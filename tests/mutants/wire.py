@@ -90,7 +90,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         "wire: the breaker closes by itself",
         "backends/fleet/reader/health.py",
         "return not self._open and now >= self._busy_until",
-        "return (not self._open or now >= self._retry_at) and now >= self._busy_until",
+        "return (not self._open or self._backoff.due) and now >= self._busy_until",
         f"{CLIENT}::test_pauses_of_the_breaker_double_and_end",
     ),
     (

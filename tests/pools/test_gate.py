@@ -1,4 +1,4 @@
-"""Many pass or one is alone; every wait ends."""
+"""Many share the gate, or one has it exclusively; every wait ends."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stores.engines import wait_until
 
 @contextmanager
 def inside(gate: CallGate) -> Iterator[None]:
-    """Another thread passes for the time of the block."""
+    """Another thread shares the gate for the time of the block."""
     entered, leave = threading.Event(), threading.Event()
 
     def call() -> None:
-        with gate.passing(10):
+        with gate.shared(10):
             entered.set()
             leave.wait(10)
 
@@ -35,51 +35,51 @@ def inside(gate: CallGate) -> Iterator[None]:
 
 def test_calls_do_not_exclude_each_other() -> None:
     gate = CallGate()
-    with inside(gate), inside(gate), gate.passing(0.01):
+    with inside(gate), inside(gate), gate.shared(0.01):
         pass
 
 
-def test_nobody_passes_while_it_is_shut_and_the_wait_ends() -> None:
+def test_no_call_enters_while_one_is_alone_and_the_wait_ends() -> None:
     gate = CallGate()
-    with gate.shut(0.01) as alone:
+    with gate.exclusive(0.01) as alone:
         assert alone
-        with pytest.raises(TierUnavailableError), gate.passing(0.01):
+        with pytest.raises(TierUnavailableError), gate.shared(0.01):
             pass
-    with gate.passing(0.01):
+    with gate.shared(0.01):
         pass
 
 
-def test_whoever_is_not_alone_in_time_is_told_and_it_is_open_again() -> None:
+def test_a_wait_to_be_alone_ends_with_false_and_the_gate_is_open_again() -> None:
     gate = CallGate()
     with inside(gate):
-        with gate.shut(0.01) as alone:
+        with gate.exclusive(0.01) as alone:
             assert not alone
-        with gate.passing(0.01):
+        with gate.shared(0.01):
             pass
-    with gate.shut(0.01) as alone:
+    with gate.exclusive(0.01) as alone:
         assert alone
 
 
-def test_one_at_a_time_is_alone() -> None:
+def test_only_one_at_a_time_is_alone() -> None:
     gate = CallGate()
-    with gate.shut(0.01) as first, gate.shut(0.01) as second:
+    with gate.exclusive(0.01) as first, gate.exclusive(0.01) as second:
         assert (first, second) == (True, False)
 
 
-def test_it_is_shut_after_the_last_one_left_and_new_ones_wait() -> None:
+def test_one_is_alone_after_the_last_call_and_new_calls_wait() -> None:
     gate = CallGate()
     order: list[str] = []
 
-    def shut() -> None:
-        with gate.shut(10) as alone:
-            order.append(f"shut {alone}")
+    def close() -> None:
+        with gate.exclusive(10) as alone:
+            order.append(f"alone {alone}")
 
     def call() -> None:
-        with gate.passing(10):
+        with gate.shared(10):
             order.append("call")
 
     with inside(gate):
-        closer = threading.Thread(target=shut)
+        closer = threading.Thread(target=close)
         closer.start()
         assert wait_until(lambda: gate._shut)
         caller = threading.Thread(target=call)
@@ -87,14 +87,14 @@ def test_it_is_shut_after_the_last_one_left_and_new_ones_wait() -> None:
         assert order == []
     closer.join(10)
     caller.join(10)
-    assert order == ["shut True", "call"]
+    assert order == ["alone True", "call"]
 
 
 def test_an_exception_leaves_it_open() -> None:
     gate = CallGate()
-    with pytest.raises(ZeroDivisionError), gate.passing(1):
+    with pytest.raises(ZeroDivisionError), gate.shared(1):
         raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), gate.shut(1):
+    with pytest.raises(ZeroDivisionError), gate.exclusive(1):
         raise ZeroDivisionError
-    with gate.shut(0.01) as alone:
+    with gate.exclusive(0.01) as alone:
         assert alone

@@ -27,7 +27,7 @@ from flexkv_bed.controller import (
 )
 from flexkv_bed.tiny_model import write_config
 from flexkv_sglang import FlexKVStorage
-from flexkv_sglang.backends.io.mover import plan_move
+from flexkv_sglang.backends.io.mover import direct_pages
 from models import pool_matrix
 from models.plain_pools import stored
 
@@ -89,13 +89,13 @@ def test_pages_of_another_process_are_byte_equal_and_copied_only_if_unaligned(
 
 
 def _planned_direct(rig: Rig) -> bool:
-    """What the planner says of every page of the host pool."""
+    """The ways that the mover plans for the pages of the host pool."""
     backend = rig.backend
     pages = rig.host.size // rig.geometry.page_size
     buffers = stored(backend).pages.buffers(torch.arange(pages * rig.geometry.page_size), pages)
     mode = next(iter(backend._stores.prepared[0].values()))
     assert mode.o_direct
-    direct = plan_move(buffers, [mode] * pages).direct
+    direct = direct_pages(buffers, [mode] * pages)
     assert direct.all() or not direct.any()
     return bool(direct.all())
 
@@ -171,7 +171,7 @@ def test_a_flipped_byte_ends_the_hit_there(tmp_path: Path, model: Path) -> None:
         fetched = prefetch_pages(rig, tokens)
         assert (fetched.hit_tokens, fetched.completed_tokens) == (len(tokens), 3 * 16)
         assert fetched.same_bytes(expected_rows(rig, len(tokens), seed=3))
-        assert prefetch_pages(rig, tokens).hit_tokens == 3 * 16  # not promised again
+        assert prefetch_pages(rig, tokens).hit_tokens == 3 * 16  # not protected again
 
 
 def test_a_batch_beyond_sglangs_128_pages_is_one_chain(tmp_path: Path, model: Path) -> None:

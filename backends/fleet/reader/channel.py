@@ -19,7 +19,7 @@ from flexkv_sglang.backends.fleet.reader.health import REFUSED_S, PeerHealth
 from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, PageOutcome, Pending
 from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
-from flexkv_sglang.backends.fleet.wire.link import Link, State
+from flexkv_sglang.backends.fleet.wire.link import Link, LinkState
 from flexkv_sglang.backends.fleet.wire.protocol import Bytes
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class PeerChannel:
         self._page_bytes = max(self._page_bytes, *(p.page_bytes for p in self._waiting))
         self._open_links()
         while self._waiting and len(self._out) < OUTSTANDING:
-            free = [link for link in self.links if link.state is State.READY]
+            free = [link for link in self.links if link.state is LinkState.READY]
             if not free:
                 return
             loads = [sum(out.link is link for out in self._out.values()) for link in free]
@@ -136,7 +136,7 @@ class PeerChannel:
                 break
             self.heard_at = time.monotonic()
             self._take(link, *answer)
-        if link.state is State.READY and before is State.OPENING:
+        if link.state is LinkState.READY and before is LinkState.OPENING:
             self.heard_at = time.monotonic()
             if self._probe_until:
                 self._probe_until = 0.0
@@ -249,7 +249,7 @@ class PeerChannel:
         for request_id in victims:
             self._failed(self._remove(request_id), PageOutcome.FAILED)
         if wanted and not link.reason.endswith("NO_HELLO"):
-            self._trip(link.reason, REFUSED_S if link.state is State.REFUSED else None)
+            self._trip(link.reason, REFUSED_S if link.state is LinkState.REFUSED else None)
 
     def _trip(self, reason: str, pause_s: float | None = None) -> None:
         """Open the breaker: all reads of this peer fail."""

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 
 from flexkv_sglang.backends.fleet.vocabulary import NodeId
+from flexkv_sglang.backoff import Backoff
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,9 @@ class PeerHealth:
 
     def _reset(self, epoch: int, address: str) -> None:
         self.epoch, self.address = epoch, address
-        self._open, self._retry_at, self._pause = False, 0.0, PAUSE_S
+        self._open = False
+        jitter = 1 - JITTER, 1 + JITTER
+        self._backoff = Backoff(PAUSE_S, PAUSE_MAX_S, jitter=jitter, clock=self._clock)
         self.reason = ""
         self._busy_until = 0.0
         self._corrupt: deque[float] = deque(maxlen=CORRUPT_MAX)
@@ -74,10 +77,8 @@ class PeerHealth:
         """Open, for twice the last pause or for ``pause_s``."""
         with self._lock:
             first = not self._open
-            pause = self._pause if pause_s is None else pause_s
-            self._pause = min(2 * self._pause, PAUSE_MAX_S)
+            self._backoff.failed(pause_s)
             self._open, self.reason = True, reason
-            self._retry_at = self._clock() + pause * random.uniform(1 - JITTER, 1 + JITTER)
         if first:
             logger.warning("node %s at %s is not read from: %s", self.node_id, self.address, reason)
 
@@ -92,7 +93,7 @@ class PeerHealth:
     def delivered(self) -> None:
         """The peer sent pages: the next pause is the shortest again."""
         with self._lock:
-            self._pause = PAUSE_S
+            self._backoff.reset()
 
     def busy(self) -> None:
         """The peer is overloaded: pause for a moment."""
@@ -113,9 +114,8 @@ class PeerHealth:
 
     def probe_due(self) -> bool:
         """True when a greeting is due. Peers that no read has asked for lately are not greeted."""
-        now = self._clock()
-        wanted = now - self._asked_at < _PROBED_AFTER_ASKED_S
-        return self._open and now >= self._retry_at and wanted
+        wanted = self._clock() - self._asked_at < _PROBED_AFTER_ASKED_S
+        return self._open and self._backoff.due and wanted
 
     def measured(self, byte_count: int, seconds: float, first_byte_s: float) -> None:
         """Add one read: its bytes, the seconds they took after the first ones, and the seconds to the first."""

@@ -23,6 +23,7 @@ from flexkv_sglang.backends.fleet.transport import RdmaError, TransferState
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link
+from flexkv_sglang.backoff import Backoff
 
 if TYPE_CHECKING:
     import zmq
@@ -42,7 +43,7 @@ class RdmaChannel(PeerChannel):
     ) -> None:
         super().__init__(health, open_link, count)
         self._memory = memory
-        self._zmq_until = 0.0
+        self._fallback = Backoff(FALLBACK_S, FALLBACK_S)  # while it is not due: over ZeroMQ
         self._fetches: dict[int, Fetch] = {}
 
     def _pack(self, read: requests.Read) -> list[bytes]:
@@ -51,7 +52,7 @@ class RdmaChannel(PeerChannel):
         if (
             welcome is None
             or self._memory.name not in welcome.info.engines
-            or time.monotonic() < self._zmq_until
+            or not self._fallback.due
         ):
             return super()._pack(read)
         fetch = self._memory.take(out.count, out.pending.page_bytes)
@@ -170,17 +171,16 @@ class RdmaChannel(PeerChannel):
             self.pump()
 
     def _pause_rdma(self, reason: str) -> None:
-        now = time.monotonic()
-        if now >= self._zmq_until:
+        if self._fallback.due:
             node_id = self.health.node_id
             logger.warning("node %s is read over zmq for %g s: %s", node_id, FALLBACK_S, reason)
             self._count("remote_engine_failures", 1)
-        self._zmq_until = now + FALLBACK_S
+        self._fallback.failed(FALLBACK_S)
 
     def renew(self) -> None:
         """The peer restarted: its transport may be used again."""
         super().renew()
-        self._zmq_until = 0.0
+        self._fallback = Backoff(FALLBACK_S, FALLBACK_S)
 
     def abandon(self, pending: Pending) -> None:
         """A late transfer counts against the transport, not as silence of the peer."""

@@ -17,6 +17,8 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from flexkv_sglang.backends.fleet.replica.fingerprint_set import (
     record_count,
 )
 from flexkv_sglang.backends.fleet.vocabulary import NodeId
+from flexkv_sglang.backends.safe_files import remove_temporaries, replacing
 from flexkv_sglang.types import U64, round_up
 
 SLOTS = 1024
@@ -58,7 +61,7 @@ _INDEX_BYTES = _PAGE + 16 * SLOTS
 _SET_HEADER = struct.Struct("<8sIIQQQII")  # magic, version, slot, generation, tenancy, count, ...
 _SET_HEADER_BYTES = 64
 _MADV_POPULATE_READ = 22  # of Linux; Python has no name for it
-_SET_NAME = re.compile(r"^p(?P<slot>\d+)\.(?P<generation>\d+)\.set(\.tmp)?$")
+_SET_NAME = re.compile(r"^p(?P<slot>\d+)\.(?P<generation>\d+)\.set$")
 _NAMESPACE = re.compile(r"^[a-z2-7]{26}$")
 _WRITER, _HEARTBEAT, _RETIRED, _NAMESPACES, _PID = (
     2,
@@ -131,24 +134,13 @@ def _map(path: Path, *, writable: bool) -> mmap.mmap | None:
         os.close(fd)
 
 
-def _new_file(path: Path, size: int) -> mmap.mmap:
-    """``path`` + ".tmp": ``size`` zeros, all of them allocated. Raises ``OSError``, and leaves nothing behind."""
-    temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
+@contextmanager
+def _new_file(path: Path, size: int) -> Iterator[mmap.mmap]:
+    """``size`` zeros to write to, all allocated; in the place of ``path`` when the block ends. Raises ``OSError``."""
+    with replacing(path.parent, path.name) as fd:
         os.posix_fallocate(fd, 0, size)
-        return mmap.mmap(fd, size)
-    except OSError:
-        temporary.unlink()
-        raise
-    finally:
-        os.close(fd)
-
-
-def _put_in_place(path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    reach(Failpoint.REPLICA_WRITTEN)
-    temporary.rename(path)
+        yield mmap.mmap(fd, size)
+        reach(Failpoint.REPLICA_WRITTEN)
     reach(Failpoint.REPLICA_RENAMED)
 
 
@@ -171,11 +163,10 @@ class PeersTable:
         """A new, empty table in the place of the one that is there; that one says that it is retired."""
         path = cls.path(run_dir)
         old = cls.open(run_dir, writable=True)
-        memory = _new_file(path, _TABLE_BYTES)
-        memory[: _START.size] = _START.pack(_TABLE_MAGIC, VERSION, SLOTS, writer)
-        table = cls(memory)
-        table._words[_PID] = os.getpid()
-        _put_in_place(path)
+        with _new_file(path, _TABLE_BYTES) as memory:
+            memory[: _START.size] = _START.pack(_TABLE_MAGIC, VERSION, SLOTS, writer)
+            table = cls(memory)
+            table._words[_PID] = os.getpid()
         if old is not None:
             old._words[_RETIRED] = 1
         return table
@@ -248,10 +239,8 @@ class SetIndex:
     def create(cls, directory: Path, writer: int) -> SetIndex:
         """A new one, without sets. Raises ``OSError``."""
         directory.mkdir(mode=0o700, exist_ok=True)
-        path = directory / "index"
-        memory = _new_file(path, _INDEX_BYTES)
-        memory[: _START.size] = _START.pack(_INDEX_MAGIC, VERSION, SLOTS, writer)
-        _put_in_place(path)
+        with _new_file(directory / "index", _INDEX_BYTES) as memory:
+            memory[: _START.size] = _START.pack(_INDEX_MAGIC, VERSION, SLOTS, writer)
         return cls(memory)
 
     @classmethod
@@ -312,17 +301,14 @@ def write_set(place: SetPlace, fingerprints: U64) -> Parts:
     """A new set file with sorted, distinct ``fingerprints`` and no changes; mapped. Raises ``OSError``."""
     sizes = len(fingerprints), bucket_count(len(fingerprints)), record_count(len(fingerprints))
     fps_at, heads_at, _, end = _set_layout(*sizes)
-    memory = _new_file(place.path, end)
-    header = place.header(*sizes)
-    memory[: len(header)] = header
-    np.frombuffer(memory, np.uint32, sizes[1] + 1, _SET_HEADER_BYTES)[:] = bucket_starts(
-        fingerprints
-    )
-    np.frombuffer(memory, np.uint64, sizes[0], fps_at)[:] = fingerprints
-    memory[heads_at:] = bytes(
-        end - heads_at
-    )  # else it is no memory yet, which readers cannot map at once
-    _put_in_place(place.path)
+    with _new_file(place.path, end) as memory:
+        header = place.header(*sizes)
+        memory[: len(header)] = header
+        starts = np.frombuffer(memory, np.uint32, sizes[1] + 1, _SET_HEADER_BYTES)
+        starts[:] = bucket_starts(fingerprints)
+        np.frombuffer(memory, np.uint64, sizes[0], fps_at)[:] = fingerprints
+        # else it is no memory yet, which readers cannot map at once
+        memory[heads_at:] = bytes(end - heads_at)
     return _set_parts(memory, place, sizes)
 
 
@@ -349,9 +335,11 @@ def _touch(memory: mmap.mmap) -> None:
 
 def remove_sets(run_dir: Path) -> None:
     """Remove what an earlier writer left: indexes and sets of all namespaces. Files of others stay."""
+    remove_temporaries(run_dir, PeersTable.path(run_dir).name + ".")
     for directory in run_dir.iterdir():
         if not _NAMESPACE.match(directory.name) or not directory.is_dir():
             continue
         for path in directory.iterdir():
-            if path.name in {"index", "index.tmp"} or _SET_NAME.match(path.name):
+            if path.name == "index" or _SET_NAME.match(path.name):
                 path.unlink(missing_ok=True)
+        remove_temporaries(directory, "")

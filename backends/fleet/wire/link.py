@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PROTOCOL, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PROTOCOL
 from flexkv_sglang.backends.fleet.wire import answers, curve, protocol, requests
+from flexkv_sglang.config.share import ShareConfig
 
 if TYPE_CHECKING:
     import zmq
@@ -30,7 +31,7 @@ MESSAGE_BYTES_MIN = 2 << 20
 _EVENT = struct.Struct("<Hi")
 
 
-class State(Enum):
+class LinkState(Enum):
     """OPENING -> READY; DEAD from both. REFUSED: dead, and another attempt would be refused too."""
 
     OPENING = 0
@@ -56,7 +57,7 @@ class Link:
         self._nonce = secrets.token_bytes(protocol.NONCE_BYTES)
         self._challenge: bytes | None = None
         self.page_bytes = page_bytes
-        self.state, self.reason = State.OPENING, ""
+        self.state, self.reason = LinkState.OPENING, ""
         self.welcome: answers.Welcome | None = None
         largest = max(MESSAGE_BYTES_MIN, page_bytes + 4096)
         self.sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -88,12 +89,12 @@ class Link:
     @property
     def alive(self) -> bool:
         """True while it is opening or ready."""
-        return self.state in (State.OPENING, State.READY)
+        return self.state in (LinkState.OPENING, LinkState.READY)
 
     def fail(self, reason: str, *, refused: bool = False) -> None:
         """Mark it dead."""
         if self.alive:
-            self.state, self.reason = State.REFUSED if refused else State.DEAD, reason
+            self.state, self.reason = LinkState.REFUSED if refused else LinkState.DEAD, reason
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Queue one small message. A full queue means that the other side does not read: the link dies."""
@@ -142,14 +143,14 @@ class Link:
     def _greeted(self, answer: answers.Answer) -> bool:
         """Was it part of the greeting?"""
         if isinstance(answer, answers.Challenge):
-            if self._secret is None or self._challenge is not None or self.state is State.READY:
+            if self._secret is None or self._challenge is not None or self.state is LinkState.READY:
                 raise protocol.WireError("a challenge out of place")
             self._challenge = answer.nonce
             self.send(requests.pack_proof(self._proof(b"reader", answer.nonce)))
             return True
         if isinstance(answer, answers.Welcome):
             self._check_welcome(answer)
-            self.welcome, self.state = answer, State.READY
+            self.welcome, self.state = answer, LinkState.READY
             return True
         if isinstance(answer, answers.Refused):
             # after a restart the server has forgotten us: nothing wrong with it
@@ -158,12 +159,12 @@ class Link:
                 refused=answer.reason is not answers.Refusal.NO_HELLO,
             )
             return True
-        if self.state is not State.READY:
+        if self.state is not LinkState.READY:
             raise protocol.WireError("an answer before the greeting")
         return False
 
     def _check_welcome(self, welcome: answers.Welcome) -> None:
-        if welcome.nonce != self._nonce or self.state is State.READY:
+        if welcome.nonce != self._nonce or self.state is LinkState.READY:
             raise protocol.WireError("a welcome out of place")
         if welcome.info.protocol != PROTOCOL:
             raise protocol.WireError(f"protocol {welcome.info.protocol}")

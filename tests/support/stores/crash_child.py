@@ -211,10 +211,8 @@ class Life:
             owner, generation = store.lock.owner, store.journal.header.generation
             expected |= {f"{owner}.lock", store.slots.path.name, store.journal.path.name}
             expected |= {f"{owner}.{generation}.snap"} if generation else set()
-            expected |= {
-                f"{owner}.stats.json",
-                f"{owner}.stats.json.tmp",
-            }  # written anew, never read
+            stats = f"{owner}.stats.json"  # may just be replaced
+            expected |= {name for name in names if name == stats or name.startswith(stats + ".")}
         strays = names - expected - _idle_owners(names, engine)
         if strays:
             sys.stderr.write(f"left behind: {sorted(strays)}\n")
