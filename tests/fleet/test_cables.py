@@ -1,6 +1,6 @@
 """The failure table's rows about the network: hosts in network namespaces, cables that are cut and healed.
 
-A cut cable is silence: nobody is refused, nobody is told. Needs root and iproute2, else skipped with the reason.
+A cut cable is silence: no process gets an error. Needs root and iproute2, else skipped with the reason.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield found
 
 
-def told_address(node: Node) -> str:
+def advertised_address(node: Node) -> str:
     return str(node.status().get("address"))
 
 
 def test_an_agent_listens_where_others_can_reach_it(hosts: Hosts) -> None:
-    assert told_address(hosts.a).startswith(hosts.cluster.address("a") + ":")
+    assert advertised_address(hosts.a).startswith(hosts.cluster.address("a") + ":")
 
 
 def test_the_owners_cable_is_cut_and_healed(hosts: Hosts) -> None:

@@ -99,9 +99,9 @@ def test_wrong_password(tmp_path: Path, make_node: MakeNode) -> None:
         assert other.prefix(1, PAGES) == 0
         assert eventually(lambda: not c.status().get("feeds", [{}])[0].get("connected", True))
         for node in (a, b, c):
-            told = node.agent_log() + str(node.status())
-            assert "right-one" not in told
-            assert "wrong-one" not in told
+            said = node.agent_log() + str(node.status())
+            assert "right-one" not in said
+            assert "wrong-one" not in said
 
 
 def test_the_owners_agent_is_killed(pair: tuple[Node, Rank, Node, Rank]) -> None:

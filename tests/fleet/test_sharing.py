@@ -37,16 +37,16 @@ def test_a_wrong_set_is_requested_again(redis_server: RedisServer, make_node: Ma
     writer.put(1, PAGES)
     assert eventually(lambda: reader.prefix(1, PAGES) == PAGES)
     namespace = next(iter(b.status()["served_pages"]))
-    told = b.run_dir.take_rank_lock()
+    lock = b.run_dir.take_rank_lock()
     before = b.status()["sharing"].get("share_snapshots", 0)
-    told.write(json.dumps({"doubts": {namespace: {"a": 1, "nobody": 3}}}))
+    lock.write(json.dumps({"doubts": {namespace: {"a": 1, "nobody": 3}}}))
     assert eventually(lambda: b.status()["sharing"].get("share_distrusted") == 1)
     assert eventually(lambda: b.status()["sharing"]["share_snapshots"] > before, 20)
     assert eventually(lambda: reader.prefix(1, PAGES) == PAGES)
     scanned = b.status()["written_at"]
     assert eventually(lambda: b.status()["written_at"] > scanned + 2)  # the report stays as it is
     assert b.status()["sharing"]["share_distrusted"] == 1
-    told.close()
+    lock.close()
 
 
 def test_pages_read_from_another_node_are_stored_here_too(

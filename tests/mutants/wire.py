@@ -24,7 +24,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CLIENT}::test_a_corrupt_page_is_never_delivered_and_reported",
     ),
     (
-        "wire: any kind of checksum will do",
+        "wire: any kind of checksum is accepted",
         READ,
         "if pages.kind not in self.read.accepted:",
         "if not self.read.accepted:",
@@ -45,7 +45,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CLIENT}::test_pages_of_another_size_are_not_taken",
     ),
     (
-        "wire: what was in the slab is sent between pages",
+        "wire: old bytes of the slab are sent between pages",
         PAGES,
         "if length < stride:",
         "if length > stride:",
@@ -73,7 +73,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CLIENT}::test_a_stopped_server_costs_one_deadline_and_comes_back",
     ),
     (
-        "wire: nobody looks whether the peer is there",
+        "wire: an absent peer is not noticed",
         CHANNEL,
         "                link.watch()  # only",
         "                pass  # only",
@@ -87,7 +87,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CLIENT}::test_a_corrupt_page_is_never_delivered_and_reported",
     ),
     (
-        "wire: the breaker closes by itself",
+        "wire: the breaker closes without a greeting",
         "backends/fleet/reader/health.py",
         "return not self._open and now >= self._busy_until",
         "return (not self._open or self._backoff.due) and now >= self._busy_until",
@@ -115,7 +115,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{SERVER}::test_pages_beyond_a_readers_limit_are_busy_at_once",
     ),
     (
-        "wire: queues without an end",
+        "wire: queues without a limit",
         QUEUE,
         "if len(reader.requests) >= QUEUE_MAX:",
         "if len(reader.requests) < 0:",
@@ -136,21 +136,21 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CURVE}::test_hmac_takes_one_proof_for_one_challenge",
     ),
     (
-        "wire: any proof will do",
+        "wire: any proof is accepted",
         "backends/fleet/server/server.py",
         "if hmac.compare_digest(ask.proof, self._proof(",
         "if ask.proof and len(self._proof(",
         f"{CURVE}::test_hmac_takes_one_proof_for_one_challenge",
     ),
     (
-        "wire: any key opens the door",
+        "wire: any key is admitted",
         "backends/fleet/wire/auth.py",
         "and hmac.compare_digest(credentials[0], self._allowed)",
         "and len(credentials[0]) == len(self._allowed)",
         f"{CURVE}::test_curve_lets_in_the_derived_key_only",
     ),
     (
-        "wire: an open place without a secret",
+        "wire: an open address without a secret",
         "backends/fleet/wire/addresses.py",
         "if secret is None and not share.insecure:",
         "if secret is None and share.insecure is None:",

@@ -91,13 +91,13 @@ class Rank:
         flexkv = [sys.executable, "-P", str(_FLEET_AGENT), json.dumps(times)]
         self._payload_bytes = payload_bytes
         self._metrics = Metrics()
-        told = identity(payload_bytes)
+        spec = identity(payload_bytes)
         self._sharing = Sharing(config, self._metrics, flexkv) if config.share.wanted else None
         self.store: Tiers = open_tiers(
             config,
             prepare_tiers(config),
-            told.namespace,
-            told.fields(),
+            spec.namespace,
+            spec.fields(),
             payload_bytes,
             [Quota(tier.size) for tier in config.tiers],
             self._metrics,

@@ -106,10 +106,10 @@ def spoiled(valid: list[Frames], rng: random.Random) -> Frames:
 def fuzz_decoders(count: int, seed: int) -> dict[str, int]:
     """Feed ``count`` messages to both decoders. Each gives a value or ``WireError``; other errors are raised."""
     rng = random.Random(seed)
-    asked, told = valid_requests(), valid_answers()
+    asked, answered = valid_requests(), valid_answers()
     understood = refused = 0
     for _ in range(count):
-        for decode, valid in ((requests.decode_request, asked), (answers.decode_answer, told)):
+        for decode, valid in ((requests.decode_request, asked), (answers.decode_answer, answered)):
             frames = spoiled(valid, rng)
             try:
                 decode(frames)

@@ -47,7 +47,7 @@ class Setting:
     chains: int
     verify: str
     durable: bool
-    alone: bool  # nobody else owns files here, so every file can be accounted for
+    alone: bool  # no other process owns files here, so every file can be accounted for
 
     @property
     def key_count(self) -> int:

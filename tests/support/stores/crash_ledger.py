@@ -28,7 +28,7 @@ class Kind(IntEnum):
     CLEAR_END = 7
     WRONG = 8  # first: a key that was served with other bytes
     REFUSED = 9  # number: pages that failed their checksum
-    LITTER = 10  # number: files that nobody will ever use or remove
+    LITTER = 10  # number: files that no process will ever use or remove
     OVERSIZE = 11  # number: bytes of slot files beyond the quota
     CLOSED = 12
 
@@ -62,7 +62,7 @@ class Verdict:
     clears: int = 0
     lost: int = 0  # acknowledged, nothing removed it, not found
     wrong: int = 0  # other bytes than were put
-    undead: int = 0  # found after an acknowledged clear, and nobody put it since
+    undead: int = 0  # found after an acknowledged clear without a later put
     refused: int = 0  # a commit record whose bytes do not match
     litter: int = 0
     oversize: int = 0

@@ -1,7 +1,7 @@
 """Single-bit flips in every file of a store: each is refused or harmless, and never gives wrong bytes.
 
 A golden store is built once by the real engine: several generations, evictions, a snapshot and a journal
-behind it, not closed (a crash image) or closed. For each flip the files are laid out anew with one bit
+behind it, not closed (a crash image) or closed. For each flip the files are written again with one bit
 changed, an engine adopts them, and every key is asked for. What must still be served is computed from the
 golden journal by a replay that shares no code with ``journal.recover``.
 """

@@ -3,7 +3,7 @@
 The model is a set of keys per engine: what it may hold. Page content is a function of the key. From that:
 
 - bytes are right whenever a get says True, whatever was injected;
-- nothing is served that nobody put since the last clear;
+- no page is served without a put since the last clear;
 - without a fault, what a put answered with True is served right after, unless pages of it were declined, and
   so is what prefix counted;
 - no call takes longer than its deadline and the injected delay (plus ``slack_s``);
@@ -184,7 +184,7 @@ class Segment:
             if not np.array_equal(memory[i], self._content[key]):
                 self._problem(f"wrong bytes for key {key}, fault {fault}")
             if not any(key in each.may for each in self._members):
-                self._problem(f"key {key} is served and nobody put it")
+                self._problem(f"key {key} is served without a put")
         return done
 
     def _settle(self) -> None:
@@ -199,7 +199,9 @@ class Segment:
         if self._rng.random() < 0.7 or fault is not None:
             self.put(member, run, fault)
             return
-        sure = self._certain(run)  # before: a directory that comes back meanwhile is loaded anew
+        sure = self._certain(
+            run
+        )  # before the call: a directory that returns meanwhile is loaded again
         self._settle()
         before = self._declined(member)
         done = self.put(member, run, None)
@@ -285,7 +287,7 @@ class Segment:
         races: tuple[tuple[str, str, Callable[[], object], Callable[[], object]], ...] = (
             # its slots are doomed: nothing of it may be found, every slot comes back
             ("put x clear", "write", lambda: self._put_raw(member, run), lambda: self._clear(member)),
-            # WRITING pages are visible to nobody
+            # no reader sees WRITING pages
             ("put x get", "write", lambda: self._put_raw(member, run),
              lambda: self._get_raw(member, run)),
             # the second one must not write the same slots

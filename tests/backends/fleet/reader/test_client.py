@@ -200,7 +200,7 @@ def test_a_stopped_server_costs_one_deadline_and_comes_back() -> None:
         outcomes = begin(client, server.address, keys, PageMemory(4, [4096]), 30).wait()
         assert outcomes[0] is FAILED  # from memory, not after 30 s
         server.go_on()
-        until(lambda: client.usable(NID, EPOCH, server.address), 20)  # nobody has read meanwhile
+        until(lambda: client.usable(NID, EPOCH, server.address), 20)  # without a read in between
         assert begin(client, server.address, keys, PageMemory(4, [4096])).wait() == [OK] * 4
 
 

@@ -211,12 +211,12 @@ def _take_slowly(peer: RawPeer, keys: list[PageKey], source: MemorySource) -> in
         if len(frames) == 1 and frames[0][3] == protocol.Kind.END:
             return good
         if len(frames) == 2:
-            told = answers.decode_answer(frames)
-            assert isinstance(told, answers.PagesHeader)
-            for place in range(len(told.checksums)):
-                start = place * protocol.stride_of(told.length)
-                assert frames[1][start : start + told.length] in pages
-            good += len(told.checksums)
+            header = answers.decode_answer(frames)
+            assert isinstance(header, answers.PagesHeader)
+            for place in range(len(header.checksums)):
+                start = place * protocol.stride_of(header.length)
+                assert frames[1][start : start + header.length] in pages
+            good += len(header.checksums)
     raise AssertionError("no end")
 
 
@@ -305,8 +305,8 @@ def test_checksums_are_those_of_the_source() -> None:
         assert answers.pack_pages(pages) == head
         right = np.frombuffer(source.pages[keys[0]], np.uint8).copy()
         assert data != right.tobytes()
-        told = page_checksum(source.kind, keys[0], [(right.ctypes.data, 4096)])
-        assert checksum == told
+        expected = page_checksum(source.kind, keys[0], [(right.ctypes.data, 4096)])
+        assert checksum == expected
 
 
 def test_followers_get_snapshots_and_changes() -> None:
