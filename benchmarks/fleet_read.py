@@ -48,8 +48,8 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     namespace_name,
 )
 from flexkv_sglang.backends.fleet.wire import curve
-from flexkv_sglang.backends.io.batch import IoBatch
 from flexkv_sglang.backends.io.probe import make_engine, probe_directory
+from flexkv_sglang.backends.io.transfer import PageTransfer
 from flexkv_sglang.bench.ssd import environment
 from flexkv_sglang.types import PageBuffers, PageKey
 
@@ -114,13 +114,16 @@ class Source:
             for number, address in zip(numbers, addresses, strict=True):
                 ctypes.memmove(address, self._pages.address(number), self.payload_bytes)
         else:
-            batch = IoBatch(
+            rows = np.array(addresses, np.uint64)[:, None]
+            transfer = PageTransfer(
                 np.full(len(keys), self._fd, np.int32),
                 np.array(numbers, np.uint64) * np.uint64(self.payload_bytes),
-                np.array(addresses, np.uint64)[:, None],
-                np.array([self.payload_bytes], np.uint64),
+                (),
+                PageBuffers(rows, np.array([self.payload_bytes], np.uint64)),
+                deadline,
             )
-            assert (self._engine.read(batch, deadline) == self.payload_bytes).all()
+            self._engine.move(transfer)
+            assert (transfer.moved == self.payload_bytes).all()
         kind = ChecksumKind.XXH3_64
         return [ServedPage(PageStatus.OK, kind, self._sums[number]) for number in numbers]
 
@@ -145,6 +148,22 @@ def share_of(contender: str, secret: Path) -> ShareConfig:
     )
 
 
+class OneNamespace:
+    """A ``ServedNode`` with the pages of one source."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def info(self) -> NodeInfo:
+        return NodeInfo(NID, 1, "")
+
+    def pages_of(self, namespace: str) -> Source | None:
+        return self._source if namespace == namespace_name(NAMESPACE) else None
+
+    def changes_of(self, _namespace: str) -> None:
+        return None
+
+
 def serve(contender: str, page_bytes: int, place: Path) -> None:
     """The server's process: says its address, then its CPU time each time a line comes in."""
     pages = Pages(page_bytes)
@@ -153,13 +172,7 @@ def serve(contender: str, page_bytes: int, place: Path) -> None:
         return
     share = share_of(contender, place / "secret")
     source = Source(pages, place / f"{page_bytes}" if contender.startswith("disk") else None)
-    server = PageServer(
-        share,
-        curve.load_secret(share),
-        lambda: NodeInfo(NID, 1, ""),
-        {namespace_name(NAMESPACE): source}.get,
-        {}.get,
-    )
+    server = PageServer(share, curve.load_secret(share), OneNamespace(source))
     print(server.start(), flush=True)
     tell_cpu()
     server.close()

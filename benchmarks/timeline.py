@@ -18,8 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.backends.io import mover as transfer
-from flexkv_sglang.backends.io import operations, ring
+from flexkv_sglang.backends.io import mover, operations, ring, transfer
 from flexkv_sglang.bench.contenders import BATCH, BenchPool, FlexKVContender
 from flexkv_sglang.bench.memory import HostMemory
 from flexkv_sglang.bench.ssd import environment
@@ -36,12 +35,10 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("  engine", engine.CacheEngine, "put"),
     ("    plan", plan.GetPlan, "__init__"),
     ("    plan", local_pages.LocalPages, "reserve"),
-    ("    move", transfer.PageMover, "read"),
-    ("    move", transfer.PageMover, "write"),
+    ("    move", mover.PageMover, "move"),
     ("      operations", operations.Operations, "__init__"),
     ("      wait", ring.Ring, "_enter"),
-    ("      checksums while pages move", ring.Ring, "_work"),
-    ("      checksums afterwards", transfer._Inspection, "finish"),
+    ("      checksums", transfer.PageTransfer, "run_pending"),
     ("    records and index", engine.CacheEngine, "_commit"),
 )
 

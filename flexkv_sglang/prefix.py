@@ -79,36 +79,38 @@ def usable_prefixes(
     lengths = list(range(1, kv_pages + 1))
     remaining = iter(pools)
     while lengths and (item := next(remaining, None)) is not None:
-        demand, held = item
-        if demand.policy == BLOCK_GROUPS:
-            boundary = _covered_by_groups(demand, held, kv_pages)
-        elif demand.policy == ALL_PAGES:
+        requirement, held = item
+        if requirement.policy == BLOCK_GROUPS:
+            boundary = _covered_by_groups(requirement, held, kv_pages)
+        elif requirement.policy == ALL_PAGES:
             boundary = min(leading_run(held), kv_pages)
             lengths = [length for length in lengths if length <= boundary]
         else:
-            legal = _ends(demand, held, kv_pages) if demand.policy == TRAILING_PAGES else []
+            legal = (
+                _ends(requirement, held, kv_pages) if requirement.policy == TRAILING_PAGES else []
+            )
             boundary = legal[-1] if legal else 0
             allowed = set(legal)
             lengths = [length for length in lengths if length in allowed]
         if boundary:
-            boundaries[demand.pool] = boundary
+            boundaries[requirement.pool] = boundary
     return RestorablePrefixes(lengths, boundaries)
 
 
-def _ends(demand: PoolRequirement, held: Sequence[bool], kv_pages: int) -> list[int]:
+def _ends(requirement: PoolRequirement, held: Sequence[bool], kv_pages: int) -> list[int]:
     """Prefix lengths whose last ``window`` pages are all held."""
     run = 0
     legal = []
     for length, flag in enumerate(held[:kv_pages], 1):
         run = run + 1 if flag else 0
-        if run >= min(max(1, demand.window), length):
+        if run >= min(max(1, requirement.window), length):
             legal.append(length)
     return legal
 
 
-def _covered_by_groups(demand: PoolRequirement, held: Sequence[bool], kv_pages: int) -> int:
+def _covered_by_groups(requirement: PoolRequirement, held: Sequence[bool], kv_pages: int) -> int:
     """Pages of the leading blocks whose group is complete."""
-    block, group = demand.block_pages, demand.group_pages
+    block, group = requirement.block_pages, requirement.group_pages
     if not 1 <= group <= block:
         return 0
     covered = 0

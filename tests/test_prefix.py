@@ -85,7 +85,7 @@ def test_every_subset_of_three_pools_as_defined(pages: int) -> None:
 
 
 held = st.sets(st.integers(0, 7))
-demands = st.builds(
+requirements = st.builds(
     PoolRequirement,
     st.sampled_from(["mamba", "swa", "indexer"]),
     st.sampled_from([ALL_PAGES, TRAILING_PAGES]),
@@ -93,7 +93,7 @@ demands = st.builds(
 )
 
 
-@given(st.integers(0, 8), held, st.lists(st.tuples(demands, held), max_size=3))
+@given(st.integers(0, 8), held, st.lists(st.tuples(requirements, held), max_size=3))
 def test_up_to_eight_pages_and_three_pools_as_defined(
     pages: int, kv: set[int], pools: list[tuple[PoolRequirement, set[int]]]
 ) -> None:
@@ -110,9 +110,9 @@ def test_pools_are_not_looked_at_when_nothing_is_left() -> None:
     asked = []
 
     def pools() -> object:
-        for demand, flags in ((INDEXER, [False]), (MAMBA, [True])):
-            asked.append(demand.pool)
-            yield demand, flags
+        for requirement, flags in ((INDEXER, [False]), (MAMBA, [True])):
+            asked.append(requirement.pool)
+            yield requirement, flags
 
     assert usable_prefixes(3, pools()).lengths == []  # type: ignore[arg-type]
     assert usable_prefixes(0, pools()).boundaries == {}  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def test_a_policy_nobody_knows_makes_nothing_usable() -> None:
 def test_block_groups_report_what_they_cover_and_gate_nothing(
     block: int, group: int, missing: tuple[int, ...], expected: int
 ) -> None:
-    demand = PoolRequirement("blocks", BLOCK_GROUPS, block_pages=block, group_pages=group)
-    usable = usable_prefixes(9, [(demand, [i not in missing for i in range(9)])])
+    requirement = PoolRequirement("blocks", BLOCK_GROUPS, block_pages=block, group_pages=group)
+    usable = usable_prefixes(9, [(requirement, [i not in missing for i in range(9)])])
     assert usable.lengths == list(range(1, 10))
     assert usable.boundaries.get("blocks", 0) == expected

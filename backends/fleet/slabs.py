@@ -1,6 +1,6 @@
-"""Memory that pages are served from: one preallocated piece, handed out in runs. First fit; free runs are joined.
+"""Staging memory of the page server and of RDMA reads: one preallocated piece, allocated in runs.
 
-A run goes back only when nothing reads it any more: the page server asks ZeroMQ's tracker. Threads: one.
+First fit; adjacent free runs are joined. The caller frees a run when nothing reads it any more. Threads: one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ServeSlabs:
         self.free_bytes = self.byte_count
 
     def take(self, byte_count: int) -> int | None:
-        """Offset of a run of ``byte_count`` bytes (a multiple of 4096); None: there is none now."""
+        """Offset of a run of ``byte_count`` bytes (a multiple of 4096); None: no free run is long enough."""
         assert byte_count % SECTOR == 0, byte_count
         for place, (offset, length) in enumerate(self._free):
             if length >= byte_count:
@@ -36,11 +36,11 @@ class ServeSlabs:
         return None
 
     def give(self, offset: int, byte_count: int) -> None:
-        """A run is free again."""
+        """Free a run."""
         place = bisect_left(self._free, (offset, 0))
         start, end = offset, offset + byte_count
         if place < len(self._free):
-            assert end <= self._free[place][0], "given twice"
+            assert end <= self._free[place][0], "freed twice"
             if end == self._free[place][0]:
                 end += self._free.pop(place)[1]
         if place and sum(self._free[place - 1]) == start:

@@ -149,6 +149,22 @@ class ChangeLog(Protocol):
         ...
 
 
+class ServedNode(Protocol):
+    """This node, for its page server. Any thread."""
+
+    def info(self) -> NodeInfo:
+        """Describe the node for a greeting."""
+        ...
+
+    def pages_of(self, namespace: str) -> PageSource | None:
+        """Its pages in a namespace; None: it has none."""
+        ...
+
+    def changes_of(self, namespace: str) -> ChangeLog | None:
+        """Its changes in a namespace; None: it has none."""
+        ...
+
+
 class PeerControl(Protocol):
     """Questions of an agent to another node's agent. Each blocks for ``timeout_s`` at most. Any thread.
 

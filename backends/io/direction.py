@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flexkv_sglang.backends.io.batch import IoEngine
 from flexkv_sglang.backends.io.read_priority import ReadPriority
+from flexkv_sglang.backends.io.transfer import IoEngine
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.types import round_up
 

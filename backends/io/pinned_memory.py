@@ -53,7 +53,7 @@ class PinnedMemory:
         overlap = bool((self._starts[1:] < self._ends[:-1]).any())
         self._given_up = overlap or len(starts) > _PIECES_MAX
 
-    def pin_for(self, fd: int, addresses: U64, lengths: U64) -> None:
+    def pin_one(self, fd: int, addresses: U64, lengths: U64) -> None:
         """Pin one announced piece that holds some of these buffers, if there is one left."""
         if self._given_up or not len(self._starts):
             return

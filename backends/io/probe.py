@@ -11,42 +11,23 @@ import mmap
 import os
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from flexkv_sglang.backends.io.batch import IoBatch, IoEngine
 from flexkv_sglang.backends.io.posix_io import PosixIo
 from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.ring import Ring
+from flexkv_sglang.backends.io.transfer import IoEngine, PageTransfer
+from flexkv_sglang.backends.io.transfer import IoMode as IoMode  # what a probe answers
 from flexkv_sglang.errors import TierUnavailableError
-from flexkv_sglang.types import MEMORY_ALIGN, SECTOR
+from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, PageBuffers
 
 LADDER = ("io_uring", "threads", "buffered")
 """io_uring with O_DIRECT; threads with O_DIRECT; threads through the page cache."""
 
 _PROBE_TIMEOUT_S = 10.0
 _MOUNTS = Path("/proc/self/mountinfo")  # format: proc_pid_mountinfo(5)
-
-
-@dataclass(frozen=True, slots=True)
-class IoMode:
-    """How pages of one directory are moved.
-
-    ``segment_align``: every buffer of a zero-copy page must be a multiple of this many bytes (512 where
-    the disk allows it, else 4096). ``reason``: why a better rung of the ladder was not taken, or "".
-    """
-
-    engine: str
-    o_direct: bool
-    segment_align: int
-    reason: str = ""
-
-    @property
-    def open_flags(self) -> int:
-        """Flags for every descriptor of a slot file in this directory."""
-        return os.O_CLOEXEC | (os.O_DIRECT if self.o_direct else 0)
 
 
 def probe_directory(directory: str, wanted: str = "auto") -> IoMode:
@@ -134,14 +115,17 @@ def _round_trip(io: IoEngine, fd: int, pieces: int) -> None:
     steps = np.arange(pieces, dtype=np.uint64) * np.uint64(piece)
     lengths = np.full(pieces, piece, np.uint64)
     deadline = time.monotonic() + _PROBE_TIMEOUT_S
-    for part, move in ((source, io.write), (target, io.read)):
-        batch = IoBatch(
+    for part in (source, target):
+        transfer = PageTransfer(
             np.array([fd], np.int32),
             np.zeros(1, np.uint64),
-            (np.uint64(part.ctypes.data) + steps)[None, :],
-            lengths,
+            (),
+            PageBuffers((np.uint64(part.ctypes.data) + steps)[None, :], lengths),
+            deadline,
+            writing=part is source,
         )
-        moved = int(move(batch, deadline)[0])
+        io.move(transfer)
+        moved = int(transfer.moved[0])
         if moved != SECTOR:
             raise OSError(-moved if moved < 0 else errno.EIO, f"moved {moved} of {SECTOR} bytes")
     if not np.array_equal(source, target):

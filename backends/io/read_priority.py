@@ -15,7 +15,7 @@ from contextlib import contextmanager
 _QUIET_S = 0.02
 """So long after the last read writes stay small: a prefetch is a chain of calls with short gaps."""
 
-_SHY_OPERATIONS, _SHY_BYTES = 4, 8 << 20
+_THROTTLED_OPERATIONS, _THROTTLED_BYTES = 4, 8 << 20
 
 
 class ReadPriority:
@@ -50,4 +50,4 @@ class ReadPriority:
             self.counts["full_windows"] += 1
             return full
         self.counts["small_windows"] += 1
-        return max(1, min(full, _SHY_OPERATIONS, _SHY_BYTES // operation_bytes))
+        return max(1, min(full, _THROTTLED_OPERATIONS, _THROTTLED_BYTES // operation_bytes))

@@ -17,16 +17,17 @@ import os
 import threading
 import time
 from collections import Counter, deque
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.io import uring
-from flexkv_sglang.backends.io.batch import CLOSE_TIMEOUT_S, NOT_TRIED, IoBatch, Progress
-from flexkv_sglang.backends.io.operations import Operations, Positions
+from flexkv_sglang.backends.io.operations import Operations
 from flexkv_sglang.backends.io.pinned_memory import PinnedMemory
 from flexkv_sglang.backends.io.read_priority import ReadPriority
+from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, PageTransfer, Positions
 from flexkv_sglang.types import I64
 
 _MASK32 = 0xFFFFFFFF
@@ -88,14 +89,23 @@ class Ring:
         self._words[array : array + self._entries] = np.arange(self._entries, dtype=np.uint32)
         self._tail = self._head = 0
 
-    def read(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
-        """Medium to memory; see ``IoEngine``."""
-        with self._traffic.reading():
-            return self._run(batch, deadline, progress, writing=False)
-
-    def write(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
-        """Memory to medium; see ``IoEngine``. Few operations at a time while reads are under way."""
-        return self._run(batch, deadline, progress, writing=True)
+    def move(self, transfer: PageTransfer) -> None:
+        """See ``IoEngine``. A write has few operations in flight while reads are under way."""
+        if not len(transfer):
+            return
+        addresses = transfer.buffers.addresses.reshape(-1)
+        lengths = np.tile(transfer.buffers.lengths, len(transfer))
+        with nullcontext() if transfer.writing else self._traffic.reading(), self._lock:
+            if self._fd < 0:
+                raise OSError(errno.EBADF, "the ring is closed")
+            while self._announced:
+                self._regions.announce(self._fd, *self._announced.popleft())
+            self._regions.pin_one(self._fd, addresses, lengths)
+            todo = Operations(transfer, self._regions.entries(addresses, lengths))
+            self.counts["operations"] += todo.waiting
+            self.counts["fixed_operations"] += todo.fixed
+            self.counts["pinned_bytes"] = self._regions.pinned_bytes
+            self._drive(transfer, todo)
 
     def register_memory(self, address: int, byte_count: int) -> None:
         """Pin this memory when it is used, as far as the kernel allows; see ``regions``. Never waits."""
@@ -117,69 +127,39 @@ class Ring:
             self._lock.release()
         return True
 
-    def _run(
-        self, batch: IoBatch, deadline: float, progress: Progress | None, *, writing: bool
-    ) -> I64:
-        if not len(batch):
-            return np.full(0, NOT_TRIED, np.int64)
-        flat = batch.addresses.reshape(-1)
-        lengths = np.tile(batch.lengths, len(batch))
-        with self._lock:
-            if self._fd < 0:
-                raise OSError(errno.EBADF, "the ring is closed")
-            while self._announced:
-                self._regions.announce(self._fd, *self._announced.popleft())
-            self._regions.pin_for(self._fd, flat, lengths)
-            todo = Operations(batch, writing=writing, entries=self._regions.entries(flat, lengths))
-            self.counts["operations"] += todo.waiting
-            self.counts["fixed_operations"] += todo.fixed
-            self.counts["pinned_bytes"] = self._regions.pinned_bytes
-            self._drive(todo, deadline, progress, writing=writing)
-        return todo.results
-
-    def _drive(
-        self, todo: Operations, deadline: float, progress: Progress | None, *, writing: bool
-    ) -> None:
+    def _drive(self, transfer: PageTransfer, todo: Operations) -> None:
         """Keep a sliding window of operations in flight until all are done or time is up."""
         full = depth_for(todo.mean_bytes, self._entries)
         in_flight = 0
         failure: BaseException | None = None
         while True:
-            left = deadline - time.monotonic()
+            left = transfer.deadline - time.monotonic()
             stop = left <= 0 or failure is not None
-            depth = self._traffic.write_depth(full, todo.mean_bytes) if writing else full
+            depth = self._traffic.write_depth(full, todo.mean_bytes) if transfer.writing else full
             if not stop and todo.waiting and in_flight < depth:
                 entries = todo.take(depth - in_flight)
                 self._queue(entries)
                 in_flight += len(entries)
             if in_flight == 0:
                 break
-            # Wake at half a window while more is to come: busy device, few GIL hand-overs. At the end hand
-            # each page on as it lands: the check of one overlaps the transfer of the others.
-            draining = stop or not todo.waiting
-            want = max(1, in_flight // 2) if not draining else 1 if progress else in_flight
+            # Wake at half a window while more is to come: busy device, few GIL hand-overs. At the end wake for
+            # each page: the check of one overlaps the transfer of the others.
+            want = 1 if stop or not todo.waiting else max(1, in_flight // 2)
             try:
-                if progress is None or failure is not None or not self._work(progress):
+                if failure is None and self._pending():
+                    self._enter(0, None)  # submit, then verify while the operations run
+                if failure is not None or not transfer.run_pending():
                     self._enter(want, None if stop else left)
             except BaseException as exc:  # noqa: BLE001 - re-raised below; I/O in flight drains first
                 failure = failure or exc
                 in_flight -= self._take_back()
                 time.sleep(_FAILED_ENTER_PAUSE_S)  # what the kernel took still completes by itself
             ids, moved = self._reap()
-            if not len(ids):
-                continue
             in_flight -= len(ids)
-            pages = todo.complete(ids, moved)
-            if progress is not None and len(pages) and failure is None:  # none: tried once more
-                failure = _hand_on(progress, pages, todo.results[pages])
+            if failure is None and len(ids):
+                failure = _report(transfer, *todo.results(ids, moved))
         if failure is not None:
             raise failure
-
-    def _work(self, progress: Progress) -> bool:
-        """Submit what is queued, then let the caller do its part. False: it had nothing to do."""
-        if self._pending():
-            self._enter(0, None)
-        return progress.work()
 
     def _queue(self, entries: npt.NDArray[Any]) -> None:
         count = len(entries)
@@ -236,9 +216,9 @@ class Ring:
         return got["user_data"].astype(np.int64), got["res"].astype(np.int64)
 
 
-def _hand_on(progress: Progress, pages: Positions, moved: I64) -> BaseException | None:
+def _report(transfer: PageTransfer, pages: Positions, moved: I64) -> BaseException | None:
     try:
-        progress.landed(pages, moved)
+        transfer.on_complete(pages, moved)
     except BaseException as exc:  # noqa: BLE001 - raised by the caller once nothing is in flight
         return exc
     return None

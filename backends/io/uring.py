@@ -40,6 +40,7 @@ SQE = np.dtype(
     ]
 )
 CQE = np.dtype([("user_data", "<u8"), ("res", "<i4"), ("flags", "<u4")])
+IOVEC = np.dtype([("base", "<u8"), ("len", "<u8")])
 assert SQE.itemsize == 64
 assert CQE.itemsize == 16
 

@@ -23,8 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.io.extents import Extents
-from flexkv_sglang.backends.io.probe import IoMode
+from flexkv_sglang.backends.io.transfer import Extents, IoMode
 from flexkv_sglang.backends.slots.neighbour import NeighbourJournal, NeighbourPage
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.errors import JournalError, TierUnavailableError
@@ -157,13 +156,15 @@ class NeighbourStore:
 
     @staticmethod
     def extents(pages: Sequence[NeighbourPage]) -> Extents:
-        """Where claimed pages lie."""
-        return Extents(
-            np.array([page.replica.slots.fd for page in pages], np.int32),
-            np.array(
-                [page.slot * page.replica.slots.slot_class.slot_bytes for page in pages], np.uint64
-            ),
-            tuple(page.replica.slots.mode for page in pages),
+        """Files, offsets and modes of claimed pages, as ``PageTransfer`` takes them."""
+        files = [page.replica.slots for page in pages]
+        offsets = [
+            page.slot * file.slot_class.slot_bytes for page, file in zip(pages, files, strict=True)
+        ]
+        return (
+            np.array([file.fd for file in files], np.int32),
+            np.array(offsets, np.uint64),
+            tuple(file.mode for file in files),
         )
 
     def _load(self, directory: Path, owner: str, mode: IoMode) -> None:

@@ -22,8 +22,7 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import KIND_OF, ChecksumKind
 from flexkv_sglang.backends.failpoints import Failpoint, reach
-from flexkv_sglang.backends.io.extents import Extents
-from flexkv_sglang.backends.io.probe import IoMode
+from flexkv_sglang.backends.io.transfer import Extents, IoMode
 from flexkv_sglang.backends.safe_files import remove_temporaries
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.journal import (
@@ -266,16 +265,13 @@ class SlotFileTier:
         return store, array_of - self._bases[store]
 
     def extents(self, slots: Sequence[int]) -> Extents:
-        """Where these slots lie."""
+        """Files, offsets and modes of these slots, as ``PageTransfer`` takes them."""
         store, local = self.locate(slots)
         fds = np.array([s.slots.fd for s in self.stores], np.int32)
         sizes = np.array([s.slots.slot_class.slot_bytes for s in self.stores], np.uint64)
         modes = [s.slots.mode for s in self.stores]
-        return Extents(
-            fds[store],
-            local.astype(np.uint64) * sizes[store],
-            tuple(modes[i] for i in store.tolist()),
-        )
+        offsets = local.astype(np.uint64) * sizes[store]
+        return fds[store], offsets, tuple(modes[i] for i in store.tolist())
 
     def checksums(self, slots: Sequence[int]) -> tuple[list[ChecksumKind], list[int]]:
         """What the journal says of these slots' payloads: kinds and sums."""

@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
-from flexkv_sglang.backends.io.extents import Extents
-from flexkv_sglang.backends.io.mover import Outcome, PageMover
+from flexkv_sglang.backends.io.mover import PageMover
+from flexkv_sglang.backends.io.transfer import Extents, Outcome, PageTransfer
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import Recovered
@@ -153,7 +153,7 @@ class CacheEngine(Tier):
         keys, kinds, sums = plan.keys, plan.kinds, plan.sums
         unchecked = self._written_kind is ChecksumKind.NONE
 
-        def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
+        def verify(position: int, parts: list[tuple[int, int]]) -> bool:
             row = rows[position]
             kind = kinds[row]
             if unchecked or kind is ChecksumKind.NONE:
@@ -166,7 +166,7 @@ class CacheEngine(Tier):
         try:
             with self._watch.call(deadline, frozenset(breakers)):
                 part = targets if len(rows) == len(targets) else targets.take(rows)
-                outcomes = self._mover.read(extents, part, deadline, inspect)
+                outcomes = self._mover.move(PageTransfer(*extents, part, deadline, verify))
         except (OSError, TierError) as exc:
             self._trouble("read", exc)
         if outcomes.count(Outcome.DONE) == len(rows):
@@ -306,7 +306,7 @@ class CacheEngine(Tier):
         sums = [0] * len(keys)
         kind = self._written_kind
 
-        def inspect(position: int, parts: list[tuple[int, int]]) -> bool:
+        def verify(position: int, parts: list[tuple[int, int]]) -> bool:
             row = rows[position]
             sums[row] = page_checksum(kind, keys[row], parts)
             return True
@@ -318,11 +318,12 @@ class CacheEngine(Tier):
             targets = [slots[row] for row in rows]
             breakers = self._tier.breakers(targets)
             if rows:
-                extents = self._tier.extents(targets)
+                extents, part = self._tier.extents(targets), sources.take(rows)
+                transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
                     with self._watch.call(deadline, frozenset(breakers)):
-                        outcomes = self._mover.write(extents, sources.take(rows), deadline, inspect)
+                        outcomes = self._mover.move(transfer)
                 finally:
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):

@@ -124,7 +124,7 @@ def pool_result(usable: RestorablePrefixes) -> Any:
     return PoolTransferResult(**{name: item for name, item in answer.items() if name in known})
 
 
-def pool_demand(transfer: Any) -> PoolRequirement:
+def pool_requirement(transfer: Any) -> PoolRequirement:
     """What a ``PoolTransfer`` of an exists-check asks for."""
     return PoolRequirement(
         pool_name(transfer.name),

@@ -23,8 +23,8 @@ from flexkv_sglang.identity.epochs import WEIGHTS
 from flexkv_sglang.identity.keys import page_key, page_keys
 from flexkv_sglang.integration.boundary import Boundary, boundary
 from flexkv_sglang.integration.compat import (
-    pool_demand,
     pool_name,
+    pool_requirement,
     pool_result,
     transfer_stats,
 )
@@ -88,7 +88,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         super().register_mem_pool_host(mem_pool_host)
         if not WEIGHTS.settled:
             logger.warning("flexkv: weights were updated: pages miss until the cache is flushed")
-        self._stores.anchor(mem_pool_host, opens=WEIGHTS.settled)
+        self._stores.open_kv(mem_pool_host, opens=WEIGHTS.settled)
         WEIGHTS.attach(self)
 
     @boundary(lambda self, *a, **k: None)
@@ -100,17 +100,17 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
     @boundary(lambda self, *a, **k: None)
     def on_host_pools_registered(self) -> None:
         """The pools SGLang starts with are known (0.5.23 and later; before, the first call takes that for granted)."""
-        self._stores.burst_over()
+        self._stores.registration_done()
 
     @boundary(lambda self: None)
     def leave_epoch(self) -> None:
         """Before a weight update: from now on every page misses and none is written, in all pools."""
-        self._stores.leave()
+        self._stores.suspend()
 
     @boundary(lambda self: None)
     def enter_epoch(self) -> None:
         """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
-        self._stores.enter()
+        self._stores.resume()
 
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
         """How long SGLang waits for a prefetch, in seconds and seconds per 1024 tokens: bounds a get."""
@@ -155,17 +155,19 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
     ) -> Any:
         """Prefixes for which every pool has what is asked of it, as ``PoolTransferResult``. Memory only."""
-        demands = [pool_demand(transfer) for transfer in pool_transfers or ()]
-        for demand in demands:
-            self._stores.learn(demand)
-        return pool_result(self._usable(keys, demands or self._stores.sidecars()))
+        requirements = [pool_requirement(transfer) for transfer in pool_transfers or ()]
+        for requirement in requirements:
+            self._stores.learn(requirement)
+        return pool_result(self._usable(keys, requirements or self._stores.sidecars()))
 
-    def _usable(self, keys: Sequence[str], demands: list[PoolRequirement]) -> RestorablePrefixes:
+    def _usable(
+        self, keys: Sequence[str], requirements: list[PoolRequirement]
+    ) -> RestorablePrefixes:
         kv = self._stores.get(KV)
         if kv is None:
             return RestorablePrefixes([], {})
         started = time.perf_counter()
-        found = usable(self._stores, kv, keys, demands)
+        found = usable(self._stores, kv, keys, requirements)
         self.metrics.asked(len(keys), found.pages, time.perf_counter() - started)
         return found
 
@@ -174,7 +176,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
         """Read pages into the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
-        return self._read(self._stores.get(KV), keys, host_indices, self._deadline(len(keys)))
+        pool = self._stores.get(KV)
+        flags = read(pool, page_keys(keys), host_indices, self._deadline(len(keys)))
+        return self._checked(flags, pool, keys, host_indices)
 
     @boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
     def batch_set_v1(
@@ -182,9 +186,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
     ) -> list[bool]:
         """Write pages of the host pool at ``host_indices`` (int64, ``len(keys) * page_size``)."""
         deadline = time.monotonic() + CALL_SECONDS_MAX
-        return self._write(
-            self._stores.get(KV), keys, host_indices, _parent_of(extra_info), deadline
-        )
+        pool = self._stores.get(KV)
+        flags = write(pool, page_keys(keys), host_indices, _parent_of(extra_info), deadline)
+        return self._checked(flags, pool, keys, host_indices)
 
     @boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
@@ -194,8 +198,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         answer = PoolAnswer()
         for transfer in transfers:
             pool = self._stores.get(pool_name(transfer.name))
-            keys = list(transfer.keys or ())
-            answer.add(transfer.name, self._read(pool, keys, transfer.host_indices, deadline))
+            keys, indices = list(transfer.keys or ()), transfer.host_indices
+            flags = read(pool, page_keys(keys), indices, deadline)
+            answer.add(transfer.name, self._checked(flags, pool, keys, indices))
         return answer.results
 
     @boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
@@ -206,9 +211,9 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         answer = PoolAnswer()
         for transfer in transfers:
             pool = self._stores.get(pool_name(transfer.name))
-            keys = list(transfer.keys or ())
-            flags = self._write(pool, keys, transfer.host_indices, parent, deadline)
-            answer.add(transfer.name, flags)
+            keys, indices = list(transfer.keys or ()), transfer.host_indices
+            flags = write(pool, page_keys(keys), indices, parent, deadline)
+            answer.add(transfer.name, self._checked(flags, pool, keys, indices))
         return answer.results
 
     @boundary(lambda self, key: False)
@@ -280,27 +285,6 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         groups = WHOLE if kv is None else kv.pages.groups
         return transfer_stats(*self.metrics.drain_transfers(), groups.count)  # of KV only
 
-    def _read(
-        self, pool: Pool | None, keys: list[str], host_indices: Any, deadline: float
-    ) -> list[bool]:
-        if pool is None or not keys:
-            return [False] * len(keys)
-        flags = read(pool, page_keys(keys), host_indices, deadline)
-        return self._mismatch(pool, keys, host_indices) if flags is None else flags
-
-    def _write(
-        self,
-        pool: Pool | None,
-        keys: list[str],
-        host_indices: Any,
-        parent: PageKey | None,
-        deadline: float,
-    ) -> list[bool]:
-        if pool is None or not keys:
-            return [False] * len(keys)
-        flags = write(pool, page_keys(keys), host_indices, parent, deadline)
-        return self._mismatch(pool, keys, host_indices) if flags is None else flags
-
     def _deadline(self, page_count: int, reads: int = 1) -> float:
         """When a get of so many pages has to end, in so many pools. A page counts as the KV page it goes with.
 
@@ -313,11 +297,15 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         seconds = max(least, 0.8 * per_ki_token * tokens / 1024)
         return time.monotonic() + min(seconds, CALL_SECONDS_MAX)
 
-    def _mismatch(self, pool: Pool, keys: list[str], host_indices: Any) -> list[bool]:
+    def _checked(
+        self, flags: list[bool] | None, pool: Pool | None, keys: list[str], host_indices: Any
+    ) -> list[bool]:
+        """The answer of a transfer; None means that ``host_indices`` do not fit ``keys``."""
+        if flags is not None:
+            return flags
         given = 0 if host_indices is None else int(host_indices.numel())
-        self._report(
-            "host_indices", ConfigError(f"{pool.name}: {len(keys)} keys with {given} indices")
-        )
+        name = pool.name if pool is not None else ""
+        self._report("host_indices", ConfigError(f"{name}: {len(keys)} keys with {given} indices"))
         return [False] * len(keys)
 
 

@@ -91,7 +91,7 @@ class LinkerBackfill:
                         assert part_of is not None
                         end = time.monotonic() + CHUNK_S
                         stored = store_own(pool, keys[:got], part_of, parent, end)
-                        pool.told.metrics.count("linker_promoted_pages", sum(stored))
+                        pool.spec.metrics.count("linker_promoted_pages", sum(stored))
                     if got < len(keys):
                         return
                     parent = keys[-1]

@@ -199,7 +199,7 @@ class Leases:
         store = pool.store
         if store is None:
             return [False] * len(keys)
-        if not pool.told.writes:
+        if not pool.spec.writes:
             return store.holds(keys)
         pinned = lease.pools.get(pool.name)
         if pinned is None or pinned.store is not store:  # other files, perhaps of other weights
@@ -231,7 +231,7 @@ class Leases:
     def _request_more(self, kv: Pool, keys: list[PageKey], run: int, usable: int) -> None:
         """Request pages that are elsewhere and would make the prefix longer."""
         more = 0
-        if kv.told.writes and kv.store is not None and run < len(keys):
+        if kv.spec.writes and kv.store is not None and run < len(keys):
             wanted = keys[run : run + _BACKFILL_MAX]
             more = kv.store.prefix(wanted, promise=False)
             if more:
@@ -240,7 +240,7 @@ class Leases:
             return
         for pool in self._pools[1:]:
             opened = self._stores.get(pool.name)
-            if opened is not None and opened.store is not None and opened.told.writes:
+            if opened is not None and opened.store is not None and opened.spec.writes:
                 reach = keys[max(0, run + more - _BACKFILL_MAX) : run + more]
                 places = opened.store.pin(reach)
                 opened.store.unpin([place for place in places if place is not None])

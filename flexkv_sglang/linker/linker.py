@@ -145,10 +145,10 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
     def _open_stores(self) -> None:
         agree_before_attach()
         try:
-            self._stores.anchor(self._staging[KV], opens=WEIGHTS.settled)
+            self._stores.open_kv(self._staging[KV], opens=WEIGHTS.settled)
             for name, staging in self._staging.items():
                 self._stores.add(name, staging)
-            self._stores.burst_over()
+            self._stores.registration_done()
         except BaseException:
             self._stores.close()
             raise
@@ -260,12 +260,12 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         """Called before a weight update: nothing is found or stored from now on; running transfers fail."""
         self._epoch += 1
         self._leases.end_all()
-        self._stores.leave()
+        self._stores.suspend()
 
     @boundary(lambda self: None)
     def enter_epoch(self) -> None:
         """Called when no KV cache of older weights is left: all pools change to the namespaces of the new ones."""
-        self._stores.enter()
+        self._stores.resume()
 
     def _quiesce(self, seconds: float) -> None:
         self._loader.quiesce()

@@ -177,7 +177,7 @@ class Offloader:
         opened = self._stores.get(pages.pool.name)
         if opened is None:
             raise TierError(f"pool {pages.pool.name} is not open")
-        if not opened.told.writes:
+        if not opened.spec.writes:
             return True
         staging, keys = self._staging[pages.pool.name], page_keys(pages.texts)
         parent, good = job.parent if pages.pool.for_every_page else None, True

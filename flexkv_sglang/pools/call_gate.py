@@ -23,7 +23,7 @@ class CallGate:
         self._shut = False
 
     @contextmanager
-    def passing(self, seconds: float) -> Iterator[None]:
+    def shared(self, seconds: float) -> Iterator[None]:
         """The time of one call. Raises ``TierUnavailableError`` if the gate stays shut for ``seconds``."""
         with self._changed:
             if not self._changed.wait_for(lambda: not self._shut, seconds):
@@ -38,7 +38,7 @@ class CallGate:
                     self._changed.notify_all()
 
     @contextmanager
-    def shut(self, seconds: float) -> Iterator[bool]:
+    def exclusive(self, seconds: float) -> Iterator[bool]:
         """Keep new calls out and wait for those inside. False if that takes longer; then it is open again."""
         end = time.monotonic() + seconds
         with self._changed:

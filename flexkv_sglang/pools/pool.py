@@ -1,9 +1,9 @@
-"""Pool: one host pool as it is stored: what is known of it, and its open files."""
+"""Pool: one host pool as it is stored: its pages, its identity, its claim on the disk, and its open files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flexkv_sglang.cache.assembly import Quota
@@ -12,14 +12,19 @@ from flexkv_sglang.identity.keys import Identity
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.flat_pages import MarkerPages
 from flexkv_sglang.pools.host_pages import PoolPages
-from flexkv_sglang.pools.pool_rules import SizeClaim
 from flexkv_sglang.prefix import PoolRequirement
+from flexkv_sglang.types import SECTOR, round_up
+
+DENSITY_ONE = 1 << 16
+"""``SizeClaim.density`` of a pool that has one page per KV page."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSpec:
-    """What the adapter knows of a pool. ``writers``: rank processes of the server that write it; ``writes``: is
-    this one of them?"""
+    """The identity of a pool and its writers.
+
+    ``writers``: rank processes of the server that write it; ``writes``: is this process one of them?
+    """
 
     identity: Identity
     writers: int
@@ -27,22 +32,56 @@ class PoolSpec:
     metrics: Metrics
 
 
+@dataclass(frozen=True, slots=True)
+class SizeClaim:
+    """What one pool needs of the disk. ``writers``: rank processes of the server that write it.
+
+    ``density``: its pages per KV page, in units of 1 / 65536.
+    """
+
+    name: str
+    slot_bytes: int
+    writers: int
+    density: int
+
+    @classmethod
+    def of(cls, name: str, payload_bytes: int, writers: int, density: float) -> SizeClaim:
+        """``payload_bytes``: of one page; ``density``: pages per KV page."""
+        units = max(1, round(density * DENSITY_ONE))
+        return cls(name, round_up(payload_bytes, SECTOR), writers, units)
+
+    def fields(self) -> dict[str, object]:
+        """For NAMESPACE.json."""
+        return asdict(self)
+
+    @property
+    def sparse(self) -> bool:
+        """Stored less often than KV pages."""
+        return self.density < DENSITY_ONE
+
+    @property
+    def units(self) -> int:
+        """Bytes that one writer needs per KV page, times 65536."""
+        return self.slot_bytes * self.density
+
+
 @dataclass(slots=True)
 class Pool:
-    """One host pool that can be stored. ``store`` is None while its files are not open; ``opened``: what it was last
-    opened as, which is what it is ``told`` unless the weights changed.
+    """One host pool that can be stored.
 
-    ``demand``: what SGLang asked of it last, or is expected to ask.
+    ``requirement``: what SGLang asked of it last, or is expected to ask. ``store``: its open files, or None.
+    ``opened_as``: identity of the files that were opened last; it differs from ``spec.identity`` only after a weight
+    update. ``quotas``: per tier, what this process may take for it; () before it is opened.
     """
 
     name: str
     pages: PoolPages
-    told: PoolSpec
+    spec: PoolSpec
     claim: SizeClaim
-    demand: PoolRequirement
+    requirement: PoolRequirement
     store: Tiers | None = None
-    opened: Identity | None = None
-    shares: tuple[Quota, ...] = ()
+    opened_as: Identity | None = None
+    quotas: tuple[Quota, ...] = ()
 
     def close(self) -> None:
         """Close its files. Idempotent."""
@@ -52,19 +91,19 @@ class Pool:
 
     @property
     def ready(self) -> bool:
-        """Is it open as what it is? Not while it waits to be opened anew; opening may take longer than an update."""
-        return self.store is not None and self.opened == self.told.identity
+        """True while its files are open and belong to the current weights."""
+        return self.store is not None and self.opened_as == self.spec.identity
 
     @property
     def is_marker(self) -> bool:
-        """The pool has no bytes of its own."""
+        """True if the pool has no bytes of its own."""
         return isinstance(self.pages, MarkerPages)
 
     @property
     def slot_payload(self) -> int:
-        """Bytes of what is stored by itself: a page, or one head group of it."""
+        """Bytes in one slot: a page, or one head group of it."""
         return self.pages.geometry.payload_bytes
 
 
 Describe = Callable[[str, Any, PoolPages], PoolSpec]
-"""(name, host pool, its pages) -> what they are."""
+"""(name, host pool, its pages) -> their specification."""

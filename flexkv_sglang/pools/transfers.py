@@ -41,38 +41,38 @@ def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int
 
 
 def usable(
-    stores: PoolStores, kv: Pool, texts: Sequence[str], demands: Sequence[PoolRequirement]
+    stores: PoolStores, kv: Pool, texts: Sequence[str], requirements: Sequence[PoolRequirement]
 ) -> RestorablePrefixes:
     """Prefixes that can be restored from all pools. What the longest needs is promised in each of them."""
-    kv_pages, keys = leading_pages(kv, texts, promise=not demands)
-    result = usable_prefixes(kv_pages, _held(stores, keys, demands))
-    if demands and result.pages:
+    kv_pages, keys = leading_pages(kv, texts, promise=not requirements)
+    result = usable_prefixes(kv_pages, _held(stores, keys, requirements))
+    if requirements and result.pages:
         leading_run(kv, keys[: result.pages], promise=True)
-        for demand in demands:
-            pool = stores.get(demand.pool)
-            if pool is not None and demand.policy != BLOCK_GROUPS:
-                whole = demand.policy == ALL_PAGES
-                first = 0 if whole else max(0, result.pages - max(1, demand.window))
+        for requirement in requirements:
+            pool = stores.get(requirement.pool)
+            if pool is not None and requirement.policy != BLOCK_GROUPS:
+                whole = requirement.policy == ALL_PAGES
+                first = 0 if whole else max(0, result.pages - max(1, requirement.window))
                 leading_run(pool, keys[first : result.pages], promise=True)
     return result
 
 
 def _held(
-    stores: PoolStores, keys: Sequence[PageKey], demands: Sequence[PoolRequirement]
+    stores: PoolStores, keys: Sequence[PageKey], requirements: Sequence[PoolRequirement]
 ) -> Iterator[tuple[PoolRequirement, Sequence[bool]]]:
-    for demand in demands:
-        pool = stores.get(demand.pool)
+    for requirement in requirements:
+        pool = stores.get(requirement.pool)
         opened = pool.store if pool is not None else None
         flags: Sequence[bool] = []
         if pool is not None and opened is not None:
-            if demand.policy == ALL_PAGES:
+            if requirement.policy == ALL_PAGES:
                 flags = [True] * leading_run(pool, keys, promise=False)
             else:
                 groups = pool.pages.groups
                 flags = groups.whole(opened.holds(groups.keys(keys)))
-            pool.told.metrics.count("asked_pages", len(keys))
-            pool.told.metrics.count("found_pages", sum(flags))
-        yield demand, flags
+            pool.spec.metrics.count("asked_pages", len(keys))
+            pool.spec.metrics.count("found_pages", sum(flags))
+        yield requirement, flags
 
 
 def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
@@ -84,46 +84,50 @@ def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
 
 
 def read(
-    pool: Pool, keys: Sequence[PageKey], host_indices: Any, deadline: float
+    pool: Pool | None, keys: Sequence[PageKey], host_indices: Any, deadline: float
 ) -> list[bool] | None:
     """Read pages into the host pool. One bool per key, False from the first that is not there.
 
-    None: ``host_indices`` (int64) are not those of so many pages.
+    None: ``host_indices`` (int64) are not those of ``len(keys)`` pages.
     """
+    if pool is None or not keys:
+        return [False] * len(keys)
     if not _fits(pool, keys, host_indices):
         return None
+    opened, groups = pool.store, pool.pages.groups
     results: list[bool] = []
-    while len(results) < len(keys):
+    while len(results) < len(keys) and opened is not None and all(results):
         part = slice(len(results), len(results) + pool.pages.span)
         batch = pool.pages.incoming(_indices(pool, host_indices, part), keys[part])
         if batch is None:
             return None
-        flags = fetch(pool, keys[part], batch, deadline)
-        results += flags
-        if not all(flags):
-            break
+        with pool.spec.metrics.timed("get"):
+            flags = opened.get(groups.keys(keys[part]), batch.buffers, deadline)
+            results += batch.landed(groups.whole(flags))
     return results + [False] * (len(keys) - len(results))
 
 
 def fetch(pool: Pool, keys: Sequence[PageKey], batch: Batch, deadline: float) -> list[bool]:
-    """Read one batch."""
+    """Read one batch whose memory the caller chose."""
     opened = pool.store
     if opened is None:
         return [False] * len(keys)
-    with pool.told.metrics.timed("get"):
+    with pool.spec.metrics.timed("get"):
         groups = pool.pages.groups
         flags = opened.get(groups.keys(keys), batch.buffers, deadline)
         return batch.landed(groups.whole(flags))
 
 
 def write(
-    pool: Pool,
+    pool: Pool | None,
     keys: Sequence[PageKey],
     host_indices: Any,
     parent: PageKey | None,
     deadline: float,
 ) -> list[bool] | None:
     """Write pages of the host pool. One bool per key: is it stored now? None: as ``read``."""
+    if pool is None or not keys:
+        return [False] * len(keys)
     if not _fits(pool, keys, host_indices):
         return None
     results: list[bool] = []
@@ -144,7 +148,7 @@ def store(
     opened = pool.store
     if opened is None:
         return [False] * len(keys)
-    with pool.told.metrics.timed("put"):
+    with pool.spec.metrics.timed("put"):
         groups = pool.pages.groups
         stored = groups.keys(keys)
         return groups.whole(opened.put(stored, batch.buffers, groups.last_key(parent), deadline))

@@ -23,7 +23,7 @@ from flexkv_sglang.backends.fleet.members.membership import Membership
 from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.server.server import PageServer
-from flexkv_sglang.backends.fleet.vocabulary import NodeId, NodeInfo
+from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, NodeId, NodeInfo
 from flexkv_sglang.backends.fleet.wire.curve import load_secret
 from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.opening import prepare_directory
@@ -77,7 +77,7 @@ class Agent:
         secret = load_secret(share)
         run_dir.add_places(config)
         self._address = ""
-        self._server = PageServer(share, secret, self.info, self._pages_of, self._logs.find)
+        self._server = PageServer(share, secret, self)
         self._replica = PeerSetsWriter(run_dir.path)
         self._control = WirePeerControl(share, secret)
         self._membership = Membership(
@@ -88,7 +88,7 @@ class Agent:
         self._membership.start()
 
     def info(self) -> NodeInfo:
-        """What other nodes are told, with the name this node has by now."""
+        """As ``ServedNode``; with the current name of this node."""
         return self._membership.own_info()
 
     def _count(self, name: str, amount: int = 1) -> None:
@@ -102,7 +102,7 @@ class Agent:
             address=self._address,
             share_group=self._share.share_group,
             namespaces=tuple(sorted(self._pages)),
-            engines=self._server.engines,
+            engines=self._server.transports,
             version=_VERSION,
         )
 
@@ -136,7 +136,12 @@ class Agent:
         for end in (*ends, *(pages.close for pages in self._pages.values())):
             self._round("close", end)
 
-    def _pages_of(self, namespace: str) -> NodePages | None:
+    def changes_of(self, namespace: str) -> ChangeLog | None:
+        """As ``ServedNode``."""
+        return self._logs.find(namespace)
+
+    def pages_of(self, namespace: str) -> NodePages | None:
+        """As ``ServedNode``."""
         return self._pages.get(namespace)
 
     def _poll(self) -> None:

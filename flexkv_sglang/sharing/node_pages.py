@@ -17,11 +17,11 @@ import numpy as np
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.vocabulary import MISSING, PageStatus, ServedPage, fingerprints_of
-from flexkv_sglang.backends.io.batch import IoEngine
-from flexkv_sglang.backends.io.mover import Outcome, PageMover
+from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import IoMode, make_engine
 from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.ring import Ring
+from flexkv_sglang.backends.io.transfer import IoEngine, Outcome, PageTransfer
 from flexkv_sglang.backends.slots.journal import generations, journal_path
 from flexkv_sglang.backends.slots.neighbour import NeighbourPage
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
@@ -155,15 +155,12 @@ class NodePages:
         rows = np.array(addresses[: len(claims)], np.uint64)[:, None]
         targets = PageBuffers(rows, np.array([self._row_bytes], np.uint64))
         try:
-            return self._mover.read(self._store.extents(claims), targets, deadline, _take_all)
+            extents = self._store.extents(claims)
+            return self._mover.move(PageTransfer(*extents, targets, deadline))
         except (OSError, TierError) as exc:
             self._metrics.count("read_errors")
             logger.warning("flexkv: reading for another node failed: %s", exc)
             return [Outcome.FAILED] * len(claims)
-
-
-def _take_all(_position: int, _parts: list[tuple[int, int]]) -> bool:
-    return True
 
 
 def payload_bytes_of(directory: Path) -> int | None:

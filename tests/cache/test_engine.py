@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv_sglang.backends.io.mover import Outcome
+from flexkv_sglang.backends.io.transfer import Outcome
 from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.errors import ConfigError, JournalError
 from flexkv_sglang.types import PageKey
@@ -229,14 +229,14 @@ def test_clear_forgets_here_and_at_the_neighbours_and_over_a_restart(tmp_path: P
 def test_clear_during_a_put_leaves_no_page_and_no_slot_behind(tmp_path: Path) -> None:
     engine = open_engine(tmp_path, PAGE, SIZE)
     mover: Any = engine._mover
-    original, at_move, go_on = mover.write, threading.Event(), threading.Event()
+    original, at_move, go_on = mover.move, threading.Event(), threading.Event()
 
     def slow_write(*args: Any) -> list[Outcome]:
         at_move.set()
         assert go_on.wait(10)
         return list(original(*args))
 
-    mover.write = slow_write
+    mover.move = slow_write
     _, buffers = page_memory(64, PAGE, seed=1)
     answer: list[list[bool]] = []
     thread = threading.Thread(
@@ -247,7 +247,7 @@ def test_clear_during_a_put_leaves_no_page_and_no_slot_behind(tmp_path: Path) ->
     engine.clear()
     go_on.set()
     thread.join()
-    mover.write = original
+    mover.move = original
     assert answer == [[False] * 64]
     assert engine.prefix(keys(64)) == 0
     engine.check()
@@ -270,7 +270,7 @@ def test_a_failed_write_is_false_invisible_and_leaks_nothing(
 ) -> None:
     engine = open_engine(tmp_path, PAGE, SIZE)
     mover: Any = engine._mover
-    original = mover.write
+    original = mover.move
 
     def broken(*args: Any) -> list[Outcome]:
         done = original(*args)
@@ -278,12 +278,12 @@ def test_a_failed_write_is_false_invisible_and_leaks_nothing(
             raise failure
         return [outcome if i % 2 == 0 else Outcome.SHORT for i, outcome in enumerate(done)]
 
-    mover.write = broken
+    mover.move = broken
     _, buffers = page_memory(10, PAGE, seed=1)
     expected = [False] * 10 if failure else [i % 2 == 0 for i in range(10)]
     assert engine.put(keys(10), buffers, None, soon()) == expected
     assert engine.prefix(keys(10)) == int(expected[0])
-    mover.write = original
+    mover.move = original
     engine.check()
     for seed in range(4):
         fill(engine, 16, seed)
@@ -320,7 +320,7 @@ def test_a_page_whose_file_was_cut_is_not_promised_again_but_one_behind_an_io_er
     engine = open_engine(tmp_path, PAGE, SIZE)
     fill(engine, 4)
     mover: Any = engine._mover
-    monkeypatch.setattr(mover, "read", lambda extents, *_: [Outcome.FAILED] * len(extents.offsets))
+    monkeypatch.setattr(mover, "move", lambda transfer: [Outcome.FAILED] * len(transfer))
     assert served(engine, 4)[0] == [False] * 4
     assert engine.prefix(keys(4)) == 4
     monkeypatch.undo()

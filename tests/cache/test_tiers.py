@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from flexkv_sglang.cache.tier import Tier, TierTraits
 from flexkv_sglang.cache.tiers import Tiers
-from stores.engines import keys, open_hierarchy_on, page_memory, soon
+from flexkv_sglang.errors import TierError
+from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.testing.example_tier import MemoryTier
+from stores.engines import keys, open_hierarchy_on, page_memory, soon, wait_until
 
 PAGE = 8192
 
@@ -122,3 +128,143 @@ def test_clear_empties_every_tier(both: Tiers) -> None:
     both.clear()
     assert both.prefix(keys(6, 1)) == 0
     assert [tier.page_count() for tier in both.tiers] == [0, 0]
+
+
+class Far(MemoryTier):
+    """A tier that is not local; ``broken``: its reads begin, and deliver nothing."""
+
+    traits = TierTraits(local=False, written=False, promotes=False, backfills=True)
+    broken = False
+
+    def get(self, *args: Any) -> list[bool]:
+        return [False] * len(args[0]) if self.broken else super().get(*args)
+
+    def begin_get(self, *args: Any) -> Any:
+        return super().begin_get(*args) or (Nothing() if self.broken else None)
+
+
+class Nothing:
+    """A read that delivers nothing."""
+
+    waited = 0
+
+    def wait(self) -> int:
+        Nothing.waited += 1
+        return 0
+
+
+class Slow(Far):
+    """It gives itself until ``limit`` for each call."""
+
+    limit = 0.0
+    deadlines: tuple[float, ...] = ()
+
+    def get_deadline(self, page_count: int, deadline: float) -> float:
+        self.limit = min(deadline, time.monotonic() + 0.5)
+        return self.limit
+
+    def begin_get(self, *args: Any) -> Any:
+        self.deadlines += (args[2],)
+        return super().begin_get(*args)
+
+
+def planted(count: int, seed: int, **places: tuple[Tier, list[int]]) -> Any:
+    """Pages of a chain, each in the tiers that are named for it."""
+    source, buffers = page_memory(count, PAGE, seed=seed)
+    for tier, rows in places.values():
+        tier.put([keys(count, seed)[row] for row in rows], buffers.take(rows), None, soon())
+    return source
+
+
+def test_tiers_that_are_not_local_are_asked_in_their_order() -> None:
+    here, near, far = MemoryTier(64), Far(64), Far(64)
+    tiers = Tiers([here, near, far], Metrics())
+    source = planted(12, 1, a=(here, [0, 1, 6]), b=(near, [2, 3, 7, 8]), c=(far, [3, 4, 5, 9, 10]))
+    assert tiers.prefix(keys(12, 1)) == 11
+    assert tiers.holds(keys(12, 1)) == [True] * 11 + [False]
+    done, target = get(tiers, 12, seed=1)
+    assert done == [True] * 11 + [False]
+    assert np.array_equal(source[:11], target[:11])
+    assert (target[11] == 0xA5).all()
+    tiers.close()
+
+
+def test_the_next_tier_is_asked_when_one_delivers_nothing() -> None:
+    here, near, far = MemoryTier(64), Far(64), Far(64)
+    tiers = Tiers([here, near, far], Metrics())
+    source = planted(6, 1, a=(here, [0]), b=(near, [1, 2, 3]), c=(far, [1, 2, 3, 4]))
+    near.broken = True
+    done, target = get(tiers, 6, seed=1)
+    assert done == [True] * 5 + [False]
+    assert np.array_equal(source[:5], target[:5])
+    far.broken = True
+    assert get(tiers, 6, seed=1)[0] == [True] + [False] * 5
+    tiers.close()
+
+
+def test_a_read_that_has_begun_is_awaited_although_another_tier_raises() -> None:
+    here, far = MemoryTier(64), Far(64)
+    tiers = Tiers([here, far], Metrics())
+    planted(4, 1, a=(here, [0]))
+    far.broken, waited = True, Nothing.waited
+    with mock.patch.object(here, "get", side_effect=TierError("planted")), pytest.raises(TierError):
+        get(tiers, 4, seed=1)
+    assert (
+        Nothing.waited == waited + 1
+    )  # or the far tier could still write into the caller's memory
+    tiers.close()
+
+
+def test_all_turns_of_a_call_share_the_limit_of_a_tier() -> None:
+    here, far = MemoryTier(64), Slow(64)
+    tiers = Tiers([here, far], Metrics())
+    planted(12, 1, a=(here, [2, 3, 8]), b=(far, [0, 1, 4, 5, 9]))
+    assert sum(get(tiers, 12, seed=1)[0]) == 6
+    assert sum(get(tiers, 6, seed=1)[0]) == 6
+    assert len(far.deadlines) >= 4
+    assert set(far.deadlines[-2:]) == {far.limit}
+    tiers.close()
+
+
+def test_pages_of_a_tier_that_backfills_are_put_into_the_written_tiers() -> None:
+    here, far = MemoryTier(64), Far(64)
+    tiers = Tiers([here, far], Metrics(), backfill_bytes=PAGE)
+    planted(6, 1, a=(here, [0]), b=(far, [1, 2, 3, 4, 5]))
+    assert all(get(tiers, 6, seed=1)[0])
+    assert wait_until(lambda: here.prefix(keys(6, 1)) == 6)
+    put(tiers, 4, seed=2)
+    assert here.prefix(keys(4, 2)) == 4
+    assert far.holds(keys(4, 2)) == [False] * 4  # not written
+    tiers.close()
+
+
+def test_a_page_goes_up_only_from_a_tier_that_promotes() -> None:
+    for promotes in (True, False):
+        fast, slow = MemoryTier(64), MemoryTier(64)
+        slow.traits = TierTraits(promotes=promotes)
+        tiers = Tiers([fast, slow], Metrics())
+        planted(6, 1, a=(slow, list(range(6))))
+        for _ in range(2):
+            assert all(get(tiers, 6, seed=1)[0])
+        assert fast.page_count() == (6 if promotes else 0)
+        tiers.close()
+
+
+def test_pinned_pages_are_kept_in_the_fastest_tier_that_has_them() -> None:
+    fast, slow = MemoryTier(4), MemoryTier(64)
+    tiers = Tiers([fast, slow], Metrics())
+    planted(6, 1, a=(slow, list(range(6))), b=(fast, [0, 1]))
+    pins = tiers.pin(keys(7, 1))
+    assert [pin[0] if pin else None for pin in pins] == [0, 0, 1, 1, 1, 1, None]
+    for seed in range(2, 20):
+        put(tiers, 4, seed)
+    pinned = {key: pin for key, pin in zip(keys(7, 1), pins, strict=True) if pin is not None}
+    assert tiers.invalidated(pinned) == []
+    assert all(get(tiers, 6, seed=1)[0])
+    slow.clear()
+    assert tiers.invalidated(pinned) == keys(6, 1)[2:]
+    tiers.unpin(list(pinned.values()))
+    for seed in range(2, 20):
+        put(tiers, 4, seed)
+    assert fast.prefix(keys(6, 1)) == 0
+    tiers.close()

@@ -235,10 +235,10 @@ def test_reads_that_come_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def _spoil(storage: FlexKVStorage, direction: str, fault: Fault) -> None:
     """The next transfer of a real store fails so."""
-    lane = store_of(storage, "kv").tiers[0]._mover._lanes[direction]
+    side = store_of(storage, "kv").tiers[0]._mover._directions[direction]
     faults = Faults(random.Random(3), next=fault)
     kind = store_of(storage, "kv").tiers[0]._tier.stores[0].slots.mode.engine
-    lane._engines[kind] = FaultyIo(lane.engine(kind), faults)
+    side._engines[kind] = FaultyIo(side.engine(kind), faults)
 
 
 def test_a_disk_that_fails_now_and_then(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 import flexkv_sglang.cache.upkeep as upkeep_module
-from flexkv_sglang.backends.io.batch import IoBatch
+from flexkv_sglang.backends.io.transfer import PageTransfer
 from flexkv_sglang.cache.assembly import Quota, open_tiers, prepare_tiers
 from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
 from flexkv_sglang.metrics.registry import Metrics
 from stores.engines import keys, open_engine, open_hierarchy_on, page_memory, soon, wait_until
+from stores.faulty_io import copy_of
 
 PAGE = 8192
 
@@ -36,25 +37,19 @@ class BadDisk:
         self.released = threading.Event()
         self.released.set()
 
-    def read(self, batch: IoBatch, deadline: float, progress: Any = None) -> Any:
-        return self._run(self._real.read, batch, deadline, progress)
-
-    def write(self, batch: IoBatch, deadline: float, progress: Any = None) -> Any:
-        return self._run(self._real.write, batch, deadline, progress)
-
-    def _run(self, move: Callable[..., Any], batch: IoBatch, deadline: float, progress: Any) -> Any:
-        bad = np.isin(batch.fds, list(self._files))
+    def move(self, transfer: PageTransfer) -> None:
+        bad = np.isin(transfer.fds, list(self._files))
         if bad.any():
             self.released.wait(30)
         if not (self.failing and bad.any()):
-            return move(batch, deadline, progress)
-        results = np.full(len(batch), -errno.EIO, np.int64)
+            self._real.move(transfer)
+            return
+        results = np.full(len(transfer), -errno.EIO, np.int64)
         good = np.flatnonzero(~bad)
-        part = IoBatch(batch.fds[good], batch.offsets[good], batch.addresses[good], batch.lengths)
-        results[good] = move(part, deadline, None)
-        if progress is not None:
-            progress.landed(np.arange(len(batch)), results)
-        return results
+        part = copy_of(transfer, good)
+        self._real.move(part)
+        results[good] = part.moved
+        transfer.on_complete(np.arange(len(transfer)), results)
 
     def close(self) -> bool:
         return bool(self._real.close())
@@ -78,9 +73,9 @@ def two_disks(tmp_path: Path) -> Tiers:
 def spoil(engine: CacheEngine, directory: Path, direction: str) -> BadDisk:
     """Put a ``BadDisk`` for one directory into the path of reads or writes."""
     files = {s.slots.fd for s in engine._tier.stores if directory in s.lock.directory.parents}
-    lane = engine._mover._lanes[direction]
-    disk = BadDisk(lane.engine("io_uring"), files)
-    lane._engines["io_uring"] = disk
+    side = engine._mover._directions[direction]
+    disk = BadDisk(side.engine("io_uring"), files)
+    side._engines["io_uring"] = disk
     return disk
 
 

@@ -87,7 +87,7 @@ def written(place: Path, setup: Setup) -> str:
     """Write the prompt; the namespace."""
     with start(place, setup) as rig:
         assert write_pages(rig, TOKENS, seed=1).completed_tokens == len(TOKENS)
-        return str(stored(rig.backend).told.identity.namespace)
+        return str(stored(rig.backend).spec.identity.namespace)
 
 
 def assert_miss(place: Path, setup: Setup, pages: str = "pages") -> None:
@@ -170,7 +170,7 @@ def test_a_data_parallel_rank_is_no_mutation(place: Path) -> None:
         config = dataclasses.replace(rig.controller.storage_config, dp_rank=1)
         other = FlexKVStorage(config, {})
         other.register_mem_pool_host(rig.host)
-        assert stored(other).told.identity == stored(rig.backend).told.identity
+        assert stored(other).spec.identity == stored(rig.backend).spec.identity
         other.close()
 
 

@@ -35,7 +35,7 @@ def namespaces(place: Path, mla: bool, **rank: int) -> dict[str, str]:
     storage: FlexKVStorage = attach(settings, Latent() if mla else Heads(), sidecars)
     pools = {name: storage._stores.get(name) for name in ("kv", *sidecars)}
     storage.close()
-    return {name: pool.told.identity.namespace for name, pool in pools.items() if pool is not None}
+    return {name: pool.spec.identity.namespace for name, pool in pools.items() if pool is not None}
 
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])

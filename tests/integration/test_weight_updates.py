@@ -259,7 +259,7 @@ def test_weights_that_nothing_names_are_never_met_again(
         assert not hit(rig, round_ - 1)
         write_pages(rig, TOKENS, seed=round_)
         assert hit(rig, round_)
-        seen.add(stored(rig.backend).told.identity.namespace)
+        seen.add(stored(rig.backend).spec.identity.namespace)
         assert slot_bytes(tmp_path) <= SIZE
     assert len(seen) == 2
     assert len(folders(tmp_path)) <= 2, "empty folders of weights that are gone do not pile up"
@@ -289,7 +289,7 @@ def test_attaching_after_an_update_does_not_open_the_old_namespace(
         assert not hit(late, 1)
         write_pages(late, TOKENS, seed=2)
         assert hit(late, 2)
-        assert stored(late.backend).told.identity.epoch
+        assert stored(late.backend).spec.identity.epoch
 
 
 def test_attaching_before_the_flush_that_an_update_needs_stores_nothing(

@@ -51,7 +51,7 @@ def nonce(text: str) -> Epoch:
 
 
 def namespaces(storage: FlexKVStorage) -> dict[str, str]:
-    return {name: _open(storage, name).told.identity.namespace for name in POOLS}
+    return {name: _open(storage, name).spec.identity.namespace for name in POOLS}
 
 
 def found(storage: FlexKVStorage) -> dict[str, list[bool]]:
@@ -141,7 +141,7 @@ def test_a_pool_that_comes_after_an_update_leaves_the_others_their_pages(
     put(storage, KEYS)
     storage.register_mem_host_pool_v2(Pool(512, seed=7), "draft")
     assert ask(storage, KEYS).kv_hit_pages == len(KEYS)
-    assert _open(storage, "draft").told.identity.epoch == "n"
+    assert _open(storage, "draft").spec.identity.epoch == "n"
 
 
 def test_a_pool_that_comes_during_an_update_opens_with_the_others(storage: FlexKVStorage) -> None:
@@ -151,7 +151,7 @@ def test_a_pool_that_comes_during_an_update_opens_with_the_others(storage: FlexK
         assert pool is not None
         assert pool.store is None
     WEIGHTS.finish(nonce("n"), clean=True)
-    assert {_open(storage, n).told.identity.epoch for n in (*POOLS, "draft")} == {"n"}
+    assert {_open(storage, n).spec.identity.epoch for n in (*POOLS, "draft")} == {"n"}
 
 
 def test_a_store_attached_before_the_flush_opens_all_pools_with_it(
@@ -165,7 +165,7 @@ def test_a_store_attached_before_the_flush_opens_all_pools_with_it(
     assert "until the cache is flushed" in caplog.text
     assert found(late) == {name: [False] * len(KEYS) for name in POOLS}
     WEIGHTS.flushed()
-    assert {_open(late, name).told.identity.epoch for name in POOLS} == {"n"}
+    assert {_open(late, name).spec.identity.epoch for name in POOLS} == {"n"}
     put(late, KEYS)
     assert ask(late, KEYS).kv_hit_pages == len(KEYS)
     late.close()
@@ -175,8 +175,8 @@ def test_a_call_that_began_before_the_update_never_writes_into_the_new_namespace
     storage: FlexKVStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hangs between two pools, through the update and the flush. The first call after it opens the stores."""
-    monkeypatch.setattr("flexkv_sglang.pools.stores._LEAVE_S", 0.05)
-    monkeypatch.setattr("flexkv_sglang.pools.stores._SETTLE_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.pools.stores._SUSPEND_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.pools.stores._EXCHANGE_S", 0.05)
     reached, go_on, answers = threading.Event(), threading.Event(), []
     mamba, indexer = pool_of(storage, "mamba"), pool_of(storage, "indexer")
 
@@ -206,7 +206,7 @@ def test_a_call_that_began_before_the_update_never_writes_into_the_new_namespace
     thread.join(30)
     assert answers[-1] == {"indexer": [True], "mamba": [False]}
     assert storage.batch_exists(KEYS) == 0
-    assert {_open(storage, name).told.identity.epoch for name in POOLS} == {"n"}
+    assert {_open(storage, name).spec.identity.epoch for name in POOLS} == {"n"}
     assert found(storage) == {name: [False] * len(KEYS) for name in POOLS}
 
 
@@ -214,7 +214,7 @@ def test_files_that_were_being_opened_for_the_old_weights_are_not_used_for_the_n
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk takes longer to open Mamba's files than the whole update takes."""
-    for name in ("_LEAVE_S", "_SETTLE_S", "_OPEN_S"):
+    for name in ("_SUSPEND_S", "_EXCHANGE_S", "_OPEN_S"):
         monkeypatch.setattr(f"flexkv_sglang.pools.stores.{name}", 0.05)
     before = hybrid(tmp_path)
     put(before, KEYS)
@@ -237,13 +237,13 @@ def test_files_that_were_being_opened_for_the_old_weights_are_not_used_for_the_n
     storage._stores._opener.join(30)
     monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
     mamba = pool_of(storage, "mamba")
-    with storage._stores._gate.passing(30):  # a call that began a moment ago
+    with storage._stores._gate.shared(30):  # a call that began a moment ago
         assert storage._stores.get("mamba") is None
     last = transfer("mamba", KEYS[3:], mamba.indices(10))
     assert storage.batch_get_v2([last]) == {"mamba": [False]}
     put(storage, KEYS)
     assert ask(storage, KEYS).kv_hit_pages == len(KEYS)
-    assert {_open(storage, name).opened.epoch for name in POOLS} == {"n"}
+    assert {_open(storage, name).opened_as.epoch for name in POOLS} == {"n"}
     storage.close()
 
 

@@ -53,7 +53,7 @@ def prompt(geometry: Geometry) -> list[int]:
 
 def namespace(replica: Rig | Side) -> str:
     owner = replica.backend if isinstance(replica, Rig) else replica.linker
-    return str(owner._stores.get("kv").told.identity.fields())
+    return str(owner._stores.get("kv").spec.identity.fields())
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=NAMES)

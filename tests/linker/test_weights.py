@@ -79,7 +79,7 @@ def test_a_load_accepted_before_an_update_fails_after_it(stored: Side) -> None:
 def test_an_offload_that_waits_is_not_stored_under_the_new_weights(
     stored: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.pools.stores._LEAVE_S", 0.2)
+    monkeypatch.setattr("flexkv_sglang.pools.stores._SUSPEND_S", 0.2)
     early, late = names(2, seed=1), names(2, seed=2)
     gate = hold(stored.linker, "write")
     for keys in (early, late):

@@ -166,16 +166,16 @@ MUTANTS = (
     ),
     (
         "a short transfer is a whole page",
-        "backends/io/mover.py",
-        "good = moved == self._wanted",
-        "good = moved >= 0",
+        "backends/io/transfer.py",
+        "whole = moved == self.page_bytes",
+        "whole = moved >= 0",
         "tests/backends/io/test_mover.py",
     ),
     (
         "a refused page reaches its target",
-        "backends/io/mover.py",
-        "                if kept:\n                    self._parts.accept(position)",
-        "                self._parts.accept(position)",
+        "backends/io/transfer.py",
+        "if right and self._targets is not None",
+        "if self._targets is not None",
         "tests/backends/io/test_mover.py",
     ),
     (

@@ -96,7 +96,7 @@ MUTANTS = (
     (
         "linker: a rank that does not write has failed",
         OFFLOAD,
-        "if not opened.told.writes:",
+        "if not opened.spec.writes:",
         "if False:",
         LEASE_TESTS,
     ),
@@ -145,7 +145,7 @@ MUTANTS = (
     (
         "linker: neighbours' pages are counted at once",
         LEASES,
-        "if not pool.told.writes:\n            return store.holds(keys)",
+        "if not pool.spec.writes:\n            return store.holds(keys)",
         "if True:\n            return store.holds(keys)",
         SHARING,
     ),

@@ -12,11 +12,12 @@ MOVE = """\
             targets = [slots[row] for row in rows]
             breakers = self._tier.breakers(targets)
             if rows:
-                extents = self._tier.extents(targets)
+                extents, part = self._tier.extents(targets), sources.take(rows)
+                transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
                     with self._watch.call(deadline, frozenset(breakers)):
-                        outcomes = self._mover.write(extents, sources.take(rows), deadline, inspect)
+                        outcomes = self._mover.move(transfer)
                 finally:
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):

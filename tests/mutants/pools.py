@@ -14,29 +14,29 @@ MUTANTS = (
     (
         "a clear that finds files closed is lost",
         POOLS,
-        "            if self._owes_clear:\n                self._clear()",
-        "            pass",
+        "any(pool.store is None for pool in pools)\n            self._clear_open()",
+        "any(pool.store is None for pool in pools)",
         POOL_TESTS,
     ),
     (
         "a call opens files itself, however long that takes",
         POOLS,
-        "self._settle_within(_OPEN_S)",
-        "self.settle()",
+        "self._opener.run(_OPEN_S)",
+        "self.open_pending()",
         POOL_TESTS,
     ),
     (
         "what was being opened during a detach stays open",
         POOLS,
-        "if self._closed.is_set() or self._pools.get(pool.name) is not pool:",
+        "if self._state.now is State.CLOSED or self._pools.get(pool.name) is not pool:",
         "if self._pools.get(pool.name) is not pool:",
         POOL_TESTS,
     ),
     (
         "a pool that was replaced while its files were opened keeps them",
         POOLS,
-        "if self._closed.is_set() or self._pools.get(pool.name) is not pool:",
-        "if self._closed.is_set():",
+        "if self._state.now is State.CLOSED or self._pools.get(pool.name) is not pool:",
+        "if self._state.now is State.CLOSED:",
         POOL_TESTS,
     ),
     (
@@ -70,15 +70,15 @@ MUTANTS = (
     (
         "a window is not cut at the start",
         FOLD,
-        "if run >= min(max(1, demand.window), length):",
-        "if run >= max(1, demand.window):",
+        "if run >= min(max(1, requirement.window), length):",
+        "if run >= max(1, requirement.window):",
         FOLD_TESTS,
     ),
     (
         "a window is one page short",
         FOLD,
-        "if run >= min(max(1, demand.window), length):",
-        "if run >= min(max(1, demand.window - 1), length):",
+        "if run >= min(max(1, requirement.window), length):",
+        "if run >= min(max(1, requirement.window - 1), length):",
         FOLD_TESTS,
     ),
     (
@@ -105,8 +105,8 @@ MUTANTS = (
     (
         "block groups gate",
         FOLD,
-        "boundary = _covered_by_groups(demand, held, kv_pages)",
-        "boundary = _covered_by_groups(demand, held, kv_pages)\n            lengths = lengths[:boundary]",
+        "boundary = _covered_by_groups(requirement, held, kv_pages)",
+        "boundary = _covered_by_groups(requirement, held, kv_pages)\n            lengths = lengths[:boundary]",
         FOLD_TESTS,
     ),
     (
@@ -140,7 +140,7 @@ MUTANTS = (
     (
         "more is promised than the fold announces",
         "flexkv_sglang/pools/transfers.py",
-        "promise=not demands)",
+        "promise=not requirements)",
         "promise=True)",
         POOL_TESTS,
     ),
@@ -168,7 +168,7 @@ MUTANTS = (
     (
         "pools beside KV come on top of the size",
         POOLS,
-        "if changed and pool.shares != shares[pool.name]:",
+        "if pool.quotas != quotas[pool.name]:",
         "if False:",
         POOL_TESTS,
     ),

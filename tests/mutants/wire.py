@@ -110,7 +110,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "wire: no limit per reader",
         QUEUE,
-        "min(self._limit_per_reader - reader.held, free) // slot_bytes",
+        "min(self._limit_per_reader - reader.reserved, free) // slot_bytes",
         "free // slot_bytes",
         f"{SERVER}::test_a_reader_beyond_its_share_is_told_busy_at_once",
     ),

@@ -19,7 +19,7 @@ def inside(gate: CallGate) -> Iterator[None]:
     entered, leave = threading.Event(), threading.Event()
 
     def call() -> None:
-        with gate.passing(10):
+        with gate.shared(10):
             entered.set()
             leave.wait(10)
 
@@ -35,34 +35,34 @@ def inside(gate: CallGate) -> Iterator[None]:
 
 def test_calls_do_not_exclude_each_other() -> None:
     gate = CallGate()
-    with inside(gate), inside(gate), gate.passing(0.01):
+    with inside(gate), inside(gate), gate.shared(0.01):
         pass
 
 
 def test_nobody_passes_while_it_is_shut_and_the_wait_ends() -> None:
     gate = CallGate()
-    with gate.shut(0.01) as alone:
+    with gate.exclusive(0.01) as alone:
         assert alone
-        with pytest.raises(TierUnavailableError), gate.passing(0.01):
+        with pytest.raises(TierUnavailableError), gate.shared(0.01):
             pass
-    with gate.passing(0.01):
+    with gate.shared(0.01):
         pass
 
 
 def test_whoever_is_not_alone_in_time_is_told_and_it_is_open_again() -> None:
     gate = CallGate()
     with inside(gate):
-        with gate.shut(0.01) as alone:
+        with gate.exclusive(0.01) as alone:
             assert not alone
-        with gate.passing(0.01):
+        with gate.shared(0.01):
             pass
-    with gate.shut(0.01) as alone:
+    with gate.exclusive(0.01) as alone:
         assert alone
 
 
 def test_one_at_a_time_is_alone() -> None:
     gate = CallGate()
-    with gate.shut(0.01) as first, gate.shut(0.01) as second:
+    with gate.exclusive(0.01) as first, gate.exclusive(0.01) as second:
         assert (first, second) == (True, False)
 
 
@@ -71,11 +71,11 @@ def test_it_is_shut_after_the_last_one_left_and_new_ones_wait() -> None:
     order: list[str] = []
 
     def shut() -> None:
-        with gate.shut(10) as alone:
+        with gate.exclusive(10) as alone:
             order.append(f"shut {alone}")
 
     def call() -> None:
-        with gate.passing(10):
+        with gate.shared(10):
             order.append("call")
 
     with inside(gate):
@@ -92,9 +92,9 @@ def test_it_is_shut_after_the_last_one_left_and_new_ones_wait() -> None:
 
 def test_an_exception_leaves_it_open() -> None:
     gate = CallGate()
-    with pytest.raises(ZeroDivisionError), gate.passing(1):
+    with pytest.raises(ZeroDivisionError), gate.shared(1):
         raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), gate.shut(1):
+    with pytest.raises(ZeroDivisionError), gate.exclusive(1):
         raise ZeroDivisionError
-    with gate.shut(0.01) as alone:
+    with gate.exclusive(0.01) as alone:
         assert alone

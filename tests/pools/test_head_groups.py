@@ -246,7 +246,7 @@ def namespace(place: Path, rank: int, size: int, pool: Any, **given: Any) -> dic
     kv = storage._stores.get("kv")
     assert kv is not None
     storage.close()
-    return kv.told.identity.fields()
+    return kv.spec.identity.fields()
 
 
 def test_the_identity_has_the_groups_and_not_the_size(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_flipped_byte_in_a_sidecar_is_never_delivered(
 ) -> None:
     with HybridRig(name, LAYOUT, str(tmp_path)) as rig:
         rig.write(prompt(), seed=5)
-        namespace = rig.backend._stores.get(pool).told.identity.namespace
+        namespace = rig.backend._stores.get(pool).spec.identity.namespace
     for slots in tmp_path.glob(f"{namespace}/*.slots"):
         data = bytearray(slots.read_bytes())
         for offset in range(5, len(data), 4096):
@@ -275,7 +275,7 @@ def test_a_weight_update_moves_every_pool_behind_the_controllers_flush(
             assert rig.write(prompt(), seed=5) == 0
             rig.controller.reset()
             pools = [rig.backend._stores.get(n) for n in ("kv", *rig.model.sidecars)]
-            assert [pool.opened.epoch for pool in pools] == ["n"] * len(pools)
+            assert [pool.opened_as.epoch for pool in pools] == ["n"] * len(pools)
             assert [pool.store.page_count() for pool in pools] == [0] * len(pools)
             assert rig.prefetch(prompt(), seed=5).hit_pages == 0
             assert rig.write(prompt(), seed=6) == PAGES * PAGE

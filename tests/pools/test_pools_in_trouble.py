@@ -33,7 +33,7 @@ from models.plain_pools import (
 
 pytestmark = pytest.mark.sglang
 
-BEFORE_A_CALL_S = pools._OPEN_S + pools._SETTLE_S
+BEFORE_A_CALL_S = pools._OPEN_S + pools._EXCHANGE_S
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_a_disk_that_does_not_open_keeps_no_call_and_no_detach(
 ) -> None:
     """What hangs there goes on alone; when it ends after all, nothing stays open."""
     monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 0.05)
-    monkeypatch.setattr("flexkv_sglang.pools.stores._SETTLE_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.pools.stores._EXCHANGE_S", 0.05)
     reached, go_on = threading.Event(), threading.Event()
 
     def slow(*args: Any) -> Any:
@@ -154,7 +154,7 @@ def test_a_pool_that_is_replaced_while_its_files_are_opened_keeps_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 0.05)
-    monkeypatch.setattr("flexkv_sglang.pools.stores._SETTLE_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.pools.stores._EXCHANGE_S", 0.05)
     reached, go_on = threading.Event(), threading.Event()
 
     def slow(*args: Any) -> Any:
@@ -183,10 +183,10 @@ def test_a_pool_that_is_replaced_while_its_files_are_opened_keeps_none(
 def test_a_clear_while_files_are_exchanged_is_not_lost(
     storage: FlexKVStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.pools.stores._SETTLE_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.pools.stores._EXCHANGE_S", 0.05)
     keys = names(3)
     put(storage, keys)
-    with storage._stores._gate.shut(10):
+    with storage._stores._gate.exclusive(10):
         storage.clear()
     assert ask(storage, keys).kv_hit_pages == 0
     for name in ("kv", "indexer", "mamba"):
@@ -226,4 +226,4 @@ def test_nonsense_is_answered_in_the_right_shape(storage: FlexKVStorage, keys: A
 def test_a_call_and_what_is_around_it_fit_into_the_time_a_detach_is_given() -> None:
     """SGLang joins its threads for 10 s."""
     assert BEFORE_A_CALL_S + CALL_SECONDS_MAX + engine._PUBLISH_S < 10
-    assert CALL_SECONDS_MAX + engine._PUBLISH_S < pools._LEAVE_S < 10
+    assert CALL_SECONDS_MAX + engine._PUBLISH_S < pools._SUSPEND_S < 10

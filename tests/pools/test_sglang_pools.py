@@ -27,7 +27,7 @@ from flexkv_bed.controller import (
 )
 from flexkv_bed.tiny_model import write_config
 from flexkv_sglang import FlexKVStorage
-from flexkv_sglang.backends.io.mover import plan_move
+from flexkv_sglang.backends.io.mover import direct_pages
 from models import pool_matrix
 from models.plain_pools import stored
 
@@ -95,7 +95,7 @@ def _planned_direct(rig: Rig) -> bool:
     buffers = stored(backend).pages.buffers(torch.arange(pages * rig.geometry.page_size), pages)
     mode = next(iter(backend._stores.prepared[0].values()))
     assert mode.o_direct
-    direct = plan_move(buffers, [mode] * pages).direct
+    direct = direct_pages(buffers, [mode] * pages)
     assert direct.all() or not direct.any()
     return bool(direct.all())
 

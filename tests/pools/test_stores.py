@@ -217,7 +217,7 @@ def test_pools_that_come_while_calls_run_disturb_none_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files are closed and opened again five times under three callers: every page is right or missing."""
-    monkeypatch.setattr("flexkv_sglang.pools.stores._SETTLE_S", 20.0)
+    monkeypatch.setattr("flexkv_sglang.pools.stores._EXCHANGE_S", 20.0)
     storage = hybrid(tmp_path)
     kv = pool_of(storage, "kv")
     expected = kv.rows.clone()

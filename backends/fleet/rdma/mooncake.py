@@ -1,16 +1,16 @@
-"""Mooncake's transfer engine as a one-sided engine. Imported only when ``share.engine`` asks for it.
+"""Mooncake's transfer engine as an RDMA transport. Loaded only for ``share.engine: mooncake``.
 
-What was measured with 0.3.13.post1 over TCP (decision 022) shapes all of this:
+Measured with 0.3.13.post1 over TCP (decision 022):
 
-* The first contact with a stopped peer holds a call for 62 s, and a lock inside of Mooncake with it: every other call
-  that starts a transfer, to whatever peer, waits as long. So transfers are started by one thread, which only waits.
-* A batch has failed as soon as one of its pages has; the others may still be written long after that. So each page is a
-  batch of its own, and a transfer has ended when all of them have.
-* The calls that wait for a batch spin on a core. ``transfer_check_status`` only looks, and takes no lock.
+* The first contact with a stopped peer blocks a call for 62 s, and it holds a lock inside Mooncake: every other call
+  that starts a transfer, to any peer, waits as long. So one thread starts transfers and does nothing else.
+* A batch fails as soon as one of its pages fails; the others may still be written long after that. So each page is a
+  batch of its own, and a transfer ends when all of them have ended.
+* The calls that wait for a batch spin on a core. ``transfer_check_status`` does not wait, and takes no lock.
 
-Invariant: a transfer is RUNNING until Mooncake has told the end of every page that it was given.
+Invariant: a transfer is RUNNING until Mooncake has reported the end of every page that it was given.
 
-Threads: one at a time; the thread that starts transfers is the engine's own.
+Threads: one at a time; the transport has a thread of its own that starts transfers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from flexkv_sglang.backends.fleet.rdma.base import EngineError, Move, TransferState
+from flexkv_sglang.backends.fleet.transport import Move, RdmaError, TransferState
 from flexkv_sglang.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -33,25 +33,30 @@ logger = logging.getLogger(__name__)
 MODULE = "mooncake.engine"
 
 SETTLE_S = 300.0
-"""Bytes of a failed transfer came late in other people's hands (Mooncake#4247), on a fabric that we do not have."""
+"""Others saw late bytes of a failed transfer (Mooncake#4247), on a fabric that we could not test."""
 
 STUCK_S = 0.5
-"""A transfer takes a millisecond to start. When one has taken so long, others are refused: ZeroMQ is quicker."""
+"""A transfer starts within a millisecond. While one takes longer than this, others are refused: ZeroMQ is quicker."""
 
 _WAITED_MAX_S = 2.5
-"""One that has waited longer is not started any more: half of a hold is over."""
+"""A transfer that waited longer is not started: half of its lease is over."""
 
 _CLOSE_TIMEOUT_S = 1.0
 _DONE, _FAILED = 1, -1  # of transfer_check_status; 0 and -2 (its own time-out): not ended
 _REFUSED = (0, (1 << 64) - 1)  # of batch_transfer_async_read: instead of a batch
 _ERRORS = (RuntimeError, ValueError, TypeError, OverflowError, MemoryError)
-"""Of pybind11: what C++ threw, and arguments that do not fit."""
+"""Raised through pybind11: C++ exceptions, and arguments that do not fit."""
 
 _TARGET = re.compile(r"[A-Za-z0-9._-]{1,253}:[0-9]{1,5}")
 
 
+def open_transport(host: Callable[[], str]) -> MooncakeTransport:
+    """Called by ``transport.open_transport``."""
+    return MooncakeTransport(host())
+
+
 def load_engine() -> Any:
-    """The class ``TransferEngine``. Raises ``ConfigError`` if it is not there."""
+    """The class ``TransferEngine``. Raises ``ConfigError`` if Mooncake is not installed."""
     try:
         return importlib.import_module(MODULE).TransferEngine
     except (ImportError, AttributeError) as exc:
@@ -63,22 +68,24 @@ def load_engine() -> Any:
 
 
 class MooncakeTransfer:
-    """Pages on their way from ``target`` ("host:port"). ``start`` is called by the engine's thread, once.
+    """Pages on their way from ``target`` ("host:port"). The transport's thread calls ``start``, once.
 
-    Each flag is written by one thread only: ``_whole``, then ``_started`` by the engine's, ``_failed`` by the caller.
+    Each flag is written by one thread only: ``_whole``, then ``_started`` by that thread, ``_failed`` by the caller.
     """
 
     def __init__(self, engine: Any, target: str, moves: Sequence[Move]) -> None:
         self._engine, self._target, self._moves = engine, target, moves
         self._made = time.monotonic()
-        self._batches: deque[int] = deque()  # filled by the engine's thread, emptied by the caller
-        self._whole = False  # every page has been given to Mooncake
-        self._started = False  # and no more will be
+        self._batches: deque[int] = (
+            deque()
+        )  # filled by the transport's thread, emptied by the caller
+        self._whole = False  # Mooncake has taken every page
+        self._started = False  # Mooncake gets no more pages
         self._failed = False
         self._state = TransferState.RUNNING
 
     def start(self) -> None:
-        """Give all pages to Mooncake, or those before the first that it refuses."""
+        """Give Mooncake all pages, or those before the first that it refuses."""
         try:
             self._whole = self._give()
         except _ERRORS:
@@ -102,7 +109,7 @@ class MooncakeTransfer:
         """As ``Transfer``."""
         if self._state is not TransferState.RUNNING:
             return self._state
-        started = self._started  # before looking at the batches: so they are all there
+        started = self._started  # read it before the batches: then they are complete
         while self._batches:
             answer = self._look(self._batches[0])
             if answer not in (_DONE, _FAILED):
@@ -118,14 +125,14 @@ class MooncakeTransfer:
         try:
             return int(self._engine.transfer_check_status(batch))
         except _ERRORS:
-            logger.debug("Mooncake does not tell of a transfer", exc_info=True)
+            logger.debug("Mooncake does not report a transfer", exc_info=True)
             return 0  # it may still run
 
 
-class MooncakeEngine:
-    """``host``: name or IPv4 address that others reach this machine by. Raises ``ConfigError``.
+class MooncakeTransport:
+    """``host``: name or IPv4 address of this machine for others. Raises ``ConfigError``.
 
-    RDMA where Mooncake finds a device, else TCP. Its ports are its own.
+    It uses RDMA where Mooncake finds a device, else TCP, on ports of its own.
     """
 
     name = "mooncake"
@@ -142,11 +149,11 @@ class MooncakeEngine:
         self._address = 0
         self._running: list[MooncakeTransfer] = []
         self._jobs: queue.SimpleQueue[MooncakeTransfer | None] = queue.SimpleQueue()
-        self._busy_since = 0.0  # written by the thread; 0.0: it waits for a job
+        self._busy_since = 0.0  # written by the thread; 0.0: it is idle
         self._thread: threading.Thread | None = None
         try:
             self._engine = engine_class()
-            # the protocol's name decides nothing but where Mooncake's own buffers come from, and we use none
+            # "rdma" affects only where Mooncake allocates its own buffers, which we do not use
             status = self._engine.initialize(host, "P2PHANDSHAKE", "rdma", "")
         except _ERRORS as exc:
             status = f"{type(exc).__name__}: {exc}"
@@ -157,29 +164,29 @@ class MooncakeEngine:
             )
 
     def register(self, address: int, byte_count: int) -> None:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         assert not self._address, "registered twice"
         try:
             status = self._engine.register_memory(address, byte_count)
         except _ERRORS as exc:
             status = f"{type(exc).__name__}: {exc}"
         if status != 0:
-            raise EngineError(f"Mooncake cannot register {byte_count} bytes: {status}")
+            raise RdmaError(f"Mooncake cannot register {byte_count} bytes: {status}")
         self._address = address
 
     def blob(self) -> bytes:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         return f"{self._host}:{self._engine.get_rpc_port()}".encode("ascii")
 
     def read(self, blob: bytes, moves: Sequence[Move]) -> MooncakeTransfer:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         target = blob.decode("ascii", "replace")
         if not _TARGET.fullmatch(target):
-            raise EngineError(f"Mooncake cannot read from {target[:64]!r}")
+            raise RdmaError(f"Mooncake cannot read from {target[:64]!r}")
         self._running = [t for t in self._running if t.poll() is TransferState.RUNNING]
         since = self._busy_since
         if since and time.monotonic() - since > STUCK_S:
-            raise EngineError("Mooncake is stuck in a call to another node")
+            raise RdmaError("Mooncake is stuck in a call to another node")
         if self._thread is None:
             self._thread = self._start_thread()
         transfer = MooncakeTransfer(self._engine, target, moves)
@@ -192,7 +199,7 @@ class MooncakeEngine:
         try:
             thread.start()
         except RuntimeError as exc:
-            raise EngineError(f"no thread for Mooncake: {exc}") from exc
+            raise RdmaError(f"no thread for Mooncake: {exc}") from exc
         return thread
 
     def _run(self) -> None:
@@ -202,7 +209,7 @@ class MooncakeEngine:
             self._busy_since = 0.0
 
     def close(self) -> bool:
-        """As ``OneSidedEngine``. Waits for a second at most."""
+        """As ``RdmaTransport``. Waits for a second at most."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(_CLOSE_TIMEOUT_S)

@@ -1,9 +1,8 @@
-"""NIXL (its UCX back-end) as a one-sided engine. Imported only when ``share.engine`` asks for it.
+"""NIXL (its UCX back-end) as an RDMA transport. Loaded only for ``share.engine: nixl``.
 
-What was measured with 1.5.1 (decision 018): a killed peer is an error within 0.4 s; a stopped one is PROC for ever,
-whatever UCX's keep-alive is set to, so every deadline is the caller's; memory that is freed before it is deregistered
-ends the process with SIGSEGV; UCX listens on all interfaces, on ports of its own. NIXL's threads move the bytes, on
-both sides.
+Measured with 1.5.1 (decision 018): a killed peer is an error within 0.4 s; a stopped one stays PROC for ever with any
+keep-alive of UCX, so every deadline is the caller's; memory that is freed before it is deregistered ends the process
+with SIGSEGV; UCX listens on all interfaces, on ports of its own. NIXL's threads move the bytes on both sides.
 
 Threads: one at a time.
 """
@@ -16,23 +15,28 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flexkv_sglang.backends.fleet.rdma.base import EngineError, Move, TransferState
+from flexkv_sglang.backends.fleet.transport import Move, RdmaError, TransferState
 from flexkv_sglang.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 MODULES = ("nixl._api", "nixl_cu12._api", "nixl_cu13._api")
-"""Where releases have it; the first is also what SGLang imports, so that one process has one copy."""
+"""Its module in different releases. SGLang imports the first too, so one process has one copy."""
 
 SETTLE_S = 10.0
-"""No byte came later than the error, in one trial of 8 s."""
+"""In one trial of 8 s no byte came after the error."""
 
 REMOTES_MAX = 256
-"""Other sides that are remembered; beyond it the one not read from for longest is forgotten."""
+"""Other sides at most; beyond it the least recently read one is forgotten."""
+
+
+def open_transport(_host: Callable[[], str]) -> NixlTransport:
+    """Called by ``transport.open_transport``. NIXL finds this machine's addresses without help."""
+    return NixlTransport()
 
 
 def load_api() -> Any:
-    """NIXL's Python interface. Raises ``ConfigError`` if it is not there."""
+    """NIXL's Python interface. Raises ``ConfigError`` if NIXL is not installed."""
     reasons = []
     for name in MODULES:
         try:
@@ -46,7 +50,7 @@ def load_api() -> Any:
 
 
 def errors_of(api: Any) -> tuple[type[Exception], ...]:
-    """What its calls raise: its own exceptions have no class in common, and C++ brings some of Python's."""
+    """The exceptions its calls raise: its own, which have no common base, and Python's through C++."""
     bindings = importlib.import_module(api.nixl_agent.__module__.replace("_api", "_bindings"))
     own = [kind for kind in vars(bindings).values() if isinstance(kind, type)]
     own = [kind for kind in own if issubclass(kind, Exception)]
@@ -54,7 +58,7 @@ def errors_of(api: Any) -> tuple[type[Exception], ...]:
 
 
 class NixlTransfer:
-    """One transfer request. It is released when it ends; one that cannot be released has not ended."""
+    """One transfer request. It is released when it ends; a request that cannot be released is still RUNNING."""
 
     def __init__(self, agent: Any, handle: Any, errors: tuple[type[Exception], ...]) -> None:
         self._agent, self._handle, self._errors = agent, handle, errors
@@ -88,7 +92,7 @@ class NixlTransfer:
         self._state = TransferState.FAILED if self._failed else TransferState.DONE
 
 
-class NixlEngine:
+class NixlTransport:
     """An agent with the UCX back-end. Raises ``ConfigError`` if NIXL or that back-end is missing."""
 
     name = "nixl"
@@ -114,22 +118,22 @@ class NixlEngine:
             )
 
     def register(self, address: int, byte_count: int) -> None:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         assert self._memory is None, "registered twice"
         try:
             self._memory = self._agent.register_memory([(address, byte_count, 0, "")], "DRAM")
         except self._errors as exc:
-            raise EngineError(f"NIXL cannot register {byte_count} bytes: {_why(exc)}") from exc
+            raise RdmaError(f"NIXL cannot register {byte_count} bytes: {_why(exc)}") from exc
 
     def blob(self) -> bytes:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         try:
             return bytes(self._agent.get_agent_metadata())
         except self._errors as exc:
-            raise EngineError(f"NIXL does not tell its metadata: {_why(exc)}") from exc
+            raise RdmaError(f"NIXL does not give its metadata: {_why(exc)}") from exc
 
     def read(self, blob: bytes, moves: Sequence[Move]) -> NixlTransfer:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         self._forget_failed()
         try:
             remote = self._remote(blob)
@@ -142,7 +146,7 @@ class NixlEngine:
                 remote,
             )
         except self._errors as exc:
-            raise EngineError(f"NIXL cannot read: {_why(exc)}") from exc
+            raise RdmaError(f"NIXL cannot read: {_why(exc)}") from exc
         transfer = NixlTransfer(self._agent, handle, self._errors)
         self._running.append((remote, transfer))
         transfer.post()
@@ -156,7 +160,7 @@ class NixlEngine:
         return remote
 
     def _forget_failed(self) -> None:
-        """A connection that failed once stays so: NIXL makes a new one only to a side it does not know."""
+        """Forget sides whose transfer failed: NIXL reconnects only to a side that it does not know."""
         states = [(remote, transfer, transfer.poll()) for remote, transfer in self._running]
         self._running = [(r, t) for r, t, state in states if state is TransferState.RUNNING]
         failed = {remote for remote, _, state in states if state is TransferState.FAILED}
@@ -174,7 +178,7 @@ class NixlEngine:
             logger.debug("NIXL cannot forget %s", remote, exc_info=True)
 
     def close(self) -> bool:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         self._forget_failed()
         if self._running:
             return False

@@ -1,7 +1,7 @@
-"""Everything one process has going on with one peer: links, reads that wait, requests that are out.
+"""One process's traffic with one peer: links, waiting reads, outstanding requests.
 
-A read is cut into requests of 8 MiB (at least a page), two of which are out at a time: that keeps the link full and is
-all the credit a peer gets, so a reader never has more than 16 MiB, or two pages, on its way to it. Reads take turns.
+A read is cut into requests of 8 MiB (at least a page), two of which are outstanding at a time. That keeps the link full
+and bounds the bytes on their way to a reader: 16 MiB, or two pages. Reads take turns.
 
 Threads: the client's.
 """
@@ -19,7 +19,7 @@ from flexkv_sglang.backends.fleet.reader.health import REFUSED_S, PeerHealth
 from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, Arrived, PageOutcome, Pending
 from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
-from flexkv_sglang.backends.fleet.wire.link import Link, State
+from flexkv_sglang.backends.fleet.wire.link import Link, LinkState
 
 if TYPE_CHECKING:
     import zmq
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 REQUEST_BYTES = 8 << 20
 OUTSTANDING = 2
 LINKS = 1
-"""Connections to a peer. With two cores a second one only costs; for a link of 25 Gbit/s it has not been tried."""
+"""Connections to a peer. With two cores a second one is slower; on a link of 25 Gbit/s it is untested."""
 
 GREETING_S = 1.0
 RECEIVE_MAX = 4
-"""Messages of one link in a row, then the others' turn."""
+"""Messages of one link before another link's turn."""
 
 Count = Callable[[str, int], None]
 
 
 @dataclass(eq=False, slots=True)
 class Out:
-    """A request that is out: pages ``[first, first + count)`` of ``pending``, ``got`` of them answered."""
+    """An outstanding request: pages ``[first, first + count)`` of ``pending``, ``got`` of them answered."""
 
     pending: Pending
     link: Link
@@ -48,15 +48,15 @@ class Out:
 
 
 class PeerChannel:
-    """``open_link``: makes a link for pages of so many bytes. ``count``: for metrics."""
+    """``open_link``: opens a link to an address for pages of a size in bytes. ``count``: for metrics."""
 
     def __init__(
         self, health: PeerHealth, open_link: Callable[[str, int], Link], count: Count
     ) -> None:
         self.health = health
         self._open_link, self._count = open_link, count
-        self._rids = itertools.count(1)
-        self._waiting: deque[Pending] = deque()  # reads with pages that were not asked for yet
+        self._request_ids = itertools.count(1)
+        self._waiting: deque[Pending] = deque()  # reads with pages that are not requested yet
         self._out: dict[int, Out] = {}
         self._page_bytes = 0
         self._probe_until = 0.0
@@ -65,7 +65,7 @@ class PeerChannel:
 
     @property
     def idle(self) -> bool:
-        """Nothing is going on."""
+        """True without reads, requests and greeting."""
         return not self._waiting and not self._out and not self._probe_until
 
     def begin(self, pending: Pending) -> None:
@@ -75,7 +75,7 @@ class PeerChannel:
             self.pump()
 
     def pump(self) -> None:
-        """Ask for what may be asked for now; open links if there are too few."""
+        """Send the requests that may be sent now; open missing links."""
         self.used_at = time.monotonic()
         self._waiting = deque(p for p in self._waiting if not p.done and p.asked < p.end)
         if not self._waiting:
@@ -83,16 +83,13 @@ class PeerChannel:
         self._page_bytes = max(self._page_bytes, *(p.page_bytes for p in self._waiting))
         self._open_links()
         while self._waiting and len(self._out) < OUTSTANDING:
-            free = [link for link in self.links if link.state is State.READY]
+            free = [link for link in self.links if link.state is LinkState.READY]
             if not free:
                 return
             loads = [sum(out.link is link for out in self._out.values()) for link in free]
-            if (
-                loads[least := loads.index(min(loads))]
-                >= -(-OUTSTANDING // LINKS)
-                < len(self.links)
-            ):
-                return  # the others are still opening
+            least = loads.index(min(loads))
+            if loads[least] >= -(-OUTSTANDING // LINKS) < len(self.links):
+                return  # the other links are still opening
             self._request(free[least])
 
     def _open_links(self) -> None:
@@ -115,7 +112,7 @@ class PeerChannel:
         self._ask(link, pending, first, count)
 
     def _ask(self, link: Link, pending: Pending, first: int, count: int) -> None:
-        request_id = next(self._rids)
+        request_id = next(self._request_ids)
         budget_ms = max(1, int((pending.read.deadline - time.monotonic()) * 1000))
         keys = tuple(pending.read.keys[first : first + count])
         read = requests.Read(
@@ -129,16 +126,16 @@ class PeerChannel:
         return requests.pack_read(read)
 
     def receive(self, link: Link) -> None:
-        """Take what has come on a link, and see whether it is still alive."""
+        """Process the messages of a link, and check that it is alive."""
         before = link.state
         for _ in range(RECEIVE_MAX):
             answer = link.receive()
             if answer is None:
-                link.watch()  # only behind the last message: a peer may say goodbye after it
+                link.watch()  # only after the last message: a peer may disconnect behind it
                 break
             self.heard_at = time.monotonic()
             self._take(link, *answer)
-        if link.state is State.READY and before is State.OPENING:
+        if link.state is LinkState.READY and before is LinkState.OPENING:
             self.heard_at = time.monotonic()
             if self._probe_until:
                 self._probe_until = 0.0
@@ -152,9 +149,9 @@ class PeerChannel:
             return
         out = self._out.get(answer.request_id)
         if out is None:
-            return  # of a read that was given up
+            return  # its read has been abandoned
         if isinstance(answer, answers.End):
-            self._ended(link, answer, out)
+            self._take_end(link, answer, out)
         elif (
             answer.index != out.got
             or out.got + len(answer.checksums) > out.count
@@ -163,9 +160,9 @@ class PeerChannel:
             link.fail(f"wire: page {answer.index} out of order")
         else:
             out.got += len(answer.checksums)
-            self._pages(link, answer, out, frame)
+            self._take_pages(link, answer, out, frame)
 
-    def _pages(
+    def _take_pages(
         self, link: Link, pages: answers.PagesHeader, out: Out, frame: zmq.Frame | None
     ) -> None:
         place = out.first + pages.index
@@ -195,33 +192,34 @@ class PeerChannel:
                 self._count("remote_breaker_trips", 1)
 
     def _cancel_unwanted(self, pending: Pending) -> None:
-        """Requests for pages behind one that failed."""
-        for request_id in [
-            request_id for request_id, out in self._out.items() if out.pending is pending
-        ]:
+        """Cancel the requests for pages behind one that failed."""
+        for request_id in self._requests_of(pending):
             if self._out[request_id].first >= pending.end:
                 self._cancel(request_id)
 
+    def _requests_of(self, pending: Pending) -> list[int]:
+        return [request_id for request_id, out in self._out.items() if out.pending is pending]
+
     def _cancel(self, request_id: int) -> None:
-        """Nobody wants this request any more."""
+        """Remove a request, and tell the peer."""
         self._remove(request_id).link.send(requests.pack_cancel(request_id))
 
     def _remove(self, request_id: int) -> Out:
-        """This request is over."""
+        """End a request."""
         return self._out.pop(request_id)
 
-    def _ended(self, link: Link, end: answers.End, out: Out) -> None:
+    def _take_end(self, link: Link, end: answers.End, out: Out) -> None:
         del self._out[end.request_id]
         if end.sent != out.got:
             link.fail(f"wire: {out.got} pages came, {end.sent} were sent")
             self._failed(out, PageOutcome.FAILED)
             return
-        if out.got < out.count:  # a page before it failed, or nobody wants the rest
+        if out.got < out.count:  # an earlier page failed, or the rest is not wanted
             out.pending.fail(out.first + out.got, PageOutcome.FAILED)
         self._served(out)
 
     def _served(self, out: Out) -> None:
-        """A request has been answered to its end."""
+        """A request was answered completely."""
         if out.got:
             self.health.delivered()
         if all(other.pending is not out.pending for other in self._out.values()):
@@ -240,7 +238,7 @@ class PeerChannel:
         out.pending.fail(out.first + out.got, outcome)
 
     def lost(self, link: Link) -> None:
-        """A link is dead: what it was asked for fails, and the breaker opens if anybody waited for it."""
+        """A link is dead: its requests fail, and the breaker opens if a read or greeting waited for it."""
         if link not in self.links:
             return
         self.links.remove(link)
@@ -250,10 +248,10 @@ class PeerChannel:
         for request_id in victims:
             self._failed(self._remove(request_id), PageOutcome.FAILED)
         if wanted and not link.reason.endswith("NO_HELLO"):
-            self._trip(link.reason, REFUSED_S if link.state is State.REFUSED else None)
+            self._trip(link.reason, REFUSED_S if link.state is LinkState.REFUSED else None)
 
     def _trip(self, reason: str, pause_s: float | None = None) -> None:
-        """Open the breaker: everything under way fails."""
+        """Open the breaker: all reads of this peer fail."""
         self._probe_until = 0.0
         self.health.failed(reason, pause_s)
         self._count("remote_breaker_trips", 1)
@@ -261,7 +259,7 @@ class PeerChannel:
         self.close_links()
 
     def fail_all(self, outcome: PageOutcome) -> None:
-        """Nothing that is wanted will come."""
+        """Fail all reads."""
         for request_id in list(self._out):
             self._failed(self._remove(request_id), outcome)
         for pending in self._waiting:
@@ -274,10 +272,8 @@ class PeerChannel:
         self.close_links()
 
     def abandon(self, pending: Pending) -> None:
-        """Its time is over: late answers must not hold up later ones, nor a silent peer later reads."""
-        request_ids = [
-            request_id for request_id, out in self._out.items() if out.pending is pending
-        ]
+        """Its deadline is over. Late answers must not delay later ones, nor a silent peer later reads."""
+        request_ids = self._requests_of(pending)
         links = {self._out[request_id].link for request_id in request_ids}
         waited = bool(request_ids) or pending in self._waiting
         for request_id in request_ids:
@@ -297,7 +293,7 @@ class PeerChannel:
         self.pump()
 
     def tick(self, now: float) -> None:
-        """What time brings: reads that are late, a greeting for a peer whose breaker is open."""
+        """Abandon late reads, and greet a peer whose breaker is open."""
         for link in [link for link in self.links if not link.alive]:
             self.lost(link)
         reads = {*self._waiting, *(out.pending for out in self._out.values())}
@@ -311,7 +307,7 @@ class PeerChannel:
             self.links.append(self._open_link(self.health.address, self._page_bytes))
 
     def next_tick(self) -> float:
-        """When there is something for ``tick`` (``time.monotonic()`` seconds)."""
+        """Time of the next ``tick`` (``time.monotonic()`` seconds)."""
         times = [out.pending.read.deadline for out in self._out.values()]
         times += [pending.read.deadline for pending in self._waiting]
         if self._probe_until:

@@ -1,8 +1,8 @@
 """Reads pages of other nodes for one rank process. One thread owns all sockets; it starts with the first read.
 
-``usable`` and ``seconds_for`` look at memory only. A read ends by its deadline, whatever the peer does, and nothing
-is written to its targets after ``wait`` has returned (remote_read.py). A peer that is gone, silent or talks
-nonsense is left alone until a greeting in the background succeeds (peer_health.py).
+``usable`` and ``seconds_for`` read memory only. A read ends by its deadline, and nothing is written to its targets
+after ``wait`` has returned (read.py). A peer that is gone, silent or breaks the protocol is not read from until a
+greeting in the background succeeds (health.py).
 
 Threads: any. ``count`` is called with names of ``METRICS``, from the client's thread and from callers of ``begin``.
 """
@@ -18,12 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flexkv_sglang.backends.fleet.rdma.base import OneSidedEngine
 from flexkv_sglang.backends.fleet.reader.channel import Count, PeerChannel
 from flexkv_sglang.backends.fleet.reader.health import PeerHealth
-from flexkv_sglang.backends.fleet.reader.rdma_channel import EngineChannel
-from flexkv_sglang.backends.fleet.reader.rdma_memory import EngineReads
+from flexkv_sglang.backends.fleet.reader.rdma_channel import RdmaChannel
+from flexkv_sglang.backends.fleet.reader.rdma_memory import RdmaMemory
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
+from flexkv_sglang.backends.fleet.transport import RdmaTransport
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, ShareConfig
 from flexkv_sglang.backends.fleet.wire import curve
 from flexkv_sglang.backends.fleet.wire.link import Link
@@ -44,17 +44,17 @@ _LARGE_PIECE_BYTES = (32 << 20) - (64 << 10)
 
 
 class PeerClient:
-    """Made in a rank process, used by its transfer threads.
+    """One per rank process, used by its transfer threads.
 
-    ``engine``: used instead of the one that ``share.engine`` names. Raises ``ConfigError`` for a bad secret file, or an
-    engine that is not there.
+    ``transport``: used instead of the one that ``share.engine`` names. Raises ``ConfigError`` for a bad secret file or
+    a missing transport.
     """
 
     def __init__(
-        self, share: ShareConfig, count: Count, engine: OneSidedEngine | None = None
+        self, share: ShareConfig, count: Count, transport: RdmaTransport | None = None
     ) -> None:
         self._share, self._secret = share, curve.load_secret(share)
-        self._engine = EngineReads.of(share, engine)
+        self._rdma = RdmaMemory.of(share, transport)
         self._count = count
         self._lock = threading.Lock()
         self._healths: dict[NodeId, PeerHealth] = {}  # guarded by _lock
@@ -66,24 +66,24 @@ class PeerClient:
         self._polled: dict[zmq.Socket[bytes], tuple[PeerChannel, Link]] = {}
 
     def usable(self, node_id: NodeId, epoch: int, address: str) -> bool:
-        """May this peer be read from now? Memory only."""
+        """True if this peer may be read from now."""
         health = self._healths.get(node_id)
         if health is None or (health.epoch, health.address) != (epoch, address):
             return True
         return health.usable()
 
     def is_open(self, node_id: NodeId) -> str:
-        """Why the breaker of this peer is open; "": it is closed."""
+        """The reason for which this peer's breaker is open; "": it is closed."""
         health = self._healths.get(node_id)
         return health.reason or "open" if health is not None and health.is_open else ""
 
     def seconds_for(self, node_id: NodeId, byte_count: int) -> float:
-        """How long a read of so many bytes takes at the rates of the last half minute; 0.0: not known."""
+        """Seconds for a read of ``byte_count`` bytes at the rates of the last half minute; 0.0: unknown."""
         health = self._healths.get(node_id)
         return health.seconds_for(byte_count) if health is not None else 0.0
 
     def begin(self, read: RemoteRead) -> Pending:
-        """Start a read; ``wait`` on what is returned. Pages that will not make it by the deadline are not asked for."""
+        """Start a read; call ``wait`` on the result. Pages that would miss the deadline are not requested."""
         pending = Pending(read, self._abandon)
         health = self._health(read)
         if not read.keys:
@@ -113,7 +113,7 @@ class PeerClient:
                 health = self._healths[read.node_id] = PeerHealth(
                     read.node_id, read.epoch, read.address
                 )
-        if health.meet(read.epoch, read.address):
+        if health.set_identity(read.epoch, read.address):
             self._post(lambda: self._renew(health))
         return health
 
@@ -155,8 +155,8 @@ class PeerClient:
             if thread.is_alive():
                 return
             os.close(self._wake_fd)
-        if self._engine is not None and (first or thread is not None):
-            self._engine.close()
+        if self._rdma is not None and (first or thread is not None):
+            self._rdma.close()
 
     # ---- the client's thread, from here on ----
 
@@ -195,7 +195,7 @@ class PeerClient:
                 channel, link = entry
                 channel.receive(link)
                 channel.pump()
-        while self._todo:  # behind what has arrived: a read that is given up may have been answered
+        while self._todo:  # after the answers: an abandoned read may have been answered
             self._todo.popleft()()
         self._tick(time.monotonic())
         self._forget_closed()
@@ -204,8 +204,8 @@ class PeerClient:
         for health in list(self._healths.values()):
             if health.probe_due():
                 self._channel(health)
-        if self._engine is not None:
-            self._engine.tick(now)
+        if self._rdma is not None:
+            self._rdma.tick(now)
         for node_id, channel in list(self._channels.items()):
             channel.tick(now)
             if channel.idle and now - channel.used_at > IDLE_S:
@@ -229,12 +229,12 @@ class PeerClient:
         def open_link(address: str, page_bytes: int) -> Link:
             return self._open(health.node_id, address, page_bytes)
 
-        if self._engine is None:
+        if self._rdma is None:
             return PeerChannel(health, open_link, self._count)
-        return EngineChannel(health, open_link, self._count, self._engine)
+        return RdmaChannel(health, open_link, self._count, self._rdma)
 
     def _renew(self, health: PeerHealth) -> None:
-        """It has a new epoch or address."""
+        """The peer has a new epoch or address."""
         channel = self._channels.get(health.node_id)
         if channel is not None:
             channel.renew()
@@ -256,12 +256,11 @@ class PeerClient:
 
 
 def _let_malloc_keep_messages() -> None:
-    """Free a piece of almost 32 MiB, which was never touched.
+    """Allocate and free almost 32 MiB, untouched, so that malloc reuses the memory of messages.
 
-    ZeroMQ allocates each message by itself. glibc maps a piece above its threshold anew each time, and the kernel has
-    to clear all of it; but the threshold rises to the largest piece of up to 32 MiB that was ever freed (mallopt(3),
-    M_MMAP_THRESHOLD). Most processes with torch have freed one; a young one may not. Where malloc is another one,
-    or its threshold was set, nothing changes.
+    ZeroMQ allocates each message separately. glibc maps a piece above its threshold each time, and the kernel clears
+    all of it. The threshold rises to the largest piece of up to 32 MiB that was ever freed (mallopt(3),
+    M_MMAP_THRESHOLD). Most processes with torch have freed one already. Other mallocs ignore this.
     """
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p

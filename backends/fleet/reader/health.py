@@ -1,8 +1,8 @@
-"""What one process thinks of one peer: breaker, pauses, rates. Memory only; nothing here talks to the peer.
+"""One peer's breaker, pauses and measured rates, as seen by one process. No network here.
 
-The breaker opens when a peer is silent, gone or talks nonsense; while it is open, reads cost nothing. A greeting
+The breaker opens when a peer is silent, gone or breaks the protocol; while it is open, reads cost nothing. A greeting
 by the client's thread closes it, never a user's read. MISS never opens it, BUSY makes a short pause. A new epoch
-or address is a new start.
+or address resets everything.
 
 Threads: any.
 """
@@ -26,14 +26,14 @@ REFUSED_S = 60.0
 CORRUPT_MAX, CORRUPT_WITHIN_S, CORRUPT_S = 3, 60.0, 60.0
 BUSY_S = (0.05, 0.2)
 RATE_KEPT_S = 30.0
-"""After this long without a read the measured rates say nothing: else a peer once slow would never be asked again."""
+"""Measured rates are dropped after this long without a read: else a peer that was slow once would never be asked."""
 
 _WEIGHT = 0.3
 _PROBED_AFTER_ASKED_S = 120.0
 
 
 class PeerHealth:
-    """Closed: may be read from. Open: not until a greeting succeeds."""
+    """A breaker. Closed: reads are allowed. Open: not until a greeting succeeds."""
 
     def __init__(
         self, node_id: NodeId, epoch: int, address: str, clock: Callable[[], float] = time.monotonic
@@ -54,8 +54,8 @@ class PeerHealth:
         self._rate = self._first_byte = self._measured_at = 0.0
         self._asked_at = self._clock()
 
-    def meet(self, epoch: int, address: str) -> bool:
-        """It has this epoch and address now. True: it is not the one that was known."""
+    def set_identity(self, epoch: int, address: str) -> bool:
+        """Set the current epoch and address. True: they have changed, and the state was reset."""
         with self._lock:
             if (epoch, address) == (self.epoch, self.address):
                 return False
@@ -64,17 +64,17 @@ class PeerHealth:
 
     @property
     def is_open(self) -> bool:
-        """Is the breaker open?"""
+        """True while the breaker is open."""
         return self._open
 
     def usable(self) -> bool:
-        """May it be read from now?"""
+        """True if it may be read from now."""
         with self._lock:
             now = self._asked_at = self._clock()
             return not self._open and now >= self._busy_until
 
     def failed(self, reason: str, pause_s: float | None = None) -> None:
-        """Open, for twice as long as the last time, or for ``pause_s``."""
+        """Open, for twice the last pause or for ``pause_s``."""
         with self._lock:
             first = not self._open
             self._backoff.failed(pause_s)
@@ -83,7 +83,7 @@ class PeerHealth:
             logger.warning("node %s at %s is not read from: %s", self.node_id, self.address, reason)
 
     def recovered(self) -> None:
-        """It greeted us: close."""
+        """A greeting succeeded: close."""
         with self._lock:
             was_open, self._open = self._open, False
             self.reason = ""
@@ -91,17 +91,17 @@ class PeerHealth:
             logger.info("node %s at %s is read from again", self.node_id, self.address)
 
     def delivered(self) -> None:
-        """It has sent pages: the next pause is a short one again."""
+        """The peer sent pages: the next pause is the shortest again."""
         with self._lock:
             self._backoff.reset()
 
     def busy(self) -> None:
-        """It has too much to do: leave it alone for a moment."""
+        """The peer is overloaded: pause for a moment."""
         with self._lock:
             self._busy_until = self._clock() + random.uniform(*BUSY_S)
 
     def corrupt(self) -> bool:
-        """It sent a page that is not what it should be. True: too many, the breaker is open now."""
+        """Count a page with a wrong checksum. True: there were too many, and the breaker is open now."""
         now = self._clock()
         with self._lock:
             self._corrupt.append(now)
@@ -113,12 +113,12 @@ class PeerHealth:
         return several
 
     def probe_due(self) -> bool:
-        """Is it time to greet it? Only while somebody asks for it."""
+        """True when a greeting is due. Peers that no read has asked for lately are not greeted."""
         wanted = self._clock() - self._asked_at < _PROBED_AFTER_ASKED_S
         return self._open and self._backoff.due and wanted
 
     def measured(self, byte_count: int, seconds: float, first_byte_s: float) -> None:
-        """One request's bytes, the time they took after the first ones, and the time to these."""
+        """Add one read: its bytes, the seconds they took after the first ones, and the seconds to the first."""
         now = self._clock()
         rate = byte_count / max(seconds, 1e-6)
         with self._lock:
@@ -131,14 +131,14 @@ class PeerHealth:
                 self._first_byte += _WEIGHT * (first_byte_s - self._first_byte)
 
     def seconds_for(self, byte_count: int) -> float:
-        """How long a read of so many bytes takes; 0.0: not known."""
+        """Seconds for a read of ``byte_count`` bytes; 0.0: unknown."""
         with self._lock:
             if not self._rate or self._clock() - self._measured_at > RATE_KEPT_S:
                 return 0.0
             return self._first_byte + byte_count / self._rate
 
     def bytes_within(self, seconds: float) -> float:
-        """How many bytes can be had in that time; infinite: not known."""
+        """Bytes that arrive within that time; infinite: unknown."""
         with self._lock:
             if not self._rate or self._clock() - self._measured_at > RATE_KEPT_S:
                 return float("inf")

@@ -1,8 +1,8 @@
-"""A channel whose pages are fetched by a one-sided engine, if the peer has it too: OFFER, OFFERED, fetch, DONE.
+"""A channel that fetches pages with an RDMA transport if the peer has it too: OFFER, OFFERED, fetch, DONE.
 
-Whatever goes wrong with the engine, the same pages are asked for over ZeroMQ, and all others of that peer for a minute.
-A fetch ends by half of the peer's hold, counted from before the peer was asked: so the peer does not use that memory
-again while the engine reads it, whatever the two clocks say.
+After an error of the transport the same pages are read over ZeroMQ, and all others of that peer for a minute.
+A fetch ends by half of the peer's lease, counted from before the peer was asked: so the peer does not reuse that memory
+while the transport reads it, although the two clocks differ.
 
 Threads: the client's.
 """
@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flexkv_sglang.backends.fleet.rdma.base import EngineError, TransferState
 from flexkv_sglang.backends.fleet.reader.channel import Count, Out, PeerChannel
 from flexkv_sglang.backends.fleet.reader.health import PeerHealth
-from flexkv_sglang.backends.fleet.reader.rdma_memory import FALLBACK_S, EngineReads, Fetch
+from flexkv_sglang.backends.fleet.reader.rdma_memory import FALLBACK_S, Fetch, RdmaMemory
 from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, PageOutcome, Pending
+from flexkv_sglang.backends.fleet.transport import RdmaError, TransferState
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class EngineChannel(PeerChannel):
-    """As ``PeerChannel``; ``engine``: this process's. A request is an OFFER while it is in ``_fetches``."""
+class RdmaChannel(PeerChannel):
+    """A ``PeerChannel`` over ``memory``. A request is an OFFER while it is in ``_fetches``."""
 
     def __init__(
         self,
         health: PeerHealth,
         open_link: Callable[[str, int], Link],
         count: Count,
-        engine: EngineReads,
+        memory: RdmaMemory,
     ) -> None:
         super().__init__(health, open_link, count)
-        self._engine = engine
+        self._memory = memory
         self._fallback = Backoff(FALLBACK_S, FALLBACK_S)  # while it is not due: over ZeroMQ
         self._fetches: dict[int, Fetch] = {}
 
@@ -51,11 +51,11 @@ class EngineChannel(PeerChannel):
         welcome = out.link.welcome
         if (
             welcome is None
-            or self._engine.name not in welcome.info.engines
+            or self._memory.name not in welcome.info.engines
             or not self._fallback.due
         ):
             return super()._pack(read)
-        fetch = self._engine.take(out.count, out.pending.page_bytes)
+        fetch = self._memory.take(out.count, out.pending.page_bytes)
         if fetch is None:
             return super()._pack(read)
         self._fetches[read.request_id] = fetch
@@ -73,16 +73,16 @@ class EngineChannel(PeerChannel):
             super()._take(link, answer, frame)
 
     def _offered(self, link: Link, offered: answers.Offered) -> None:
-        """The peer holds pages for the engine."""
+        """The peer has leased pages to us."""
         request_id = offered.request_id
         out, fetch = self._out.get(request_id), self._fetches.get(request_id)
-        if out is None:  # of a read that was given up
+        if out is None:  # its read has been abandoned
             link.send(requests.pack_done(offered.lease))
             return
         if fetch is None or fetch.transfer is not None or out.link is not link:
             link.fail("wire: an offer out of place")
             return
-        fetch.hold = offered.lease
+        fetch.lease = offered.lease
         pages = list(itertools.takewhile(lambda page: page.status is PageStatus.OK, offered.pages))
         lengths = {page.length for page in pages}
         if len(offered.pages) > out.count or lengths - {out.pending.page_bytes}:
@@ -98,12 +98,12 @@ class EngineChannel(PeerChannel):
             self.pump()
             return
         try:
-            self._engine.start(fetch, wanted, offered.lease_ms, offered.blob)
-        except EngineError as exc:
+            self._memory.start(fetch, wanted, offered.lease_ms, offered.blob)
+        except RdmaError as exc:
             self._fall_back(request_id, str(exc))
 
     def _fail_behind(self, out: Out, offered: answers.Offered, count: int) -> None:
-        """The page behind the first ``count`` of an offer is not there."""
+        """The peer lacks the page behind the first ``count`` of an offer."""
         outcome = PageOutcome.FAILED  # an offer that ends early
         if count < len(offered.pages):
             outcome = OUTCOME_OF[offered.pages[count].status]
@@ -112,29 +112,29 @@ class EngineChannel(PeerChannel):
         out.pending.fail(out.first + count, outcome)
         self._cancel_unwanted(out.pending)
 
-    def _look_at_fetches(self, now: float) -> None:
+    def _poll_fetches(self, now: float) -> None:
         for request_id, fetch in list(self._fetches.items()):
             if fetch.transfer is None or self._fetches.get(request_id) is not fetch:
                 continue
             state = fetch.transfer.poll()
-            if (
-                now >= fetch.deadline
-            ):  # also if it is done: the memory may have been another page's by then
-                self._fall_back(request_id, "a transfer did not end within half of the peer's hold")
+            if now >= fetch.deadline:  # DONE is too late too: the peer may have reused that memory
+                self._fall_back(
+                    request_id, "a transfer did not end within half of the peer's lease"
+                )
             elif state is TransferState.DONE:
                 self._fetched(request_id, fetch)
             elif state is TransferState.FAILED:
                 self._fall_back(request_id, "a transfer failed")
 
     def _fetched(self, request_id: int, fetch: Fetch) -> None:
-        """The bytes are here."""
+        """The bytes are in the slab: deliver them."""
         out = self._out[request_id]
         self.heard_at = time.monotonic()
         for index, page in enumerate(fetch.pages):
             head = answers.PagesHeader(
                 request_id, index, page.status, page.kind, page.length, (page.checksum,)
             )
-            self._deliver(out.link, head, out, self._engine.landed(fetch, index))
+            self._deliver(out.link, head, out, self._memory.fetched(fetch, index))
         out.got = len(fetch.pages)
         out.pending.arrived(out.got * out.pending.page_bytes, self.heard_at)
         self._remove(request_id)
@@ -143,34 +143,34 @@ class EngineChannel(PeerChannel):
 
     def _cancel(self, request_id: int) -> None:
         fetch = self._fetches.get(request_id)
-        if fetch is None or not fetch.hold:
+        if fetch is None or not fetch.lease:
             super()._cancel(request_id)
         else:
             self._remove(request_id)
 
     def _remove(self, request_id: int) -> Out:
-        """Also for the engine, and for the peer: what its engine may still read is of no use to anybody."""
+        """Give the memory back, and end the peer's lease."""
         out, fetch = super()._remove(request_id), self._fetches.pop(request_id, None)
         if fetch is not None:
-            self._engine.give_back(fetch)
-            if fetch.hold and out.link.alive:
-                out.link.send(requests.pack_done(fetch.hold))
+            self._memory.give_back(fetch)
+            if fetch.lease and out.link.alive:
+                out.link.send(requests.pack_done(fetch.lease))
         return out
 
     def _fall_back(self, request_id: int, reason: str) -> None:
-        """This request's pages over ZeroMQ instead."""
-        self._leave_engine(reason)
+        """Read this request's pages over ZeroMQ instead."""
+        self._pause_rdma(reason)
         out = self._remove(request_id)
         count = min(out.count, out.pending.end - out.first)
         if not out.link.alive:
-            # DONE could not be sent: the peer is gone, and ``lost`` does not know of this request any more
+            # the peer is gone, and ``lost`` cannot fail this request, which was removed
             self._failed(out, PageOutcome.FAILED)
         elif count > 0 and not out.pending.done:
             self._ask(out.link, out.pending, out.first, count)
         else:
             self.pump()
 
-    def _leave_engine(self, reason: str) -> None:
+    def _pause_rdma(self, reason: str) -> None:
         if self._fallback.due:
             node_id = self.health.node_id
             logger.warning("node %s is read over zmq for %g s: %s", node_id, FALLBACK_S, reason)
@@ -178,33 +178,33 @@ class EngineChannel(PeerChannel):
         self._fallback.failed(FALLBACK_S)
 
     def renew(self) -> None:
-        """Another process: nothing is known against its engine."""
+        """The peer restarted: its transport may be used again."""
         super().renew()
         self._fallback = Backoff(FALLBACK_S, FALLBACK_S)
 
     def abandon(self, pending: Pending) -> None:
-        """A transfer that is late is the engine's fault, not a silence of the peer."""
+        """A late transfer counts against the transport, not as silence of the peer."""
         late = [
             request_id
-            for request_id, fetch in self._fetches.items()
-            if fetch.transfer is not None and self._out[request_id].pending is pending
+            for request_id in self._requests_of(pending)
+            if (fetch := self._fetches.get(request_id)) is not None and fetch.transfer is not None
         ]
         for request_id in late:
             self._remove(request_id)
         if late:
-            self._leave_engine("a transfer did not end by the deadline of its read")
+            self._pause_rdma("a transfer did not end by the deadline of its read")
             self.heard_at = time.monotonic()
         super().abandon(pending)
         if late:
             self.pump()
 
     def tick(self, now: float) -> None:
-        """As before, and what the engine has done."""
-        self._look_at_fetches(now)
+        """As ``PeerChannel``; also polls the transfers."""
+        self._poll_fetches(now)
         super().tick(now)
 
     def next_tick(self) -> float:
-        """At once while the engine is at work: it wakes nobody."""
+        """At once while a transfer runs: its end wakes no poll."""
         if any(fetch.transfer is not None for fetch in self._fetches.values()):
             return 0.0
         return super().next_tick()

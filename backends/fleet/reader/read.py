@@ -1,8 +1,8 @@
-"""One read of pages at another node, and what became of each. Nothing is written to the targets after ``wait``.
+"""One read of pages at another node, and the outcome of each. Nothing is written to the targets after ``wait``.
 
-Every page is looked at first in ZeroMQ's memory, or an engine's slab: status, length, kind and checksum. Only then is
-it copied, in one go and under the read's lock; ``wait`` takes that lock before it returns, and whatever comes later
-finds the read closed. The first page that fails ends the read: SGLang uses the leading run.
+Every page is verified in ZeroMQ's memory, or in the RDMA slab: status, length, kind and checksum. Then it is copied
+under the read's lock. ``wait`` takes that lock before it returns, and pages that come later find the read closed.
+The first page that fails ends the read: SGLang uses the leading run.
 
 Threads: one waits, one (the client's) delivers.
 """
@@ -26,18 +26,18 @@ from flexkv_sglang.backends.fleet.wire.protocol import Bytes, stride_of
 from flexkv_sglang.types import PageBuffers, PageKey
 
 _SMALL = 64 << 10
-_move_holding = ctypes.PyDLL(
-    None
-).memmove  # keeps the GIL: giving it up costs more than a small copy
+_move_holding = ctypes.PyDLL(None).memmove
+"""Keeps the GIL: to release it costs more than a small copy."""
+
 _move_holding.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _move_holding.restype = None
 
 
 class PageOutcome(IntEnum):
-    """What became of one page. OK: verified, and in its target. SKIPPED: not asked for, or not any more.
+    """Outcome of one page. OK: verified, and in its target. SKIPPED: not wanted, because an earlier page failed.
 
     MISS: the peer does not have it, or only with a weaker checksum. BUSY: ask again in a moment. LATE: the
-    deadline came first. CORRUPT: other bytes than its checksum is of. FAILED: peer gone, or breaker open.
+    deadline came first. CORRUPT: its checksum does not match. FAILED: the peer is gone, or its breaker is open.
     """
 
     OK = 0
@@ -59,9 +59,9 @@ OUTCOME_OF = {
 
 @dataclass(frozen=True, slots=True)
 class RemoteRead:
-    """``keys[i]`` into ``targets`` row ``i``, from the node ``node_id`` at ``address`` ("host:port").
+    """Reads ``keys[i]`` into ``targets`` row ``i``, from the node ``node_id`` at ``address`` ("host:port").
 
-    ``namespace``: 16 bytes. ``accepted``: kinds of checksum that count. ``deadline``: ``time.monotonic()`` s.
+    ``namespace``: 16 bytes. ``accepted``: kinds of checksum. ``deadline``: ``time.monotonic()`` seconds.
     """
 
     node_id: NodeId
@@ -78,22 +78,22 @@ class RemoteRead:
 
 
 class Arrived(Protocol):
-    """Pages' bytes: a ZeroMQ frame, or what an engine has fetched."""
+    """Bytes of pages: a ZeroMQ frame, or a ``FetchedPage``."""
 
     @property
     def buffer(self) -> Bytes:
-        """As ``PagesHeader`` says."""
+        """Laid out as ``PagesHeader`` says."""
         ...
 
 
 class Pending:
-    """A read under way. ``read`` says which. The memory of its targets must stay until ``wait`` has returned."""
+    """A read under way. The memory of its targets must stay until ``wait`` has returned."""
 
     def __init__(self, read: RemoteRead, abandon: Callable[[Pending], None]) -> None:
         self.read = read
         self.page_bytes = read.targets.payload_bytes
         self.begun = time.monotonic()
-        self.asked = 0  # pages requested so far; the client's thread only, like the next line
+        self.asked = 0  # pages requested; the client's thread only, like the next line
         self.first_at, self.first_bytes, self.byte_count = 0.0, 0, 0
         self._abandon = abandon
         self._lock = threading.Lock()
@@ -104,18 +104,18 @@ class Pending:
 
     @property
     def end(self) -> int:
-        """Pages from here on are not wanted any more."""
+        """Pages from this index on are not wanted."""
         return self._end
 
     @property
     def done(self) -> bool:
-        """Is everything decided?"""
+        """True when every wanted page has its outcome."""
         return self._done.is_set()
 
     def wait(self) -> list[PageOutcome]:
-        """What became of each page, by the deadline. After this nothing is written to the targets."""
+        """Wait until the deadline; the outcome of each page. Nothing is written to the targets afterwards."""
         self._done.wait(max(0.0, self.read.deadline - time.monotonic()))
-        with self._lock:  # a page that is being copied right now is copied to its end
+        with self._lock:  # waits for the end of a copy
             self._closed = True
             undone = self._left > 0
             outcomes = [
@@ -131,9 +131,9 @@ class Pending:
     def deliver(
         self, first: int, pages: PagesHeader, frame: Arrived
     ) -> tuple[int, PageOutcome | None]:
-        """Pages from ``first`` on have come: verify and copy each.
+        """Verify and copy the pages from ``first`` on.
 
-        Returns how many are OK, and what the next one is; None: there is none, or nobody wants it any more.
+        Returns the number of OK pages, and the outcome of the next one; None: there is none, or it is not wanted.
         """
         data = np.frombuffer(frame.buffer, np.uint8)
         source, stride = data.ctypes.data, stride_of(self.page_bytes)
@@ -160,19 +160,19 @@ class Pending:
         return page_checksum(kind, self.read.keys[index], parts)
 
     def arrived(self, byte_count: int, now: float) -> None:
-        """So many bytes have come, for the measured rates. The client's thread only."""
+        """Count bytes for the measured rates. The client's thread only."""
         self.byte_count += byte_count
         if not self.first_at:
             self.first_at, self.first_bytes = now, byte_count
 
     def fail(self, index: int, outcome: PageOutcome) -> None:
-        """This page will not come, and those behind it are not wanted any more."""
+        """Set the outcome of a page. Those behind it are not wanted any more."""
         with self._lock:
             if index < self._end and self._outcomes[index] is None:
                 self._decide(index, outcome)
 
     def cut(self, count: int) -> None:
-        """Only the first ``count`` pages are wanted."""
+        """Want only the first ``count`` pages."""
         with self._lock:
             self._cut(count)
 
@@ -193,7 +193,7 @@ class Pending:
 
 
 def _copy(source: int, targets: Sequence[int], lengths: Sequence[int]) -> None:
-    """One page, from one place to several."""
+    """Scatter one page to several buffers."""
     for target, length in zip(targets, lengths, strict=True):
         move = _move_holding if length <= _SMALL else ctypes.memmove
         move(target, source, length)

@@ -1,9 +1,9 @@
-"""The page server's side of SNAP and POLL: a node's own changes, told to its followers.
+"""The page server's side of SNAPSHOT and POLL: a node sends its own changes to its followers.
 
 Arrays are built in the worker's thread and kept for a second, since many followers ask at once after a restart. A
-snapshot goes out a part at a time, two per follower in flight, so that it does not crowd out pages.
+snapshot leaves in parts, two per follower in flight, so that it does not crowd out pages.
 
-Threads: the server's loop, but for what is handed to the worker.
+Threads: the server's loop; ``build`` functions run in the worker's thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.server.queue import Reader
-from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, Snapshot, namespace_name
+from flexkv_sglang.backends.fleet.vocabulary import ServedNode, Snapshot, namespace_name
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.answers import UnavailableReason
 from flexkv_sglang.threads import JobPool, PoolJob
@@ -27,8 +27,8 @@ SNAPSHOT_KEPT_S = 1.0
 SENDING_MAX = 64
 PARTS_IN_FLIGHT = 2
 
-Send = Callable[[Reader, "list[bytes]"], "zmq.MessageTracker | None"]
-"""Sends frames; None: the reader is gone."""
+SendTracked = Callable[[Reader, "list[bytes]"], "zmq.MessageTracker | None"]
+"""Sends frames. None: the reader is gone."""
 
 
 @dataclass(eq=False, slots=True)
@@ -41,17 +41,15 @@ class _Sending:
 
 
 class ServeFeeds:
-    """``logs``: namespace -> its changes here, or None."""
+    """Sends the changes of ``node``."""
 
-    def __init__(
-        self, logs: Callable[[str], ChangeLog | None], worker: JobPool, send: Send
-    ) -> None:
-        self._logs, self._worker, self._send = logs, worker, send
+    def __init__(self, node: ServedNode, worker: JobPool, send: SendTracked) -> None:
+        self._node, self._worker, self._send = node, worker, send
         self._kept: dict[bytes, tuple[float, Snapshot]] = {}  # used by the worker's thread only
         self._sending: deque[_Sending] = deque()
 
-    def snap(self, reader: Reader, ask: requests.SnapshotRequest) -> None:
-        """Answer with all parts, one after the other, or with GONE."""
+    def snapshot(self, reader: Reader, ask: requests.SnapshotRequest) -> None:
+        """Answer with all parts, one after the other, or with UNAVAILABLE."""
 
         def build() -> Callable[[], None]:
             snapshot = self._snapshot(ask.namespace)
@@ -60,10 +58,10 @@ class ServeFeeds:
         self._ask(reader, ask.request_id, build)
 
     def poll(self, reader: Reader, ask: requests.Poll) -> None:
-        """Answer with CHANGES, or with GONE."""
+        """Answer with CHANGES, or with UNAVAILABLE."""
 
         def build() -> Callable[[], None]:
-            log = self._logs(namespace_name(ask.namespace))
+            log = self._node.changes_of(namespace_name(ask.namespace))
             changes = log.since(ask.epoch, ask.last) if log is not None else None
             if changes is not None:
                 frames = answers.pack_changes(ask.request_id, changes)
@@ -84,7 +82,7 @@ class ServeFeeds:
             busy()
 
     def advance(self) -> bool:
-        """Send what may go now; True while something is left."""
+        """Send the parts that may go now; True while parts are left."""
         for _ in range(len(self._sending)):
             sending = self._sending.popleft()
             if not sending.reader.gone and self._advance(sending):
@@ -110,7 +108,7 @@ class ServeFeeds:
         now = time.monotonic()
         self._kept = {ns: kept for ns, kept in self._kept.items() if now < kept[0]}
         if namespace not in self._kept:
-            log = self._logs(namespace_name(namespace))
+            log = self._node.changes_of(namespace_name(namespace))
             if log is None:
                 return None
             self._kept[namespace] = (now + SNAPSHOT_KEPT_S, log.snapshot())

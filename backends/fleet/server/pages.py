@@ -1,11 +1,10 @@
-"""The page server's side of READ and OFFER: pages from a source into slabs, from slabs to the reader.
+"""The page server's side of READ: pages from a source into slabs, from slabs to the reader, in the request's order.
 
-What is read in one turn lies side by side and goes out in a few messages, from the slab and without a copy. The slab
-is used again only when ZeroMQ has let go of it: earlier, a reader would get other pages' bytes under these checksums.
-Answers of a request go out in its order.
-An OFFER's pages stay in the slabs, where the reader's engine fetches them, until DONE or the end of their hold.
+The pages of one turn lie side by side and leave in a few messages, from the slab and without a copy. A slab is reused
+only when ZeroMQ has released its frame: earlier, a reader would get other pages' bytes under these checksums.
+The pages of an OFFER stay in the slabs under a lease (offers.py).
 
-Threads: the server's loop, but for ``PageSource.read``, which the disk's thread calls.
+Threads: the server's loop, but ``PageSource.read`` is called by the disk's thread.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.fleet.rdma.base import OneSidedEngine
-from flexkv_sglang.backends.fleet.server.holds import Hold, ServeHolds
-from flexkv_sglang.backends.fleet.server.queue import Reader, Request, ServeQueue, Turn
+from flexkv_sglang.backends.fleet.server.offers import Offers, take_offsets
+from flexkv_sglang.backends.fleet.server.queue import Reader, Request, Send, ServeQueue, Turn
 from flexkv_sglang.backends.fleet.slabs import ServeSlabs
+from flexkv_sglang.backends.fleet.transport import RdmaTransport
 from flexkv_sglang.backends.fleet.vocabulary import (
     MISSING,
-    PageSource,
     PageStatus,
+    ServedNode,
     ServedPage,
     ShareConfig,
     namespace_name,
@@ -35,55 +34,49 @@ from flexkv_sglang.threads import JobPool
 if TYPE_CHECKING:
     import zmq
 
-Send = Callable[[Reader, "Sequence[bytes | zmq.Frame]"], bool]
-"""Sends frames; False: the reader is gone, and its requests are over."""
-
 
 class ServePages:
-    """``sources``: namespace -> its pages here, or None. Counts into ``counts``. ``engine``: may read the slabs.
+    """Serves the pages of ``node``. Counts into ``counts``.
 
-    Raises ``EngineError`` if it does not take them.
+    ``transport``: may read the slabs. Raises ``RdmaError`` if it does not take them.
     """
 
     def __init__(
         self,
         share: ShareConfig,
-        sources: Callable[[str], PageSource | None],
+        node: ServedNode,
         disk: JobPool,
         send: Send,
         counts: Counter[str],
-        engine: OneSidedEngine | None = None,
+        transport: RdmaTransport | None = None,
     ) -> None:
-        self._sources, self._disk, self._send, self.counts = sources, disk, send, counts
+        self._node, self._disk, self._send, self.counts = node, disk, send, counts
         self._slabs = ServeSlabs(share.serve_inflight)
         self._queue = ServeQueue(share.serve_inflight, share.serve_inflight_peer)
-        self._holds = ServeHolds()
-        self._blob = b""
-        if engine is not None:
-            engine.register(self._slabs.address, self._slabs.byte_count)
-            self._blob = engine.blob()
+        self._offers = None
+        if transport is not None:
+            self._offers = Offers(transport, self._slabs, send, self._release, counts)
         self._leaving: dict[Reader, deque[tuple[zmq.MessageTracker, Request, int, int]]] = {}
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of accepted pages that have not left yet."""
-        return self._queue.held
+    def reserved_bytes(self) -> int:
+        """Slab bytes of accepted pages that have not left yet."""
+        return self._queue.reserved
 
     @property
-    def are_leaving(self) -> bool:
-        """Are there slabs that ZeroMQ still reads?"""
+    def is_sending(self) -> bool:
+        """True while ZeroMQ reads from slabs."""
         return bool(self._leaving)
 
     @property
-    def wait_for_memory(self) -> bool:
-        """Are there pages to be read that have no slab yet?"""
+    def waits_for_memory(self) -> bool:
+        """True while pages to be read find no free slab."""
         return bool(self._leaving) and self._queue.peek() is not None
 
     def reap(self) -> None:
-        """Slabs whose bytes have left are free again. The frames of a connection leave in order."""
-        for hold in self._holds.ended(time.monotonic()):
-            self.counts["holds_expired"] += 1
-            self._end_hold(hold)
+        """Free the slabs whose bytes have left, or whose lease is over. The frames of a connection leave in order."""
+        if self._offers is not None:
+            self._offers.expire(time.monotonic())
         for reader in list(self._leaving):
             frames = self._leaving[reader]
             while frames and frames[0][0].done:
@@ -96,50 +89,34 @@ class ServePages:
         self._slabs.give(offset, count * request.slot_bytes)
         self._queue.give_back(request, count)
 
-    def _end_hold(self, hold: Hold) -> None:
-        for offset in hold.offsets:
-            self._release(hold.request, offset)
-
-    def done(self, reader: Reader, number: int) -> None:
-        """The reader's engine has fetched what this hold is of."""
-        hold = self._holds.done(reader, number)
-        if hold is not None:
-            self._end_hold(hold)
+    def done(self, reader: Reader, lease: int) -> None:
+        """The reader's transport has fetched the pages of this lease."""
+        if self._offers is not None:
+            self._offers.done(reader, lease)
 
     def cancel(self, reader: Reader, request_id: int) -> None:
-        """The reader gave this request up."""
+        """The reader does not want this request any more."""
         for request in [r for r in reader.requests if r.read.request_id == request_id]:
             self._drop(request)
 
     def forget(self, reader: Reader) -> None:
-        """The reader is gone. What is held for it stays until its time is over: its engine may be at it."""
+        """The reader is gone. Its leases stay until their time is over: its transport may still read."""
         for request in list(reader.requests):
             self._drop(request)
 
     def _drop(self, request: Request) -> None:
         self._queue.finish(request)
-        for _, offset in self._landed_pages(request):
+        for offset in take_offsets(request):
             self._release(request, offset)
 
-    def _landed_pages(self, request: Request) -> list[tuple[ServedPage, int]]:
-        """Take the pages of an OFFER that lie in slabs and that nobody was told of."""
-        landed, request.offered = request.offered or [], None
-        return [(page, offset) for page, offset in landed if page.status is PageStatus.OK]
-
-    def read(self, reader: Reader, ask: requests.Read) -> None:
-        self._take(Request(reader, ask, *self._terms(ask)))
-
-    def offer(self, reader: Reader, ask: requests.Read) -> None:
-        if not self._blob:
-            raise protocol.WireError("no engine here")
-        self._take(Request(reader, ask, *self._terms(ask), offered=[]))
-
-    def _terms(self, ask: requests.Read) -> tuple[PageSource | None, float]:
+    def read(self, reader: Reader, ask: requests.Read, *, is_offer: bool = False) -> None:
+        """Answer a READ or an OFFER, as far as limits allow. Raises ``WireError`` without a transport to offer."""
+        if is_offer and self._offers is None:
+            raise protocol.WireError("no RDMA transport here")
         deadline = time.monotonic() + ask.budget_ms / 1000
-        return self._sources(namespace_name(ask.namespace)), deadline
-
-    def _take(self, request: Request) -> None:
-        if request.source is None:
+        source = self._node.pages_of(namespace_name(ask.namespace))
+        request = Request(reader, ask, source, deadline, offered=[] if is_offer else None)
+        if source is None:
             self._answer_rest(request, PageStatus.UNKNOWN_NAMESPACE)
             return
         self._queue.accept(request)
@@ -147,7 +124,7 @@ class ServePages:
             self._answer_rest(request, PageStatus.BUSY)
 
     def issue(self) -> None:
-        """Hand turns to the disk's thread while there is memory for them."""
+        """Give turns to the disk's thread while there is memory for them."""
         now = time.monotonic()
         for request in self._queue.expired(now):
             self._answer_rest(request, PageStatus.LATE)
@@ -161,7 +138,7 @@ class ServePages:
             self._start_reading(turn, offset)
 
     def _take_slabs(self, turn: Turn) -> tuple[int, int] | None:
-        """Memory for the first pages of the turn, side by side: its offset, and for how many."""
+        """(offset, page count) of memory for the first pages of the turn, side by side; None: no slab is free."""
         count = turn.count
         while count:
             offset = self._slabs.take(count * turn.request.slot_bytes)
@@ -179,17 +156,17 @@ class ServePages:
 
         def read() -> Callable[[], None]:
             pages = source.read(keys, addresses, request.deadline)
-            # what is not answered for would never be given back
+            # the slab of a page without an answer would never be freed
             assert len(pages) == len(keys), (len(pages), len(keys))
-            return lambda: self._landed(turn, offset, pages)
+            return lambda: self._answer_turn(turn, offset, pages)
 
         def failed() -> None:
-            self._landed(turn, offset, [MISSING] * turn.count)
+            self._answer_turn(turn, offset, [MISSING] * turn.count)
 
         self._disk.put(read, failed)
 
-    def _landed(self, turn: Turn, offset: int, pages: Sequence[ServedPage]) -> None:
-        """Send what was read, in order."""
+    def _answer_turn(self, turn: Turn, offset: int, pages: Sequence[ServedPage]) -> None:
+        """Send the pages that were read, in order."""
         request = turn.request
         late = time.monotonic() > request.deadline
         index = turn.first
@@ -212,7 +189,7 @@ class ServePages:
     def _send_pages(
         self, request: Request, index: int, pages: Sequence[ServedPage], offset: int
     ) -> None:
-        """OK pages of one kind of checksum that lie side by side from ``offset`` on."""
+        """Send OK pages of one kind of checksum that lie side by side from ``offset`` on."""
         import zmq
 
         count, length, stride = len(pages), request.page_bytes, request.slot_bytes
@@ -221,7 +198,7 @@ class ServePages:
             request.offered += [(page, offset + i * stride) for i, page in enumerate(pages)]
             return
         memory = self._slabs.memory
-        if length < stride:  # not what another page has left there
+        if length < stride:  # the gap must not show another page's bytes
             for start in range(offset, offset + count * stride, stride):
                 memory[start + length : start + stride] = bytes(stride - length)
         head = answers.PagesHeader(
@@ -237,13 +214,13 @@ class ServePages:
             self.counts["bytes_sent"] += count * length
 
     def _answer(self, request: Request, index: int, status: PageStatus) -> None:
-        """A page without bytes; the last one if the reader wants only a leading run."""
+        """Answer one page without bytes. It is the last one if the reader wants only a leading run."""
         self._send_status(request, index, status)
         if request.stops_at_first:
             self._end(request)
 
     def _answer_rest(self, request: Request, status: PageStatus) -> None:
-        """The same status for all pages not answered yet, and the end."""
+        """Answer all remaining pages with the same status, and end the request."""
         while request.sent < len(request.read.keys) and not request.over:
             self._answer(request, request.sent, status)
         if not request.over:
@@ -263,39 +240,18 @@ class ServePages:
     def _end(self, request: Request) -> None:
         self._queue.finish(request)
         if request.offered is not None:
-            self._send_offered(request, request.offered)
-            return
-        self._send(request.reader, answers.pack_end(request.read.request_id, request.sent))
-
-    def _send_offered(self, request: Request, offered: list[tuple[ServedPage, int]]) -> None:
-        """Tell the reader where its pages lie, and keep them there."""
-        offsets = [offset for _, offset in self._landed_pages(request)]
-        hold = self._holds.hold(request, offsets, time.monotonic()) if offsets else 0
-        pages = tuple(self._told(request, page, offset) for page, offset in offered)
-        told = answers.Offered(
-            request.read.request_id, hold, self._holds.hold_ms, pages, self._blob
-        )
-        if self._send(request.reader, answers.pack_offered(told)):
-            self.counts["pages_offered"] += len(offsets)
-            self.counts["bytes_offered"] += len(offsets) * request.page_bytes
+            assert self._offers is not None
+            self._offers.send(request)
         else:
-            self.done(request.reader, hold)
-
-    def _told(self, request: Request, page: ServedPage, offset: int) -> answers.OfferedPage:
-        if page.status is not PageStatus.OK:
-            return answers.OfferedPage(page.status, ChecksumKind.NONE, 0, 0, 0)
-        address = self._slabs.address + offset
-        return answers.OfferedPage(
-            page.status, page.kind, request.page_bytes, page.checksum, address
-        )
+            self._send(request.reader, answers.pack_end(request.read.request_id, request.sent))
 
 
 def _runs(
     pages: Sequence[ServedPage], most: int, *, first_alone: bool
 ) -> Iterator[tuple[PageStatus, Sequence[ServedPage]]]:
-    """Pages side by side with the same status and kind of checksum, at most so many.
+    """Yield runs of at most ``most`` adjacent pages with one status and kind of checksum.
 
-    ``first_alone``: the first page by itself, as the reader measures the rate from there on.
+    ``first_alone``: the first page is a run of its own, because the reader measures the rate from there on.
     """
     if first_alone:
         yield pages[0].status, pages[:1]

@@ -1,8 +1,8 @@
-"""Who is served next, and who is told BUSY: the page server's requests, without sockets or threads.
+"""The page server's queue of requests: limits, and turns between readers. No sockets, no threads.
 
-A page of an accepted request is *held* from its acceptance until ZeroMQ has let go of its bytes. What would
-go beyond the limits on held bytes (per reader, and in total: the slabs), or a reader's queue, is not accepted: BUSY
-at once, nothing waits without a bound. Readers take turns, a few pages at a time.
+Memory for a page is *reserved* from the acceptance of its request until ZeroMQ has released its bytes. Pages beyond the
+limits on reserved bytes (per reader, and in total: the slabs), or beyond a reader's queue, are answered BUSY at once:
+nothing waits without a bound. Readers take turns, a few pages at a time.
 
 Threads: one.
 """
@@ -10,37 +10,42 @@ Threads: one.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.vocabulary import PageSource, ServedPage
 from flexkv_sglang.backends.fleet.wire import protocol, requests
 
+if TYPE_CHECKING:
+    import zmq
+
 QUEUE_MAX = 32
-"""Requests of one reader that are not answered yet."""
+"""Unanswered requests of one reader, at most."""
 
 TURN_BYTES, TURN_PAGES = 2 << 20, 32
-"""Of one request, then it is another reader's turn."""
+"""Read of one request before another reader's turn."""
 
 
 @dataclass(eq=False, slots=True)
 class Reader:
-    """One connection. ``welcomed``: it has shown who it is. ``held``: bytes."""
+    """One connection. ``welcomed``: it has authenticated itself. ``reserved``: bytes."""
 
     routing: bytes
     hello: requests.Hello | None = None
     challenge: bytes | None = None
     welcomed: bool = False
     gone: bool = False
-    held: int = 0
+    reserved: int = 0
     requests: deque[Request] = field(default_factory=deque)
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One READ. Pages ``[0, accepted)`` are held until given back; ``issued`` of them went to the disk so far.
+    """One READ or OFFER. Memory is reserved for pages ``[0, accepted)``; ``issued`` of them went to the disk so far.
 
-    ``sent``: answers so far. ``over``: nothing more is answered. ``offered``: of an OFFER, its pages that were
-    read so far and the offsets of those that are OK; None for a READ.
+    ``sent``: answers so far. ``over``: it gets no more answers. ``offered``: (page, slab offset) of the pages of an
+    OFFER that were read so far; None for a READ.
     """
 
     reader: Reader
@@ -55,7 +60,7 @@ class Request:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page."""
+        """Bytes of one page."""
         return self.source.payload_bytes if self.source else 0
 
     @property
@@ -65,8 +70,12 @@ class Request:
 
     @property
     def stops_at_first(self) -> bool:
-        """Is the first page that is not OK the last one answered?"""
+        """True if the first page that is not OK is the last one answered."""
         return bool(self.read.flags & requests.STOP_AT_FIRST)
+
+
+Send = Callable[[Reader, "Sequence[bytes | zmq.Frame]"], bool]
+"""Sends frames. False: the reader is gone, and its requests are over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +88,42 @@ class Turn:
 
 
 class ServeQueue:
-    """Limits in bytes. ``held``: of all readers."""
+    """Limits in bytes. ``reserved``: bytes, of all readers."""
 
     def __init__(self, limit: int, limit_per_reader: int) -> None:
         self._limit, self._limit_per_reader = limit, limit_per_reader
         self._turns: deque[Reader] = deque()  # readers with pages that are not issued, each once
-        self.held = 0
+        self.reserved = 0
 
     def accept(self, request: Request) -> None:
-        """Take as many of its first pages as the limits allow."""
+        """Accept as many of its first pages as the limits allow."""
         reader, wanted = request.reader, len(request.read.keys)
         if len(reader.requests) >= QUEUE_MAX:
             return
         slot_bytes = request.slot_bytes
-        free = self._limit - self.held
-        pages = min(self._limit_per_reader - reader.held, free) // slot_bytes
-        if pages <= 0 and not reader.held and slot_bytes <= free:
-            pages = 1  # a page larger than a reader's share
+        free = self._limit - self.reserved
+        pages = min(self._limit_per_reader - reader.reserved, free) // slot_bytes
+        if pages <= 0 and not reader.reserved and slot_bytes <= free:
+            pages = 1  # one page that is larger than a reader's share
         request.accepted = max(0, min(wanted, pages))
         if request.accepted:
-            reader.held += request.accepted * slot_bytes
-            self.held += request.accepted * slot_bytes
+            reader.reserved += request.accepted * slot_bytes
+            self.reserved += request.accepted * slot_bytes
             reader.requests.append(request)
             if reader not in self._turns:
                 self._turns.append(reader)
 
     def give_back(self, request: Request, pages: int) -> None:
-        """``pages`` of its pages are held no more."""
-        request.reader.held -= pages * request.slot_bytes
-        self.held -= pages * request.slot_bytes
-        assert request.reader.held >= 0 <= self.held, (request.reader.held, self.held)
+        """Free the reservation of ``pages`` of its pages."""
+        request.reader.reserved -= pages * request.slot_bytes
+        self.reserved -= pages * request.slot_bytes
+        assert request.reader.reserved >= 0 <= self.reserved, (
+            request.reader.reserved,
+            self.reserved,
+        )
 
     def peek(self) -> Turn | None:
-        """Whose turn it is, and which pages; None: nothing is waiting."""
+        """The pages to read next; None: no request waits."""
         while self._turns:
             for request in self._turns[0].requests:
                 left = request.accepted - request.issued
@@ -122,12 +134,12 @@ class ServeQueue:
         return None
 
     def issue(self, turn: Turn) -> None:
-        """These pages are being read; the next reader's turn."""
+        """Note that these pages are being read. The turn goes to the next reader."""
         turn.request.issued += turn.count
         self._turns.rotate(-1)
 
     def finish(self, request: Request) -> None:
-        """Nothing more is answered; pages that were never issued are held no more."""
+        """End the request. The reservation of pages that were never issued is freed."""
         if not request.over:
             request.over = True
             self.give_back(request, request.accepted - request.issued)
@@ -135,7 +147,7 @@ class ServeQueue:
                 request.reader.requests.remove(request)
 
     def expired(self, now: float) -> list[Request]:
-        """Waiting requests whose budget is over."""
+        """Requests that still wait after their deadline."""
         return [
             request
             for reader in self._turns

@@ -1,15 +1,16 @@
-"""The page server: answers other nodes' reads of pages, and their followers' questions. Part of the agent.
+"""The page server: answers reads of pages, and followers' requests, of other nodes. Part of the agent.
 
-One thread owns the ROUTER and never waits for a disk: pages are read by a second thread (serve_pages.py), snapshots are
-built by a third (serve_feeds.py). Read only: nobody writes, deletes or names a path here. What cannot be understood is
-dropped and counted; what is asked for without a greeting is refused.
+One thread owns the ROUTER and never waits for a disk: a second thread reads pages (pages.py), a third builds snapshots
+(feeds.py). Read only: no request writes, deletes or names a path. Invalid messages are dropped and counted; requests
+before a greeting are refused.
 
-Threads: ``start`` and ``close`` from any; the three callables are called from the server's threads.
+Threads: ``start`` and ``close`` from any; the node's methods are called from the server's threads.
 """
 
 from __future__ import annotations
 
 import errno
+import hmac
 import logging
 import os
 import secrets
@@ -18,17 +19,19 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from flexkv_sglang.backends.fleet.rdma.base import EngineError, OneSidedEngine
-from flexkv_sglang.backends.fleet.rdma.choice import close_engine, open_engine
 from flexkv_sglang.backends.fleet.server.feeds import ServeFeeds
 from flexkv_sglang.backends.fleet.server.pages import ServePages
 from flexkv_sglang.backends.fleet.server.queue import QUEUE_MAX, Reader
+from flexkv_sglang.backends.fleet.transport import (
+    RdmaError,
+    RdmaTransport,
+    close_transport,
+    open_transport,
+)
 from flexkv_sglang.backends.fleet.vocabulary import (
     BATCH_PAGES,
     PROTOCOL,
-    ChangeLog,
-    NodeInfo,
-    PageSource,
+    ServedNode,
     ShareConfig,
     namespace_name,
 )
@@ -43,11 +46,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 READERS_MAX = 4096
-"""Connections that are remembered; the one silent for longest has to greet again."""
+"""Connections at most; beyond it the one that was silent for longest has to greet again."""
 
 MESSAGES_PER_ROUND = 64
 QUEUE_MESSAGES = QUEUE_MAX * (BATCH_PAGES + 1)
-"""Answers that may wait for one reader. Who lets more pile up does not read them, and is forgotten."""
+"""Answers that may wait for one reader. A reader with more does not read them, and is forgotten."""
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
 _IDLE_MS, _SENDING_MS, _WAITING_MS = 250, 10, 1
@@ -56,40 +59,38 @@ _CLOSE_TIMEOUT_S = 6.0
 
 
 class PageServer:
-    """Serves from ``start`` to ``close``. ``counts``: what was done, for metrics; read it from any thread.
+    """Serves ``node`` from ``start`` to ``close``. ``counts``: of answers by kind; read it from any thread.
 
-    ``engine``: used instead of the one that ``share.engine`` names. Raises ``ConfigError``.
+    ``transport``: used instead of the one that ``share.engine`` names. ``transports``: names for ``NodeInfo``.
+    Raises ``ConfigError``.
     """
 
     def __init__(
         self,
         share: ShareConfig,
         secret: curve.Secret | None,
-        info: Callable[[], NodeInfo],
-        sources: Callable[[str], PageSource | None],
-        logs: Callable[[str], ChangeLog | None],
-        engine: OneSidedEngine | None = None,
+        node: ServedNode,
+        transport: RdmaTransport | None = None,
     ) -> None:
-        self._share, self._secret = share, secret
-        self._info, self._sources, self._logs = info, sources, logs
+        self._share, self._secret, self._node = share, secret, node
         self._host, self._port = addresses.listen_address(share, secret)
-        self._engine = engine or open_engine(
+        self._transport = transport or open_transport(
             share, lambda: addresses.advertised_host(share, self._host)
         )
-        self.engines = ("zmq", self._engine.name) if self._engine else ("zmq",)
+        self.transports = ("zmq", self._transport.name) if self._transport else ("zmq",)
         self.counts: Counter[str] = Counter()
         self._stop_fd = -1
         self._thread: threading.Thread | None = None
 
     def start(self) -> str:
-        """Listen. Returns the address that others are to be told. Raises ``ConfigError``."""
+        """Listen. Returns the address to advertise, "host:port". Raises ``ConfigError``."""
         import zmq
 
         assert self._thread is None, "started twice"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
-        self._door: ZapAuthenticator | None = None
+        self._authenticator: ZapAuthenticator | None = None
         if self._secret is not None and curve.uses_curve(self._share, self._secret):
-            self._door = ZapAuthenticator(self._context, self._secret)
+            self._authenticator = ZapAuthenticator(self._context, self._secret)
         self._router = self._open_router()
         try:
             self._bind()
@@ -103,7 +104,7 @@ class PageServer:
         self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._disk = JobPool("flexkv-serve-disk", _TURNS_AHEAD)
         self._control = JobPool("flexkv-serve-control", _CONTROL_JOBS)
-        self._feeds = ServeFeeds(self._logs, self._control, self._send_tracked)
+        self._feeds = ServeFeeds(self._node, self._control, self._send_tracked)
         self._pages = self._open_pages()
         self._readers: OrderedDict[bytes, Reader] = OrderedDict()
         # a loop over sockets that closes them itself, so no thread of threads.py
@@ -112,7 +113,7 @@ class PageServer:
         return addresses.advertised(self._share, self._host, int(bound.rpartition(":")[2]))
 
     def _bind(self) -> None:
-        """The port that nobody named may be another's: then any will do, though nobody can know it beforehand."""
+        """Take another port if the default port is in use; other nodes cannot know it without Redis."""
         import zmq
 
         try:
@@ -127,11 +128,11 @@ class PageServer:
     def _open_pages(self) -> ServePages:
         try:
             return ServePages(
-                self._share, self._sources, self._disk, self._send, self.counts, self._engine
+                self._share, self._node, self._disk, self._send, self.counts, self._transport
             )
-        except EngineError as exc:
-            assert self._engine is not None
-            self._engine.close()
+        except RdmaError as exc:
+            assert self._transport is not None
+            self._transport.close()
             self._close_sockets()
             self._disk.close()
             self._control.close()
@@ -153,7 +154,7 @@ class PageServer:
         return router
 
     def close(self) -> bool:
-        """Stop. Requests under way are dropped. False: a disk hangs, and a thread is left behind. Idempotent."""
+        """Stop, and drop requests under way. False: a disk hangs, and its thread goes on. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is None:
             return True
@@ -162,8 +163,8 @@ class PageServer:
         if thread.is_alive():
             return False
         os.close(self._stop_fd)
-        if self._engine is not None:
-            close_engine(self._engine, self._pages)  # before the slabs are freed
+        if self._transport is not None:
+            close_transport(self._transport, self._pages)  # before the slabs are freed
         return self._disk.close() & self._control.close()
 
     # ---- the loop's thread, from here on ----
@@ -172,9 +173,10 @@ class PageServer:
         import zmq
 
         poller = zmq.Poller()
-        doors = [self._door.sock] if self._door else []
-        for entry in (self._router, *doors, self._disk.fd, self._control.fd, self._stop_fd):
+        for entry in (self._router, self._disk.fd, self._control.fd, self._stop_fd):
             poller.register(entry, zmq.POLLIN)
+        if self._authenticator is not None:
+            poller.register(self._authenticator.sock, zmq.POLLIN)
         try:
             while not self._round(dict(poller.poll(self._pause_ms()))):
                 pass
@@ -182,12 +184,12 @@ class PageServer:
             self._close_sockets()
 
     def _round(self, ready: dict[object, int]) -> bool:
-        """One round of the loop; True: stop."""
+        """One round of the loop. True: stop."""
         if self._stop_fd in ready:
             return True
-        if self._door is not None and self._door.sock in ready:
-            self._door.answer()
-            self.counts["refused_connections"] = self._door.refused
+        if self._authenticator is not None and self._authenticator.sock in ready:
+            self._authenticator.answer()
+            self.counts["refused_connections"] = self._authenticator.refused
         self._pages.reap()
         if self._router in ready:
             self._take_messages()
@@ -201,10 +203,10 @@ class PageServer:
     _feeds_left = False
 
     def _pause_ms(self) -> int:
-        """How long nothing has to be looked at. ZeroMQ does not say when it has let go of a frame."""
-        if self._feeds_left or self._pages.wait_for_memory:
+        """Length of the next poll. It is short while frames leave, as ZeroMQ does not report their release."""
+        if self._feeds_left or self._pages.waits_for_memory:
             return _WAITING_MS
-        return _SENDING_MS if self._pages.are_leaving else _IDLE_MS
+        return _SENDING_MS if self._pages.is_sending else _IDLE_MS
 
     def _take_messages(self) -> None:
         import zmq
@@ -219,7 +221,7 @@ class PageServer:
             except protocol.WireError:
                 self.counts["invalid_messages"] += 1
             except Exception:
-                # ours or the agent's: one message is lost, not the server
+                # a bug of the server or the agent costs one message, not the server
                 logger.exception("a message could not be answered")
                 self.counts["errors"] += 1
 
@@ -239,16 +241,16 @@ class PageServer:
         if isinstance(ask, requests.Read):
             self._pages.read(reader, ask)
         elif isinstance(ask, requests.Offer):
-            self._pages.offer(reader, ask.read)
+            self._pages.read(reader, ask.read, is_offer=True)
         elif isinstance(ask, requests.Done):
             self._pages.done(reader, ask.lease)
         elif isinstance(ask, requests.Cancel):
             self._pages.cancel(reader, ask.request_id)
         elif isinstance(ask, requests.ReportCorrupt):
-            self._reported_bad(ask)
+            self._report_corrupt(ask)
         elif isinstance(ask, requests.SnapshotRequest):
             self.counts["snapshots_asked"] += 1
-            self._feeds.snap(reader, ask)
+            self._feeds.snapshot(reader, ask)
         elif isinstance(ask, requests.Poll):
             self.counts["polls_asked"] += 1
             self._feeds.poll(reader, ask)
@@ -265,15 +267,13 @@ class PageServer:
         self._readers[routing] = reader
         if len(self._readers) > READERS_MAX:
             self._forget(next(iter(self._readers)))
-        if self._secret is not None and self._door is None:
+        if self._secret is not None and self._authenticator is None:
             reader.challenge = secrets.token_bytes(protocol.NONCE_BYTES)
             self._send(reader, answers.pack_challenge(reader.challenge))
         else:
             self._welcome(reader, bytes(protocol.PROOF_BYTES))
 
     def _check_proof(self, reader: Reader | None, ask: requests.Proof) -> None:
-        import hmac
-
         if reader is None or reader.challenge is None or reader.hello is None:
             self.counts["invalid_messages"] += 1
             return
@@ -293,35 +293,37 @@ class PageServer:
         limit = self._share.serve_inflight_peer
         self._send(
             reader,
-            answers.pack_welcome(answers.Welcome(reader.hello.nonce, proof, self._info(), limit, QUEUE_MAX)),
+            answers.pack_welcome(answers.Welcome(reader.hello.nonce, proof, self._node.info(), limit, QUEUE_MAX)),
         )  # fmt: skip
 
     def _refuse(self, reader: Reader, why: answers.Refusal) -> None:
         self.counts["refused_greetings"] += 1
         self._send(reader, answers.pack_refused(why))
 
-    def _reported_bad(self, bad: requests.ReportCorrupt) -> None:
-        self.counts["pages_reported_bad"] += len(bad.keys)
+    def _report_corrupt(self, ask: requests.ReportCorrupt) -> None:
+        self.counts["pages_reported_bad"] += len(ask.keys)
 
         def verify() -> Callable[[], None]:
-            source = self._sources(namespace_name(bad.namespace))
+            source = self._node.pages_of(namespace_name(ask.namespace))
             if source is not None:
-                source.reported_bad(bad.keys)
+                source.reported_bad(ask.keys)
             return _nothing
 
-        self._control.put(verify, _nothing)  # no room: a hint is lost
+        self._control.put(verify, _nothing)  # without room the hint is lost
 
     # ---- sending ----
 
     def _send(self, reader: Reader, frames: Sequence[bytes | zmq.Frame]) -> bool:
-        """False: the reader is gone, and with it its requests."""
+        """As ``Send``."""
         import zmq
 
         if reader.gone:
             return False
         try:
             self._router.send_multipart([reader.routing, *frames], zmq.NOBLOCK, copy=False)
-        except zmq.ZMQError:  # EHOSTUNREACH: disconnected; EAGAIN: does not read what it asked for
+        except (
+            zmq.ZMQError
+        ):  # EHOSTUNREACH: disconnected; EAGAIN: the reader does not read its answers
             reader.gone = True
             self._forget(reader.routing)
             return False
@@ -342,8 +344,8 @@ class PageServer:
 
     def _close_sockets(self) -> None:
         self._router.close(linger=0)
-        if self._door is not None:
-            self._door.close()
+        if self._authenticator is not None:
+            self._authenticator.close()
         self._context.term()
 
 

@@ -22,7 +22,7 @@ DEFAULT_PORT = 7400
 
 
 def listen_address(share: ShareConfig, secret: Secret | None) -> tuple[str, int]:
-    """(host, port) to bind; port 0: any. Raises ``ConfigError`` for a place that would be open to strangers."""
+    """(host, port) to bind; port 0: any. Raises ``ConfigError`` for an address that strangers could reach."""
     if share.listen == "auto":
         host, port = _auto_host(share, secret), 0 if share.redis_url else DEFAULT_PORT
     else:
@@ -48,7 +48,7 @@ def listen_address(share: ShareConfig, secret: Secret | None) -> tuple[str, int]
 
 
 def _auto_host(share: ShareConfig, secret: Secret | None) -> str:
-    """Loopback as long as strangers could read pages."""
+    """The outward host, or loopback if strangers could read pages there."""
     host = outward_host(share)
     if _is_loopback(host) or secret is not None or share.insecure:
         return host
@@ -62,17 +62,17 @@ def _auto_host(share: ShareConfig, secret: Secret | None) -> str:
 
 
 def advertised(share: ShareConfig, host: str, port: int) -> str:
-    """ "host:port" that others are told, for a server bound to ``host`` and ``port``."""
+    """ "host:port" for other nodes to connect to a server bound to ``host`` and ``port``."""
     if share.advertise is None:
         return join_address(host, port)
     if share.advertise.rpartition(":")[1] and not share.advertise.endswith("]"):
-        told_host, told_port = split_address(share.advertise, "share.advertise")
-        return join_address(told_host, told_port or port)
+        advertised_to, other_port = split_address(share.advertise, "share.advertise")
+        return join_address(advertised_to, other_port or port)
     return join_address(share.advertise.strip("[]"), port)
 
 
 def advertised_host(share: ShareConfig, host: str) -> str:
-    """The host in that, for an engine with ports of its own."""
+    """The host in ``advertised``, for an RDMA transport with ports of its own."""
     return split_address(advertised(share, host, 0), "share.advertise")[0]
 
 
@@ -93,7 +93,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def outward_host(share: ShareConfig) -> str:
-    """The address this machine would reach Redis, else its first peer, from. No packet is sent."""
+    """This machine's address on the route to Redis, else to its first peer. No packet is sent."""
     if share.redis_url:
         url = urlsplit(share.redis_url)
         host, port = url.hostname or LOOPBACK, 6379

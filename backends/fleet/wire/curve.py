@@ -78,19 +78,19 @@ def derive(secret: bytes) -> Secret:
 
 
 def uses_curve(share: ShareConfig, secret: Secret | None) -> bool:
-    """Is what goes over the wire encrypted?"""
+    """True if connections are encrypted."""
     return secret is not None and share.auth == "curve"
 
 
 def proof(secret: Secret, who: bytes, hello: bytes, challenge: bytes, cluster_id: str) -> bytes:
-    """32 bytes that only somebody with the secret can make for these two nonces. ``who``: b"reader" or b"server"."""
+    """32 bytes that prove knowledge of the secret for these two nonces. ``who``: b"reader" or b"server"."""
     cluster = cluster_id.encode()
-    told = b"".join([b"fk1 ", who, b"\0", hello, challenge, cluster])
-    return hmac.digest(secret.proof_key, told, "sha256")
+    message = b"".join([b"fk1 ", who, b"\0", hello, challenge, cluster])
+    return hmac.digest(secret.proof_key, message, "sha256")
 
 
 def protect_server(sock: zmq.Socket[bytes], share: ShareConfig, secret: Secret | None) -> None:
-    """Options of a listening socket, before it is bound. Its context needs a ``ZapAuthenticator`` with CURVE."""
+    """Set options of a listening socket before it is bound. With CURVE its context needs a ``ZapAuthenticator``."""
     if secret is not None and uses_curve(share, secret):
         sock.curve_server = True
         sock.curve_publickey, sock.curve_secretkey = secret.server_public, secret.server_secret
@@ -98,7 +98,7 @@ def protect_server(sock: zmq.Socket[bytes], share: ShareConfig, secret: Secret |
 
 
 def protect_client(sock: zmq.Socket[bytes], share: ShareConfig, secret: Secret | None) -> None:
-    """Options of a connecting socket, before it connects: it talks to nobody but the derived server key."""
+    """Set options of a socket before it connects: it accepts only the derived server key."""
     if secret is not None and uses_curve(share, secret):
         sock.curve_serverkey = secret.server_public
         sock.curve_publickey, sock.curve_secretkey = secret.client_public, secret.client_secret

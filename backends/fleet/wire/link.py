@@ -1,8 +1,8 @@
 """One connection to another node's page server: a DEALER socket, its monitor, and the greeting.
 
-A link is one attempt: it never reconnects. When the other side goes away, or was never there, the monitor
-says so at once and the link is dead; whoever needs the node makes another link. ``READY`` means that the other
-side has the same protocol and cluster, and the secret if there is one.
+A link never reconnects. When the other side goes away, or was never there, the monitor reports it at once and the link
+is dead; its owner opens another one. ``READY`` means that the other side has the same protocol and cluster, and the
+secret if there is one.
 
 Threads: one at a time.
 """
@@ -25,13 +25,13 @@ CONNECT_TIMEOUT_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 300, 1000
 QUEUE_MESSAGES = 4 * BATCH_PAGES
 MESSAGE_BYTES_MIN = 2 << 20
-"""A link takes messages of this size at least: several pages, parts of snapshots, changes."""
+"""Every link accepts messages up to this size: several pages, parts of snapshots, changes."""
 
 _EVENT = struct.Struct("<Hi")
 
 
-class State(Enum):
-    """OPENING -> GREETING -> READY; DEAD from anywhere. REFUSED: dead, and it will not be better soon."""
+class LinkState(Enum):
+    """OPENING -> READY; DEAD from both. REFUSED: dead, and another attempt would be refused too."""
 
     OPENING = 0
     READY = 1
@@ -40,7 +40,7 @@ class State(Enum):
 
 
 class Link:
-    """``state``, ``reason`` (why it is dead), ``welcome`` (once READY). ``sock`` and ``monitor`` are to be polled."""
+    """Poll ``sock`` and ``monitor``. ``reason``: of its death. ``welcome``: once READY."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Link:
         self._nonce = secrets.token_bytes(protocol.NONCE_BYTES)
         self._challenge: bytes | None = None
         self.page_bytes = page_bytes
-        self.state, self.reason = State.OPENING, ""
+        self.state, self.reason = LinkState.OPENING, ""
         self.welcome: answers.Welcome | None = None
         largest = max(MESSAGE_BYTES_MIN, page_bytes + 4096)
         self.sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -87,16 +87,16 @@ class Link:
 
     @property
     def alive(self) -> bool:
-        """Opening or ready."""
-        return self.state in (State.OPENING, State.READY)
+        """True while it is opening or ready."""
+        return self.state in (LinkState.OPENING, LinkState.READY)
 
     def fail(self, reason: str, *, refused: bool = False) -> None:
-        """It is of no use any more."""
+        """Mark it dead."""
         if self.alive:
-            self.state, self.reason = State.REFUSED if refused else State.DEAD, reason
+            self.state, self.reason = LinkState.REFUSED if refused else LinkState.DEAD, reason
 
     def send(self, frames: Sequence[bytes]) -> None:
-        """Queue one small message. A full queue means that nobody reads at the other end."""
+        """Queue one small message. A full queue means that the other side does not read: the link dies."""
         import zmq
 
         try:
@@ -142,14 +142,14 @@ class Link:
     def _greeted(self, answer: answers.Answer) -> bool:
         """Was it part of the greeting?"""
         if isinstance(answer, answers.Challenge):
-            if self._secret is None or self._challenge is not None or self.state is State.READY:
+            if self._secret is None or self._challenge is not None or self.state is LinkState.READY:
                 raise protocol.WireError("a challenge out of place")
             self._challenge = answer.nonce
             self.send(requests.pack_proof(self._proof(b"reader", answer.nonce)))
             return True
         if isinstance(answer, answers.Welcome):
             self._check_welcome(answer)
-            self.welcome, self.state = answer, State.READY
+            self.welcome, self.state = answer, LinkState.READY
             return True
         if isinstance(answer, answers.Refused):
             # after a restart the server has forgotten us: nothing wrong with it
@@ -158,12 +158,12 @@ class Link:
                 refused=answer.reason is not answers.Refusal.NO_HELLO,
             )
             return True
-        if self.state is not State.READY:
+        if self.state is not LinkState.READY:
             raise protocol.WireError("an answer before the greeting")
         return False
 
     def _check_welcome(self, welcome: answers.Welcome) -> None:
-        if welcome.nonce != self._nonce or self.state is State.READY:
+        if welcome.nonce != self._nonce or self.state is LinkState.READY:
             raise protocol.WireError("a welcome out of place")
         if welcome.info.protocol != PROTOCOL:
             raise protocol.WireError(f"protocol {welcome.info.protocol}")

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flexkv_sglang.backends.io.batch import NOT_TRIED, IoBatch, IoEngine
 from flexkv_sglang.backends.io.operations import runs
 from flexkv_sglang.backends.io.posix_io import PosixIo
 from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.ring import Ring, depth_for
+from flexkv_sglang.backends.io.transfer import NOT_TRIED, IoEngine, Outcome, PageTransfer
 from flexkv_sglang.types import PageBuffers
 from stores.engines import page_memory, soon, wait_until
 
@@ -27,33 +27,46 @@ PAGE = 16384
 COUNT = 200  # more than a ring has entries
 
 
-class Watch:
-    """``Progress`` that remembers what it was told, and looks at each page in ``work``."""
+class Watched(PageTransfer):
+    """A transfer that remembers which results were reported, and what ``look`` says of each page."""
 
-    def __init__(self, look: Callable[[int], bool]) -> None:
+    def __init__(self, transfer: PageTransfer, look: Callable[[int], bool]) -> None:
+        super().__init__(
+            transfer.fds,
+            transfer.offsets,
+            (),
+            transfer.buffers,
+            transfer.deadline,
+            lambda page, _buffers: self.verified(page),
+        )
         self.seen: list[int] = []
         self.right = True
+        self.looked: list[int] = []
         self._look = look
-        self._ready: deque[int] = deque()
 
-    @property
-    def worked(self) -> int:
-        while self.work():
-            pass
-        return len(self.seen) - len(self._ready)
+    def verified(self, page: int) -> bool:
+        self.looked.append(page)
+        self.right &= self._look(page)
+        return True
 
-    def landed(self, positions: np.ndarray, moved: np.ndarray) -> None:
+    def on_complete(self, positions: np.ndarray, moved: np.ndarray) -> None:
         self.right &= bool((moved == PAGE).all())
         self.seen.extend(positions.tolist())  # atomic
-        self._ready.extend(positions.tolist())
+        PageTransfer.on_complete(self, positions, moved)
 
-    def work(self) -> bool:
-        try:
-            position = self._ready.popleft()
-        except IndexError:
-            return False
-        self.right &= self._look(position)
-        return True
+
+def read(engine: IoEngine, transfer: PageTransfer) -> np.ndarray:
+    """Bytes moved or -errno per page."""
+    transfer = dataclasses.replace(transfer)  # its results are for one call
+    engine.move(transfer)
+    return transfer.moved
+
+
+def write(engine: IoEngine, transfer: PageTransfer) -> np.ndarray:
+    """Bytes moved or -errno per page."""
+    transfer = dataclasses.replace(transfer, writing=True)
+    engine.move(transfer)
+    return transfer.moved
 
 
 @pytest.fixture(params=["io_uring", "threads"])
@@ -71,12 +84,16 @@ def file(tmp_path: Path) -> Iterator[int]:
     os.close(fd)
 
 
-def batch(fd: int, buffers: PageBuffers, slots: np.ndarray) -> IoBatch:
-    return IoBatch(
+def batch(
+    fd: int | np.ndarray, buffers: PageBuffers, slots: np.ndarray, deadline: float | None = None
+) -> PageTransfer:
+    """Pages in these slots of ``fd``, one file or one per page; ``buffers`` may be of more pages."""
+    return PageTransfer(
         np.full(len(slots), fd, np.int32),
-        slots.astype(np.uint64) * np.uint64(PAGE),
-        buffers.addresses[: len(slots)],
-        buffers.lengths,
+        slots.astype(np.uint64) * np.uint64(buffers.payload_bytes),
+        (),
+        buffers.take(slice(len(slots))),
+        soon() if deadline is None else deadline,
     )
 
 
@@ -86,12 +103,12 @@ def test_pages_written_are_the_bytes_in_the_file_and_come_back(
 ) -> None:
     slots = np.random.default_rng(1).permutation(COUNT)
     source, source_buffers = page_memory(COUNT, PAGE, buffers, seed=3)
-    moved = engine.write(batch(file, source_buffers, slots), soon())
+    moved = write(engine, batch(file, source_buffers, slots))
     assert (moved == PAGE).all()
     for page, slot in enumerate(slots.tolist()):
         assert os.pread(file, PAGE, slot * PAGE) == source[page].tobytes()
     target, target_buffers = page_memory(COUNT, PAGE, buffers)
-    assert (engine.read(batch(file, target_buffers, slots), soon()) == PAGE).all()
+    assert (read(engine, batch(file, target_buffers, slots)) == PAGE).all()
     assert np.array_equal(source, target)
 
 
@@ -100,16 +117,19 @@ def test_every_completion_is_reported_once_and_its_bytes_are_there(
 ) -> None:
     slots = np.arange(COUNT)
     source, source_buffers = page_memory(COUNT, PAGE, seed=4)
-    engine.write(batch(file, source_buffers, slots), soon())
+    write(engine, batch(file, source_buffers, slots))
     target, target_buffers = page_memory(COUNT, PAGE)
-    watch = Watch(lambda p: np.array_equal(target[p], source[p]))
-    engine.read(batch(file, target_buffers, slots), soon(), watch)
-    assert sorted(watch.seen) == list(range(COUNT))
-    assert watch.worked == len(watch.seen)  # each got its turn during the call, or the last ones
-    assert watch.right
+    watched = Watched(
+        batch(file, target_buffers, slots), lambda p: np.array_equal(target[p], source[p])
+    )
+    engine.move(watched)
+    watched.finish()
+    assert sorted(watched.seen) == sorted(watched.looked) == list(range(COUNT))
+    assert watched.right
+    assert (watched.outcomes == Outcome.DONE).all()
 
 
-@pytest.mark.parametrize("where", ["landed", "work"])
+@pytest.mark.parametrize("where", ["on_complete", "run_pending"])
 def test_an_exception_of_the_caller_is_raised_only_when_nothing_is_in_flight(
     engine: IoEngine, file: int, where: str
 ) -> None:
@@ -118,39 +138,34 @@ def test_an_exception_of_the_caller_is_raised_only_when_nothing_is_in_flight(
     def fail(*_args: object) -> bool:
         raise RuntimeError("planted")
 
-    watch = Watch(lambda _p: True)
-    setattr(watch, where, fail)
+    watched = Watched(batch(file, buffers, np.arange(COUNT)), lambda _p: True)
+    setattr(watched, where, fail)
     with pytest.raises(RuntimeError, match="planted"):
-        engine.read(batch(file, buffers, np.arange(COUNT)), soon(), watch)
-    assert (engine.read(batch(file, buffers, np.arange(COUNT)), soon()) == PAGE).all()
+        engine.move(watched)
+    assert (read(engine, batch(file, buffers, np.arange(COUNT))) == PAGE).all()
 
 
 def test_a_deadline_in_the_past_tries_nothing_and_the_engine_lives_on(
     engine: IoEngine, file: int
 ) -> None:
     target, buffers = page_memory(COUNT, PAGE)
-    moved = engine.read(batch(file, buffers, np.arange(COUNT)), time.monotonic() - 1)
+    moved = read(engine, batch(file, buffers, np.arange(COUNT), time.monotonic() - 1))
     assert (moved == NOT_TRIED).all()
     assert (target == 0xA5).all()
-    assert (engine.read(batch(file, buffers, np.arange(COUNT)), soon()) == PAGE).all()
+    assert (read(engine, batch(file, buffers, np.arange(COUNT))) == PAGE).all()
 
 
 def test_reads_at_and_across_the_end_are_short_not_errors(engine: IoEngine, file: int) -> None:
     os.ftruncate(file, PAGE * 3 + 4096)
     _, buffers = page_memory(COUNT, PAGE)
-    moved = engine.read(batch(file, buffers, np.array([2, 3, 4])), soon())
+    moved = read(engine, batch(file, buffers, np.array([2, 3, 4])))
     assert moved.tolist() == [PAGE, 4096, 0]
 
 
 def test_a_bad_descriptor_is_a_result_not_an_exception(engine: IoEngine, file: int) -> None:
     _, buffers = page_memory(COUNT, PAGE)
-    mixed = IoBatch(
-        np.array([file, 10_000, file], np.int32),
-        np.zeros(3, np.uint64),
-        buffers.addresses[:3],
-        buffers.lengths,
-    )
-    assert engine.read(mixed, soon()).tolist() == [PAGE, -errno.EBADF, PAGE]
+    mixed = batch(np.array([file, 10_000, file]), buffers, np.zeros(3))
+    assert read(engine, mixed).tolist() == [PAGE, -errno.EBADF, PAGE]
 
 
 def test_direct_io_from_an_unaligned_address_fails_that_page_alone(
@@ -166,10 +181,8 @@ def test_direct_io_from_an_unaligned_address_fails_that_page_alone(
         kept_alive, aligned = page_memory(2, PAGE)
         also_kept, unaligned = page_memory(2, PAGE, shift=64)
         addresses = np.stack([aligned.addresses[0], unaligned.addresses[1]])
-        both = IoBatch(
-            np.array([fd, fd], np.int32), np.zeros(2, np.uint64), addresses, aligned.lengths
-        )
-        moved = engine.read(both, soon()).tolist()
+        both = batch(fd, PageBuffers(addresses, aligned.lengths), np.zeros(2))
+        moved = read(engine, both).tolist()
         assert moved[0] == PAGE
         assert moved[1] in (-errno.EINVAL, PAGE)  # tmpfs takes any address
         assert (kept_alive[0] == 0).all()
@@ -180,23 +193,23 @@ def test_direct_io_from_an_unaligned_address_fails_that_page_alone(
 
 def test_an_empty_batch_is_fine_and_close_twice_too(engine: IoEngine, file: int) -> None:
     _, buffers = page_memory(1, PAGE)
-    assert len(engine.read(batch(file, buffers, np.arange(0)), soon())) == 0
+    assert len(read(engine, batch(file, buffers, np.arange(0)))) == 0
     engine.close()
     engine.close()
     with pytest.raises(OSError, match="closed"):
-        engine.read(batch(file, buffers, np.arange(1)), soon())
+        read(engine, batch(file, buffers, np.arange(1)))
 
 
 def test_two_threads_share_an_engine(engine: IoEngine, file: int) -> None:
     source, source_buffers = page_memory(COUNT, PAGE, seed=5)
-    engine.write(batch(file, source_buffers, np.arange(COUNT)), soon())
+    write(engine, batch(file, source_buffers, np.arange(COUNT)))
     failures: list[str] = []
 
     def read_all() -> None:
         target, buffers = page_memory(COUNT, PAGE)
         for _ in range(5):
             target[:] = 0xA5
-            moved = engine.read(batch(file, buffers, np.arange(COUNT)), soon())
+            moved = read(engine, batch(file, buffers, np.arange(COUNT)))
             if not ((moved == PAGE).all() and np.array_equal(target, source)):
                 failures.append("bytes differ")
 
@@ -225,16 +238,14 @@ def test_adjacent_pages_need_one_operation_and_keep_their_own_results(
     slots = np.array([*range(20), *range(30, 40), *range(16)])
     source, buffers = page_memory(len(slots), PAGE, 2, seed=6)
     fds = np.array([file] * 30 + [other] * 16, np.int32)
-    mixed = IoBatch(
-        fds, slots.astype(np.uint64) * np.uint64(PAGE), buffers.addresses, buffers.lengths
-    )
+    mixed = batch(fds, buffers, slots)
     before = engine.counts["operations"]
-    assert (engine.write(mixed, soon()) == PAGE).all()
+    assert (write(engine, mixed) == PAGE).all()
     assert engine.counts["operations"] - before == 3
     os.ftruncate(other, PAGE * 12 + 5000)
     target, targets = page_memory(len(slots), PAGE, 2)
-    wanted = IoBatch(fds, mixed.offsets, targets.addresses, targets.lengths)
-    moved = engine.read(wanted, soon())
+    wanted = batch(fds, targets, slots)
+    moved = read(engine, wanted)
     assert moved.tolist() == [PAGE] * 42 + [5000, 0, 0, 0]
     assert np.array_equal(target[:42], source[:42])
     assert np.array_equal(target[42, :5000], source[42, :5000])
@@ -244,16 +255,13 @@ def test_adjacent_pages_need_one_operation_and_keep_their_own_results(
 
 def test_a_bad_page_in_a_joined_operation_spoils_only_itself(engine: IoEngine, file: int) -> None:
     source, buffers = page_memory(8, PAGE, seed=7)
-    assert (engine.write(batch(file, buffers, np.arange(8)), soon()) == PAGE).all()
+    assert (write(engine, batch(file, buffers, np.arange(8))) == PAGE).all()
     target, targets = page_memory(8, PAGE)
     addresses = targets.addresses.copy()
     addresses[3] = 8  # not mapped
-    spoiled = IoBatch(
-        np.full(8, file, np.int32), np.arange(8, dtype=np.uint64) * np.uint64(PAGE), addresses,
-        targets.lengths,
-    )  # fmt: skip
+    spoiled = batch(file, PageBuffers(addresses, targets.lengths), np.arange(8))
     before = engine.counts["operations"]
-    moved = engine.read(spoiled, soon()).tolist()
+    moved = read(engine, spoiled).tolist()
     assert engine.counts["operations"] - before == 1
     assert moved == [PAGE] * 3 + [-errno.EFAULT] + [PAGE] * 4
     keep = [0, 1, 2, 4, 5, 6, 7]
@@ -266,27 +274,26 @@ def test_pinned_and_plain_operations_move_the_same_bytes(file: int, buffers: int
     source, source_buffers = page_memory(count, page, buffers, seed=8)
     target, target_buffers = page_memory(count, page, buffers)
     os.posix_fallocate(file, 0, page * count)
-    place = np.full(count, file, np.int32), np.arange(count, dtype=np.uint64) * np.uint64(page)
     pinned, plain = Ring(), Ring()
     pinned.register_memory(source.ctypes.data, source.nbytes)
-    out = IoBatch(*place, source_buffers.addresses, source_buffers.lengths)
-    back = IoBatch(*place, target_buffers.addresses, target_buffers.lengths)
-    assert (pinned.write(out, soon()) == page).all()
+    out = batch(file, source_buffers, np.arange(count))
+    back = batch(file, target_buffers, np.arange(count))
+    assert (write(pinned, out) == page).all()
     if not pinned.counts["pinned_bytes"]:
         pytest.skip("this kernel or its memlock limit refuses to pin")
     assert pinned.counts["fixed_operations"] == pinned.counts["operations"] == count * buffers
-    assert (plain.read(back, soon()) == page).all()
+    assert (read(plain, back) == page).all()
     assert plain.counts["fixed_operations"] == 0
     assert np.array_equal(target, source)
     target[:] = 0
     pinned.register_memory(target.ctypes.data, target.nbytes)  # a second piece of memory
-    assert (pinned.read(back, soon()) == page).all()
+    assert (read(pinned, back) == page).all()
     assert pinned.counts["fixed_operations"] == 2 * count * buffers
     assert np.array_equal(target, source)
     os.ftruncate(file, page * 2 + (300 << 10))
     short = [page, page, 300 << 10, 0, 0, 0]
-    assert pinned.read(back, soon()).tolist() == short
-    assert plain.read(back, soon()).tolist() == short
+    assert read(pinned, back).tolist() == short
+    assert read(plain, back).tolist() == short
     assert pinned.close()
     assert plain.close()
 
@@ -303,8 +310,9 @@ def test_where_pinning_is_refused_everything_still_works(tmp_path: Path) -> None
 _REFUSED = """
 import mmap, os, resource, sys, time
 import numpy as np
-from flexkv_sglang.backends.io.batch import IoBatch
 from flexkv_sglang.backends.io.ring import Ring
+from flexkv_sglang.backends.io.transfer import PageTransfer
+from flexkv_sglang.types import PageBuffers
 
 fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 20, 1 << 20))
@@ -315,12 +323,16 @@ array[: 4 << 20] = 7
 ring = Ring()
 ring.register_memory(array.ctypes.data, len(array))
 half = np.uint64(4 << 20)
-for move, start in ((ring.write, 0), (ring.read, 4 << 20)):
-    batch = IoBatch(
-        np.array([fd], np.int32), np.zeros(1, np.uint64),
-        np.array([[array.ctypes.data + start]], np.uint64), np.array([half], np.uint64),
+for writing, start in ((True, 0), (False, 4 << 20)):
+    buffers = PageBuffers(
+        np.array([[array.ctypes.data + start]], np.uint64), np.array([half], np.uint64)
     )
-    assert move(batch, time.monotonic() + 20)[0] == 4 << 20
+    transfer = PageTransfer(
+        np.array([fd], np.int32), np.zeros(1, np.uint64), (), buffers,
+        time.monotonic() + 20, writing=writing,
+    )
+    ring.move(transfer)
+    assert transfer.moved[0] == 4 << 20
 print(ring.counts["pinned_bytes"], ring.counts["fixed_operations"], bool((array == 7).all()))
 """
 
@@ -345,7 +357,7 @@ def test_a_write_beside_a_read_is_throttled_but_gets_done(file: int, kind: str) 
     slots = np.arange(0, COUNT, 2)  # not adjacent
     source, buffers = page_memory(len(slots), PAGE, seed=9)
     with traffic.reading():
-        assert (engine.write(batch(file, buffers, slots), soon()) == PAGE).all()
+        assert (write(engine, batch(file, buffers, slots)) == PAGE).all()
     assert traffic.counts["full_windows"] == 0
     assert traffic.counts["small_windows"] >= len(slots) // 8  # a ring of 64 would need two windows
     for page, slot in enumerate(slots.tolist()):
@@ -359,7 +371,8 @@ def test_pages_are_joined_up_to_a_mebibyte_and_the_limit_of_buffers() -> None:
         lengths = np.full(parts, page // parts, np.uint64)
         addresses = np.zeros((600, parts), np.uint64)
         offsets = np.arange(600, dtype=np.uint64) * np.uint64(page)
-        borders = runs(IoBatch(fds, offsets, addresses, lengths))
+        buffers = PageBuffers(addresses, lengths)
+        borders = runs(PageTransfer(fds, offsets, (), buffers, 0.0))
         assert np.diff(borders).max() == joined
         assert (borders[0], borders[-1]) == (0, 600)
-        assert len(runs(IoBatch(fds, offsets[::-1].copy(), addresses, lengths))) == 601
+        assert len(runs(PageTransfer(fds, offsets[::-1].copy(), (), buffers, 0.0))) == 601

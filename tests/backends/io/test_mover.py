@@ -10,9 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv_sglang.backends.io.extents import Extents
-from flexkv_sglang.backends.io.mover import Outcome, PageMover, plan_move
-from flexkv_sglang.backends.io.probe import IoMode, probe_directory
+from flexkv_sglang.backends.io.mover import PageMover, direct_pages
+from flexkv_sglang.backends.io.probe import probe_directory
+from flexkv_sglang.backends.io.transfer import (
+    Extents,
+    IoMode,
+    Outcome,
+    PageTransfer,
+    Verify,
+    accept_all,
+)
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import SECTOR, PageBuffers, round_up
@@ -41,17 +48,31 @@ def test_a_page_is_copied_only_where_alignment_demands_it(
     payload: int, buffers: int, shift: int, mode: IoMode, direct: bool
 ) -> None:
     _, pages = page_memory(4, payload, buffers, shift=shift)
-    plan = plan_move(pages, [mode] * 4)
-    assert plan.direct.tolist() == [direct] * 4
-    assert plan.copied == (0 if direct else 4)
+    assert direct_pages(pages, [mode] * 4).tolist() == [direct] * 4
 
 
 def test_each_page_of_a_mixed_call_is_planned_by_itself() -> None:
     _, aligned = page_memory(2, 8192)
     _, shifted = page_memory(2, 8192, shift=64)
     mixed = PageBuffers(np.concatenate([aligned.addresses, shifted.addresses]), aligned.lengths)
-    plan = plan_move(mixed, [DIRECT_4096, BUFFERED, DIRECT_4096, BUFFERED])
-    assert plan.direct.tolist() == [True, True, False, True]
+    planned = direct_pages(mixed, [DIRECT_4096, BUFFERED, DIRECT_4096, BUFFERED])
+    assert planned.tolist() == [True, True, False, True]
+
+
+def extents_of(fd: int, offsets: np.ndarray, mode: IoMode) -> Extents:
+    return np.full(len(offsets), fd, np.int32), offsets.astype(np.uint64), (mode,) * len(offsets)
+
+
+def read(
+    mover: PageMover, extents: Extents, buffers: PageBuffers, verify: Verify = accept_all
+) -> list[Outcome]:
+    return mover.move(PageTransfer(*extents, buffers, soon(), verify))
+
+
+def write(
+    mover: PageMover, extents: Extents, buffers: PageBuffers, verify: Verify = accept_all
+) -> list[Outcome]:
+    return mover.move(PageTransfer(*extents, buffers, soon(), verify, writing=True))
 
 
 @pytest.fixture(params=["io_uring", "threads", "buffered"])
@@ -76,21 +97,18 @@ def test_round_trip_touches_nothing_around_the_pages(
 ) -> None:
     count = 130
     slot_bytes = round_up(payload, SECTOR)
-    extents = Extents(
-        np.full(count, fd, np.int32),
-        np.arange(count, dtype=np.uint64) * np.uint64(slot_bytes),
-        (mode,) * count,
-    )
+    extents = extents_of(fd, np.arange(count) * slot_bytes, mode)
     source, source_buffers = page_memory(count, payload, buffers, shift=shift, seed=1)
-    mover = PageMover(payload, Metrics())
-    inspected: list[int] = []
+    metrics = Metrics()
+    mover = PageMover(payload, metrics)
+    verified: list[int] = []
 
-    def inspect(page: int, parts: list[tuple[int, int]]) -> bool:
-        inspected.append(page)
+    def verify(page: int, parts: list[tuple[int, int]]) -> bool:
+        verified.append(page)
         return sum(length for _, length in parts) == payload
 
-    assert set(mover.write(extents, source_buffers, soon(), inspect)) == {Outcome.DONE}
-    assert sorted(inspected) == list(range(count))
+    assert set(write(mover, extents, source_buffers, verify)) == {Outcome.DONE}
+    assert sorted(verified) == list(range(count))
     roomy, _ = page_memory(count + 2, payload, 1, shift=shift)
     middle = roomy[1:-1]
     starts = np.uint64(middle.ctypes.data) + np.arange(count, dtype=np.uint64)[:, None] * np.uint64(
@@ -98,19 +116,21 @@ def test_round_trip_touches_nothing_around_the_pages(
     )
     steps = np.arange(buffers, dtype=np.uint64)[None, :] * source_buffers.lengths[0]
     targets = PageBuffers(starts + steps, source_buffers.lengths)
-    assert set(mover.read(extents, targets, soon(), lambda _page, _parts: True)) == {Outcome.DONE}
+    assert set(read(mover, extents, targets)) == {Outcome.DONE}
     assert np.array_equal(middle, source)
     assert (roomy[0] == 0xA5).all()
     assert (roomy[-1] == 0xA5).all()
+    copied = [not flag for b in (source_buffers, targets) for flag in direct_pages(b, extents[2])]
+    assert metrics.snapshot().get("copied_pages", 0) == sum(copied)
     mover.close()
 
 
 @pytest.mark.parametrize("mode", ["io_uring", "threads"], indirect=True)
 def test_a_rejected_bounced_page_never_reaches_its_target(fd: int, mode: IoMode) -> None:
-    extents = Extents(np.full(2, fd, np.int32), np.array([0, 4096], np.uint64), (mode, mode))
+    extents = extents_of(fd, np.array([0, 4096]), mode)
     target, buffers = page_memory(2, 1000, shift=1)
     mover = PageMover(1000, Metrics())
-    assert mover.read(extents, buffers, soon(), lambda page, _parts: page == 1) == [
+    assert read(mover, extents, buffers, lambda page, _parts: page == 1) == [
         Outcome.REFUSED,
         Outcome.DONE,
     ]
@@ -121,10 +141,10 @@ def test_a_rejected_bounced_page_never_reaches_its_target(fd: int, mode: IoMode)
 
 def test_a_short_transfer_is_a_failed_page(fd: int, mode: IoMode) -> None:
     os.ftruncate(fd, 65536 + 4096)
-    extents = Extents(np.full(2, fd, np.int32), np.array([0, 65536], np.uint64), (mode, mode))
+    extents = extents_of(fd, np.array([0, 65536]), mode)
     _, buffers = page_memory(2, 65536)
     mover = PageMover(65536, Metrics())
-    assert mover.read(extents, buffers, soon(), lambda _page, _parts: True) == [
+    assert read(mover, extents, buffers) == [
         Outcome.DONE,
         Outcome.SHORT,
     ]
@@ -134,11 +154,11 @@ def test_a_short_transfer_is_a_failed_page(fd: int, mode: IoMode) -> None:
 def test_an_io_error_is_not_mistaken_for_wrong_bytes(mode: IoMode, tmp_path: Path) -> None:
     write_only = os.open(tmp_path / "write-only", os.O_WRONLY | os.O_CREAT | mode.open_flags)
     os.posix_fallocate(write_only, 0, 65536)
-    extents = Extents(np.array([write_only], np.int32), np.zeros(1, np.uint64), (mode,))
+    extents = extents_of(write_only, np.zeros(1), mode)
     _kept, buffers = page_memory(1, 65536)
     mover = PageMover(65536, Metrics())
     asked: list[int] = []
-    outcome = mover.read(extents, buffers, soon(), lambda page, _parts: bool(asked.append(page)))
+    outcome = read(mover, extents, buffers, lambda page, _parts: bool(asked.append(page)))
     assert (outcome, asked) == ([Outcome.FAILED], [])
     mover.close()
     os.close(write_only)
@@ -152,7 +172,7 @@ def test_announced_memory_changes_nothing_but_the_operations(
     """Straight (two buffers of 512 KiB) and through the slab, which is announced by itself."""
     count, slot_bytes = 12, round_up(payload, SECTOR)
     offsets = np.arange(count, dtype=np.uint64) * np.uint64(slot_bytes)
-    extents = Extents(np.full(count, fd, np.int32), offsets, (mode,) * count)
+    extents = extents_of(fd, offsets, mode)
     source, sources = page_memory(count, payload, 2, shift=shift, seed=11)
     target, targets = page_memory(count, payload, 2, shift=shift)
     memory = [(array.ctypes.data, array.nbytes) for array in (source, target)]
@@ -160,10 +180,10 @@ def test_announced_memory_changes_nothing_but_the_operations(
     for address, byte_count in memory:
         announced.register_memory(address, byte_count)
     done = [Outcome.DONE] * count
-    assert announced.write(extents, sources, soon(), lambda _page, _parts: True) == done
+    assert write(announced, extents, sources) == done
     for mover in (plain, announced):
         target[:] = 0xA5
-        assert mover.read(extents, targets, soon(), lambda _page, _parts: True) == done
+        assert read(mover, extents, targets) == done
         assert np.array_equal(target, source)
     counts = announced.counts()
     if mode.engine == "io_uring" and counts["read_pinned_bytes"]:
@@ -173,21 +193,21 @@ def test_announced_memory_changes_nothing_but_the_operations(
     plain.close()
 
 
-def test_adjacent_pages_are_inspected_one_by_one(fd: int, mode: IoMode) -> None:
+def test_adjacent_pages_are_verified_one_by_one(fd: int, mode: IoMode) -> None:
     """Sixteen pages in one operation; two of them are refused, and only they."""
     count = 16
     offsets = np.arange(count, dtype=np.uint64) * np.uint64(SECTOR)
-    extents = Extents(np.full(count, fd, np.int32), offsets, (mode,) * count)
+    extents = extents_of(fd, offsets, mode)
     source, sources = page_memory(count, SECTOR, seed=12)
     target, targets = page_memory(count, SECTOR)
     mover = PageMover(SECTOR, Metrics())
-    mover.write(extents, sources, soon(), lambda _page, _parts: True)
+    write(mover, extents, sources)
 
-    def inspect(page: int, parts: list[tuple[int, int]]) -> bool:
+    def verify(page: int, parts: list[tuple[int, int]]) -> bool:
         assert parts == [(int(targets.addresses[page, 0]), SECTOR)]
         return page not in (3, 9) and np.array_equal(target[page], source[page])
 
-    outcomes = mover.read(extents, targets, soon(), inspect)
+    outcomes = read(mover, extents, targets, verify)
     assert [page for page, outcome in enumerate(outcomes) if outcome is Outcome.REFUSED] == [3, 9]
     assert outcomes.count(Outcome.DONE) == count - 2
     counts = mover.counts()
@@ -195,17 +215,21 @@ def test_adjacent_pages_are_inspected_one_by_one(fd: int, mode: IoMode) -> None:
     mover.close()
 
 
-def test_pages_not_begun_in_time_are_late_and_not_inspected(fd: int, mode: IoMode) -> None:
+def test_pages_not_begun_in_time_are_late_and_not_verified(fd: int, mode: IoMode) -> None:
     offsets = np.array([0, 65536], np.uint64)
-    extents = Extents(np.full(2, fd, np.int32), offsets, (mode, mode))
+    extents = extents_of(fd, offsets, mode)
     _kept, buffers = page_memory(2, 65536)
     mover = PageMover(65536, Metrics())
     asked: list[int] = []
-    for move in (mover.read, mover.write):
-        outcomes = move(
-            extents, buffers, time.monotonic() - 1, lambda page, _parts: bool(asked.append(page))
+    for writing in (False, True):
+        late = PageTransfer(
+            *extents,
+            buffers,
+            time.monotonic() - 1,
+            lambda page, _parts: bool(asked.append(page)),
+            writing=writing,
         )
-        assert outcomes == [Outcome.LATE] * 2
+        assert mover.move(late) == [Outcome.LATE] * 2
     assert not asked
     mover.close()
 
@@ -214,16 +238,16 @@ def test_nothing_moves_after_close_also_in_a_direction_that_was_never_used(
     fd: int, mode: IoMode
 ) -> None:
     """A call that is late knows numbers of files that are closed by now, and may be another's."""
-    extents = Extents(np.full(1, fd, np.int32), np.zeros(1, np.uint64), (mode,))
+    extents = extents_of(fd, np.zeros(1), mode)
     _source, sources = page_memory(1, SECTOR, seed=13)
     target, targets = page_memory(1, SECTOR)
     mover = PageMover(SECTOR, Metrics())
-    assert mover.write(extents, sources, soon(), lambda *_: True) == [Outcome.DONE]
+    assert write(mover, extents, sources) == [Outcome.DONE]
     assert mover.close()
-    for move, buffers in ((mover.write, sources), (mover.read, targets)):
+    for move, buffers in ((write, sources), (read, targets)):
         with pytest.raises(TierUnavailableError):
-            move(extents, buffers, soon(), lambda *_: True)
+            move(mover, extents, buffers)
     mover.abandon()
     with pytest.raises(TierUnavailableError):
-        mover.read(extents, targets, soon(), lambda *_: True)
+        read(mover, extents, targets)
     assert (target == 0xA5).all()

@@ -32,12 +32,12 @@ def restorable(
     """The definition, one length at a time: is everything there that a prefix of ``length`` pages needs?"""
     if not set(range(length)) <= kv:
         return False
-    for demand, held in pools:
-        if demand.policy == ALL_PAGES:
+    for requirement, held in pools:
+        if requirement.policy == ALL_PAGES:
             needed = set(range(length))
-        elif demand.policy == TRAILING_PAGES:
-            needed = set(range(max(0, length - max(1, demand.window)), length))
-        elif demand.policy == BLOCK_GROUPS:
+        elif requirement.policy == TRAILING_PAGES:
+            needed = set(range(max(0, length - max(1, requirement.window)), length))
+        elif requirement.policy == BLOCK_GROUPS:
             continue
         else:
             return False
@@ -57,7 +57,7 @@ def folded(case: Case) -> RestorablePrefixes:
     pages, kv, pools = case
     run = next((i for i in range(pages) if i not in kv), pages)
     return usable_prefixes(
-        run, ((demand, [i in held for i in range(run)]) for demand, held in pools)
+        run, ((requirement, [i in held for i in range(run)]) for requirement, held in pools)
     )
 
 
@@ -101,7 +101,7 @@ class FileOracle:
         """SGLang's ``PoolTransferResult`` for the same pages."""
         pages, kv, pools = case
         names = [f"page{i}" for i in range(pages)]
-        held = [("kv", kv), *((demand.pool, pages_held) for demand, pages_held in pools)]
+        held = [("kv", kv), *((requirement.pool, pages_held) for requirement, pages_held in pools)]
         made = [
             self._place / f"{self._file._get_component_key(names[page], pool)}.bin"
             for pool, pages_held in held
@@ -116,17 +116,17 @@ class FileOracle:
                 path.unlink()
 
 
-def transfers(demands: Sequence[PoolRequirement]) -> list[Any]:
+def transfers(requirements: Sequence[PoolRequirement]) -> list[Any]:
     """As SGLang asks: a trailing pool's window is the number of its (placeholder) keys."""
     from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolTransfer
 
     return [
         PoolTransfer(
-            name=demand.pool,  # type: ignore[arg-type]  # a pool SGLang does not list is text
-            keys=["__placeholder__"] * demand.window,
-            hit_policy=PoolHitPolicy(demand.policy),
+            name=requirement.pool,  # type: ignore[arg-type]  # a pool SGLang does not list is text
+            keys=["__placeholder__"] * requirement.window,
+            hit_policy=PoolHitPolicy(requirement.policy),
         )
-        for demand in demands
+        for requirement in requirements
     ]
 
 

@@ -27,6 +27,7 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import (
     Change,
+    ChangeLog,
     NodeId,
     NodeInfo,
     Op,
@@ -220,8 +221,18 @@ class WireNode:
         self.address = ""  # asked for before ``start`` returns
         listen = "127.0.0.1:0" if share.listen == "auto" else share.listen
         served = replace(share, listen=listen)
-        self._server = PageServer(served, None, self.own_info, lambda _ns: None, self.logs.find)
+        self._server = PageServer(served, None, self)
         self.address = self._server.start()
+
+    def info(self) -> NodeInfo:
+        """As ``ServedNode``, like the next two."""
+        return self.own_info()
+
+    def pages_of(self, namespace: str) -> None:
+        return None
+
+    def changes_of(self, namespace: str) -> ChangeLog | None:
+        return self.logs.find(namespace)
 
     def own_info(self) -> NodeInfo:
         node_id = self.membership.node_id if self.membership else self.node_id

@@ -10,14 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.fleet.rdma.base import OneSidedEngine
 from flexkv_sglang.backends.fleet.reader.channel import Count
 from flexkv_sglang.backends.fleet.reader.client import PeerClient, RemoteRead
 from flexkv_sglang.backends.fleet.reader.read import Pending
 from flexkv_sglang.backends.fleet.server.server import PageServer
+from flexkv_sglang.backends.fleet.transport import RdmaTransport
 from flexkv_sglang.backends.fleet.vocabulary import (
     ChangeLog,
     NodeId,
@@ -43,24 +44,37 @@ def write_secret(path: Path, content: bytes = b"") -> str:
     return str(path)
 
 
+@dataclass
+class FixedNode:
+    """A node with these pages and changes, by namespace."""
+
+    sources: Mapping[str, PageSource] = field(default_factory=dict)
+    logs: Mapping[str, ChangeLog] = field(default_factory=dict)
+    transports: tuple[str, ...] = ("zmq",)
+
+    def info(self) -> NodeInfo:
+        """As ``ServedNode``, like the next two."""
+        return NodeInfo(NID, EPOCH, "", namespaces=(NAME,), engines=self.transports)
+
+    def pages_of(self, namespace: str) -> PageSource | None:
+        return self.sources.get(namespace)
+
+    def changes_of(self, namespace: str) -> ChangeLog | None:
+        return self.logs.get(namespace)
+
+
 @contextmanager
 def serving(
     source: PageSource | None,
     share: ShareConfig | None = None,
     logs: Mapping[str, ChangeLog] | None = None,
-    engine: OneSidedEngine | None = None,
+    transport: RdmaTransport | None = None,
 ) -> Iterator[tuple[PageServer, str]]:
     """A page server in this process, and its address."""
     share = share or ShareConfig(listen="127.0.0.1:0")
-    sources = {} if source is None else {NAME: source}
-    server = PageServer(
-        share,
-        curve.load_secret(share),
-        lambda: NodeInfo(NID, EPOCH, "", namespaces=(NAME,), engines=server.engines),
-        sources.get,
-        (logs or {}).get,
-        engine,
-    )
+    node = FixedNode({} if source is None else {NAME: source}, logs or {})
+    server = PageServer(share, curve.load_secret(share), node, transport)
+    node.transports = server.transports
     address = server.start()
     try:
         yield server, address
@@ -71,11 +85,11 @@ def serving(
 @contextmanager
 def reading(
     share: ShareConfig | None = None,
-    engine: OneSidedEngine | None = None,
+    transport: RdmaTransport | None = None,
     count: Count = lambda name, amount: None,
 ) -> Iterator[PeerClient]:
     """A client."""
-    client = PeerClient(share or ShareConfig(), count, engine)
+    client = PeerClient(share or ShareConfig(), count, transport)
     try:
         yield client
     finally:

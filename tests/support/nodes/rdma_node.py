@@ -1,4 +1,4 @@
-"""One side of a read through a real one-sided engine, in a process of that engine's own environment.
+"""One side of a read through a real RDMA transport, in a process of that transport's own environment.
 
 ``rdma_node.py ENGINE serve COUNT BYTES``: a page server; ``{"op": "counts"}`` on stdin answers its counts.
 ``rdma_node.py ENGINE read``: a client; ``{"op": "read", "address": a, "count": n, "bytes": b, "seconds": s}`` answers
@@ -46,25 +46,25 @@ class Reader:
             memory, outcomes = self._last
             bad = [i for i, outcome in enumerate(outcomes) if outcome is not PageOutcome.OK]
             return {"touched": [i for i in bad if not memory.untouched(i)]}
-        engine = self.client._engine
-        assert engine is not None
-        return {"free": engine.free_bytes, **self.counts}
+        transport = self.client._rdma
+        assert transport is not None
+        return {"free": transport.free_bytes, **self.counts}
 
     def _harm(self, pid: int, number: int, behind: bool) -> None:
         """The next fetch, and only that, finds the server like this; ``behind``: once it has begun."""
-        engine = self.client._engine
-        assert engine is not None
-        start = engine.start
+        transport = self.client._rdma
+        assert transport is not None
+        start = transport.start
 
         def harmed(*arguments: Any) -> None:
-            engine.start = start  # type: ignore[method-assign]
+            transport.start = start  # type: ignore[method-assign]
             if behind:
                 start(*arguments)
             os.kill(pid, number)
             if not behind:
                 start(*arguments)
 
-        engine.start = harmed  # type: ignore[method-assign]
+        transport.start = harmed  # type: ignore[method-assign]
 
     def _read(self, address: str, count: int, byte_count: int, seconds: float) -> dict[str, Any]:
         keys, memory = keys_of(count), PageMemory(count, [byte_count])
@@ -88,7 +88,7 @@ def main() -> None:
     if sys.argv[2] == "serve":
         count, byte_count = map(int, sys.argv[3:])
         with serving(MemorySource(keys_of(count), byte_count), share) as (server, address):
-            answers.write(json.dumps({"address": address, "engines": server.engines}) + "\n")
+            answers.write(json.dumps({"address": address, "engines": server.transports}) + "\n")
             for _ in sys.stdin:
                 answers.write(json.dumps(server.counts) + "\n")
         return

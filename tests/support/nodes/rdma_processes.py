@@ -1,4 +1,4 @@
-"""Processes of ``rdma_node.py``, each in the environment of a one-sided engine (``scripts/setup-nixl``, ...)."""
+"""Processes of ``rdma_node.py``, each in the environment of an RDMA transport (``scripts/setup-nixl``, ...)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ COUNT, BYTES = 16, 256 << 10
 SLAB = 64 << 20
 
 
-def python_of(engine: str) -> Path:
+def python_of(transport: str) -> Path:
     """The interpreter of its environment, whether it is there or not."""
-    return ROOT / f".venv-{engine}/bin/python"
+    return ROOT / f".venv-{transport}/bin/python"
 
 
 class Node:
     """A process: ``serve COUNT BYTES`` or ``read``. ``variables``: of its environment."""
 
-    def __init__(self, engine: str, *arguments: str, **variables: str) -> None:
+    def __init__(self, transport: str, *arguments: str, **variables: str) -> None:
         # Its own packages first; zmq and xxhash come from ours, which has the same Python
         path = [str(ROOT), str(ROOT / "tests/support"), *filter(None, sys.path)]
         self.process = subprocess.Popen(
-            [str(python_of(engine)), "-c", _START, json.dumps(path), str(NODE), engine, *arguments],
+            [str(python_of(transport)), "-c", _START, json.dumps(path), str(NODE), transport, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **variables},
         )  # fmt: skip

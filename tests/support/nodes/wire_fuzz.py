@@ -21,7 +21,7 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     Snapshot,
 )
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
-from nodes.copy_engine import CopyEngine
+from nodes.copy_transport import CopyTransport
 from nodes.page_servers import EPOCH, NAME, NID, SPACE, begin, reading, serving
 from nodes.page_sources import ListedChanges, MemorySource, PageMemory, keys_of
 
@@ -140,7 +140,7 @@ def fuzz_server(count: int, seed: int, senders: int = 4) -> dict[str, int]:
     context = zmq.Context()
     served = 0
     with (
-        serving(source, share, {NAME: log}, CopyEngine()) as (server, address),
+        serving(source, share, {NAME: log}, CopyTransport()) as (server, address),
         reading() as client,
     ):
         socks = [_connect(context, address) for _ in range(senders)]

@@ -15,9 +15,9 @@ def faults_of(linker: FlexKVLinker, direction: str, pool: str = "kv") -> Faults:
     assert opened is not None
     assert opened.store is not None
     for tier in opened.store.tiers:
-        lane = tier._mover._lanes[direction]
+        side = tier._mover._directions[direction]
         for mode in {mode.engine for modes in linker._stores.prepared for mode in modes.values()}:
-            lane._engines[mode] = FaultyIo(lane.engine(mode), faults)
+            side._engines[mode] = FaultyIo(side.engine(mode), faults)
     return faults
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import mmap
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.io.direction import MakeEngine
@@ -22,9 +17,10 @@ from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.types import PageBuffers, PageKey
-
-Bytes = npt.NDArray[np.uint8]
+from flexkv_sglang.testing.pages import Bytes as Bytes
+from flexkv_sglang.testing.pages import keys as keys
+from flexkv_sglang.testing.pages import page_memory as page_memory
+from flexkv_sglang.testing.pages import soon as soon
 
 
 def open_engine(
@@ -72,39 +68,6 @@ def open_hierarchy_on(tiers: Sequence[tuple[Path, int]], payload_bytes: int) -> 
         [Quota(tier.size) for tier in config.tiers],
         Metrics(),
     )
-
-
-def page_memory(
-    count: int, payload_bytes: int, buffers: int = 1, *, shift: int = 0, seed: int | None = None
-) -> tuple[Bytes, PageBuffers]:
-    """``count`` pages in page-aligned memory (moved by ``shift`` bytes), each in ``buffers`` equal parts.
-
-    Random bytes if ``seed`` is given, else 0xA5 poison. Returns uint8 ``[count, payload_bytes]`` and its
-    addresses; the array keeps the memory alive.
-    """
-    memory = mmap.mmap(-1, count * payload_bytes + shift + 1)
-    flat = np.frombuffer(memory, np.uint8)[shift : shift + count * payload_bytes]
-    pages = flat.reshape(count, payload_bytes)
-    if seed is None:
-        pages[:] = 0xA5
-    else:
-        pages[:] = np.random.default_rng(seed).integers(0, 256, pages.shape, dtype=np.uint8)
-    assert payload_bytes % buffers == 0
-    part = payload_bytes // buffers
-    starts = np.arange(count, dtype=np.uint64)[:, None] * np.uint64(payload_bytes)
-    steps = np.arange(buffers, dtype=np.uint64)[None, :] * np.uint64(part)
-    addresses = np.uint64(flat.ctypes.data) + starts + steps
-    return pages, PageBuffers(addresses, np.full(buffers, part, np.uint64))
-
-
-def keys(count: int, seed: int = 0) -> list[PageKey]:
-    """``count`` page keys."""
-    return [PageKey(hashlib.sha256(f"{seed}:{i}".encode()).digest()) for i in range(count)]
-
-
-def soon(seconds: float = 20.0) -> float:
-    """A deadline no healthy call meets."""
-    return time.monotonic() + seconds
 
 
 def wait_until(condition: object, seconds: float = 10.0) -> bool:

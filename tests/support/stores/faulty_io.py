@@ -1,7 +1,7 @@
 """FaultyIo: an ``IoEngine`` around a real one that fails on request, the ways a disk and a kernel do.
 
 It never breaks the contract of an engine itself: results are per page, nothing is in flight when a call
-returns, ``progress`` sees the bytes the caller will keep.
+returns, ``verify`` sees the bytes the caller will keep.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from enum import Enum, auto
 
 import numpy as np
 
-from flexkv_sglang.backends.io.batch import NOT_TRIED, IoBatch, IoEngine, Progress
-from flexkv_sglang.types import I64
+from flexkv_sglang.backends.io.transfer import NOT_TRIED, IoEngine, PageTransfer
+from flexkv_sglang.types import I64, PageBuffers
 
 
 class Fault(Enum):
@@ -82,13 +82,26 @@ class FaultyIo:
         self._inner = inner
         self._faults = faults
 
-    def read(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
-        """Medium to memory; see ``IoEngine``."""
-        return self._run("read", batch, deadline, progress)
-
-    def write(self, batch: IoBatch, deadline: float, progress: Progress | None = None) -> I64:
-        """Memory to medium; see ``IoEngine``."""
-        return self._run("write", batch, deadline, progress)
+    def move(self, transfer: PageTransfer) -> None:
+        """See ``IoEngine``."""
+        faults, direction = self._faults, "write" if transfer.writing else "read"
+        if faults.gate is not None:
+            faults.gate.pass_through(direction)
+        fault = faults.take(direction)
+        if fault is Fault.BROKEN:
+            raise OSError(errno.EIO, "planted")
+        if fault is Fault.SLOW:
+            time.sleep(SLOW_S)
+            faults.delayed_s += SLOW_S
+        if fault is None or fault is Fault.SLOW:
+            self._inner.move(transfer)
+        elif fault is Fault.HUNG:
+            time.sleep(max(0.0, transfer.deadline - time.monotonic()))
+        else:
+            results = self._damaged(fault, transfer)
+            tried = np.flatnonzero(results != NOT_TRIED)
+            if len(tried):
+                transfer.on_complete(tried, results[tried])
 
     def register_memory(self, address: int, byte_count: int) -> None:
         """See ``IoEngine``."""
@@ -98,79 +111,70 @@ class FaultyIo:
         """See ``IoEngine``."""
         return self._inner.close()
 
-    def _run(
-        self, direction: str, batch: IoBatch, deadline: float, progress: Progress | None
-    ) -> I64:
-        faults = self._faults
-        if faults.gate is not None:
-            faults.gate.pass_through(direction)
-        fault = faults.take(direction)
-        move = self._inner.read if direction == "read" else self._inner.write
-        if fault is None:
-            return move(batch, deadline, progress)
-        if fault is Fault.BROKEN:
-            raise OSError(errno.EIO, "planted")
-        if fault is Fault.SLOW:
-            time.sleep(SLOW_S)
-            faults.delayed_s += SLOW_S
-            return move(batch, deadline, progress)
-        if fault is Fault.HUNG:
-            time.sleep(max(0.0, deadline - time.monotonic()))
-            return np.full(len(batch), NOT_TRIED, np.int64)
-        results = self._damaged(fault, direction, batch, deadline)
-        tried = np.flatnonzero(results != NOT_TRIED)
-        if progress is not None and len(tried):
-            progress.landed(tried, results[tried])
-        return results
-
-    def _damaged(self, fault: Fault, direction: str, batch: IoBatch, deadline: float) -> I64:
-        rng = self._faults.rng
-        hit = sorted(rng.sample(range(len(batch)), rng.randint(1, len(batch))))
-        if fault is Fault.CORRUPT and direction == "write":
-            copy, memory = _copied(batch)
+    def _damaged(self, fault: Fault, transfer: PageTransfer) -> I64:
+        rng, count = self._faults.rng, len(transfer)
+        hit = sorted(rng.sample(range(count), rng.randint(1, count)))
+        if fault is Fault.CORRUPT and transfer.writing:
+            copy, memory = _copied(transfer)
             memory[hit[0], rng.randrange(memory.shape[1])] ^= 1 << rng.randrange(8)
-            return self._inner.write(copy, deadline)
-        spared = [row for row in range(len(batch)) if row not in hit]
-        moved = spared if fault in (Fault.EIO, Fault.NO_SPACE) else list(range(len(batch)))
-        results = np.full(len(batch), -errno.EIO, np.int64)
+            self._inner.move(copy)
+            return copy.moved
+        spared = [row for row in range(count) if row not in hit]
+        moved = spared if fault in (Fault.EIO, Fault.NO_SPACE) else list(range(count))
+        results = np.full(count, -errno.EIO, np.int64)
         if fault is Fault.NO_SPACE:
             results[:] = -errno.ENOSPC
         if moved:
-            part = IoBatch(
-                batch.fds[moved], batch.offsets[moved], batch.addresses[moved], batch.lengths
-            )
-            move = self._inner.read if direction == "read" else self._inner.write
-            results[moved] = move(part, deadline)
+            part = copy_of(transfer, np.array(moved))
+            self._inner.move(part)
+            results[moved] = part.moved
         if fault is Fault.SHORT:
-            results[hit] = rng.randrange(batch.page_bytes)
-        if direction == "read" and fault in (Fault.SHORT, Fault.CORRUPT):
+            results[hit] = rng.randrange(transfer.page_bytes)
+        if not transfer.writing and fault in (Fault.SHORT, Fault.CORRUPT):
             for row in hit:
-                _spoil(batch, row, rng)
+                _spoil(transfer.buffers, row, rng)
         return results
 
 
-def _copied(batch: IoBatch) -> tuple[IoBatch, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
-    """The batch with its bytes in memory of its own, uint8 ``[n, page bytes]``, page-aligned."""
-    size = batch.page_bytes
+def copy_of(
+    transfer: PageTransfer, rows: np.ndarray, buffers: PageBuffers | None = None
+) -> PageTransfer:
+    """A transfer of some of the pages that verifies nothing; into ``buffers`` of all its pages, if given."""
+    return PageTransfer(
+        transfer.fds[rows],
+        transfer.offsets[rows],
+        (),
+        (buffers or transfer.buffers).take(rows),
+        transfer.deadline,
+        writing=transfer.writing,
+    )
+
+
+def _copied(
+    transfer: PageTransfer,
+) -> tuple[PageTransfer, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
+    """The transfer with its bytes in memory of its own, uint8 ``[n, page bytes]``, page-aligned."""
+    size, count, lengths = transfer.page_bytes, len(transfer), transfer.buffers.lengths
     step = -(-size // 4096) * 4096
-    memory = np.frombuffer(mmap.mmap(-1, step * len(batch)), np.uint8).reshape(len(batch), step)
-    starts = np.cumsum(batch.lengths) - batch.lengths
-    bases = np.uint64(memory.ctypes.data) + np.arange(len(batch), dtype=np.uint64) * np.uint64(step)
+    memory = np.frombuffer(mmap.mmap(-1, step * count), np.uint8).reshape(count, step)
+    starts = np.cumsum(lengths) - lengths
+    bases = np.uint64(memory.ctypes.data) + np.arange(count, dtype=np.uint64) * np.uint64(step)
     addresses = bases[:, None] + starts[None, :]
-    for row in range(len(batch)):
+    for row in range(count):
         for source, target, length in zip(
-            batch.addresses[row].tolist(),
+            transfer.buffers.addresses[row].tolist(),
             addresses[row].tolist(),
-            batch.lengths.tolist(),
+            lengths.tolist(),
             strict=True,
         ):
             ctypes.memmove(target, source, length)
-    return IoBatch(batch.fds, batch.offsets, addresses, batch.lengths), memory[:, :size]
+    copy = copy_of(transfer, np.arange(count), PageBuffers(addresses, lengths))
+    return copy, memory[:, :size]
 
 
-def _spoil(batch: IoBatch, row: int, rng: random.Random) -> None:
+def _spoil(buffers: PageBuffers, row: int, rng: random.Random) -> None:
     """Flip one bit of a page in memory."""
-    part = rng.randrange(len(batch.lengths))
-    address = int(batch.addresses[row][part]) + rng.randrange(int(batch.lengths[part]))
+    part = rng.randrange(len(buffers.lengths))
+    address = int(buffers.addresses[row][part]) + rng.randrange(int(buffers.lengths[part]))
     byte = ctypes.c_ubyte.from_address(address)
     byte.value ^= 1 << rng.randrange(8)

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flexkv_sglang.backends.io.batch import IoEngine
 from flexkv_sglang.backends.io.probe import IoMode, make_engine, probe_directory
 from flexkv_sglang.backends.io.read_priority import ReadPriority
+from flexkv_sglang.backends.io.transfer import IoEngine
 from flexkv_sglang.backends.slots import breaker
 from flexkv_sglang.cache import upkeep
 from flexkv_sglang.cache.engine import CacheEngine

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from flexkv_sglang.backends.fleet.rdma import mooncake as engine_mooncake
-from flexkv_sglang.backends.fleet.rdma.base import EngineError, Move, TransferState
-from flexkv_sglang.backends.fleet.rdma.mooncake import MooncakeEngine
+from flexkv_sglang.backends.fleet.rdma import mooncake as mooncake_transport
+from flexkv_sglang.backends.fleet.rdma.mooncake import MooncakeTransport
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
+from flexkv_sglang.backends.fleet.transport import Move, RdmaError, TransferState
 from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from nodes.page_servers import begin, reading, serving, until
@@ -29,22 +29,22 @@ THERE, STRANGER = b"10.0.0.5:15000", b"10.0.0.6:15000"
 @pytest.fixture(autouse=True)
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[TransferEngine]]:
     """Mooncake, which starts well and whose batches wait for the test."""
-    monkeypatch.setattr(engine_mooncake, "MODULE", "nodes.played_mooncake")
+    monkeypatch.setattr(mooncake_transport, "MODULE", "nodes.played_mooncake")
     yield TransferEngine
-    for engine in TransferEngine.made:
-        engine.hold.set()
+    for played_engine in TransferEngine.made:
+        played_engine.hold.set()
     TransferEngine.made.clear()
     TransferEngine.at_once, TransferEngine.status = False, 0
 
 
 @pytest.fixture
-def engine(played: type[TransferEngine]) -> Iterator[MooncakeEngine]:
+def transport(played: type[TransferEngine]) -> Iterator[MooncakeTransport]:
     """Ours."""
-    engine = MooncakeEngine("127.0.0.1")
-    yield engine
+    transport = MooncakeTransport("127.0.0.1")
+    yield transport
     for mooncake in played.made:
         mooncake.hold.set()
-    engine.close()
+    transport.close()
 
 
 def mooncake() -> TransferEngine:
@@ -64,9 +64,9 @@ def started(count: int) -> list[int]:
     return list(mooncake().batches)
 
 
-def test_a_transfer_is_done_when_all_its_pages_are(engine: MooncakeEngine) -> None:
+def test_a_transfer_is_done_when_all_its_pages_are(transport: MooncakeTransport) -> None:
     ctypes.memset(TARGET, 0, 100)
-    transfer = engine.read(THERE, pages(3))
+    transfer = transport.read(THERE, pages(3))
     for number in reversed(started(3)):
         assert transfer.poll() is RUNNING
         mooncake().finish(number)
@@ -76,9 +76,9 @@ def test_a_transfer_is_done_when_all_its_pages_are(engine: MooncakeEngine) -> No
 
 
 def test_a_transfer_with_a_failed_page_runs_until_the_others_have_ended(
-    engine: MooncakeEngine,
+    transport: MooncakeTransport,
 ) -> None:
-    transfer = engine.read(THERE, pages(3))
+    transfer = transport.read(THERE, pages(3))
     first, second, third = started(3)
     mooncake().finish(first, FAILED)
     mooncake().finish(third)
@@ -90,10 +90,10 @@ def test_a_transfer_with_a_failed_page_runs_until_the_others_have_ended(
 
 
 def test_a_transfer_runs_while_its_pages_are_being_given_to_mooncake(
-    engine: MooncakeEngine,
+    transport: MooncakeTransport,
 ) -> None:
     mooncake().hold.clear()
-    transfer = engine.read(THERE, pages(1))
+    transfer = transport.read(THERE, pages(1))
     assert mooncake().entered.wait(10)
     assert transfer.poll() is RUNNING
     mooncake().hold.set()
@@ -102,11 +102,11 @@ def test_a_transfer_runs_while_its_pages_are_being_given_to_mooncake(
 
 
 @pytest.mark.parametrize("refusal", [0, (1 << 64) - 1])
-def test_a_page_that_is_refused_ends_the_transfer_with_those_before_it(
-    engine: MooncakeEngine, refusal: int
+def test_a_refused_page_fails_the_transfer_once_the_pages_before_it_have_ended(
+    transport: MooncakeTransport, refusal: int
 ) -> None:
     mooncake().answers = [1, refusal]
-    transfer = engine.read(THERE, pages(3))
+    transfer = transport.read(THERE, pages(3))
     until(lambda: len(mooncake().asked) == 2)
     assert transfer.poll() is RUNNING
     mooncake().finish(*started(1))
@@ -114,8 +114,8 @@ def test_a_page_that_is_refused_ends_the_transfer_with_those_before_it(
     assert len(mooncake().asked) == 2
 
 
-def test_an_error_at_any_page_is_a_failed_transfer(
-    engine: MooncakeEngine, monkeypatch: pytest.MonkeyPatch
+def test_an_error_at_any_page_fails_the_transfer(
+    transport: MooncakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give = mooncake().batch_transfer_async_read
 
@@ -125,97 +125,99 @@ def test_an_error_at_any_page_is_a_failed_transfer(
         return give(*arguments)
 
     monkeypatch.setattr(mooncake(), "batch_transfer_async_read", give_one)
-    transfer = engine.read(THERE, pages(2))
+    transfer = transport.read(THERE, pages(2))
     mooncake().finish(*started(1))
     until(lambda: transfer.poll() is not RUNNING)
     assert transfer.poll() is LOST
 
 
-def test_a_call_that_hangs_holds_up_no_read_from_another_node(
-    engine: MooncakeEngine, monkeypatch: pytest.MonkeyPatch
+def test_a_hanging_call_delays_no_read_from_another_node(
+    transport: MooncakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_mooncake, "STUCK_S", 0.0)
+    monkeypatch.setattr(mooncake_transport, "STUCK_S", 0.0)
     mooncake().hold.clear()
     began = time.monotonic()
-    stuck = engine.read(THERE, pages(1))
+    stuck = transport.read(THERE, pages(1))
     assert mooncake().entered.wait(10)
-    with pytest.raises(EngineError, match="stuck"):
-        engine.read(STRANGER, pages(1))
+    with pytest.raises(RdmaError, match="stuck"):
+        transport.read(STRANGER, pages(1))
     assert time.monotonic() - began < 10  # and no call of ours has waited
     mooncake().hold.set()
     mooncake().finish(*started(1))
     until(lambda: stuck.poll() is DONE)
-    engine.read(STRANGER, pages(1))
+    transport.read(STRANGER, pages(1))
     mooncake().finish(*started(1), COMPLETED)
 
 
-def test_what_has_waited_too_long_is_not_started(
-    engine: MooncakeEngine, monkeypatch: pytest.MonkeyPatch
+def test_a_transfer_that_waited_too_long_is_not_started(
+    transport: MooncakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_mooncake, "_WAITED_MAX_S", -1.0)
-    transfer = engine.read(THERE, pages(2))
+    monkeypatch.setattr(mooncake_transport, "_WAITED_MAX_S", -1.0)
+    transfer = transport.read(THERE, pages(2))
     until(lambda: transfer.poll() is LOST)
     assert not mooncake().asked
 
 
-def test_an_engine_closes_when_nothing_runs(engine: MooncakeEngine) -> None:
-    engine.register(4096, 100)
-    transfer = engine.read(THERE, pages(1))
+def test_the_transport_closes_when_nothing_runs(transport: MooncakeTransport) -> None:
+    transport.register(4096, 100)
+    transfer = transport.read(THERE, pages(1))
     batches = started(1)
-    assert not engine.close()
+    assert not transport.close()
     assert mooncake().memory == {4096: 100}
     mooncake().finish(*batches)
-    assert engine.close()
+    assert transport.close()
     assert transfer.poll() is DONE
     assert not mooncake().memory
-    assert engine.close()
+    assert transport.close()
 
 
-def test_an_engine_with_a_call_that_hangs_does_not_wait_for_it(
-    engine: MooncakeEngine, monkeypatch: pytest.MonkeyPatch
+def test_close_does_not_wait_for_a_hanging_call(
+    transport: MooncakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_mooncake, "_CLOSE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(mooncake_transport, "_CLOSE_TIMEOUT_S", 0.05)
     mooncake().hold.clear()
-    engine.read(THERE, pages(1))
+    transport.read(THERE, pages(1))
     assert mooncake().entered.wait(10)
-    assert not engine.close()
+    assert not transport.close()
     mooncake().hold.set()
     mooncake().finish(*started(1))
-    until(engine.close)
+    until(transport.close)
     assert "flexkv-mooncake" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.parametrize("blob", [b"", b"10.0.0.5", b"a b:1", b"\xff:1", b"h:123456", b"::1:15000"])
-def test_a_peer_cannot_make_mooncake_parse_anything(engine: MooncakeEngine, blob: bytes) -> None:
-    with pytest.raises(EngineError, match="cannot read from"):
-        engine.read(blob, pages(1))
+def test_a_peer_cannot_make_mooncake_parse_anything(
+    transport: MooncakeTransport, blob: bytes
+) -> None:
+    with pytest.raises(RdmaError, match="cannot read from"):
+        transport.read(blob, pages(1))
     assert not mooncake().asked
 
 
-def test_memory_is_registered_or_an_error(engine: MooncakeEngine) -> None:
-    assert engine.blob() == b"127.0.0.1:15000"
+def test_memory_is_registered_or_an_error(transport: MooncakeTransport) -> None:
+    assert transport.blob() == b"127.0.0.1:15000"
     mooncake().memory[4096] = 100
-    with pytest.raises(EngineError, match=r"register 100 bytes: -7"):
-        engine.register(4096, 100)
+    with pytest.raises(RdmaError, match=r"register 100 bytes: -7"):
+        transport.register(4096, 100)
 
 
-def test_an_engine_that_does_not_start_is_a_config_error(played: type[TransferEngine]) -> None:
+def test_mooncake_that_does_not_start_is_a_config_error(played: type[TransferEngine]) -> None:
     played.status = -1
     with pytest.raises(ConfigError, match=r"share.engine: 'mooncake'.*-1.*'zmq'"):
-        MooncakeEngine("127.0.0.1")
+        MooncakeTransport("127.0.0.1")
     with pytest.raises(ConfigError, match=r"share.engine: 'mooncake'.*'::1'.*IPv4.*'zmq'"):
-        MooncakeEngine("::1")
+        MooncakeTransport("::1")
 
 
-def test_an_engine_that_is_not_there_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_mooncake, "MODULE", "flexkv_no_such_module")
+def test_missing_mooncake_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mooncake_transport, "MODULE", "flexkv_no_such_module")
     with pytest.raises(ConfigError) as raised, serving(None, ShareConfig(engine="mooncake")):
         pass
     for words in ("share.engine: 'mooncake'", "pip install", "libibverbs1", "'zmq'"):
         assert words in str(raised.value)
 
 
-def test_pages_come_through_the_engine_that_the_configuration_names(
+def test_pages_come_through_the_transport_that_the_configuration_names(
     played: type[TransferEngine],
 ) -> None:
     played.at_once = True

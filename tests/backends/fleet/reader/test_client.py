@@ -321,7 +321,7 @@ def test_pauses_of_the_breaker_double_and_end() -> None:
     clock.now += 0.21
     assert health.usable()
     health.failed("gone")
-    assert health.meet(2, "a:1")
+    assert health.set_identity(2, "a:1")
     assert health.usable()
 
 

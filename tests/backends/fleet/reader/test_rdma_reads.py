@@ -1,6 +1,6 @@
-"""One-sided engines: offers, holds, quarantine, and that ZeroMQ takes over whatever the engine does.
+"""RDMA transports: offers, holds, quarantine, and that ZeroMQ takes over whatever the transport does.
 
-The engine here copies memory inside this process and fails on command; the real ones are in test_nixl.py.
+The transport here copies memory inside this process and fails on command; the real ones are in test_nixl.py.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from collections.abc import Sequence
 
 import pytest
 
-from flexkv_sglang.backends.fleet.rdma import choice as engines
-from flexkv_sglang.backends.fleet.rdma import nixl as engine_nixl
-from flexkv_sglang.backends.fleet.reader import rdma_channel as engine_channel
-from flexkv_sglang.backends.fleet.reader import rdma_memory as engine_reads
+from flexkv_sglang.backends.fleet import transport as transport_module
+from flexkv_sglang.backends.fleet.rdma import nixl
+from flexkv_sglang.backends.fleet.reader import rdma_channel, rdma_memory
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
-from flexkv_sglang.backends.fleet.reader.rdma_memory import EngineReads
+from flexkv_sglang.backends.fleet.reader.rdma_memory import RdmaMemory
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
-from flexkv_sglang.backends.fleet.server import holds as serve_holds
+from flexkv_sglang.backends.fleet.server import offers
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.types import PageKey
-from nodes.copy_engine import FAILED, RUNNING, CopyEngine
+from nodes.copy_transport import FAILED, RUNNING, CopyTransport
 from nodes.page_servers import NID, begin, reading, serving, until
 from nodes.page_sources import MemorySource, PageMemory, keys_of
 
@@ -33,15 +32,15 @@ KEYS = keys_of(20)
 SIZE = 8000  # not a multiple of a sector
 
 
-def held(server: PageServer) -> int:
-    """Bytes of pages that the server has not let go of."""
-    return server._pages.held_bytes
+def reserved(server: PageServer) -> int:
+    """Bytes of pages in the server's slabs."""
+    return server._pages.reserved_bytes
 
 
-def slab(client: PeerClient) -> EngineReads:
-    """The reader's side of the engine."""
-    assert client._engine is not None
-    return client._engine
+def slab(client: PeerClient) -> RdmaMemory:
+    """The reader's side of the transport."""
+    assert client._rdma is not None
+    return client._rdma
 
 
 def whole(source: MemorySource, memory: PageMemory, count: int = 20) -> bool:
@@ -50,25 +49,25 @@ def whole(source: MemorySource, memory: PageMemory, count: int = 20) -> bool:
 
 
 @pytest.mark.parametrize("lengths", [[SIZE], [100] * 80])
-def test_pages_come_through_the_engine(lengths: list[int]) -> None:
+def test_pages_come_through_the_transport(lengths: list[int]) -> None:
     source, memory = MemorySource(KEYS, SIZE), PageMemory(20, lengths)
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=CopyEngine()) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=CopyTransport()) as client,
     ):
         assert begin(client, address, KEYS, memory).wait() == [OK] * 20
         assert whole(source, memory)
-        until(lambda: not held(server))  # DONE has come, long before the end of the hold
+        until(lambda: not reserved(server))  # DONE has come, long before the end of the hold
         assert (server.counts["pages_offered"], server.counts["pages_sent"]) == (20, 0)
         assert server.counts["holds_expired"] == 0
-        until(lambda: slab(client).free_bytes == engine_reads.SLAB_BYTES)
+        until(lambda: slab(client).free_bytes == rdma_memory.SLAB_BYTES)
 
 
 def test_a_large_batch_takes_several_offers() -> None:
     source, memory = MemorySource(KEYS, 1 << 20), PageMemory(20, [1 << 20])
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=CopyEngine()) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=CopyTransport()) as client,
     ):
         assert begin(client, address, KEYS, memory).wait() == [OK] * 20
         assert whole(source, memory)
@@ -76,11 +75,11 @@ def test_a_large_batch_takes_several_offers() -> None:
 
 
 def test_pages_larger_than_the_slab_come_over_zmq(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EngineReads.__init__, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(RdmaMemory.__init__, "__defaults__", (1 << 20,))
     source, memory = MemorySource(KEYS[:1], 2 << 20), PageMemory(1, [2 << 20])
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=CopyEngine()) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=CopyTransport()) as client,
     ):
         assert begin(client, address, KEYS[:1], memory).wait() == [OK]
         until(lambda: server.counts["pages_sent"] == 1)
@@ -89,13 +88,13 @@ def test_pages_larger_than_the_slab_come_over_zmq(monkeypatch: pytest.MonkeyPatc
 def test_the_first_missing_page_ends_the_read() -> None:
     source, memory = MemorySource(KEYS[:7] + KEYS[8:], SIZE), PageMemory(20, [SIZE])
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=CopyEngine()) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=CopyTransport()) as client,
     ):
         assert begin(client, address, KEYS, memory).wait() == [OK] * 7 + [MISS] + [SKIPPED] * 12
         assert whole(source, memory, 7)
         assert all(memory.untouched(i) for i in range(7, 20))
-        until(lambda: not held(server))
+        until(lambda: not reserved(server))
         assert begin(client, address, keys_of(1, seed=9), PageMemory(1, [SIZE])).wait() == [MISS]
 
 
@@ -103,32 +102,32 @@ def test_a_corrupt_page_is_never_delivered_and_reported() -> None:
     source, memory = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE])
     source.damage.add(KEYS[4])
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=CopyEngine()) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=CopyTransport()) as client,
     ):
         assert begin(client, address, KEYS, memory).wait() == [OK] * 4 + [CORRUPT] + [SKIPPED] * 15
         assert all(memory.untouched(i) for i in range(4, 20))
         assert source.bad_reported.wait(10)
-        until(lambda: not held(server))
+        until(lambda: not reserved(server))
 
 
 def test_pages_of_another_size_are_not_taken() -> None:
     memory = PageMemory(2, [4096])
     with (
-        serving(MemorySource(KEYS, 8192), engine=CopyEngine()) as (_, address),
-        reading(engine=CopyEngine()) as client,
+        serving(MemorySource(KEYS, 8192), transport=CopyTransport()) as (_, address),
+        reading(transport=CopyTransport()) as client,
     ):
         assert begin(client, address, KEYS[:2], memory).wait() == [OUT_FAILED, SKIPPED]
         assert memory.untouched(0)
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_one_side_without_the_engine_is_zmq(there: bool) -> None:
+def test_zmq_is_used_if_one_side_has_no_transport(there: bool) -> None:
     source, memory, counts = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), Counter[str]()
-    ours, theirs = (None, CopyEngine()) if there else (CopyEngine(), None)
+    ours, theirs = (None, CopyTransport()) if there else (CopyTransport(), None)
     with (
-        serving(source, engine=theirs) as (server, address),
-        reading(engine=ours, count=counts.__setitem__) as client,
+        serving(source, transport=theirs) as (server, address),
+        reading(transport=ours, count=counts.__setitem__) as client,
     ):
         assert begin(client, address, KEYS, memory).wait() == [OK] * 20
         until(lambda: server.counts["pages_sent"] == 20)
@@ -136,14 +135,14 @@ def test_one_side_without_the_engine_is_zmq(there: bool) -> None:
 
 
 @pytest.mark.parametrize("behaviour", ["refuse", "fail"])
-def test_an_error_of_the_engine_costs_nothing_but_the_engine(
+def test_after_an_error_of_the_transport_pages_come_over_zmq(
     behaviour: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source, counts, engine = MemorySource(KEYS, SIZE), Counter[str](), CopyEngine(behaviour)
-    engine.settle_s = 0.01
+    source, counts, transport = MemorySource(KEYS, SIZE), Counter[str](), CopyTransport(behaviour)
+    transport.settle_s = 0.01
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=engine, count=counts.__setitem__) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=transport, count=counts.__setitem__) as client,
     ):
         for number in (1, 2):
             memory = PageMemory(20, [SIZE])
@@ -153,84 +152,95 @@ def test_an_error_of_the_engine_costs_nothing_but_the_engine(
             assert server.counts["pages_offered"] == 20  # not tried again
         assert counts["remote_engine_failures"] == 1
         assert "read over zmq" in caplog.text
-        until(lambda: not held(server))
-        until(lambda: slab(client).free_bytes == engine_reads.SLAB_BYTES)
+        until(lambda: not reserved(server))
+        until(lambda: slab(client).free_bytes == rdma_memory.SLAB_BYTES)
 
 
-def test_the_engine_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_channel, "FALLBACK_S", 0.2)
-    source, engine = MemorySource(KEYS, SIZE), CopyEngine("refuse")
+def test_the_transport_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rdma_channel, "FALLBACK_S", 0.2)
+    source, transport = MemorySource(KEYS, SIZE), CopyTransport("refuse")
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=engine) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=transport) as client,
     ):
         assert begin(client, address, KEYS, PageMemory(20, [SIZE])).wait() == [OK] * 20
-        engine.behaviour = "copy"
+        transport.behaviour = "copy"
 
         def fetched() -> bool:
             assert begin(client, address, KEYS, PageMemory(20, [SIZE])).wait() == [OK] * 20
-            return bool(engine.transfers)
+            return bool(transport.transfers)
 
         until(fetched)
         until(lambda: server.counts["pages_offered"] == 40)
 
 
-def test_memory_of_a_failed_transfer_rests_as_long_as_its_engine_wants() -> None:
-    source, engine = MemorySource(KEYS, SIZE), CopyEngine("fail")
-    with serving(source, engine=CopyEngine()) as (_, address), reading(engine=engine) as client:
+def test_memory_of_a_failed_transfer_is_not_reused_before_settle_s() -> None:
+    source, transport = MemorySource(KEYS, SIZE), CopyTransport("fail")
+    with (
+        serving(source, transport=CopyTransport()) as (_, address),
+        reading(transport=transport) as client,
+    ):
         assert begin(client, address, KEYS, PageMemory(20, [SIZE])).wait() == [OK] * 20
-        assert slab(client).free_bytes < engine_reads.SLAB_BYTES
-        slab(client).tick(time.monotonic() + engine.settle_s - 1)
-        assert slab(client).free_bytes < engine_reads.SLAB_BYTES
-        slab(client).tick(time.monotonic() + engine.settle_s + 1)
-        assert slab(client).free_bytes == engine_reads.SLAB_BYTES
+        assert slab(client).free_bytes < rdma_memory.SLAB_BYTES
+        slab(client).tick(time.monotonic() + transport.settle_s - 1)
+        assert slab(client).free_bytes < rdma_memory.SLAB_BYTES
+        slab(client).tick(time.monotonic() + transport.settle_s + 1)
+        assert slab(client).free_bytes == rdma_memory.SLAB_BYTES
 
 
-def test_when_memory_at_rest_fills_the_slab_pages_come_over_zmq(
+def test_pages_come_over_zmq_when_quarantine_fills_the_slab(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(EngineReads.__init__, "__defaults__", (3 * 20 * 8192,))
-    monkeypatch.setattr(engine_channel, "FALLBACK_S", 0.0)
-    source, engine = MemorySource(KEYS, SIZE), CopyEngine("fail")
+    monkeypatch.setattr(RdmaMemory.__init__, "__defaults__", (3 * 20 * 8192,))
+    monkeypatch.setattr(rdma_channel, "FALLBACK_S", 0.0)
+    source, transport = MemorySource(KEYS, SIZE), CopyTransport("fail")
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=engine) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=transport) as client,
     ):
         for _ in range(5):
             memory = PageMemory(20, [SIZE])
             assert begin(client, address, KEYS, memory).wait() == [OK] * 20
             assert whole(source, memory)
         until(lambda: server.counts["pages_sent"] == 5 * 20)
-        assert (len(engine.transfers), server.counts["pages_offered"]) == (3, 3 * 20)
+        assert (len(transport.transfers), server.counts["pages_offered"]) == (3, 3 * 20)
         assert slab(client).free_bytes == 0
 
 
-def test_a_transfer_that_hangs_is_left_at_the_deadline_and_its_memory_is_not_used() -> None:
-    source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine("hang")
+def test_a_hanging_transfer_ends_at_the_deadline_and_its_memory_is_not_reused() -> None:
+    source, memory, transport = (
+        MemorySource(KEYS, SIZE),
+        PageMemory(20, [SIZE]),
+        CopyTransport("hang"),
+    )
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=engine) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=transport) as client,
     ):
         assert begin(client, address, KEYS, memory, seconds=0.3).wait() == [LATE] * 20
-        until(lambda: not held(server))
-        taken = engine_reads.SLAB_BYTES - slab(client).free_bytes
+        until(lambda: not reserved(server))
+        taken = rdma_memory.SLAB_BYTES - slab(client).free_bytes
         assert taken == 20 * 8192
         # the peer itself was not silent: it is read over zmq, and the late bytes land in no page
         again = PageMemory(20, [SIZE])
         assert begin(client, address, KEYS, again).wait() == [OK] * 20
-        assert slab(client).free_bytes == engine_reads.SLAB_BYTES - taken
-        engine.transfers[0].finish()
-        until(lambda: slab(client).free_bytes == engine_reads.SLAB_BYTES)
+        assert slab(client).free_bytes == rdma_memory.SLAB_BYTES - taken
+        transport.transfers[0].finish()
+        until(lambda: slab(client).free_bytes == rdma_memory.SLAB_BYTES)
         assert all(memory.untouched(i) for i in range(20))
         assert whole(source, again)
 
 
-def test_half_of_a_hold_is_all_the_time_a_transfer_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_holds, "HOLD_MS", 400)
-    source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine("hang")
+def test_a_transfer_must_end_within_half_of_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offers, "LEASE_MS", 400)
+    source, memory, transport = (
+        MemorySource(KEYS, SIZE),
+        PageMemory(20, [SIZE]),
+        CopyTransport("hang"),
+    )
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=engine) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=transport) as client,
     ):
         began = time.monotonic()
         assert begin(client, address, KEYS, memory, seconds=60).wait() == [OK] * 20
@@ -238,14 +248,14 @@ def test_half_of_a_hold_is_all_the_time_a_transfer_has(monkeypatch: pytest.Monke
         until(lambda: server.counts["pages_sent"] == 20)
         assert server.counts["pages_offered"] == 20
         assert whole(source, memory)
-        engine.transfers[0].finish(FAILED)
+        transport.transfers[0].finish(FAILED)
 
 
-def test_an_offer_that_comes_behind_half_of_its_hold_is_not_fetched(
+def test_an_offer_after_half_of_its_lease_is_not_fetched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(serve_holds, "HOLD_MS", 100)
-    source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine()
+    monkeypatch.setattr(offers, "LEASE_MS", 100)
+    source, memory, transport = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyTransport()
 
     def slow(asked: Sequence[PageKey]) -> None:
         source.before = lambda keys: None
@@ -255,48 +265,59 @@ def test_an_offer_that_comes_behind_half_of_its_hold_is_not_fetched(
 
     source.before = slow
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=engine) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=transport) as client,
     ):
         assert begin(client, address, KEYS, memory).wait() == [OK] * 20
-        assert not engine.transfers
+        assert not transport.transfers
         until(lambda: server.counts["pages_sent"] == 20)
 
 
 def test_a_server_that_goes_away_during_a_transfer() -> None:
-    source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine("hang")
-    with reading(engine=engine) as client:
-        with serving(source, engine=CopyEngine()) as (_, address):
+    source, memory, transport = (
+        MemorySource(KEYS, SIZE),
+        PageMemory(20, [SIZE]),
+        CopyTransport("hang"),
+    )
+    with reading(transport=transport) as client:
+        with serving(source, transport=CopyTransport()) as (_, address):
             pending = begin(client, address, KEYS, memory, seconds=60)
-            until(lambda: bool(engine.transfers))
+            until(lambda: bool(transport.transfers))
         assert pending.wait() == [OUT_FAILED] + [SKIPPED] * 19
         assert client.is_open(NID)
-        assert slab(client).free_bytes < engine_reads.SLAB_BYTES
-        assert engine.transfers[0].state is RUNNING
-    assert (engine, slab(client)._slab) in engines._kept  # never freed: the engine may still write
-    engines._kept.clear()
+        assert slab(client).free_bytes < rdma_memory.SLAB_BYTES
+        assert transport.transfers[0].state is RUNNING
+    assert (
+        transport,
+        slab(client)._slab,
+    ) in transport_module._kept  # never freed: the transport may still write
+    transport_module._kept.clear()
     assert all(memory.untouched(i) for i in range(20))
 
 
 def test_a_server_that_goes_away_before_a_refused_transfer() -> None:
-    source, memory, engine = MemorySource(KEYS, SIZE), PageMemory(20, [SIZE]), CopyEngine("refuse")
+    source, memory, transport = (
+        MemorySource(KEYS, SIZE),
+        PageMemory(20, [SIZE]),
+        CopyTransport("refuse"),
+    )
     with (
-        serving(source, engine=CopyEngine()) as (server, address),
-        reading(engine=engine) as client,
+        serving(source, transport=CopyTransport()) as (server, address),
+        reading(transport=transport) as client,
     ):
-        engine.before = server.close
+        transport.before = server.close
         began = time.monotonic()
         outcomes = begin(client, address, KEYS, memory, seconds=60).wait()
         assert outcomes == [OUT_FAILED] + [SKIPPED] * 19
         assert time.monotonic() - began < 30
-        assert slab(client).free_bytes == engine_reads.SLAB_BYTES
+        assert slab(client).free_bytes == rdma_memory.SLAB_BYTES
 
 
 # ---- start ----
 
 
-def test_an_engine_that_is_not_there_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_nixl, "MODULES", ("flexkv_no_such_module",))
+def test_a_missing_transport_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl, "MODULES", ("flexkv_no_such_module",))
     share = ShareConfig(engine="nixl")
     with pytest.raises(ConfigError) as raised:
         PeerClient(share, lambda name, amount: None)
@@ -307,19 +328,19 @@ def test_an_engine_that_is_not_there_ends_the_start(monkeypatch: pytest.MonkeyPa
         pass
 
 
-def test_memory_that_the_engine_does_not_take_ends_the_start() -> None:
+def test_memory_that_cannot_be_registered_is_an_error_at_the_start() -> None:
     with pytest.raises(ConfigError, match=r"share.engine.*no memory"):
-        PeerClient(ShareConfig(), lambda name, amount: None, CopyEngine("no memory"))
+        PeerClient(ShareConfig(), lambda name, amount: None, CopyTransport("no memory"))
     with (
         pytest.raises(ConfigError, match=r"share.engine.*no memory"),
-        serving(None, engine=CopyEngine("no memory")),
+        serving(None, transport=CopyTransport("no memory")),
     ):
         pass
 
 
-def test_engines_are_closed_with_their_owners() -> None:
-    ours, theirs = CopyEngine(), CopyEngine()
-    with serving(None, engine=theirs), reading(engine=ours):
+def test_transports_are_closed_with_their_owners() -> None:
+    ours, theirs = CopyTransport(), CopyTransport()
+    with serving(None, transport=theirs), reading(transport=ours):
         pass
     assert ours.closed
     assert theirs.closed

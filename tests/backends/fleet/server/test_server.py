@@ -17,7 +17,7 @@ from flexkv_sglang.backends.fleet.server.queue import Reader, Request, ServeQueu
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.slabs import ServeSlabs
 from flexkv_sglang.backends.fleet.vocabulary import (
-    NodeInfo,
+    PageSource,
     PageStatus,
     ShareConfig,
     Snapshot,
@@ -26,7 +26,7 @@ from flexkv_sglang.backends.fleet.vocabulary import (
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
 from flexkv_sglang.errors import ConfigError, PeerError
 from flexkv_sglang.types import PageKey
-from nodes.page_servers import EPOCH, NAME, NID, SPACE, begin, reading, serving, until
+from nodes.page_servers import EPOCH, NAME, NID, SPACE, FixedNode, begin, reading, serving, until
 from nodes.page_sources import ListedChanges, MemorySource, PageMemory, keys_of
 from nodes.raw_peer import RawPeer
 from nodes.wire_fuzz import CHANGES
@@ -76,13 +76,13 @@ def test_a_reader_beyond_its_share_is_told_busy_at_once() -> None:
         assert (busy.request_id, busy.index, busy.status) == (3, 0, BUSY)
         assert peer.hear() == answers.End(3, 1)
         other.say(read(4, keys[:10]))  # of all memory, six are left
-        until(lambda: server._pages.held_bytes == 64 << 10)
+        until(lambda: server._pages.reserved_bytes == 64 << 10)
         valve.open.set()
         heard = peer.hear_all()
         assert [page.status for page in heard[:-1]] == [OK] * 8
         assert [page.status for page in peer.hear_all()[:-1]] == [OK] * 2 + [BUSY]
         assert [page.status for page in other.hear_all()[:-1]] == [OK] * 6 + [BUSY]
-        until(lambda: server._pages.held_bytes == 0)
+        until(lambda: server._pages.reserved_bytes == 0)
 
 
 def test_a_long_queue_is_busy() -> None:
@@ -106,7 +106,7 @@ def test_a_request_whose_budget_is_over_is_late() -> None:
         peer.say(read(1, keys[:1], 10_000))
         assert valve.reached.wait(10)
         peer.say(read(2, keys, 1))  # waits behind the first one
-        until(lambda: server._pages.held_bytes == 81 * 4096)
+        until(lambda: server._pages.reserved_bytes == 81 * 4096)
         over = time.monotonic() + 0.002
         until(lambda: time.monotonic() > over)
         valve.open.set()
@@ -132,10 +132,10 @@ def test_a_cancelled_request_is_not_answered() -> None:
         assert valve.reached.wait(10)
         peer.say(requests.pack_cancel(1))
         peer.say(read(2, keys_of(1, seed=9)))
-        until(lambda: server._pages.held_bytes == 3 * 4096)
+        until(lambda: server._pages.reserved_bytes == 3 * 4096)
         valve.open.set()
         assert [page.request_id for page in peer.hear_all()] == [2, 2]
-        until(lambda: server._pages.held_bytes == 0)
+        until(lambda: server._pages.reserved_bytes == 0)
 
 
 def test_readers_take_turns() -> None:
@@ -156,7 +156,7 @@ def test_readers_take_turns() -> None:
         greedy.say(read(1, keys[:127]))
         assert valve.reached.wait(10)
         modest.say(read(1, keys[127:]))
-        until(lambda: server._pages.held_bytes == 128 * 4096)
+        until(lambda: server._pages.reserved_bytes == 128 * 4096)
         valve.open.set()
         assert len(modest.hear_all()) == 2
         assert len(greedy.hear_all()) == 128
@@ -233,9 +233,9 @@ def test_a_reader_that_goes_away_gives_its_memory_back() -> None:
         for _ in range(3):
             peer = RawPeer(address)
             peer.say(read(1, keys))
-            until(lambda: server._pages.held_bytes > 0)
+            until(lambda: server._pages.reserved_bytes > 0)
             peer.__exit__(None, None, None)
-            until(lambda: server._pages.held_bytes == 0)
+            until(lambda: server._pages.reserved_bytes == 0)
         with reading() as client:
             memory = PageMemory(16, [size])
             assert begin(client, address, keys, memory).wait() == [PageOutcome.OK] * 16
@@ -272,19 +272,24 @@ def test_a_failing_source_is_a_miss_and_the_server_lives() -> None:
         assert [page.status for page in peer.hear_all()[:-1]] == [OK]
 
 
-def test_a_failing_callable_costs_one_message() -> None:
-    """The agent's answers are asked for in the server's loop; a bug there must not end it."""
+class FaultyNode(FixedNode):
+    """Its first call fails."""
+
+    failed = False
+
+    def pages_of(self, namespace: str) -> PageSource | None:
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("a bug")
+        return super().pages_of(namespace)
+
+
+def test_a_failing_node_costs_one_message() -> None:
+    """The server's loop calls the agent; a bug there must not end it."""
     keys = keys_of(1)
     source = MemorySource(keys, 4096)
-    failures = [RuntimeError("a bug")]
-
-    def sources(name: str) -> MemorySource:
-        if failures:
-            raise failures.pop()
-        return source
-
     with serving(source) as (server, address), RawPeer(address) as peer:
-        server._pages._sources = sources
+        server._pages._node = FaultyNode({NAME: source})
         peer.say(read(1, keys))
         peer.say(read(2, keys))
         assert [answer.request_id for answer in peer.hear_all()] == [2, 2]
@@ -345,7 +350,7 @@ def test_questions_end_in_time() -> None:
 
 def test_a_taken_port_is_a_config_error() -> None:
     with serving(None) as (server, address):
-        other = type(server)(ShareConfig(listen=address), None, *[{}.get] * 3)
+        other = type(server)(ShareConfig(listen=address), None, FixedNode())
         with pytest.raises(ConfigError, match=r"share\.listen"):
             other.start()
 
@@ -374,15 +379,12 @@ def test_a_page_larger_than_a_readers_share_is_still_served() -> None:
     keys = tuple(keys_of(3))
     request = Request(Reader(b"r"), requests.Read(1, SPACE, 1, 0, keys), source, 0.0)
     queue.accept(request)
-    assert (request.accepted, queue.held) == (1, 1 << 20)
+    assert (request.accepted, queue.reserved) == (1, 1 << 20)
 
 
 def test_the_usual_port_may_be_in_use(caplog: pytest.LogCaptureFixture) -> None:
     share = ShareConfig(peers=("127.0.0.1:1",))
-    servers = [
-        PageServer(share, None, lambda: NodeInfo(NID, EPOCH, ""), lambda _: None, lambda _: None)
-        for _ in range(2)
-    ]
+    servers = [PageServer(share, None, FixedNode()) for _ in range(2)]
     try:
         addresses = {server.start() for server in servers}
     finally:

@@ -1,11 +1,11 @@
-"""A one-sided engine between a server and a client of this process: it copies memory, when and how a test wants."""
+"""An RDMA transport between a server and a client of this process: it copies memory, when and how a test wants."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
 
-from flexkv_sglang.backends.fleet.rdma.base import EngineError, Move, TransferState
+from flexkv_sglang.backends.fleet.transport import Move, RdmaError, TransferState
 
 RUNNING, DONE, FAILED = TransferState.RUNNING, TransferState.DONE, TransferState.FAILED
 
@@ -28,7 +28,7 @@ class CopyTransfer:
         return self.state
 
 
-class CopyEngine:
+class CopyTransport:
     """``behaviour``: "copy" at once, "hang", "fail", "refuse" or "no memory". ``transfers``: all of them.
 
     ``before``: called when a read is to start. ``settle_s``: not that of any real one.
@@ -45,23 +45,23 @@ class CopyEngine:
         self.before: Callable[[], object] = lambda: None
 
     def register(self, address: int, byte_count: int) -> None:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         if self.behaviour == "no memory":
-            raise EngineError("no memory")
+            raise RdmaError("no memory")
         self.memory = (address, byte_count)
 
     def blob(self) -> bytes:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         return b"blob of %d" % self.memory[0]
 
     def read(self, blob: bytes, moves: Sequence[Move]) -> CopyTransfer:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         self.before()
         assert blob.startswith(b"blob of ")
         start, byte_count = self.memory
         assert all(start <= m.target <= start + byte_count - m.byte_count for m in moves)
         if self.behaviour == "refuse":
-            raise EngineError("refused")
+            raise RdmaError("refused")
         transfer = CopyTransfer(moves)
         self.transfers.append(transfer)
         if self.behaviour == "copy":
@@ -71,6 +71,6 @@ class CopyEngine:
         return transfer
 
     def close(self) -> bool:
-        """As ``OneSidedEngine``."""
+        """As ``RdmaTransport``."""
         self.closed = True
         return all(transfer.state is not RUNNING for transfer in self.transfers)
