@@ -1,7 +1,7 @@
 """The best that can be done with a trace: Belady's choice among leaves, knowing the future.
 
 L. A. Belady, "A study of replacement algorithms", IBM Systems Journal 5(2), 1966; here a page may also be
-refused when its next use is farther away than that of everything cached.
+refused when its next use is farther away than that of each cached page.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def next_uses(requests: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 class Clairvoyant:
-    """A cache of ``capacity`` pages that is told each page's next use. Not thread-safe."""
+    """A cache of ``capacity`` pages that knows each page's next use. Not thread-safe."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity

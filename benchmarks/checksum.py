@@ -1,4 +1,4 @@
-"""xxh3_64 (what pages are checked with) beside crc32c, over memory that is in no cache.
+"""xxh3_64 (the checksum of pages) beside crc32c, over memory that is in no cache.
 
     .venv/bin/pip install crc32c && .venv/bin/python benchmarks/checksum.py [--out NAME.csv]
 

@@ -1,10 +1,10 @@
-"""Looking pages up in the replica of other nodes: how long, how much memory, how soon a change is seen.
+"""Lookups of pages in the replica of other nodes: time, memory, delay of a change.
 
     flock QUIET python benchmarks/fleet_lookup.py --out benchmarks/results/fleet-lookup-DATE.csv
 
-Real files in ``--dir`` (a tmpfs), a real writer and a real reader. A look-up is ``refresh`` and ``run`` until every
-page has a peer or none has it: what ``batch_exists`` does. Cases are interleaved. ``two peers`` are two runs.
-``stairs``: all peers hold the prefix, each to another page, changes of all of them in play: the worst there is.
+Real files in ``--dir`` (a tmpfs), a real writer and a real reader. A lookup is ``refresh`` and ``run`` until every
+page has a peer or no peer has it, as in ``batch_exists``. Cases are interleaved. ``two peers`` are two runs.
+``stairs``: all peers hold the prefix, each to another page, changes of all of them in the tables: the worst case.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Of one case, in us. ``cpu``: time of this thread on a core, without what others took from it."""
+    """Of one case, in us. ``cpu``: time of this thread on a core, without waiting for other threads."""
 
     us_p50: float
     us_p99: float
@@ -171,7 +171,7 @@ def watch(run_dir: Path, pipe: Connection) -> None:
 
 
 def private_bytes() -> int:
-    """Memory that only this process has."""
+    """Private memory of this process."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
 
@@ -197,7 +197,7 @@ def visibility(fleet: Fleet, run_dir: Path) -> tuple[float, float]:
 
 
 def network_calls(fleet: Fleet) -> int:
-    """Socket events, as Python's audit hook tells them, in 100 look-ups of each case."""
+    """Socket events, from Python's audit hook, in 100 lookups of each case."""
     seen, armed = 0, True
 
     def hook(event: str, _: object) -> None:

@@ -10,7 +10,7 @@ is copied. ``memory``: pages lie in the server's memory (copied into its slabs, 
 CPU time is of both processes, all threads. The last line printed is one JSON object.
 
 On loopback nothing but the processors limits either side, and both sides share them. ``--gbit`` puts reader and
-server on two hosts (network namespaces), with a cable between them that carries so much (tc, token bucket).
+server on two hosts (network namespaces), with a cable of that rate between them (tc, token bucket).
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     NodeInfo,
     PageStatus,
     ServedPage,
-    ShareConfig,
     namespace_name,
 )
 from flexkv_sglang.backends.fleet.wire import curve
 from flexkv_sglang.backends.io.probe import make_engine, probe_directory
 from flexkv_sglang.backends.io.transfer import PageTransfer
 from flexkv_sglang.bench.ssd import environment
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.types import PageBuffers, PageKey
 
 PAGES = 128
@@ -86,7 +86,7 @@ class Pages:
         return int(self.memory.ctypes.data) + number % self.distinct * self.page_bytes
 
     def checksum(self, number: int) -> int:
-        """As its journal record would say."""
+        """The checksum that its journal record would have."""
         return page_checksum(
             ChecksumKind.XXH3_64, key_of(number), [(self.address(number), self.page_bytes)]
         )
@@ -128,12 +128,12 @@ class Source:
         return [ServedPage(PageStatus.OK, kind, self._sums[number]) for number in numbers]
 
     def reported_bad(self, keys: Sequence[PageKey]) -> None:
-        """Nothing is bad here."""
+        """No page is bad here."""
         raise AssertionError(keys)
 
 
 def count_nothing(_name: str, _amount: int) -> None:
-    """For a client whose metrics nobody wants."""
+    """Metrics that are not read."""
 
 
 def share_of(contender: str, secret: Path) -> ShareConfig:
@@ -165,7 +165,7 @@ class OneNamespace:
 
 
 def serve(contender: str, page_bytes: int, place: Path) -> None:
-    """The server's process: says its address, then its CPU time each time a line comes in."""
+    """The server's process: prints its address, then its CPU time for each line of input."""
     pages = Pages(page_bytes)
     if contender == "tcp":
         serve_tcp(pages)

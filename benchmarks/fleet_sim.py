@@ -1,10 +1,10 @@
-"""A fleet of 100 nodes with a million pages each, without its network: memory, catch-up, look-ups, Redis traffic.
+"""A fleet of 100 nodes with a million pages each, without its network: memory, catch-up, lookups, Redis traffic.
 
     python benchmarks/fleet_sim.py --out benchmarks/results/fleet-sim-DATE.csv
 
 One node is real: its writer keeps real files of all the others, its reader looks pages up in them, their changes
-are applied at the rate they would come. If memory does not allow so many sets, fewer are made, ``real_peers`` says
-how many, and sizes and times are scaled. Redis is arithmetic: nodes write, collect, send and read in simulated time,
+are applied at the rate they would come. If memory does not allow that many sets, fewer are made (``real_peers``),
+and sizes and times are scaled. Redis is arithmetic: nodes write, collect, send and read in simulated time,
 and every command and answer is encoded as Redis' protocol does, so bytes are counted and not guessed.
 """
 
@@ -43,7 +43,7 @@ def stream(number: int) -> str:
 
 
 def fields(keys: int) -> list[bytes | str | int]:
-    """What an entry holds: epoch, number, operation, fingerprints."""
+    """Fields of an entry: epoch, number, operation, fingerprints."""
     return ["e", 1 << 63, "q", 123_456_789, "o", "A", "k", bytes(8 * keys)]
 
 
@@ -110,7 +110,7 @@ def affordable(peers: int, pages: int) -> int:
 
 
 def steady(fleet: Fleet, rate: float, seconds: float) -> float:
-    """Share of a core that applying everybody's changes takes, merges included. Half of them are drops."""
+    """Share of a core for applying the changes of all peers, merges included. Half of them are drops."""
     per_entry = max(1, int(rate * 0.1))
     added = [spread(fleet.rng, per_entry) for _ in fleet.node_ids]
     begin = time.process_time()
@@ -128,7 +128,7 @@ def steady(fleet: Fleet, rate: float, seconds: float) -> float:
 
 
 def one_node(place: Path, nodes: int, pages: int, rate: float) -> dict[str, object]:
-    """The replica of one node of the fleet, for real."""
+    """Measures the replica of one real node of the fleet."""
     peers = nodes - 1
     real = affordable(peers, pages)
     before = private_bytes()

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/index.py --dir DIR [--pages 1000000] [--out benchmarks/results/NAME.csv]
 
 Makes a journal with that many pages (their bytes are never read), opens it as a restarted server would,
-and asks. Start-up is CPU time of this process; the rest is wall time, median of many calls. Memory is what
-the process holds more after opening than before. The last line printed is one JSON object.
+and asks. Start-up is CPU time of this process; the rest is wall time, median of many calls. Memory is the
+growth of the process from before to after the opening. The last line printed is one JSON object.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Device:
         self.is_gpu = self.device.type == "cuda"
 
     def seconds(self, work: Callable[[], None]) -> float:
-        """How long ``work`` takes on the current stream, launches included when the device waits for them."""
+        """Seconds of ``work`` on the current stream, launches included when the device waits for them."""
         if not self.is_gpu:
             begin = time.perf_counter()
             work()

@@ -61,7 +61,7 @@ def timed(run: Run, work: dict[str, Work]) -> dict[str, Timing]:
 
 
 def measure_ceilings(run: Run) -> None:
-    """The best this machine does with whole tensors."""
+    """The ceilings: copies of whole tensors on this machine."""
     size = run.payload // 4
     big = torch.empty(2, run.payload, dtype=torch.uint8, device=run.device.device)
     host, near = run.device.pinned(2, size), big[0, : 2 * size].view(2, size)

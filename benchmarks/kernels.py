@@ -1,4 +1,4 @@
-"""Gather and scatter beside the ceilings of the same GPU: how near, how few multiprocessors, how much they disturb.
+"""Gather and scatter beside the ceilings of the same GPU: speed, speed with few multiprocessors, disturbance.
 
     .venv/bin/python benchmarks/kernels.py [--out results/kernels-DATE.csv]       # needs a GPU, under 3 minutes
     .venv/bin/python benchmarks/kernels.py --device cpu --mib 8                    # only: does it run?
@@ -42,7 +42,7 @@ NO_GPU = 3
 
 
 def judge(rows: list[Row]) -> dict[str, Any]:
-    """The targets of docs/KERNELS.md, as far as the run says something about them."""
+    """The targets of docs/KERNELS.md that this run can judge."""
 
     def worst(phase: str, names: tuple[str, ...], least_chunk: int = 0) -> float | None:
         found = [

@@ -1,11 +1,11 @@
-"""What an eviction policy costs by itself: CPU time per page of a trace, and memory per slot.
+"""Cost of an eviction policy alone: CPU time per page of a trace, and memory per slot.
 
     .venv/bin/python benchmarks/policy_cost.py --trace FILE --capacity 1000,10000,50000 --json
 
-The calls the index makes are recorded once, then fed to a fresh policy again and again, in turn with one
-that does nothing; the difference is the policy's own share. Medians of ``--repeat`` rounds; a page is
-a page of a request, whether it hits or not. Memory is what tracemalloc sees from before the policy is
-made to the end of the trace, peak, last_use included. With --json the last line is one JSON object.
+The calls of the index are recorded once, then repeated on new policies, in turn with one that does nothing;
+the difference is the policy's own share. Medians of ``--repeat`` rounds; a page is
+a page of a request, whether it hits or not. Memory is tracemalloc's peak from before the policy is
+made to the end of the trace, last_use included. With --json the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.cache.eviction.policies import EvictionPolicy, Recency, ReuseDensity
+from flexkv_sglang.cache.eviction.lru import Lru
+from flexkv_sglang.cache.eviction.policy import EvictionPolicy
+from flexkv_sglang.cache.eviction.reuse_density import ReuseDensity
 from flexkv_sglang.types import I64, PageKey
 from replay import hit_ratio, read_trace, whole_numbers
 
 Call = tuple[str, tuple[Any, ...]]
-POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {"default": ReuseDensity, "lru": Recency}
+POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {"default": ReuseDensity, "lru": Lru}
 
 
 class Nothing:
@@ -48,13 +50,13 @@ class Nothing:
     def forget(self, slot: int, key: PageKey) -> None:
         """No-op."""
 
-    def victim(self, may_go: object, bid: float) -> None:
+    def victim(self, may_go: object, admission_value: float) -> None:
         """No-op."""
 
     def renew(self, slot: int, child_count: int) -> None:
         """No-op."""
 
-    def bids(self, keys: object) -> None:
+    def admission_values(self, keys: object) -> None:
         """No-op."""
 
     def declined(self, keys: object) -> None:
@@ -62,7 +64,7 @@ class Nothing:
 
 
 class Recorder:
-    """Passes the calls on to ``policy`` and notes them with what they saw."""
+    """Passes the calls on to ``policy`` and notes them with their arguments."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
@@ -92,17 +94,19 @@ class Recorder:
         self.calls.append(("renew", (slot, child_count)))
         self._policy.renew(slot, child_count)
 
-    def bids(self, keys: Sequence[PageKey]) -> Sequence[float] | None:
+    def admission_values(self, keys: Sequence[PageKey]) -> Sequence[float] | None:
         """Noted."""
-        self.calls.append(("bids", (list(keys),)))
-        return self._policy.bids(keys)
+        self.calls.append(("admission_values", (list(keys),)))
+        return self._policy.admission_values(keys)
 
     def declined(self, keys: Sequence[PageKey]) -> None:
         """Noted."""
         self.calls.append(("declined", (list(keys),)))
         self._policy.declined(keys)
 
-    def victim(self, may_go: Callable[[int], bool], bid: float = math.inf) -> int | None:
+    def victim(
+        self, may_go: Callable[[int], bool], admission_value: float = math.inf
+    ) -> int | None:
         """Noted with the pinned leaves that were met."""
         pinned: set[int] = set()
 
@@ -112,8 +116,8 @@ class Recorder:
                 pinned.add(slot)
             return allowed
 
-        found = self._policy.victim(ask, bid)
-        self.calls.append(("victim", (lambda slot: slot not in pinned, bid)))
+        found = self._policy.victim(ask, admission_value)
+        self.calls.append(("victim", (lambda slot: slot not in pinned, admission_value)))
         return found
 
     def load(self, slots: I64, leaves: Iterable[int]) -> None:
@@ -138,7 +142,7 @@ def cost(requests: Sequence[Sequence[int]], capacity: int, name: str, repeat: in
     hit_ratio(requests, capacity, recorder)  # type: ignore[arg-type]
     pages = sum(map(len, requests))
     gc.collect()
-    gc.freeze()  # the recorded calls are not the policy's to scan
+    gc.freeze()  # the garbage collector does not scan the recorded calls
     took = [
         feed(recorder.calls, POLICIES[name](capacity)) - feed(recorder.calls, Nothing())
         for _ in range(repeat)

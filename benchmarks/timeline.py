@@ -1,4 +1,4 @@
-"""Where the time of one call of 128 pages goes: milliseconds per stage, of the fastest of several passes.
+"""Time of one call of 128 pages by stage: milliseconds, of the fastest of several passes.
 
     .venv/bin/python benchmarks/timeline.py --dir DIR [--page-bytes 65536 262144 1048576] [--out NAME.csv]
 
@@ -63,7 +63,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def take(self) -> dict[str, float]:
-        """What was spent, and start anew."""
+        """Seconds since the last ``take``; starts again at 0."""
         spent, self._spent = self._spent, {}
         return spent
 

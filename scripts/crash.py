@@ -1,4 +1,4 @@
-"""Kill campaign and bit flips over the real store. docs/TESTING.md says what is judged."""
+"""Kill campaign and bit flips over the real store. docs/TESTING.md lists the findings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def kill(directory: Path, args: argparse.Namespace) -> int:
 
 
 def flip(directory: Path, args: argparse.Namespace) -> int:
-    """Flip bits, one at a time; 1 if a page was wrong, or missing without the flip explaining it."""
+    """Flip bits, one at a time; 1 if a page was wrong, or missing for another reason than the flip."""
     started = time.monotonic()
     damage = flip_bits(directory / "flips", args.flips, args.seed)
     seconds = round(time.monotonic() - started, 1)

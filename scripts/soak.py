@@ -1,4 +1,4 @@
-"""Stateful random test of the engine with faults and races; ``tests/support/stores/soak_run.py`` says what is judged.
+"""Stateful random test of the engine with faults and races; ``tests/support/stores/soak_run.py`` lists the invariants.
 
 Then random prefixes of hybrid models, folded by us and by SGLang's ``HiCacheFile``:
 ``tests/support/models/fold_oracle.py``.

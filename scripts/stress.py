@@ -1,4 +1,4 @@
-"""Stress of the neighbour protocol with several processes; docs/TESTING.md says what is judged."""
+"""Stress of the neighbour protocol with several processes; docs/TESTING.md lists the findings."""
 
 from __future__ import annotations
 

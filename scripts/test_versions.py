@@ -1,7 +1,7 @@
 """Runs ``tests/contract`` with the wheel of an SGLang release first on the path and the rest of ``.venv``.
 
-Of what a release pins only transformers (and the tokenizers it accepts) matters for importing SGLang: the
-pinned ones are laid beside the wheel. A wheel that cannot be had is a failure, never a skip.
+Of the packages that a release pins, only transformers (and the tokenizers that it accepts) matters for an import of
+SGLang: the pinned ones are laid beside the wheel. A wheel that pip cannot fetch is a failure, never a skip.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".versions"
 SUPPORTED = ("0.5.11", "0.5.14", "0.5.17", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
 OLD_TOKENIZERS = "0.22.2"
-"""For releases that do not pin it: what the transformers of that time accept."""
+"""For releases that pin none: a version that the transformers of that time accept."""
 
 _SUITE = (
     "pytest",
@@ -40,18 +40,18 @@ _SUMMARY = re.compile(r"\b(\d+) (passed|failed|error|errors|skipped)\b")
 
 
 class NoWheelError(Exception):
-    """A package cannot be had."""
+    """pip cannot fetch a package."""
 
 
 def pip(*words: str, what: str) -> None:
-    """Run pip; raises ``NoWheelError`` with its last words."""
+    """Run pip; raises ``NoWheelError`` with the end of its output."""
     done = subprocess.run([*_PIP, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise NoWheelError(f"{what} cannot be had: {done.stderr.strip()[-600:]}")
 
 
 def unpacked(version: str) -> Path:
-    """The folder with the files of this release, fetched if need be."""
+    """The folder with the files of this release, fetched if it is absent."""
     target = CACHE / f"sglang-{version}"
     if target.is_dir():
         return target
@@ -101,7 +101,7 @@ def search_path(version: str) -> str:
 
 
 def run(version: str, *, servers: bool) -> dict[str, object]:
-    """The contract suite, or the demo's servers, on one release; what came of it."""
+    """The contract suite, or the demo's servers, on one release. Returns the outcome."""
     started = time.monotonic()
     try:
         path = search_path(version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import re
 import runpy
 from collections.abc import Iterator
@@ -151,9 +152,11 @@ def test_settings_of_sharing_and_their_defaults() -> None:
         keys = [literal(key) for key in row[0].split(",")]
         values = row[1].split(",") if len(keys) == row[1].count(",") + 1 else [row[1]] * len(keys)
         found.update({key: literal(value) for key, value in zip(keys, values, strict=True)})
-    assert set(found) == set(share._PARSERS)
+    aliases = {"pod"}
+    assert set(found) == set(share._PARSERS) - aliases
     default = share.ShareConfig()
-    for key, (field, parse) in share._PARSERS.items():
+    for key in found:
+        field, parse = share._PARSERS[key]
         value = getattr(default, field)
         if value is None or value == ():
             assert not re.match(r"^[\d\"]", found[key]), key
@@ -167,6 +170,21 @@ def test_settings_of_sharing_and_their_defaults() -> None:
             assert parse(key, float(text)) == value, key
         else:
             assert text == value, key
+
+
+def test_fixed_times_of_sharing_and_settings_that_are_gone() -> None:
+    default = share.ShareConfig()
+    text = section(DOCS / "OPERATING.md", "## Sharing between machines")
+    text = re.sub(r"\s+", " ", text.split("**Fixed times.**")[1].split("**How it works.**")[0])
+    assert f"heartbeat every {default.heartbeat_s:g} s" in text
+    assert f"after {default.node_ttl_s:g} s without one" in text
+    assert f"waits {1000 * default.remote_deadline_s:g} ms" in text
+    assert f"collected for {1000 * default.publish_flush_s:g} ms" in text
+    assert f"used for {default.replica_ttl_s:g} s" in text
+    assert f"ends {default.agent_linger_s:g} s after" in text
+    for key in share._REMOVED:
+        naming = [path.name for path in DOCUMENTS if f"`{key}`" in path.read_text()]
+        assert naming == ["CHANGELOG.md"], key
 
 
 # --- metrics and the doctor ---
@@ -271,6 +289,27 @@ def test_scripts_and_their_flags_exist(path: Path) -> None:
         tables = [p for p in (ROOT / "tests" / "mutants").glob("*.py") if p.name != "run.py"]
         bugs = [bug[0] for table in tables for bug in runpy.run_path(str(table))["MUTANTS"]]
         assert not [word for word in names if not any(word in bug for bug in bugs)]
+
+
+OTHER_FLAGS = {*("--no-deps", "--shm-size", "--kernels-on", "--e2e-variant", "--mib", "--gbit")}
+"""Of pip, Docker, pytest and benchmarks."""
+
+
+@pytest.mark.sglang
+def test_flags_of_sglang_exist() -> None:
+    """Flags that no command of ours has are SGLang's: its arguments name them, with underscores."""
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None
+    (place,) = [Path(found) / "srt" for found in spec.submodule_search_locations or ()]
+    sources = [place / "server_args.py", *(place / "arg_groups").rglob("*.py")]
+    known = frozenset(re.findall(r"\w+", "\n".join(path.read_text() for path in sources)))
+    ours = set().union(*commands().values()) | OTHER_FLAGS
+    for path in DOCUMENTS:
+        text = path.read_text()
+        for command in sorted(named_commands(path, "scripts/"), key=len, reverse=True):
+            text = text.replace(command, "")
+        for flag in set(flags_of(text)) - ours:
+            assert flag[2:].replace("-", "_") in known, f"{named(path)}: {flag}"
 
 
 # --- paths, modules and names ---
@@ -408,6 +447,9 @@ def test_the_trails_of_the_eight_questions_are_short() -> None:
         assert word in question
         files = set(re.findall(r"`([\w/]+\.(?:py|md))`", trail))
         assert 1 < len(files) <= 6, question
+        for name, inside in re.findall(r"`([\w/]+\.py)` \(`([\w.]+)`", trail):
+            text = (ROOT / "flexkv_sglang" / name).read_text()
+            assert set(inside.split(".")) <= set(re.findall(r"\w+", text)), f"{name}: {inside}"
 
 
 def test_the_glossary_is_used() -> None:

@@ -7,7 +7,6 @@ verified and not the page cache.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from enum import IntEnum
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
+from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.backends.slots.records import Records, SlotClass
 from flexkv_sglang.cli.output import ProgressLine
 from flexkv_sglang.types import PageKey
@@ -43,9 +43,8 @@ class PageReader:
         whole = sum(buffer_bytes) == slot_class.payload_bytes
         self._parts = buffer_bytes if whole else [slot_class.payload_bytes]
         self._batch = max(1, _BUFFER_BYTES // slot_class.slot_bytes)
-        self._memory = mmap.mmap(-1, self._batch * slot_class.slot_bytes)
-        self._view = memoryview(self._memory)
-        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._memory = AlignedMemory(self._batch * slot_class.slot_bytes)
+        self._view, self._address = self._memory.view, self._memory.address
         self._path = path
         self._fd = _open(path)
 

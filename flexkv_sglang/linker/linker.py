@@ -35,9 +35,9 @@ from flexkv_sglang.cache.assembly import prepare_tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.epochs import WEIGHTS
-from flexkv_sglang.integration.boundary import Boundary, boundary
-from flexkv_sglang.integration.compat import pool_name
-from flexkv_sglang.integration.pool_identity import Identities
+from flexkv_sglang.integration.boundary import Boundary, answers, no_lengths
+from flexkv_sglang.integration.compat import as_text
+from flexkv_sglang.integration.pool_identity import PoolSpecs
 from flexkv_sglang.integration.weight_updates import agree_before_attach, install_now
 from flexkv_sglang.linker.backfill import LinkerBackfill
 from flexkv_sglang.linker.device_models import REPLICATED_CLASSES, device_pools, transfer_layers
@@ -46,10 +46,6 @@ from flexkv_sglang.linker.leases import Leases
 from flexkv_sglang.linker.load import Loader, LoadTimes
 from flexkv_sglang.linker.offload import OFFLOAD_S, Offloader
 from flexkv_sglang.linker.staging import StagingRows
-from flexkv_sglang.metrics.prometheus import export
-from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.pools.host_pages import PoolPages
-from flexkv_sglang.pools.pool import PoolSpec
 from flexkv_sglang.pools.pool_rules import KV, MAMBA
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.sharing.rank import Sharing
@@ -93,13 +89,12 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         )
         _check_components(components, self._pools)
         replicated = type(kvcache).__name__ in REPLICATED_CLASSES
-        self._storage_config = _storage_config(params, replicated, dict(extra_config or {}))
-        self._metrics: dict[str, Metrics] = {}
-        self.metrics = self._metrics_of(KV)
-        self._identities = Identities(self._config, self._storage_config)
+        storage_config = _storage_config(params, replicated, dict(extra_config or {}))
+        specs = PoolSpecs(self._config, storage_config)
+        self.metrics = specs.metrics_of(KV)
         prepared = prepare_tiers(self._config)
         self._sharing = Sharing.of(self._config, self.metrics)
-        self._stores = PoolStores(self._config, prepared, self._describe, sharing=self._sharing)
+        self._stores = PoolStores(self._config, prepared, specs.describe, sharing=self._sharing)
         device = self._pools[0].device
         self._staging = {pool.name: StagingRows(pool.shape, device) for pool in self._pools}
         for pool in self._pools:
@@ -153,34 +148,34 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._stores.close()
             raise
 
-    @boundary(lambda self, *a, **k: [])
+    @answers(miss=no_lengths)
     def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
         """Every prefix length, in pages, that can be restored at once. Memory only; renews the request's lease."""
         if self._closed:
             return []
         return self._leases.answer(
-            rid, {pool_name(transfer.name): transfer.keys or () for transfer in transfers}
+            rid, {as_text(transfer.name): transfer.keys or () for transfer in transfers}
         )
 
-    @boundary(lambda self, *a, **k: False)
+    @answers(miss=False)
     def load(self, rid: str, transfers: list[Any]) -> bool:
         """Queue pages for ``start_layer_wise_loading``. ``device_indices``: int64, one per token, whole pages.
 
         The answer depends on the transfers alone, so it is the same on every rank.
         """
-        by_name = {pool_name(transfer.name): transfer for transfer in transfers}
+        by_name = {as_text(transfer.name): transfer for transfer in transfers}
         pages = [found for pool in self._pools if (found := _pages_of(pool, by_name))]
         accepted = bool(pages) and self._loader.queue(rid, pages)
         if accepted:
             self._leases.loading(rid)
         return accepted
 
-    @boundary(lambda self: -1)
+    @answers(miss=-1)
     def start_layer_wise_loading(self) -> int:
         """Start the queued loads as one batch; its index for ``layer_done_counter``, -1 if none is queued."""
         return self._loader.start()
 
-    @boundary(lambda self, counter_index: False)
+    @answers(miss=False)
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         """Wait until no copy of the batch writes device memory, bounded; True if every layer is loaded."""
         loaded, rids = self._loader.finish(counter_index)
@@ -191,7 +186,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
                 self._leases.end(rid)
         return loaded
 
-    @boundary(lambda self, rid: False)
+    @answers(miss=False)
     def cancel_queued_load(self, rid: str) -> bool:
         """True if a load of this request was queued and had not been started."""
         cancelled = self._loader.cancel(rid)
@@ -199,10 +194,10 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._leases.end(rid)
         return cancelled
 
-    @boundary(lambda self, *a, **k: False)
+    @answers(miss=False)
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         """Queue pages to be stored. True: exactly one result follows. The answer depends on the transfers alone."""
-        by_name = {pool_name(transfer.name): transfer for transfer in transfers}
+        by_name = {as_text(transfer.name): transfer for transfer in transfers}
         # KV last: a lookup must not find a page before its sidecars are stored.
         pools = reversed(self._pools)
         pages = [found for pool in pools if (found := _pages_of(pool, by_name))]
@@ -216,17 +211,17 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._offloader.refuse()
         return True
 
-    @boundary(lambda self: 0)
+    @answers(miss=0)
     def num_completed_offloads(self) -> int:
         """Number of results that can be popped, oldest first."""
         return self._offloader.completed()
 
-    @boundary(lambda self: False)
+    @answers(miss=False)
     def pop_completed_offload(self) -> bool:
         """Take the oldest result: True if all its pages are stored."""
         return self._offloader.pop()
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def reset(self) -> None:
         """End all transfers, bounded, and forget all results: SGLang empties its cache. Idempotent."""
         self._quiesce(QUIET_S)
@@ -255,17 +250,12 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this while it shuts down
             self._report("close", exc)
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def leave_epoch(self) -> None:
         """Called before a weight update: nothing is found or stored from now on; running transfers fail."""
         self._epoch += 1
         self._leases.end_all()
-        self._stores.suspend()
-
-    @boundary(lambda self: None)
-    def enter_epoch(self) -> None:
-        """Called when no KV cache of older weights is left: all pools change to the namespaces of the new ones."""
-        self._stores.resume()
+        super().leave_epoch()
 
     def _quiesce(self, seconds: float) -> None:
         self._loader.quiesce()
@@ -282,17 +272,6 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         self._loader.fail_overdue()
         self._leases.expire()
         return WATCH_S
-
-    def _metrics_of(self, name: str) -> Metrics:
-        if name not in self._metrics:
-            self._metrics[name] = Metrics()
-            export(self._metrics[name], self._storage_config, name)
-        return self._metrics[name]
-
-    def _describe(self, name: str, pool: Any, pages: PoolPages) -> PoolSpec:
-        writers, writes = self._identities.writers(name)
-        identity = self._identities.of(name, pool, pages)
-        return PoolSpec(identity, writers, writes, self._metrics_of(name))
 
 
 def _pages_of(pool: DevicePool, transfers: dict[str, Any]) -> DevicePages | None:

@@ -30,7 +30,7 @@ class HostShape:
     """The traits of SGLang's host pool for a device pool that decide the identity of its pages.
 
     ``stands_for``: its class. ``part_bytes``: bytes of a page's buffers in their order (K, V). ``fields``: its
-    attributes that ``served_model.pool_geometry`` and ``pool_rules`` read.
+    attributes that ``integration.pool_identity`` and ``pools.pool_rules`` read.
     """
 
     stands_for: str

@@ -103,7 +103,7 @@ MUTANTS = (
     (
         "linker: leased pages are not pinned",
         "flexkv_sglang/cache/local_pages.py",
-        "                self.index.hold([slot for slot in found if slot is not None])\n",
+        "                self.index.pin([slot for slot in found if slot is not None])\n",
         "",
         LEASE_TESTS,
     ),

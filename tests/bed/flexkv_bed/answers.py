@@ -1,4 +1,4 @@
-"""What a server answers, and how much of a prompt it can have had from a cache."""
+"""Answers of a server, and the part of a prompt that it can take from a cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One greedy completion and where the tokens of its prompt came from."""
+    """One greedy completion and the sources of its prompt's tokens."""
 
     output_ids: tuple[int, ...]
     text: str
@@ -22,5 +22,5 @@ class Answer:
 
 
 def reusable_tokens(prompt_tokens: int, page_size: int) -> int:
-    """What SGLang can take from a cache: whole pages, and at least the last token is always computed."""
+    """Tokens that SGLang can take from a cache: whole pages, never the last token."""
     return (prompt_tokens - 1) // page_size * page_size

@@ -1,10 +1,10 @@
 """Three hosts on one machine, one cache: real SGLang servers share a prompt through Redis and peer to peer reads.
 
-Hosts are network namespaces joined by a bridge, each with its own directory and its own agent; a fourth has
-the Redis that they meet at. Host h1 answers a prompt cold; h2 takes its pages over the network; h1's server is
-stopped, and h3 still gets them, because h1's agent serves them. Then h1's cable is cut: a new prompt of h1
-cannot be had elsewhere, which costs computing it and nothing else; when the cable is back, so are its pages.
-The last line is one JSON object; the exit status is 0 only if all of that was so.
+Hosts are network namespaces joined by a bridge, each with its own directory and its own agent; a fourth runs
+Redis. Host h1 answers a prompt cold; h2 takes its pages over the network; h1's server is stopped, and h3 still
+gets them, because h1's agent serves them. Then h1's cable is cut: the others compute a new prompt of h1 again,
+and nothing else happens; when the cable is back, they take its pages. The last line is one JSON object; the exit
+status is 0 only if all of that was so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WAIT_S = 60.0
 
 @dataclass(slots=True)
 class Story:
-    """What was seen; the JSON line. Tokens that came from storage, out of ``reusable_tokens``."""
+    """Results for the JSON line: tokens that came from storage, out of ``reusable_tokens``."""
 
     prompt_tokens: int = PROMPT_TOKENS
     reusable_tokens: int = reusable_tokens(PROMPT_TOKENS, PAGE_TOKENS)
@@ -104,7 +104,7 @@ class Fleet:
         }
 
     def nodes(self, host: str) -> dict[str, dict[str, Any]]:
-        """Peers of a host's agent, as ``flexkv nodes`` has them; ``breaker``: why a rank does not ask it, or ""."""
+        """Peers of a host's agent, from ``flexkv nodes``; ``breaker``: the reason why a rank does not ask it, or ""."""
         command = [sys.executable, "-P", "-m", "flexkv_sglang.cli", "nodes", "--json", "--run-dir"]
         done = subprocess.run(
             [*command, str(self.work / host / "run")], capture_output=True, timeout=30, check=False
@@ -117,7 +117,7 @@ class Fleet:
         return {peer["nid"]: {**peer, "breaker": open_at.get(peer["nid"], "")} for peer in peers}
 
     def wait_pages(self, narrator: Narrator, host: str, peer: str, pages: int) -> float:
-        """Until ``host`` knows of so many pages at ``peer``. Returns the seconds that took."""
+        """Wait until ``host`` knows of that many pages at ``peer``. Returns the seconds."""
         begin = time.monotonic()
         with narrator.during(f"waiting until {host} knows of {pages} pages at {peer}") as waiting:
             while (waited := time.monotonic() - begin) < _WAIT_S:
@@ -192,7 +192,7 @@ def start(narrator: Narrator, fleet: Fleet, host: str) -> Replica:
 
 
 def cold(narrator: Narrator, fleet: Fleet, host: str, seed: int) -> Answer:
-    """A prompt nobody knows, and its pages in the host's storage."""
+    """Compute a new prompt and wait until its pages are in the host's storage."""
     replica = fleet.replicas[host]
     before = state(replica.settings.storage)
     answer = ask(narrator, replica, f"{host}, cold", seed)
@@ -202,7 +202,7 @@ def cold(narrator: Narrator, fleet: Fleet, host: str, seed: int) -> Answer:
 
 
 def run(narrator: Narrator, fleet: Fleet) -> Story:
-    """The whole story; the caller stops what is left."""
+    """Run all steps; the caller stops the servers that are left."""
     story = Story()
     pages = story.reusable_tokens // PAGE_TOKENS
     narrator.say("1. h1 answers a prompt that nobody knows")
@@ -240,7 +240,7 @@ def run(narrator: Narrator, fleet: Fleet) -> Story:
 
 
 def heal(narrator: Narrator, replica: Replica, wanted: int) -> tuple[Answer, float]:
-    """Ask until the pages come from elsewhere again: breakers are closed by a greeting every few seconds."""
+    """Ask until the pages come from another host again: a greeting every few seconds closes breakers."""
     begin = time.monotonic()
     while True:
         replica.clear_storage()
@@ -266,7 +266,7 @@ def tell(narrator: Narrator, work: Path) -> Story:
 
 
 def main() -> int:
-    """0 when pages were shared as promised, 1 when not, 3 where network namespaces are impossible."""
+    """0: pages were shared as promised; 1: they were not; 3: network namespaces are impossible here."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dir", type=Path, help="keep everything here (default: temporary)")
     options = parser.parse_args()

@@ -48,14 +48,14 @@ with warnings.catch_warnings():
 Kind = Literal["mha", "mha_asymmetric", "mla"]
 WAIT_S = 20.0
 POISON = 0xA5
-"""What both tiers hold before a read: bytes that nobody loaded are seen."""
+"""Fills both tiers before a read: a test sees bytes that were not loaded."""
 
 LAYOUTS: Mapping[Kind, tuple[Layout, ...]] = {
     "mha": ("layer_first", "page_first", "page_first_direct", "page_head"),
     "mha_asymmetric": ("page_first", "page_first_direct"),
     "mla": ("layer_first", "page_first", "page_first_direct"),
 }
-"""What SGLang's host pools support."""
+"""Layouts that SGLang's host pools support."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,5 +324,5 @@ def _load(rig: Rig, host: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _as_bytes(buffer: torch.Tensor) -> torch.Tensor:
-    """The same memory as rows of bytes, one row per token (or per whatever the first dimension is)."""
+    """The same memory as rows of bytes, one row per token (or per element of the first dimension)."""
     return buffer.view(buffer.shape[0], -1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""The main job, shown on a laptop: two SGLang servers share pages on a disk, and a killed one gets them back.
+"""The demo for a laptop: two SGLang servers share pages on a disk, and a killed one gets them back.
 
 Replica A answers a prompt cold and backs its pages up. Replica B, a server of its own with empty caches,
 answers the same prompt from A's pages. Then A is killed with SIGKILL, started again, and answers from
@@ -43,7 +43,7 @@ _MODE = re.compile(r"io_engine=(\w+) o_direct=(true|false)")
 
 @dataclass(slots=True)
 class Outcome:
-    """What the demo found; the JSON line."""
+    """Results of the demo, for the JSON line."""
 
     prompt_tokens: int
     reusable_tokens: int
@@ -77,7 +77,7 @@ class Narrator:
 
     @contextmanager
     def during(self, what: str) -> Iterator[Callable[[float], None]]:
-        """Announce a wait; yields the function that is told the seconds waited."""
+        """Announce a wait; yields a function that takes the seconds waited."""
         self._next_tick_s = TICK_S
         self.say(f"{what} ...")
         begin = time.monotonic()
@@ -102,7 +102,7 @@ def prompt() -> list[int]:
 
 
 def ask(narrator: Narrator, replica: Replica, who: str) -> Answer:
-    """One request, and where its prompt tokens came from."""
+    """One request, and the sources of its prompt tokens."""
     answer = replica.generate(prompt())
     narrator.say(
         f"    {who}: {answer.prompt_tokens} prompt tokens = device {answer.device} + host {answer.host} "
@@ -138,7 +138,7 @@ def cold_answer(narrator: Narrator, replica: Replica, pages: Path) -> Answer:
 
 
 def run(narrator: Narrator, a: Replica, b: Replica) -> Outcome:
-    """The whole story with two replicas that are not running yet; the caller kills what is left."""
+    """Run all steps with two replicas that are not running yet; the caller kills the processes that are left."""
     pages = a.settings.storage
     start(narrator, a, "1. starting replica A")
     cold = cold_answer(narrator, a, pages)
@@ -172,7 +172,7 @@ def run(narrator: Narrator, a: Replica, b: Replica) -> Outcome:
 
 
 def io_mode(log: str) -> tuple[str, bool]:
-    """What flexkv said at start about its I/O."""
+    """The log line of flexkv about its I/O."""
     found = _MODE.search(log)
     return (found[1], found[2] == "true") if found else ("unknown", False)
 
@@ -184,7 +184,7 @@ def pages_path(storage: Path) -> Path:
 
 
 def work_directory() -> Path:
-    """A fresh directory on a disk: a temporary folder in memory would say nothing about direct I/O."""
+    """A fresh directory on a disk: a temporary folder in memory would not test direct I/O."""
     usual = Path(tempfile.gettempdir())
     in_memory = {
         Path(part.mountpoint) for part in psutil.disk_partitions(all=True) if part.fstype == "tmpfs"

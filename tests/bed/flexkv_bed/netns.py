@@ -1,7 +1,7 @@
 """Hosts on one machine: network namespaces joined by a bridge, with cables that can be cut.
 
 A host is a network namespace; files and processes are the machine's. A cut cable loses packets in silence, as a
-real one does: nobody is told. Needs root and iproute2; ``Unavailable`` says what is missing.
+real one does: neither side gets an error. Needs root and iproute2; ``Unavailable`` names the missing part.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Cluster:
         return f"{_SUBNET}.{self.hosts.index(host) + 1}"
 
     def command(self, host: str) -> list[str]:
-        """What to put before a command so that it runs on the host."""
+        """Words before a command that make it run on the host."""
         return ["ip", "netns", "exec", self.name(host)]
 
     def cut(self, host: str) -> None:

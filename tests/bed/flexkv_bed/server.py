@@ -46,20 +46,20 @@ DYNAMIC_FLEXKV: Mapping[str, object] = {
     "class_name": "FlexKVStorage",
     "interface_v1": 1,
 }
-"""What the flag ``--hicache-storage-backend dynamic`` needs in the extra config to load flexkv."""
+"""Keys of the extra config with which ``--hicache-storage-backend dynamic`` loads flexkv."""
 
 DYNAMIC_LINKER: Mapping[str, object] = {
     "linker": "FlexKVLinker",
     "linker_module_path": "flexkv_sglang.linker",
 }
-"""What the flag ``--unified-cache-external-linker-backend dynamic`` needs in its config to load our linker."""
+"""Keys of the config with which ``--unified-cache-external-linker-backend dynamic`` loads our linker."""
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 120.0
 _POLL_S = 0.25
 _DIE_WITH_OWNER = ("setpriv", "--pdeathsig", "KILL")
-"""However the owner ends, SIGKILL included, its servers go with it (SGLang's children follow their parent)."""
+"""The servers end with their owner, also after SIGKILL (SGLang's children follow their parent)."""
 _SGLANG_CPU = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -223,7 +223,7 @@ class Replica:
     def wait_ready(
         self, timeout_s: float = START_TIMEOUT_S, waiting: Callable[[float], None] | None = None
     ) -> float:
-        """Until /health says 200 (warm-up done); the seconds it took. ``waiting`` is called meanwhile."""
+        """Wait until /health answers 200 (warm-up done). Returns the seconds. ``waiting`` is called meanwhile."""
         begin = time.monotonic()
         while (waited := time.monotonic() - begin) < timeout_s:
             self._check_alive()
@@ -259,7 +259,7 @@ class Replica:
         self._request("POST", "/flush_cache?timeout=30")
 
     def clear_storage(self) -> None:
-        """Ask the storage backend to forget everything."""
+        """Ask the storage backend to clear all pages."""
         self._request("POST", "/hicache/storage-backend/clear")
 
     def attach(self, name: str, extra: Mapping[str, object]) -> str:
@@ -295,7 +295,7 @@ class Replica:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
 
     def terminate(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """SIGTERM and wait; whatever is left afterwards is an error, and is killed."""
+        """SIGTERM and wait; a process that is left afterwards is an error, and is killed."""
         assert self._process is not None, "this replica is not running"
         self._note_family()
         self._process.send_signal(signal.SIGTERM)

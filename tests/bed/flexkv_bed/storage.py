@@ -1,4 +1,4 @@
-"""What lies in a storage directory, seen from outside: for the demo and the tests. Knows files, no formats."""
+"""Files in a storage directory, seen from outside: for the demo and the tests. Knows no formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ State = dict[Path, tuple[int, int]]
 
 
 def memory_of(directory: Path) -> Path:
-    """Where the memory tier above ``directory`` lies, if a server is told to have one."""
+    """Place of the memory tier above ``directory``, for servers that have one."""
     return Path(
         "/dev/shm", f"flexkv-bed-{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}"
     )
@@ -48,10 +48,10 @@ def wait_written(
     timeout_s: float = 30.0,
     waiting: Callable[[float], None] | None = None,
 ) -> float:
-    """Until something was written since ``before`` and nothing more for ``quiet_s``; the seconds it took.
+    """Wait until a file changed since ``before`` and none changed for ``quiet_s``. Returns the seconds.
 
-    SGLang backs pages up behind the answer and tells nobody when it is done; a directory that has come to
-    rest is the only sign from outside.
+    SGLang stores pages after the answer and gives no sign when it is done; a directory that no longer changes
+    is the only sign from outside.
     """
     begin = time.monotonic()
     last, since = before, begin

@@ -1,4 +1,4 @@
-"""A random Llama of a few hundred kilobytes with its own tokenizer: enough for real servers, good for no answer.
+"""A random Llama of a few hundred kilobytes with its own tokenizer: enough for real servers; its answers are nonsense.
 
 Weights depend on the seed alone, so two directories made with the same seed are the same model and share pages.
 ``initializer_range`` is ten times the usual: with the usual one a random model repeats a single token and
@@ -37,7 +37,7 @@ _TEXT = [
 
 
 def make_tiny_model(directory: Path | str, seed: int = 0) -> Path:
-    """Write model and tokenizer into ``directory``; one that is complete already is left as it is."""
+    """Write model and tokenizer into ``directory``; a complete one is left as it is."""
     target = Path(directory)
     done = target / "made-with-seed"
     if done.is_file() and done.read_text() == str(seed):
@@ -52,7 +52,7 @@ def make_tiny_model(directory: Path | str, seed: int = 0) -> Path:
 
 
 def write_config(directory: Path | str) -> Path:
-    """Only ``config.json``: what the in-process harness needs of a model."""
+    """Only ``config.json``: the in-process harness needs no more of a model."""
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **CONFIG}
