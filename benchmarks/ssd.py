@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """SSD speed of the storage backend beside its peers, for the committed results (``flexkv_sglang.bench.ssd`` measures).
-=======
-"""Adapter-level SSD speed beside its peers, for the committed results; ``flexkv_sglang.bench.ssd`` measures.
->>>>>>> main
 
     .venv/bin/python benchmarks/ssd.py --dir DIR [--page-bytes 1048576 ...] [--against fio,file,nixl]
         [--reps 7] [--seconds S] [--out NAME.csv] [--plot NAME.svg] [--beside busy]
