@@ -44,13 +44,13 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     NodeInfo,
     PageStatus,
     ServedPage,
-    ShareConfig,
     namespace_name,
 )
 from flexkv_sglang.backends.fleet.wire import curve
 from flexkv_sglang.backends.io.probe import make_engine, probe_directory
 from flexkv_sglang.backends.io.transfer import PageTransfer
 from flexkv_sglang.bench.ssd import environment
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.types import PageBuffers, PageKey
 
 PAGES = 128

@@ -1,4 +1,4 @@
-"""Ways without such kernels: ``index_select`` per layer, one copy per chunk, CUDA's batched copy."""
+"""Copies without our kernels: ``index_select`` per layer, one copy per chunk, CUDA's batched copy."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from flexkv_sglang.triton_kernels.ops import PtrTable
 
 CHUNKS_MAX = 16384
-"""One copy per chunk takes microseconds each: these are enough to know the rate."""
+"""Each of these copies takes microseconds: this number is enough to know the rate."""
 CHUNKS_MAX_CPU = 64
-"""There only: does it run?"""
+"""On a CPU only to show that it runs."""
 STREAM_ORDER = 1
 """cudaMemcpySrcAccessOrderStream."""
 
 
-class Missing(Exception):  # noqa: N818  a baseline that is not there is no error
-    """The reason why a baseline cannot run here."""
+class MissingBaseline(Exception):  # noqa: N818  a baseline that is not there is no error
+    """A baseline that cannot run here; the message has the reason."""
 
 
 def index_select(table: PtrTable, ids: torch.Tensor, blocks: torch.Tensor) -> Callable[[], None]:
@@ -68,12 +68,12 @@ def batched_copies(
 ) -> tuple[Callable[[], None], int]:
     """``cudaMemcpyBatchAsync`` of the same chunks (CUDA 12.8 and later; never on the default stream)."""
     if table.device.type != "cuda" or torch.version.cuda is None:
-        raise Missing("no CUDA device")
+        raise MissingBaseline("no CUDA device")
     major = int(torch.version.cuda.split(".")[0])
     try:
         copy = ctypes.CDLL(f"libcudart.so.{major}").cudaMemcpyBatchAsync
     except (OSError, AttributeError) as error:
-        raise Missing(str(error)) from error
+        raise MissingBaseline(str(error)) from error
     pairs = _pairs(table, ids, blocks)
     targets = np.array([target.data_ptr() for _, target in pairs], np.uint64)
     sources = np.array([source.data_ptr() for source, _ in pairs], np.uint64)
@@ -96,7 +96,7 @@ def batched_copies(
         assert sources is not None
         assert sizes is not None
         if error:
-            raise Missing(f"cudaMemcpyBatchAsync: error {error}, copy {failed.value}")
+            raise MissingBaseline(f"cudaMemcpyBatchAsync: error {error}, copy {failed.value}")
 
     return run, len(pairs) * table.chunk_bytes
 

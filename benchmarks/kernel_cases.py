@@ -1,4 +1,4 @@
-"""Cases of ``kernels.py``: geometries of real models, pools of them, streams and clocks of either device."""
+"""The subjects of ``kernels.py``: geometries of real models, pools of them, streams and clocks of either device."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Timing:
 
 
 class Device:
-    """A GPU, or the CPU in its place: there everything happens at once and streams are nothing."""
+    """A GPU, or the CPU in its place: there all work is done at once, without streams."""
 
     def __init__(self, name: str) -> None:
         self.device = torch.device(name)
@@ -85,7 +85,7 @@ class Device:
         return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
 
     def mark(self) -> Any:
-        """An event behind all work of the current stream."""
+        """An event behind the work of the current stream."""
         if not self.is_gpu:
             return None
         event = torch.cuda.Event()
@@ -98,7 +98,7 @@ class Device:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def join(self) -> None:
-        """Everything is done."""
+        """Wait until all work is done."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
 
@@ -110,7 +110,7 @@ class Device:
 class Pool:
     """Random bytes in a pool of a geometry, and pages of it in random order.
 
-    ``payload``: about so many bytes are moved by one pass; the pool has a third more.
+    ``payload``: approximate bytes of one pass; the pool has a third more.
     """
 
     def __init__(

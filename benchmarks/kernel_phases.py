@@ -21,12 +21,12 @@ Work = Callable[[], None]
 
 
 class WrongBytesError(Exception):
-    """A copy moved wrong bytes."""
+    """A copy wrote wrong bytes."""
 
 
 @dataclass
 class Run:
-    """One run: device, sizes, results."""
+    """One run: device, sizes and results."""
 
     device: Device
     payload: int
@@ -146,7 +146,7 @@ def measure_case(run: Run, pool: Pool, page_size: int, turn: int) -> None:
             batched, moved["batched copies"] = baselines.batched_copies(table, ids, blocks, stream)
             batched()
             work["batched copies"] = batched
-        except baselines.Missing as reason:
+        except baselines.MissingBaseline as reason:
             if turn == 1:
                 run.add(
                     "copies", "batched copies", geometry=pool.geometry.name, missing=str(reason)
@@ -166,7 +166,7 @@ def measure_case(run: Run, pool: Pool, page_size: int, turn: int) -> None:
 
 
 def measure_quotas(run: Run) -> None:
-    """Speed with few programs, the loss of a matmul loop beside them, the wait of a launch behind it."""
+    """Speed with few programs, the loss of a matmul loop beside them, the delay of a launch behind it."""
     matrix = torch.randn(run.matmul, run.matmul, device=run.device.device).to(torch.bfloat16)
     main, side = run.device.stream(), run.device.stream(priority=-1)
     rounds = 12 if run.device.is_gpu else 1

@@ -5,7 +5,7 @@
 
 1. Ceilings: device copy, pinned copies to the device, from it, both ways.
 2. Every geometry and page size, correctness first: a wrong byte ends the run and no speed is printed. Then gather,
-   scatter and the usual ways without them, interleaved, the whole table twice.
+   scatter and the baselines, interleaved, the whole table twice.
 3. Few programs (``quota``), and the loss of a matmul loop meanwhile.
 4. Gather and one DMA per block, double buffered, against the plain pinned copy, both ways.
 
@@ -84,7 +84,7 @@ def write_rows(rows: list[Row], path: Path, about: dict[str, str]) -> None:
 
 
 def about_device(run: Run) -> dict[str, str]:
-    """Columns of every row about the machine."""
+    """Fields about the machine, for every row."""
     kernels = runs_kernels(run.device.device)
     versions = [f"torch-{torch.__version__}"]
     if kernels:

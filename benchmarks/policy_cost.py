@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.cache.eviction.policies import EvictionPolicy, Recency, ReuseDensity
+from flexkv_sglang.cache.eviction.lru import Lru
+from flexkv_sglang.cache.eviction.policy import EvictionPolicy
+from flexkv_sglang.cache.eviction.reuse_density import ReuseDensity
 from flexkv_sglang.types import I64, PageKey
 from replay import hit_ratio, read_trace, whole_numbers
 
 Call = tuple[str, tuple[Any, ...]]
-POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {"default": ReuseDensity, "lru": Recency}
+POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {"default": ReuseDensity, "lru": Lru}
 
 
 class Nothing:
@@ -48,13 +50,13 @@ class Nothing:
     def forget(self, slot: int, key: PageKey) -> None:
         """No-op."""
 
-    def victim(self, may_go: object, bid: float) -> None:
+    def victim(self, may_go: object, admission_value: float) -> None:
         """No-op."""
 
     def renew(self, slot: int, child_count: int) -> None:
         """No-op."""
 
-    def bids(self, keys: object) -> None:
+    def admission_values(self, keys: object) -> None:
         """No-op."""
 
     def declined(self, keys: object) -> None:
@@ -92,17 +94,19 @@ class Recorder:
         self.calls.append(("renew", (slot, child_count)))
         self._policy.renew(slot, child_count)
 
-    def bids(self, keys: Sequence[PageKey]) -> Sequence[float] | None:
+    def admission_values(self, keys: Sequence[PageKey]) -> Sequence[float] | None:
         """Noted."""
-        self.calls.append(("bids", (list(keys),)))
-        return self._policy.bids(keys)
+        self.calls.append(("admission_values", (list(keys),)))
+        return self._policy.admission_values(keys)
 
     def declined(self, keys: Sequence[PageKey]) -> None:
         """Noted."""
         self.calls.append(("declined", (list(keys),)))
         self._policy.declined(keys)
 
-    def victim(self, may_go: Callable[[int], bool], bid: float = math.inf) -> int | None:
+    def victim(
+        self, may_go: Callable[[int], bool], admission_value: float = math.inf
+    ) -> int | None:
         """Noted with the pinned leaves that were met."""
         pinned: set[int] = set()
 
@@ -112,8 +116,8 @@ class Recorder:
                 pinned.add(slot)
             return allowed
 
-        found = self._policy.victim(ask, bid)
-        self.calls.append(("victim", (lambda slot: slot not in pinned, bid)))
+        found = self._policy.victim(ask, admission_value)
+        self.calls.append(("victim", (lambda slot: slot not in pinned, admission_value)))
         return found
 
     def load(self, slots: I64, leaves: Iterable[int]) -> None:

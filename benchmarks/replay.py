@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from belady import optimum
-from flexkv_sglang.cache.eviction.policies import EvictionPolicy, Recency, ReuseDensity
+from flexkv_sglang.cache.eviction.lru import Lru
+from flexkv_sglang.cache.eviction.policy import EvictionPolicy
+from flexkv_sglang.cache.eviction.reuse_density import ReuseDensity
 from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.types import PageKey
 
@@ -52,7 +54,7 @@ def hit_ratio(requests: Sequence[Sequence[int]], capacity: int, policy: Eviction
     hits = total = 0
     for request in requests:
         keys = [key_of[one] for one in request]
-        slots = index.pin(keys)
+        slots = index.pin_run(keys)
         index.unpin(slots)
         hits, total = hits + len(slots), total + len(keys)
         if len(slots) < len(keys):
@@ -97,7 +99,7 @@ def main() -> int:
     for capacity in asked.capacity:
         print(f"replaying with {capacity} pages ...", file=sys.stderr, flush=True)
         took = []
-        for name, policy in (("default", ReuseDensity(capacity)), ("lru", Recency(capacity))):
+        for name, policy in (("default", ReuseDensity(capacity)), ("lru", Lru(capacity))):
             begin = time.process_time()
             answer[name][str(capacity)] = round(hit_ratio(requests, capacity, policy), 6)
             took.append((time.process_time() - begin) / pages * 1e6)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexkv_sglang.bench.ssd import AGAINST, PAGE_BYTES, Options, measure, table
+from flexkv_sglang.bench.ssd import AGAINST, PAGE_BYTES, BenchOptions, measure, table
 from ssd_plot import plot
 
 FIELDS = (
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run, write CSV and plot, print the summary. Returns the exit status."""
     given = _arguments(argv)
     rows, summary = measure(
-        Options(
+        BenchOptions(
             given.dir,
             given.page_bytes,
             given.mib,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flexkv_sglang.backends.io import mover, operations, ring, transfer
-from flexkv_sglang.bench.contenders import BATCH, FlexKV, PagePool
+from flexkv_sglang.bench.contenders import BATCH, BenchPool, FlexKVContender
 from flexkv_sglang.bench.memory import HostMemory
 from flexkv_sglang.bench.ssd import environment
 from flexkv_sglang.cache import engine, local_pages, plan
@@ -69,7 +69,7 @@ class Clock:
 
 
 def stages_of(
-    store: FlexKV, direction: str, clock: Clock, generation: int, calls: int
+    store: FlexKVContender, direction: str, clock: Clock, generation: int, calls: int
 ) -> dict[str, float]:
     """Milliseconds per call of the fastest pass; ``call`` is the whole."""
     best: dict[str, float] = {}
@@ -103,7 +103,7 @@ def main() -> None:
         memory = HostMemory(page_bytes, BATCH)
         with tempfile.TemporaryDirectory(dir=options.dir) as place:
             calls = 16
-            store = FlexKV(Path(place), PagePool(memory), calls * BATCH)
+            store = FlexKVContender(Path(place), BenchPool(memory), calls * BATCH)
             store.write(0)
             found = {
                 direction: stages_of(

@@ -1,22 +1,21 @@
-"""The error tree. Only ``ConfigError`` ever leaves this package; the rest is counted and becomes a miss.
+"""The error tree. Only ``ConfigError`` leaves this package; any other error is counted and becomes a miss.
 
 FlexKVError
     ConfigError              start-up only: the user can fix it
-    TierError                the world failed; the engine counts it and answers "miss"
-        TierUnavailableError     nothing could be tried
-        PageCorruptError         length, key or checksum mismatch
-    PeerError                another node, or the way to it; the same treatment
-    JournalError             a journal or snapshot cannot be written or is not ours
-    KernelArgumentError      a copy kernel was asked for what it cannot do; nothing was launched
+    TierError                a storage medium failed: counted, and answered as a miss
+        TierUnavailableError     no I/O was tried
+    PeerError                another node or the network failed: the same
+    JournalError             a journal or snapshot cannot be written, or is not ours
+    KernelArgumentError      a copy kernel cannot take its arguments; it was not launched
 """
 
 
 class FlexKVError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of all errors that this package raises."""
 
 
 class ConfigError(FlexKVError, ValueError):
-    """A setting is wrong. Names the key, the value and what is valid.
+    """A setting is wrong. Its text names the key, the value and the valid choices.
 
     Also a ``ValueError``: SGLang prints those as "Failed to create storage backend: ...".
     """
@@ -27,15 +26,11 @@ class TierError(FlexKVError):
 
 
 class TierUnavailableError(TierError):
-    """Nothing could be tried: file gone, ring broken, directory unreadable."""
-
-
-class PageCorruptError(TierError):
-    """Bytes on the medium are not the bytes that were committed."""
+    """No I/O was tried: the file is gone, the ring is broken, the directory is unreadable."""
 
 
 class PeerError(FlexKVError):
-    """Another node did not answer in time, or not what was asked."""
+    """Another node did not answer in time, or gave a wrong answer."""
 
 
 class JournalError(FlexKVError):
@@ -43,4 +38,4 @@ class JournalError(FlexKVError):
 
 
 class KernelArgumentError(FlexKVError, ValueError):
-    """Shapes, dtypes, devices, strides or page ids that a kernel cannot take. Raised before any launch."""
+    """A kernel cannot take these shapes, dtypes, devices, strides or page ids. Raised before any launch."""

@@ -1,8 +1,8 @@
-"""Pure functions over prefixes: what SGLang may use of a partly successful answer.
+"""Pure functions over prefixes: the part of an answer that SGLang may use.
 
-A *prefix length* is a number of leading pages. With one pool every length up to the first missing page can be
-restored. A hybrid model has more pools, each with its own idea of what a length needs; ``usable_prefixes``
-folds them into the lengths that all of them agree to.
+A *prefix length* is a number of leading pages. With one pool each length up to the first missing page can be restored.
+A hybrid model has more pools, and each needs other pages of a prefix; ``usable_prefixes`` folds them into the
+lengths that can be restored from all pools.
 """
 
 from __future__ import annotations
@@ -27,22 +27,19 @@ def leading_run(flags: Sequence[bool]) -> int:
 
 
 def cut_after_first_failure(flags: Sequence[bool]) -> list[bool]:
-    """The same list with everything after the first False set to False.
-
-    SGLang uses the leading run only; a True behind a hole would claim more than it can use.
-    """
+    """The same flags with all after the first False set to False: SGLang uses the leading run only."""
     run = leading_run(flags)
     return [True] * run + [False] * (len(flags) - run)
 
 
 @dataclass(frozen=True, slots=True)
 class PoolRequirement:
-    """What a prefix asks of one pool beside KV.
+    """The pages that a prefix requires of one pool beside KV.
 
-    ``all_pages``: every page of the prefix. ``trailing_pages``: its last ``window`` pages, or all of them where
-    it is shorter (state that exists at the ends of nodes only). ``block_groups``: nothing; the pool says
-    how many pages its leading complete groups cover, a group being the last ``group_pages`` of
-    ``block_pages`` pages. Any other policy is one we do not know: no length is usable.
+    ``all_pages``: each page of the prefix. ``trailing_pages``: its last ``window`` pages, or all of a shorter prefix
+    (state that exists at the ends of nodes only). ``block_groups``: none; the answer has the number of pages that
+    its leading complete groups cover. A group is the last ``group_pages`` of ``block_pages`` pages. With any other
+    policy no length is usable.
     """
 
     pool: str
@@ -54,8 +51,8 @@ class PoolRequirement:
 
 @dataclass(frozen=True, slots=True)
 class RestorablePrefixes:
-    """``lengths``: what can be restored, ascending, in pages. ``boundaries``: per pool, KV included, how far it goes
-    by itself; a pool without an entry has no page to offer or was not looked at any more."""
+    """``lengths``: the prefix lengths that can be restored, ascending, in pages. ``boundaries``: the longest one per
+    pool, KV included, if it were alone; a pool without an entry has none, or was not asked."""
 
     lengths: list[int]
     boundaries: dict[str, int]
@@ -69,11 +66,11 @@ class RestorablePrefixes:
 def usable_prefixes(
     kv_pages: int, pools: Iterable[tuple[PoolRequirement, Sequence[bool]]]
 ) -> RestorablePrefixes:
-    """Fold what each pool holds into the prefix lengths that can be restored.
+    """Fold the pages that each pool has into the prefix lengths that can be restored.
 
-    ``kv_pages``: the leading run of KV pages. ``pools``: per pool its demand and, for each of these pages,
-    whether it holds it (a shorter list: it holds no more). Iterated only as long as a length is left, so that
-    a generator need not look up what no longer matters.
+    ``kv_pages``: the leading run of KV pages. ``pools``: per pool its requirement, and a flag per page that is stored
+    (pages after the end of a list are not). The iteration ends when no length is left: a generator is not asked for
+    pools that no longer matter.
     """
     boundaries = {"kv": kv_pages} if kv_pages else {}
     lengths = list(range(1, kv_pages + 1))

@@ -1,7 +1,7 @@
-"""Names shared by every layer. Imports nothing of ours.
+"""Names that all folders share. Imports nothing of ours.
 
 A *page* is SGLang's unit of KV cache (``page_size`` tokens, all layers). It is found by its
-``PageKey`` and stored in one *slot*: equal pieces of a slot file, page payload first, padding after.
+``PageKey`` and stored in one *slot* of a slot file: the payload of the page, then padding.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ PageKey = NewType("PageKey", bytes)
 SlotId = NewType("SlotId", int)
 
 FREE, WRITING, READY, DOOMED, SUSPENDED, RETIRED = range(6)
-"""States of a slot; ``index.TierIndex`` says what they mean and how they change."""
+"""States of a slot; see ``TierIndex``."""
 
 NO_SLOT = -1
-"""In place of a slot number: none."""
+"""In place of a slot number: there is none."""
 
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
@@ -29,7 +29,7 @@ I64 = npt.NDArray[np.int64]
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 BoolArray = npt.NDArray[np.bool_]
 KeyArray = npt.NDArray[np.void]
-"""Page keys as V32: what ``frombuffer`` makes of them joined."""
+"""Page keys as V32, as ``frombuffer`` reads joined keys."""
 
 SECTOR = 4096
 """Offsets, lengths and slot sizes on the medium are multiples of this (4Kn disks)."""
@@ -48,7 +48,7 @@ class PageBuffers:
     """Where ``n`` pages lie in memory: ``b`` buffers each, in the order they are stored.
 
     ``addresses``: uint64 ``[n, b]``; ``lengths``: uint64 ``[b]`` in bytes, the same for every page.
-    Only addresses: whoever made them keeps the memory alive until the call that uses them returns.
+    It has addresses only: the caller keeps the memory mapped until the call that uses them returns.
     """
 
     addresses: U64
@@ -77,8 +77,8 @@ class PageBuffers:
 class Reserved:
     """Answer of ``reserve``. ``granted``: (position in the batch, slot). ``victims``: (key, slot) to tombstone.
 
-    ``refused``: positions for which no slot could be freed. ``declined``: those the policy holds to be worth
-    less than what is cached. Other positions were present already.
+    ``refused``: positions for which no slot could be freed. ``declined``: positions that the policy values less than
+    the cached pages. Pages at other positions were present already.
     """
 
     granted: list[tuple[int, SlotId]]

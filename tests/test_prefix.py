@@ -1,4 +1,4 @@
-"""What SGLang may use of a partly successful answer: against the definition, and against SGLang's own backend."""
+"""The part of an answer that SGLang may use: compared with the definition, and with SGLang's own backend."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_leading_run_counts_up_to_the_first_false(values: list[bool]) -> None:
 
 
 @given(flags)
-def test_nothing_is_true_behind_a_hole(values: list[bool]) -> None:
+def test_no_flag_is_true_after_a_false(values: list[bool]) -> None:
     cut = cut_after_first_failure(values)
     assert len(cut) == len(values)
     assert sum(cut) == leading_run(values) == leading_run(cut)
@@ -106,7 +106,7 @@ def test_thousands_of_random_cases_as_sglangs_file_backend_answers() -> None:
     assert compare_with_hicache_file(3000, seed=1) == []
 
 
-def test_pools_are_not_looked_at_when_nothing_is_left() -> None:
+def test_pools_are_not_asked_when_no_length_is_left() -> None:
     asked = []
 
     def pools() -> object:
@@ -119,7 +119,7 @@ def test_pools_are_not_looked_at_when_nothing_is_left() -> None:
     assert asked == ["indexer"]
 
 
-def test_a_policy_nobody_knows_makes_nothing_usable() -> None:
+def test_an_unknown_policy_makes_nothing_usable() -> None:
     usable = usable_prefixes(3, [(PoolRequirement("odd", "every_other_page"), [True] * 3)])
     assert (usable.lengths, usable.boundaries) == ([], {"kv": 3})
 

@@ -1,7 +1,7 @@
 """The addresses of a pool's per-layer buffers, proven once, so that kernels may trust them.
 
-Invariant: every chunk a table names lies inside a live buffer, and addresses, strides and lengths are multiples
-of ``align``. The kernels load 16 bytes at a time on the strength of that; a false promise is an illegal access.
+Invariant: every chunk of a table lies inside a live buffer, and addresses, strides and lengths are multiples of
+``align``. The kernels rely on that to load 16 bytes at a time; a violation is an illegal access.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from flexkv_sglang.errors import KernelArgumentError
 
 VECTOR_BYTES = 16
-"""What one thread loads at once. Buffers and blocks must begin at a multiple of it."""
+"""Bytes that one thread loads at once. Buffers and blocks must begin at a multiple of it."""
 
 BUFFERS_MAX = 65535
 DEVICE_TYPES = ("cpu", "cuda")
@@ -90,7 +90,7 @@ class PtrTable:
             )
 
     def overlaps(self, start: int, end: int) -> bool:
-        """Do the bytes ``[start, end)`` belong to one of the buffers?"""
+        """True if a byte of ``[start, end)`` belongs to one of the buffers."""
         if end <= self._extents[0][0] or start >= self._end:
             return False
         return any(start < last and first < end for first, last in self._extents)

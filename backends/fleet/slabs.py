@@ -5,22 +5,19 @@ First fit; adjacent free runs are joined. The caller frees a run when nothing re
 
 from __future__ import annotations
 
-import mmap
 from bisect import bisect_left
 
-import numpy as np
-
-from flexkv_sglang.types import SECTOR, round_up
+from flexkv_sglang.backends.memory import AlignedMemory
+from flexkv_sglang.types import SECTOR
 
 
 class ServeSlabs:
     """``byte_count`` bytes at ``address`` (4096-aligned). ``free_bytes`` may lie in several runs."""
 
     def __init__(self, byte_count: int) -> None:
-        self.byte_count = round_up(byte_count, SECTOR)
-        self._map = mmap.mmap(-1, self.byte_count)
-        self.memory = memoryview(self._map)
-        self.address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
+        self._memory = AlignedMemory(byte_count)
+        self.byte_count, self.address = self._memory.byte_count, self._memory.address
+        self.memory = self._memory.view
         self._free: list[tuple[int, int]] = [(0, self.byte_count)]  # (offset, length), ascending
         self.free_bytes = self.byte_count
 

@@ -1,9 +1,9 @@
-"""Words shared by everything that crosses a node boundary: fingerprints, changes, snapshots, nodes.
+"""Types that cross a node boundary: fingerprints, changes, snapshots, nodes.
 
-A *node* is one agent process and the directories it serves. A page is known to other nodes by its
-*fingerprint*, the first 8 bytes of its key: enough to look a page up (a collision costs a miss), while a read
-always carries the whole key. A node numbers the changes of its set of pages per namespace; (epoch, number)
-tells a follower whether it has missed any. Imports nothing of ours but types and the checksum.
+A *node* is one agent process and the directories it serves. A *fingerprint* is the first 8 bytes of a page's key:
+enough for a lookup (a collision costs a miss), while a read carries the whole key. The *epoch* of a node is a random
+number, drawn at each start of its agent and when the node lost count of its changes. Within an epoch a node numbers
+the changes of its set of pages, per namespace: (epoch, number) shows a follower whether it missed any.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from typing import NewType, Protocol
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.config.share import ShareConfig as ShareConfig
 from flexkv_sglang.types import U64, PageKey
 
 PROTOCOL = 2
-"""Version of the wire and of what is in Redis. Nodes of different versions do not see each other."""
+"""Version of the wire and of the entries in Redis. Nodes of different versions do not see each other."""
 
 NAMESPACE_BYTES = 16
-"""A namespace on the wire: the digest that its 26-character name spells in base32."""
+"""Length of a namespace on the wire: the digest that its 26-character name spells in base32."""
 
 BATCH_PAGES = 128
-"""Pages of one read request at most; SGLang asks for as many at a time."""
+"""Limit of pages per read request; SGLang reads as many at a time."""
 
 CHANGE_KEYS = 512
-"""Fingerprints of one change at most."""
+"""Limit of fingerprints per change."""
 
 NodeId = NewType("NodeId", str)
 
 
 class Op(IntEnum):
-    """What a change says of its fingerprints. KEEP says nothing: it shows a follower that it is up to date."""
+    """Kind of a change. HEARTBEAT carries no fingerprints, only the next number: a follower sees what it missed."""
 
     ADD = 1
     DROP = 2
@@ -49,7 +48,7 @@ class Change:
     """One entry of a node's change feed for one namespace.
 
     ``fingerprints``: uint64 ``[n]``, numbered ``first`` to ``first + n - 1``. CLEAR has no fingerprints and takes one
-    number; KEEP has none and takes none: its ``first`` is the number the next change will have.
+    number; HEARTBEAT has none and takes none: its ``first`` is the number of the next change.
     """
 
     epoch: int
@@ -59,7 +58,7 @@ class Change:
 
     @property
     def numbers(self) -> int:
-        """How many numbers this change takes."""
+        """Count of numbers that this change takes."""
         return {Op.CLEAR: 1, Op.HEARTBEAT: 0}.get(self.op, len(self.fingerprints))
 
 
@@ -74,10 +73,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """What a node tells others of itself. ``address``: "host:port" of its page server.
+    """A node's entry for other nodes. ``address``: "host:port" of its page server.
 
-    ``epoch``: 64 random bits per agent start, and anew when it lost count of its changes. ``share_group``: nodes
-    with the same label follow each other. ``namespaces``: names of those it holds pages of.
+    ``epoch``: 64 random bits, never 0. ``share_group``: nodes with the same label follow each other.
+    ``namespaces``: names of the namespaces it has pages of.
     """
 
     node_id: NodeId
@@ -91,10 +90,10 @@ class NodeInfo:
 
 
 class PageStatus(IntEnum):
-    """Of one page, in an answer to a read. Only OK carries bytes.
+    """Result for one page of a read. Only OK carries bytes.
 
-    MISS: not here, or changed while it was read. BUSY: limits; ask again in a moment. LATE: the reader's
-    budget was over. UNKNOWN_NAMESPACE: no directory of this node has it.
+    MISS: not here, or changed during the read. BUSY: a limit was reached; ask again in a moment. LATE: the reader's
+    time was over. UNKNOWN_NAMESPACE: no directory of this node has the namespace.
     """
 
     OK = 0
@@ -106,7 +105,7 @@ class PageStatus(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ServedPage:
-    """A page in the server's memory: what its owner's journal says of its bytes, never computed anew."""
+    """A page in the server's memory. The checksum is the one in its owner's journal, never a new one."""
 
     status: PageStatus
     kind: ChecksumKind = ChecksumKind.NONE
@@ -117,7 +116,10 @@ MISSING = ServedPage(PageStatus.MISS)
 
 
 class PageSource(Protocol):
-    """Pages of one namespace on this node, for the page server. Any thread."""
+    """Pages of one namespace on this node, for the page server. Any thread.
+
+    ``sharing/node_pages.py`` implements it, on a floor that this folder must not import.
+    """
 
     payload_bytes: int
 
@@ -126,26 +128,26 @@ class PageSource(Protocol):
     ) -> list[ServedPage]:
         """Read pages into memory at ``addresses`` (4096-aligned, ``round_up(payload_bytes, 4096)`` bytes each).
 
-        One answer per key. When this returns nothing is written there any more, and the bytes of every OK
-        page are those that the checksum is of, or were damaged on the medium: the reader verifies.
-        ``deadline``: ``time.monotonic()`` seconds. Never raises for a failing disk: MISS.
+        One result per key. After the return nothing is written there any more. The bytes of an OK page match its
+        checksum unless the medium damaged them: the reader verifies. ``deadline``: ``time.monotonic()`` seconds.
+        A failing disk is a MISS and raises nothing.
         """
         ...
 
     def reported_bad(self, keys: Sequence[PageKey]) -> None:
-        """A reader says that these pages fail their checksum: verify, and hide those that do."""
+        """Verify pages that failed their checksum at a reader, and hide the bad ones."""
         ...
 
 
 class ChangeLog(Protocol):
-    """A node's own changes in one namespace, for the page server. Any thread."""
+    """A node's own changes in one namespace, for the page server (``members/change_log.py``). Any thread."""
 
     def since(self, epoch: int, last: int) -> list[Change] | None:
-        """Changes after number ``last`` of ``epoch``; None: they are not kept any more, take a snapshot."""
+        """Changes after number ``last`` of ``epoch``; None: they are no longer kept, take a snapshot."""
         ...
 
     def snapshot(self) -> Snapshot:
-        """All pages now."""
+        """Return all pages of now."""
         ...
 
 
@@ -165,34 +167,13 @@ class ServedNode(Protocol):
         ...
 
 
-class PeerControl(Protocol):
-    """Questions of an agent to another node's agent. Each blocks for ``timeout_s`` at most. Any thread.
-
-    Raises ``PeerError`` when there is no valid answer in time.
-    """
-
-    def hello(self, address: str, timeout_s: float) -> NodeInfo:
-        """Who is there?"""
-        ...
-
-    def poll(
-        self, address: str, namespace: str, epoch: int, last: int, timeout_s: float
-    ) -> list[Change] | None:
-        """As ``ChangeLog.since`` of that node."""
-        ...
-
-    def snapshot(self, address: str, namespace: str, timeout_s: float) -> Snapshot:
-        """As ``ChangeLog.snapshot`` of that node."""
-        ...
-
-
 def fingerprints_of(keys: Sequence[PageKey]) -> U64:
     """uint64 ``[n]``: the first 8 bytes of each key, little-endian."""
     return np.frombuffer(b"".join([key[:8] for key in keys]), "<u8").astype(np.uint64, copy=False)
 
 
 def namespace_bytes(name: str) -> bytes:
-    """16 bytes of a namespace's 26-character name. Raises ``ValueError`` if it is none."""
+    """16 bytes of a namespace's 26-character name. Raises ``ValueError`` for any other text."""
     digest = base64.b32decode(name.upper() + "=" * 6)
     if len(digest) != NAMESPACE_BYTES or namespace_name(digest) != name:
         raise ValueError(f"{name!r} is not a namespace")

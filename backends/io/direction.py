@@ -5,47 +5,33 @@ Reads and writes have a lane each, so a long write does not hold up a read. Thre
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import threading
 from collections import Counter
 from collections.abc import Callable
 
-import numpy as np
-
 from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.transfer import IoEngine
+from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.errors import TierUnavailableError
-from flexkv_sglang.types import round_up
 
 MakeEngine = Callable[[str, ReadPriority], IoEngine]
 """As ``probe.make_engine``."""
 
 _SLAB_BYTES = 32 << 20
-_HUGE_PAGE = 2 << 20
 
 
 class Slab:
     """Memory for bounced pages, made at first use, in huge pages where the machine gives them.
 
-    ``addresses``: uint64 ``[rows]``; ``region``: (address, bytes). A forked child does not get
-    it: no copy-on-write while the kernel writes into it.
+    ``addresses``: uint64 ``[rows]``; ``region``: (address, bytes).
     """
 
     def __init__(self, row_bytes: int) -> None:
         self.lock = threading.Lock()  # held while the bounced pages of one call use it
         self.rows = max(1, _SLAB_BYTES // row_bytes)
-        byte_count = round_up(self.rows * row_bytes, _HUGE_PAGE)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory = mmap.mmap(-1, byte_count + _HUGE_PAGE, flags=flags)
-        self._memory.madvise(mmap.MADV_DONTFORK)
-        with contextlib.suppress(OSError):  # EINVAL: a kernel without them
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        base = round_up(np.frombuffer(self._memory, np.uint8).ctypes.data, _HUGE_PAGE)
-        self.region = (base, byte_count)
-        self.addresses = np.uint64(base) + np.arange(self.rows, dtype=np.uint64) * np.uint64(
-            row_bytes
-        )
+        self._memory = AlignedMemory(self.rows * row_bytes, huge_pages=True)
+        self.region = (self._memory.address, self._memory.byte_count)
+        self.addresses = self._memory.rows(row_bytes, self.rows)
 
 
 class Direction:

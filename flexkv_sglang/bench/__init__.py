@@ -1,1 +1,4 @@
-"""Measures this package beside its peers on the user's own disk; see ``ssd``."""
+"""``flexkv bench``: measures this package beside other tools on the user's own disk. Nothing else imports it.
+
+Measurements for the repository's own tables are in ``benchmarks/``.
+"""

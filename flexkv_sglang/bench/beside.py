@@ -1,7 +1,7 @@
-"""How much of its speed a busy Python thread keeps while this package moves pages in the same process.
+"""Measures the speed of a busy Python thread while this package moves pages in the same process.
 
-The thread stands for SGLang's scheduler. As a yardstick the same is measured beside fio, which has no part
-in this interpreter: what the thread loses there is the machine's doing.
+The thread stands for SGLang's scheduler. The same is measured beside fio, which runs outside of this interpreter: a
+loss of speed there is due to the machine.
 """
 
 from __future__ import annotations
@@ -16,24 +16,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from flexkv_sglang.bench.contenders import BATCH, Contender, FlexKV, Missing, PagePool, Sample
+from flexkv_sglang.bench.contenders import (
+    BATCH,
+    BenchPool,
+    Contender,
+    FlexKVContender,
+    MissingContender,
+    PassTime,
+)
 from flexkv_sglang.bench.memory import HostMemory
-from flexkv_sglang.bench.peers import Fio
+from flexkv_sglang.bench.peers import FioContender
 
 PAGE_BYTES, PAGES = 1 << 20, 512
 WINDOW_S = 0.6
 _CHUNK = 1000
 
 
-class Busy:
-    """A thread that never sleeps and never releases the GIL by itself."""
+class BusyThread:
+    """A thread that never sleeps and releases the GIL only when the interpreter takes it."""
 
     def __init__(self) -> None:
         self.rounds = 0
         self._stop = False
         self._thread = threading.Thread(target=self._spin, name="busy", daemon=True)
 
-    def __enter__(self) -> Busy:
+    def __enter__(self) -> BusyThread:
         self._thread.start()
         return self
 
@@ -52,7 +59,7 @@ class Busy:
                 pass
             self.rounds += _CHUNK
 
-    def speed_beside(self, work: Callable[[], Sample]) -> tuple[float, float]:
+    def speed_beside(self, work: Callable[[], PassTime]) -> tuple[float, float]:
         """(rounds per second, passes per second) while ``work`` is repeated for ``WINDOW_S``."""
         first, start, passes = self.rounds, time.perf_counter(), 0
         while time.perf_counter() - start < WINDOW_S:
@@ -62,18 +69,18 @@ class Busy:
         return (self.rounds - first) / seconds, passes / seconds
 
 
-def _sleep() -> Sample:
+def _sleep() -> PassTime:
     time.sleep(WINDOW_S)
-    return Sample(WINDOW_S, 0.0)
+    return PassTime(WINDOW_S, 0.0)
 
 
 def beside_busy(directory: Path, reps: int) -> dict[str, Any]:
     """At 1 MiB: share of its solo speed that the thread keeps, and GB/s beside it; medians and minima."""
     memory = HostMemory(PAGE_BYTES, BATCH)
-    ours = FlexKV(directory, PagePool(memory), PAGES)
+    ours = FlexKVContender(directory, BenchPool(memory), PAGES)
     contenders: list[Contender] = [ours]
-    with contextlib.suppress(Missing):
-        contenders.append(Fio(ours.slot_file, memory, PAGES, registered=True))
+    with contextlib.suppress(MissingContender):
+        contenders.append(FioContender(ours.slot_file, memory, PAGES, registered=True))
     kept: dict[str, list[float]] = {}
     speed: dict[str, list[float]] = {}
     generation = 0
@@ -81,7 +88,7 @@ def beside_busy(directory: Path, reps: int) -> dict[str, Any]:
         for contender in contenders:
             contender.write(0)
             contender.read(0)
-        with Busy() as busy:
+        with BusyThread() as busy:
             for _ in range(reps):
                 cases = [(c, d) for c in contenders for d in ("read", "write")]
                 random.shuffle(cases)

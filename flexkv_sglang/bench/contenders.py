@@ -1,8 +1,8 @@
-"""What ``ssd`` compares inside this process: this package's adapter and SGLang's ``file`` backend.
+"""Contenders inside this process: this package's storage backend and SGLang's ``file`` backend.
 
-Each contender writes and reads the same number of pages of the same size, and reports seconds and CPU
-seconds. The adapter and ``file`` are used through the interface SGLang uses for them (zero-copy v1 and
-generic). Every call uses the memory of one batch again. The contenders in ``peers`` are other processes.
+Each contender writes and reads the same number of pages of the same size, and reports seconds and CPU seconds. Both
+are called through the interface that SGLang uses for them (zero-copy v1 and generic). Every call uses the memory of
+one batch again. The contenders in ``peers`` are other processes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from flexkv_sglang.integration.storage import FlexKVStorage
 BATCH = 128  # pages per call: SGLang's STORAGE_BATCH_SIZE
 
 
-class Missing(Exception):  # noqa: N818 - not an error: the run goes on without it
-    """A contender that is not on this machine; the message says how to get it."""
+class MissingContender(Exception):  # noqa: N818 - not an error: the run goes on without it
+    """A contender that is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One timed pass."""
+class PassTime:
+    """Time of one pass over all pages."""
 
     seconds: float
     cpu_seconds: float
@@ -44,12 +44,12 @@ class Contender(Protocol):
     name: str
     pages: int
 
-    def write(self, generation: int, /) -> Sample: ...
-    def read(self, generation: int, /) -> Sample: ...
+    def write(self, generation: int, /) -> PassTime: ...
+    def read(self, generation: int, /) -> PassTime: ...
     def close(self) -> None: ...
 
 
-class PagePool:
+class BenchPool:
     """A ``page_first`` MHA host pool in ``memory``: K of all its pages, then V. ``page_size`` is in tokens."""
 
     layout = "page_first"
@@ -65,7 +65,7 @@ class PagePool:
         self.v_offset = self.half * self.pages
 
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
-        """As SGLang's MHA pool answers."""
+        """Addresses and lengths, as of SGLang's MHA pool."""
         addresses: list[int] = []
         for token in indices.tolist()[:: self.page_size]:
             k = self.base + token // self.page_size * self.half
@@ -80,7 +80,7 @@ class PagePool:
 
 
 def page_names(generation: int, count: int) -> list[str]:
-    """Hashes as SGLang makes them: 64 hex digits, other ones in each generation."""
+    """Hashes as SGLang makes them: 64 hex digits, different in each generation."""
     return [hashlib.sha256(f"{generation}:{i}".encode()).hexdigest() for i in range(count)]
 
 
@@ -101,10 +101,10 @@ def storage_config(extra: dict[str, Any]) -> HiCacheStorageConfig:
     )
 
 
-class FlexKV:
+class FlexKVContender:
     """This package, through ``batch_set_v1`` / ``batch_get_v1``."""
 
-    def __init__(self, directory: Path, pool: PagePool, pages: int, verify: str = "full") -> None:
+    def __init__(self, directory: Path, pool: BenchPool, pages: int, verify: str = "full") -> None:
         self.name = "flexkv" if verify == "full" else f"flexkv-verify-{verify}"
         self._pool, self.pages = pool, pages
         self._directory = directory / self.name
@@ -116,25 +116,25 @@ class FlexKV:
         )
         self.storage.register_mem_pool_host(pool)
 
-    def write(self, generation: int) -> Sample:
-        """New pages into slots that were written before (or not, in the warm-up)."""
+    def write(self, generation: int) -> PassTime:
+        """New pages into slots that were written before (except in the warm-up)."""
         self.storage.clear()
         return self._pass(self.storage.batch_set_v1, generation)
 
-    def read(self, generation: int) -> Sample:
-        """O_DIRECT: cold by nature."""
+    def read(self, generation: int) -> PassTime:
+        """Cold reads, with O_DIRECT."""
         return self._pass(self.storage.batch_get_v1, generation)
 
     @property
     def slot_file(self) -> Path:
-        """Where the pages lie."""
+        """The file of the pages."""
         return next(self._directory.rglob("*.slots"))
 
     def close(self) -> None:
         self.storage.close()
         shutil.rmtree(self._directory)
 
-    def _pass(self, call: Any, generation: int) -> Sample:
+    def _pass(self, call: Any, generation: int) -> PassTime:
         names = page_names(generation, self.pages)
         tokens = torch.arange(self._pool.pages * self._pool.page_size)
         with Stopwatch() as watch:
@@ -145,12 +145,12 @@ class FlexKV:
         return watch.sample
 
 
-class File:
+class FileContender:
     """SGLang's ``file`` backend through its generic interface, as the controller drives it."""
 
     name = "file"
 
-    def __init__(self, directory: Path, pool: PagePool, pages: int) -> None:
+    def __init__(self, directory: Path, pool: BenchPool, pages: int) -> None:
         self._pool, self.pages = pool, pages
         self._directory = directory / "file"
         self._directory.mkdir()
@@ -160,7 +160,7 @@ class File:
             torch.from_numpy(pool.bytes[row * size : (row + 1) * size]) for row in range(pool.pages)
         ]
 
-    def write(self, generation: int) -> Sample:
+    def write(self, generation: int) -> PassTime:
         """New files. Buffered, so the pass ends with a sync of the file system."""
         for path in self._directory.iterdir():
             path.unlink()
@@ -176,7 +176,7 @@ class File:
             os.sync()
         return watch.sample
 
-    def read(self, generation: int) -> Sample:
+    def read(self, generation: int) -> PassTime:
         """Cold: the page cache of every file is dropped first."""
         os.sync()
         for path in self._directory.iterdir():
@@ -203,7 +203,7 @@ class Stopwatch:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self.sample = Sample(time.perf_counter() - self._wall, _cpu() - self._cpu)
+        self.sample = PassTime(time.perf_counter() - self._wall, _cpu() - self._cpu)
 
 
 def _cpu() -> float:

@@ -1,8 +1,8 @@
 """Host memory that every contender of a benchmark uses, in this process and in others.
 
-On a virtual machine the speed of a transfer depends on where its memory lies: one and the same read took
-1.3 or 2.7 GB/s from run to run of fio, which takes fresh memory each time. So all contenders move the
-same physical pages: a file in shared memory that each of them maps.
+On a virtual machine the speed of a transfer depends on the physical place of its memory: the same read took 1.3 or
+2.7 GB/s in different runs of fio, which takes fresh memory each time. So all contenders use the same physical pages:
+a file in shared memory that each of them maps.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class HostMemory:
         for start in range(0, size, len(block)):
             self.bytes[start : start + len(block)] = block[: size - start]
         stamps = self.bytes.reshape(-1, 4096)[:, :8].view(np.uint64)
-        stamps[:, 0] = np.arange(len(stamps), dtype=np.uint64)  # nothing to deduplicate
+        stamps[:, 0] = np.arange(len(stamps), dtype=np.uint64)  # no two blocks are equal
 
     def close(self) -> None:
         """Idempotent."""

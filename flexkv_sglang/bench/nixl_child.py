@@ -3,7 +3,7 @@
 Runs in NIXL's own environment (``scripts/setup-nixl``) and imports nothing of this project. Arguments:
 directory, memory file, page bytes, pages of memory, pages, "aio" or "uring". Protocol: one JSON object per
 line. In: ``{"op": "WRITE" | "READ" | "CLEAR", "generation": n}``. Out: ``{"seconds": s, "cpu_seconds": s}``;
-the first line, unasked, is ``{"version": ...}``. Ends at the end of input.
+the first line, before any request, is ``{"version": ...}``. Ends at the end of input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nixl_cu12._api import nixl_agent, nixl_agent_config
 BATCH = 128  # SGLang's STORAGE_BATCH_SIZE
 
 
-class Child:
+class NixlChild:
     """Host memory registered once; files registered and released per batch of pages."""
 
     def __init__(
@@ -88,7 +88,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # NIXL logs to stdout
     directory, memory, page_bytes, rows, pages, engine = sys.argv[1:7]
-    child = Child(directory, memory, int(page_bytes), int(rows), int(pages), engine)
+    child = NixlChild(directory, memory, int(page_bytes), int(rows), int(pages), engine)
     answers.write(json.dumps({"version": version("nixl-cu12")}) + "\n")
     for line in sys.stdin:
         asked = json.loads(line)

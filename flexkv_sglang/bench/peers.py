@@ -7,25 +7,25 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from flexkv_sglang.bench.contenders import Missing, Sample
+from flexkv_sglang.bench.contenders import MissingContender, PassTime
 from flexkv_sglang.bench.memory import HostMemory
 
 NIXL_PYTHON = Path(".venv-nixl/bin/python")
-"""Where ``scripts/setup-nixl`` puts it, seen from the checkout."""
+"""Path that ``scripts/setup-nixl`` makes in the checkout."""
 
 
-class Fio:
-    """The ceiling: io_uring, O_DIRECT, pages in ascending order as ours lie, no check of what it reads.
+class FioContender:
+    """The ceiling: io_uring, O_DIRECT, pages in ascending order as in our file, no checksums.
 
-    It works in our slot file and in our memory: on a virtual disk two files of one size differ by half in
-    speed, for as long as they live, by where they lie. Its depth is the pages of one of our calls, so that
-    it uses the same memory; we keep at most as many in flight.
+    It uses our slot file and our memory: on a virtual disk the places of two files of one size can change speed by
+    half. Its depth is the number of pages of one of our calls, so that it uses the same memory; we never have more
+    in flight.
     """
 
     def __init__(self, path: Path, memory: HostMemory, pages: int, *, registered: bool) -> None:
-        """``path``: overwritten. ``registered``: buffers and file with the ring. ``Missing``: no fio here."""
+        """``path``: overwritten. ``registered``: buffers and file with the ring. ``MissingContender``: no fio here."""
         if shutil.which("fio") is None:
-            raise Missing("fio is not installed (apt-get install fio)")
+            raise MissingContender("fio is not installed (apt-get install fio)")
         self.name = "fio" if registered else "fio-plain"
         self._registered = int(registered)
         self._path, self._memory, self.pages = path, memory, pages
@@ -33,22 +33,22 @@ class Fio:
 
     @staticmethod
     def version() -> str:
-        """As fio says it."""
+        """Version as printed by fio."""
         found = subprocess.run(["fio", "--version"], check=True, capture_output=True, text=True)
         return found.stdout.strip()
 
-    def write(self, _generation: int) -> Sample:
-        """Over what is there. Our pages in that file are lost."""
+    def write(self, _generation: int) -> PassTime:
+        """Overwrites the file. Our pages in it are lost."""
         return self._run("write")
 
-    def read(self, _generation: int) -> Sample:
-        """O_DIRECT: cold by nature."""
+    def read(self, _generation: int) -> PassTime:
+        """Cold reads, with O_DIRECT."""
         return self._run("read")
 
     def close(self) -> None:
-        """The file is not its own."""
+        """Nothing to remove: the file is ours."""
 
-    def _run(self, how: str) -> Sample:
+    def _run(self, how: str) -> PassTime:
         command = [
             "fio",
             "--name=page",
@@ -68,17 +68,19 @@ class Fio:
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         job = json.loads(result.stdout)["jobs"][0]
         seconds = self._page_bytes * self.pages / job[how]["bw_bytes"]
-        return Sample(seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000)
+        return PassTime(
+            seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
+        )
 
 
-class Nixl:
+class NixlContender:
     """NIXL POSIX in its own process; see ``nixl_child.py``."""
 
     def __init__(self, directory: Path, memory: HostMemory, pages: int, engine: str) -> None:
-        """``engine``: "aio" or "uring". ``Missing``: its environment is not there or does not work."""
+        """``engine``: "aio" or "uring". ``MissingContender``: its environment is missing or does not work."""
         self.name, self.pages = f"nixl-{engine}", pages
         if not NIXL_PYTHON.exists():
-            raise Missing(
+            raise MissingContender(
                 f"NIXL is not installed: {NIXL_PYTHON} is not there (scripts/setup-nixl, in a checkout)"
             )
         self._directory = directory / self.name
@@ -103,16 +105,16 @@ class Nixl:
         first = self._process.stdout.readline()
         if not first:
             self.close()
-            raise Missing(f"NIXL does not start: {' '.join(arguments[2:])}")
+            raise MissingContender(f"NIXL does not start: {' '.join(arguments[2:])}")
         self.version = f"nixl-{json.loads(first)['version']}"
 
-    def write(self, generation: int) -> Sample:
+    def write(self, generation: int) -> PassTime:
         """New files; the old ones are removed before the clock starts."""
         self._ask("CLEAR", generation)
         return self._ask("WRITE", generation)
 
-    def read(self, generation: int) -> Sample:
-        """O_DIRECT: cold by nature."""
+    def read(self, generation: int) -> PassTime:
+        """Cold reads, with O_DIRECT."""
         return self._ask("READ", generation)
 
     def close(self) -> None:
@@ -123,12 +125,12 @@ class Nixl:
         self._process.stdout.close()
         shutil.rmtree(self._directory)
 
-    def _ask(self, operation: str, generation: int) -> Sample:
+    def _ask(self, operation: str, generation: int) -> PassTime:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"op": operation, "generation": generation}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise Missing(f"{self.name} ended in the middle of a {operation}")
-        return Sample(**json.loads(line))
+            raise MissingContender(f"{self.name} ended in the middle of a {operation}")
+        return PassTime(**json.loads(line))

@@ -1,13 +1,11 @@
-"""Adapter-level SSD speed beside fio, SGLang's ``file`` backend and NIXL POSIX, in one interleaved run.
+"""SSD speed through the storage backend, beside fio, SGLang's ``file`` backend and NIXL POSIX, in one interleaved run.
 
-``flexkv bench ssd`` and ``benchmarks/ssd.py`` are its two command lines. Every repetition runs all
-contenders in random order, each writes and then reads what it wrote, so that a noisy minute hits them
-alike; what counts is the median of the ratios within a repetition. All use the same host memory
-(``memory``), fio works in our slot file. Contenders with a file per page move 64 MiB of pages below
-1 MiB, else it would take hours. Every contender writes and reads its pages once before anything is timed
-(first writes into fresh extents are slower for all). Cold reads: O_DIRECT, or the page cache dropped.
-Whether the disk behind a virtual machine is cached is out of our sight. Contenders that are not
-installed are left out.
+``flexkv bench ssd`` and ``benchmarks/ssd.py`` are its two command lines. Each repetition runs all contenders in random
+order, and each writes and then reads its pages, so that a noisy minute affects all of them; the result is the median
+of the ratios within a repetition. All use the same host memory (``memory``), and fio uses our slot file. Contenders
+with a file per page move 64 MiB of pages below 1 MiB, to save hours. Each contender writes and reads its pages once
+before anything is timed (first writes into fresh extents are slower). Reads are cold: O_DIRECT, or the page cache is
+dropped. A cache behind a virtual disk is not visible here. Contenders that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -29,21 +27,28 @@ from pathlib import Path
 from typing import Any
 
 from flexkv_sglang.bench.beside import beside_busy
-from flexkv_sglang.bench.contenders import BATCH, Contender, File, FlexKV, Missing, PagePool
+from flexkv_sglang.bench.contenders import (
+    BATCH,
+    BenchPool,
+    Contender,
+    FileContender,
+    FlexKVContender,
+    MissingContender,
+)
 from flexkv_sglang.bench.memory import HostMemory
-from flexkv_sglang.bench.peers import NIXL_PYTHON, Fio, Nixl
+from flexkv_sglang.bench.peers import NIXL_PYTHON, FioContender, NixlContender
 
 FEW_BYTES = 64 << 20
 PAGE_BYTES = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 8 << 20)
 AGAINST = ("fio", "fio-plain", "file", "nixl")
-"""Peers by the names of ``Options.against``."""
+"""Peers by the names of ``BenchOptions.against``."""
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to measure. ``mib``: MiB per pass, half of it below 1 MiB. ``seconds`` per page size: begin no
-    repetition after that time, but one at least. ``verify``: settings of ours; the ratios are those of "full"."""
+class BenchOptions:
+    """Settings of a run. ``mib``: MiB per pass, half of it below 1 MiB. ``seconds`` per page size: no repetition begins
+    after that time, but one runs. ``verify``: our settings to measure; the ratios are those of "full"."""
 
     directory: Path
     page_bytes: Sequence[int] = PAGE_BYTES
@@ -56,33 +61,33 @@ class Options:
 
 
 def make_contenders(
-    directory: Path, memory: HostMemory, pages: int, options: Options
+    directory: Path, memory: HostMemory, pages: int, options: BenchOptions
 ) -> list[Contender]:
-    """Ours, and those of the peers that are there."""
-    pool, page_bytes = PagePool(memory), memory.page_bytes
-    ours = [FlexKV(directory, pool, pages, mode) for mode in options.verify]
+    """Our contenders, and those of the installed peers."""
+    pool, page_bytes = BenchPool(memory), memory.page_bytes
+    ours = [FlexKVContender(directory, pool, pages, mode) for mode in options.verify]
     found: list[Contender] = list(ours)
     slots = ours[0].slot_file
     few = pages if page_bytes >= 1 << 20 else min(pages, FEW_BYTES // page_bytes)
     makers: dict[str, list[Callable[[], Contender]]] = {
-        "fio": [lambda: Fio(slots, memory, pages, registered=True)],
-        "fio-plain": [lambda: Fio(slots, memory, pages, registered=False)],
-        "file": [lambda: File(directory, pool, few)],
+        "fio": [lambda: FioContender(slots, memory, pages, registered=True)],
+        "fio-plain": [lambda: FioContender(slots, memory, pages, registered=False)],
+        "file": [lambda: FileContender(directory, pool, few)],
         "nixl": [
-            lambda: Nixl(directory, memory, few, "aio"),
-            lambda: Nixl(directory, memory, few, "uring"),
+            lambda: NixlContender(directory, memory, few, "aio"),
+            lambda: NixlContender(directory, memory, few, "uring"),
         ],
     }
     for name in options.against:
         for make in makers[name]:
             try:
                 found.append(make())
-            except Missing as exc:
+            except MissingContender as exc:
                 say(f"{name} is left out: {exc}")
     return found
 
 
-def run_size(directory: Path, page_bytes: int, options: Options, until: float) -> list[Row]:
+def run_size(directory: Path, page_bytes: int, options: BenchOptions, until: float) -> list[Row]:
     """All repetitions of one page size; at least one, and no new one after ``until`` (monotonic)."""
     total = (options.mib << 20) if page_bytes >= 1 << 20 else (options.mib << 19)
     pages = max(1, total // page_bytes)
@@ -95,7 +100,7 @@ def run_size(directory: Path, page_bytes: int, options: Options, until: float) -
             try:
                 contender.write(0)
                 contender.read(0)
-            except Missing as exc:
+            except MissingContender as exc:
                 contenders.remove(contender)
                 say(f"{contender.name} is left out: {exc}")
                 contender.close()
@@ -178,7 +183,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def table(cases: list[Row]) -> str:
-    """For people."""
+    """The cases as text."""
     lines = [
         f"{'KiB':>5} {'':5} {'contender':18} {'GB/s [min-max]':20} {'CPU s/GB':>8}  ours/theirs"
     ]
@@ -210,7 +215,7 @@ def environment() -> dict[str, str]:
         f"xxhash-{xxhash.VERSION}",
     ]
     with contextlib.suppress(OSError):
-        versions.append(Fio.version())
+        versions.append(FioContender.version())
     versions += [
         f"nixl-{path.name.split('-')[1].removesuffix('.dist')}" for path in _nixl_packages()
     ]
@@ -222,13 +227,13 @@ def _nixl_packages() -> list[Path]:
     return sorted(NIXL_PYTHON.parents[1].glob("lib/*/site-packages/nixl_cu12-*.dist-info"))
 
 
-def say(what: str) -> None:
-    """Progress goes to stderr: stdout is for the result."""
-    print(f"  {what}", file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """Print progress to stderr: stdout is for the result."""
+    print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def measure(options: Options) -> tuple[list[Row], dict[str, Any]]:
-    """(all samples, their summary: ``ratio``, ``cases``, ``about`` and, if asked for, ``beside_busy``)."""
+def measure(options: BenchOptions) -> tuple[list[Row], dict[str, Any]]:
+    """(rows of all passes, their summary: ``ratio``, ``cases``, ``about`` and, if asked for, ``beside_busy``)."""
     logging.disable(logging.WARNING)
     started = time.monotonic()
     rows: list[Row] = []

@@ -19,7 +19,6 @@ from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.cache.index.check import check_index
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.cache.plan import GetPlan
 from flexkv_sglang.cache.stats_file import Reporter
@@ -413,7 +412,7 @@ class CacheEngine(Tier):
     def check(self) -> None:
         """Assert the index's invariants."""
         with self._pages.lock:
-            check_index(self._pages.index)
+            self._pages.index.check()
 
     def _trouble(self, what: str, exc: Exception) -> None:
         self._metrics.count(f"{what.replace(' ', '_')}_errors")

@@ -1,6 +1,6 @@
-"""LocalPages: one tier's index, slot files and promises with the two locks that keep them in step.
+"""LocalPages: one tier's index, slot files and lookup pins with the two locks that keep them in step.
 
-``lock`` guards index and promises and is held for dict work only: never for I/O, never while logging.
+``lock`` guards index and pins and is held for dict work only: never for I/O, never while logging.
 ``publish`` puts journal appends and the index changes they announce into one order; it is taken before
 ``lock``, never after it, no read takes it, and nobody waits for it without a bound.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.cache.eviction.policies import ReuseDensity
+from flexkv_sglang.cache.eviction.reuse_density import ReuseDensity
 from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.cache.index.lookup_pins import LookupPins
 from flexkv_sglang.errors import TierUnavailableError
@@ -24,7 +24,7 @@ _SPAN = 512  # keys looked up under one hold of the lock
 
 
 class LocalPages:
-    """What an engine, its plans and its upkeep share. Everything but ``tier`` is guarded as said above."""
+    """Shared by an engine, its plans and its upkeep. All but ``tier`` is guarded by the two locks."""
 
     def __init__(self, tier: SlotFileTier, recovered: Recovered) -> None:
         self.tier = tier
@@ -32,14 +32,16 @@ class LocalPages:
         self._publish = threading.Lock()
         count = tier.slot_count
         self.index = TierIndex(count, ReuseDensity(count), tier.regions())
-        self._promises = LookupPins(count)
+        self._lookup_pins = LookupPins(count)
         dropped = self.index.load(recovered.keys, recovered.slots, recovered.parents)
         keys, slots = recovered.keys[dropped].tolist(), recovered.slots[dropped].tolist()
         lost = [(PageKey(key), SlotId(slot)) for key, slot in zip(keys, slots, strict=True)]
-        # Else their slots would be rewritten while their records still stand.
+        # Else their slots would be rewritten while their records are still valid.
         tier.publish_del(lost)
         self.recovered_count = len(recovered.keys) - len(dropped)
-        self._owed: list[tuple[PageKey, SlotId]] = []  # tombstones not on the journal yet
+        self._pending_tombstones: list[
+            tuple[PageKey, SlotId]
+        ] = []  # tombstones not on the journal yet
 
     @contextmanager
     def publishing(self, deadline: float) -> Iterator[None]:
@@ -57,8 +59,8 @@ class LocalPages:
             run = self.index.run(keys)
             if promise and run:
                 now = time.monotonic()
-                self._end(self._promises.expire(now))
-                self.index.hold(self._promises.make(run, self.index.parents, now))
+                self._end(self._lookup_pins.expire(now))
+                self.index.pin(self._lookup_pins.add(run, self.index.parents, now))
         return len(run)
 
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
@@ -67,10 +69,10 @@ class LocalPages:
             return self.index.found(keys)
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
-        """Pin and touch the leading run of READY keys; what was promised of it is kept now."""
+        """Pin and touch the leading run of READY keys; their lookup pins end."""
         with self.lock:
-            slots = self.index.pin(keys)
-            self._end(self._promises.keep(slots))
+            slots = self.index.pin_run(keys)
+            self._end(self._lookup_pins.release(slots))
         return slots
 
     def pin_each(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
@@ -79,7 +81,7 @@ class LocalPages:
         for start in range(0, len(keys), _SPAN):
             with self.lock:
                 found = [self.index.find(key) for key in keys[start : start + _SPAN]]
-                self.index.hold([slot for slot in found if slot is not None])
+                self.index.pin([slot for slot in found if slot is not None])
             slots += found
         return slots
 
@@ -100,13 +102,13 @@ class LocalPages:
     def reserve(
         self, keys: Sequence[PageKey], parent: PageKey | None, held: frozenset[int]
     ) -> Reserved:
-        """Slots for what is absent; see ``TierIndex.reserve``. Promises give way when nothing else can."""
+        """Slots for what is absent; see ``TierIndex.reserve``. Lookup pins give way when no other page can."""
         with self.lock:
-            self._end(self._promises.expire(time.monotonic()))
+            self._end(self._lookup_pins.expire(time.monotonic()))
             first = self.index.reserve(keys, parent, held)
-            if not first.refused or not len(self._promises):
+            if not first.refused or not len(self._lookup_pins):
                 return first
-            self._end(self._promises.break_all())
+            self._end(self._lookup_pins.release_all())
             second = self.index.reserve(keys, parent, held)
         return Reserved(
             sorted(first.granted + second.granted),
@@ -116,32 +118,32 @@ class LocalPages:
         )
 
     def publish_del(self, victims: Sequence[tuple[PageKey, SlotId]], deadline: float) -> None:
-        """Tombstones, with those that are owed. Raises ``TierUnavailableError``: then they are owed as well."""
+        """Append tombstones, with those that are pending. Raises ``TierUnavailableError``: then they stay pending."""
         with self.lock:
-            self._owed += victims
-            # Under the lock: whoever takes our tombstones may not have appended them yet. Wait for it.
-            if not self._owed:
+            self._pending_tombstones += victims
+            # Another thread may have taken our tombstones and not appended them yet; wait for ``publish``.
+            if not self._pending_tombstones:
                 return
         with self.publishing(deadline):
             with self.lock:
-                owed, self._owed = self._owed, []
-            self.tier.publish_del(owed)
+                pending, self._pending_tombstones = self._pending_tombstones, []
+            self.tier.publish_del(pending)
 
     def commit(self, slots: Sequence[SlotId], done: Sequence[bool]) -> list[bool]:
-        """Make READY what is ``done`` and still wanted, free the rest. Returns which are READY."""
+        """Make the ``done`` and still wanted slots READY, free the others. Per slot: is it READY?"""
         with self.lock:
             alive = self.index.still_writing(slots)
             ready = [a and b for a, b in zip(alive, done, strict=True)]
             good = [slot for slot, flag in zip(slots, ready, strict=True) if flag]
             self.index.commit(good[::-1])  # tail first, as a chain is used
             self.index.abort([slot for slot, flag in zip(slots, ready, strict=True) if not flag])
-            self._end(self._promises.keep(good))
+            self._end(self._lookup_pins.release(good))
         return ready
 
     def clear(self) -> None:
         """Forget every page."""
         with self.lock:
-            self._end(self._promises.break_all())
+            self._end(self._lookup_pins.release_all())
             self.index.clear()
 
     def suspend(self, region: int, *, readable: bool = False) -> int:
@@ -149,10 +151,10 @@ class LocalPages:
         with self.lock:
             return self.index.suspend(region, readable=readable)
 
-    def break_promises(self) -> None:
-        """End all promises."""
+    def release_lookup_pins(self) -> None:
+        """End all lookup pins."""
         with self.lock:
-            self._end(self._promises.break_all())
+            self._end(self._lookup_pins.release_all())
 
     def _end(self, slots: Sequence[SlotId]) -> None:
         if slots:

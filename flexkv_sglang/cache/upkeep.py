@@ -145,8 +145,8 @@ class Upkeep:
                     with pages.lock:
                         if region in self._suspended:
                             pages.index.resume(region)
-                        frozen = pages.index.freeze()
-                    store.revive(pages.tier.snapshot_records(*frozen.by_age(), region))
+                        snapshot = pages.index.snapshot()
+                    store.revive(pages.tier.snapshot_records(*snapshot.by_age(), region))
             except (OSError, JournalError):
                 for region in regions:
                     readable = self._suspended.setdefault(region, False)
@@ -172,15 +172,15 @@ class Upkeep:
     def _shrink(self, region: int, store: OwnedStore, missing: int) -> None:
         pages, before = self._pages, store.slots.slot_class
         wanted = max(-(-missing // before.slot_bytes), before.slot_count // _SHRINK_PARTS)
-        pages.break_promises()
+        pages.release_lookup_pins()
         with pages.publishing(time.monotonic() + _PUBLISH_S):
             with pages.lock:
                 gone, left = pages.index.retire(region, wanted)
-                frozen = pages.index.freeze()
+                snapshot = pages.index.snapshot()
             if left == before.slot_count:
                 return
             pages.tier.publish_del(gone)
-            store.shrink(left, pages.tier.snapshot_records(*frozen.by_age(), region))
+            store.shrink(left, pages.tier.snapshot_records(*snapshot.by_age(), region))
         self._metrics.count("given_back_slots", before.slot_count - left)
         logger.warning(
             "flexkv: %s: the disk is nearly full, %d slots are given back (%d pages), %d left",
@@ -199,8 +199,8 @@ class Upkeep:
             try:
                 with pages.publishing(time.monotonic() + _PUBLISH_S):
                     with pages.lock:
-                        frozen = pages.index.freeze()
-                    store.journal.rotate(pages.tier.snapshot_records(*frozen.by_age(), region))
+                        snapshot = pages.index.snapshot()
+                    store.journal.rotate(pages.tier.snapshot_records(*snapshot.by_age(), region))
                 self._metrics.count("journal_rotations")
             except (OSError, TierError, JournalError) as exc:
                 self._metrics.count("journal_rotation_errors")

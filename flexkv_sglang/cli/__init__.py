@@ -1,1 +1,4 @@
-"""The command ``flexkv``: check, stats, gc. Knows files, not SGLang; imports neither torch nor sglang."""
+"""The command ``flexkv``, for operators: check, stats, gc, doctor, nodes, agent, bench.
+
+It reads files of tiers and run directories. Only ``bench`` and the child process of ``doctor`` import torch or SGLang.
+"""

@@ -33,9 +33,9 @@ def run_agent(
     for_ranks: bool,
     times: Mapping[str, Any] = MappingProxyType({}),
 ) -> int:
-    """Exit code 0 when stopped, not needed any more, or when another agent lives; 2 for a wrong setting.
+    """Exit code 0 when stopped, no longer needed, or when another agent lives; 1 for an unusable run directory.
 
-    1 for a run directory that cannot be used. ``times``: fields of ``ShareConfig`` that are no settings, for tests.
+    2 for a wrong setting. ``times``: fields of ``ShareConfig`` that are no settings, for tests.
     """
     try:
         config = _read(config_path)
@@ -52,13 +52,13 @@ def run_agent(
         while _live(config, run_dir, stop, for_ranks=for_ranks):
             logger.info("flexkv: starting again")
     except (FlexKVError, OSError) as exc:
-        print(f"flexkv: {exc}", file=sys.stderr)  # for rank processes that is the log as well
+        print(f"flexkv: {exc}", file=sys.stderr)  # the log of an agent that a rank process started
         return 2 if isinstance(exc, ConfigError) else 1
     return 0
 
 
 def _live(config: FlexKVConfig, run_dir: RunDir, stop: threading.Event, *, for_ranks: bool) -> bool:
-    """One agent, from its lock to its end. True: nobody can find it any more, so that another is needed."""
+    """Run one agent, from its lock to its end. True if its run directory was removed, so that a new one is needed."""
     run_dir.make()
     _log_to(run_dir.log_path if for_ranks else None)
     lock = run_dir.take_agent_lock(settings_digest(config.share))
@@ -100,6 +100,6 @@ def _log_to(path: Path | None) -> None:
 
 
 def _raise_file_limit() -> None:
-    """Many nodes are many sockets."""
+    """Raise the limit of open files: each node needs a socket."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

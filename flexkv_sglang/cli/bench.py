@@ -1,4 +1,4 @@
-"""``flexkv bench ssd``: how fast pages go to this disk and back, beside other ways to do it."""
+"""``flexkv bench ssd``: measures page reads and writes on a disk, beside other ways to do them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def run_bench(
     against: Sequence[str],
     as_json: bool,
 ) -> int:
-    """Measure in ``directory``, which keeps nothing. Repetitions begin for ``seconds``; one at least."""
+    """Measure in ``directory`` and remove all files there. Repeats for ``seconds``, at least once."""
     try:
-        # By name: this command alone needs SGLang, the others run without it.
+        # Imported late: only this command needs SGLang.
         ssd = importlib.import_module("flexkv_sglang.bench.ssd")
     except ImportError as exc:
         print(f"flexkv: bench needs sglang and torch in this environment: {exc}", file=sys.stderr)
         return 2
-    options = ssd.Options(
+    options = ssd.BenchOptions(
         directory, page_bytes=page_bytes, reps=10_000, seconds=seconds, against=against
     )
     try:

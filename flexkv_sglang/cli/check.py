@@ -1,4 +1,4 @@
-"""``flexkv check``: examines every owner under a directory; with ``--repair``, repairs those that are dead."""
+"""``flexkv check``: verifies every owner under a directory; with ``--repair``, repairs the dead ones."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from pathlib import Path
 from flexkv_sglang.backends.slots.ownership import OwnerLock
 from flexkv_sglang.cli.output import ProgressLine, counted, emit, human_bytes, human_seconds, table
 from flexkv_sglang.cli.repair import repair as repair_owner
-from flexkv_sglang.cli.scan import Namespace, Owner, namespaces, strangers
-from flexkv_sglang.cli.verify import Damage, Examined, examine, load
+from flexkv_sglang.cli.scan import Namespace, Owner, namespaces, unknown_entries
+from flexkv_sglang.cli.verify import Damage, OwnerReport, load, verify
 from flexkv_sglang.errors import JournalError
 
 
 def run_check(root: Path, *, repair: bool, as_json: bool) -> int:
     """Returns the exit code: 1 if a problem remains."""
     found = namespaces(root)
-    everything: list[Examined] = []
-    loose = [Damage("note", "unknown_file", f"{name} is not ours") for name in strangers(root)]
+    everything: list[OwnerReport] = []
+    elsewhere = [
+        Damage("note", "unknown_file", f"{name} is not ours") for name in unknown_entries(root)
+    ]
     with ExitStack() as locks:
         held: set[tuple[Path, str]] = set()
         for namespace in found:
-            loose += _loose(namespace)
+            elsewhere += _of_namespace(namespace)
             for owner in namespace.owners:
                 if repair and _take(locks, owner):
                     held.add((owner.directory, owner.name))
@@ -30,15 +32,15 @@ def run_check(root: Path, *, repair: bool, as_json: bool) -> int:
         progress = ProgressLine(sum(item.pages for item in everything))
         for item in everything:
             mine = (item.owner.directory, item.owner.name) in held
-            examine(item, progress, held=mine)
+            verify(item, progress, held=mine)
             if mine:
                 _repair(item)
         progress.close()
-    findings = [*loose, *[finding for item in everything for finding in item.findings]]
+    findings = [*elsewhere, *[finding for item in everything for finding in item.findings]]
     left = sum(finding.severity == "problem" and not finding.repaired for finding in findings)
     emit(
-        _text(found, everything, loose, progress.seconds, repair=repair),
-        _fields(root, everything, loose, left),
+        _text(found, everything, elsewhere, progress.seconds, repair=repair),
+        _fields(root, everything, elsewhere, left),
         as_json=as_json,
     )
     return 1 if left else 0
@@ -51,7 +53,7 @@ def _take(locks: ExitStack, owner: Owner) -> bool:
     return lock is not None
 
 
-def _repair(item: Examined) -> None:
+def _repair(item: OwnerReport) -> None:
     if not item.findings:
         return
     try:
@@ -60,7 +62,7 @@ def _repair(item: Examined) -> None:
         item.note("problem", "repair_failed", str(exc))
 
 
-def _loose(namespace: Namespace) -> list[Damage]:
+def _of_namespace(namespace: Namespace) -> list[Damage]:
     found = [
         Damage("note", "unknown_file", f"{namespace.name}/{name} is not ours")
         for name in namespace.unknown
@@ -73,8 +75,8 @@ def _loose(namespace: Namespace) -> list[Damage]:
 
 def _text(
     found: list[Namespace],
-    everything: list[Examined],
-    loose: list[Damage],
+    everything: list[OwnerReport],
+    elsewhere: list[Damage],
     seconds: float,
     *,
     repair: bool,
@@ -94,8 +96,8 @@ def _text(
             lines += [f"  {item.owner.name}: {_line(f)}" for f in item.findings]
             if repair and item.owner.alive and item.findings:
                 lines.append(f"  {item.owner.name}: a live process holds it: not repaired")
-    lines += [_line(finding) for finding in loose]
-    findings = [*loose, *[finding for item in everything for finding in item.findings]]
+    lines += [_line(finding) for finding in elsewhere]
+    findings = [*elsewhere, *[finding for item in everything for finding in item.findings]]
     problems = [finding for finding in findings if finding.severity == "problem"]
     repaired = sum(finding.repaired for finding in problems)
     size = sum(_payload(item) * item.pages for item in everything)
@@ -109,7 +111,7 @@ def _text(
     return "\n".join(lines)
 
 
-def _row(item: Examined) -> tuple[object, ...]:
+def _row(item: OwnerReport) -> tuple[object, ...]:
     generation = "-" if item.state is None else item.state.header.generation
     return (
         item.owner.name,
@@ -125,12 +127,12 @@ def _line(finding: Damage) -> str:
     return f"{'repaired' if finding.repaired else finding.severity}: {finding.text}"
 
 
-def _payload(item: Examined) -> int:
+def _payload(item: OwnerReport) -> int:
     return item.state.header.files[0].payload_bytes if item.state is not None else 0
 
 
 def _fields(
-    root: Path, everything: list[Examined], loose: list[Damage], left: int
+    root: Path, everything: list[OwnerReport], elsewhere: list[Damage], left: int
 ) -> dict[str, object]:
     owners = [
         {
@@ -147,6 +149,6 @@ def _fields(
     return {
         "directory": str(root),
         "owners": owners,
-        "findings": [asdict(finding) for finding in loose],
+        "findings": [asdict(finding) for finding in elsewhere],
         "problems_left": left,
     }

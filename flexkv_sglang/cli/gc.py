@@ -1,6 +1,6 @@
-"""``flexkv gc``: removes the files of dead owners, each under its lock. Never those of a live process.
+"""``flexkv gc``: removes the files of dead owners, each under its lock, never those of a live process.
 
-Namespace folders stay: a server may be making its files in one at this moment.
+Namespace folders stay: a server may be creating its files in one at this moment.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from flexkv_sglang.cli.scan import Owner, namespaces
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which dead owners: of one namespace (a prefix of its name), or untouched for ``older_than`` seconds."""
+    """Selects dead owners: of one namespace (a prefix of its name), or untouched for ``older_than`` seconds."""
 
     namespace: str | None
     older_than: float | None
 
     @property
     def empty(self) -> bool:
-        """Nothing was asked for: show what there is."""
+        """True without a criterion: only show the dead owners."""
         return self.namespace is None and self.older_than is None
 
     def takes(self, owner: Owner, now: float) -> bool:
-        """Is this owner meant? Whether it is dead is not asked here."""
+        """True if the criterion selects this owner, dead or alive."""
         if self.namespace is not None:
             return owner.directory.name.startswith(self.namespace)
         return self.older_than is None or now - owner.touched_at() >= self.older_than
@@ -55,7 +55,7 @@ def run_gc(root: Path, selection: Selection, *, dry_run: bool, yes: bool, as_jso
     if preview:
         lines.append(
             f"{counted(len(chosen), 'dead owner')}, {human_bytes(sum(sizes.values()))}; {alive} alive. Nothing removed"
-            + (": name what to remove with --namespace or --older-than" if selection.empty else "")
+            + (": select owners with --namespace or --older-than" if selection.empty else "")
         )
     else:
         lines.append(f"removed {len(removed)} of {len(chosen)} owners, {human_bytes(freed)} freed")
@@ -72,7 +72,7 @@ def run_gc(root: Path, selection: Selection, *, dry_run: bool, yes: bool, as_jso
 
 def _agreed(count: int, size: int) -> bool:
     if not sys.stdin.isatty():
-        print("flexkv: nobody to ask; --yes removes, --dry-run shows", file=sys.stderr)
+        print("flexkv: no terminal to ask on; --yes removes, --dry-run shows", file=sys.stderr)
         return False
     print(
         f"remove {count} owners, {human_bytes(size)}? [y/N] ", end="", file=sys.stderr, flush=True
@@ -81,7 +81,7 @@ def _agreed(count: int, size: int) -> bool:
 
 
 def _remove(owner: Owner) -> bool:
-    """False if a process took the owner over meanwhile."""
+    """False if a process adopted the owner meanwhile."""
     lock = OwnerLock.try_take(owner.directory, owner.name)
     if lock is None:
         return False

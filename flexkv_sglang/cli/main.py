@@ -1,4 +1,4 @@
-"""Arguments and exit codes of ``flexkv``. Commands are imported when they run: ``--help`` needs nothing.
+"""Arguments and exit codes of ``flexkv``. Each command is imported when it runs, so that ``--help`` is fast.
 
 Exit codes: 0 fine, 1 problems found (check: problems that are not repaired; gc: files that could not be
 removed; doctor: causes found), 2 usage.
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(arguments)
-    except BrokenPipeError:  # the reader of our output went away: its choice
+    except BrokenPipeError:  # the reader of our output has closed it
         sys.stderr.close()
         return 0
     except PermissionError as exc:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    """Apart from the others: that a directory is missing, or may not be read, is an answer here."""
+    """Doctor alone accepts a directory that is missing or unreadable: that is a finding."""
     from flexkv_sglang.cli.doctor.command import run_doctor
 
     try:
@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flexkv",
-        description="Look after the directories that FlexKV for SGLang keeps KV cache pages in.",
+        description="Inspect and maintain the directories where FlexKV for SGLang stores KV cache pages.",
         epilog="Exit codes: 0 fine, 1 problems found, 2 usage.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -104,14 +104,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="drop bad pages, torn tails and leftovers of owners that are dead",
     )
-    _command(commands, "stats", "what is stored, by whom, and how well it is used")
+    _command(commands, "stats", "show stored pages, their owners and hit rates")
     gc = _command(commands, "gc", "remove files of dead owners")
     which = gc.add_mutually_exclusive_group()
     which.add_argument("--namespace", metavar="N", help="dead owners of this namespace (a prefix)")
     which.add_argument(
-        "--older-than", metavar="AGE", type=_age, help="untouched for so long: 90s, 30m, 12h, 7d"
+        "--older-than", metavar="AGE", type=_age, help="untouched for this time: 90s, 30m, 12h, 7d"
     )
-    gc.add_argument("--dry-run", action="store_true", help="say what would be removed")
+    gc.add_argument("--dry-run", action="store_true", help="only show the files to remove")
     gc.add_argument("--yes", action="store_true", help="do not ask")
     _add_doctor(commands)
     _add_bench(commands)
@@ -123,16 +123,20 @@ def _add_fleet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     agent = commands.add_parser(
         "agent",
         help="share this node's pages with other nodes",
-        description="Runs this node's agent in the foreground until SIGTERM. Rank processes start one by "
-        "themselves; by hand it stays when no server is left. If one runs already, this one ends at once.",
+        description="Runs this node's agent in the foreground until SIGTERM. Servers start an agent "
+        "automatically; this one stays when no server is left. If an agent runs already, this one ends at once.",
     )
     agent.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="the JSON the servers are given"
+        "--config",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the JSON file of the servers' extra config",
     )
     nodes = commands.add_parser(
         "nodes",
-        help="which nodes this one shares with",
-        description="What this node's agents see: other nodes, their pages, how far behind, and trouble.",
+        help="list the nodes that this one shares pages with",
+        description="Lists the nodes that this node's agents see: their pages, how far behind they are, and trouble.",
     )
     nodes.add_argument("--json", action="store_true", help="one JSON object as the last line")
     for parser in (agent, nodes):
@@ -143,11 +147,11 @@ def _add_fleet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "why hits are zero, and what to do"
+    text = "find out why hits are zero, and the remedy"
     doctor = commands.add_parser(
         "doctor",
         help=text,
-        description="Says why hits are zero, the likeliest cause first, with numbers and a remedy. "
+        description="Finds out why hits are zero: the likeliest cause first, with numbers and a remedy. "
         "Run it as the servers' user, in their environment. Writes and removes a file of 4 KiB in DIRECTORY.",
     )
     doctor.add_argument(
@@ -157,7 +161,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="a configured 'path' (default: the server's, else ~/.cache/flexkv-sglang)",
     )
     doctor.add_argument(
-        "--url", type=_url, help="of a running server, such as http://127.0.0.1:30000"
+        "--url", type=_url, help="address of a running server, such as http://127.0.0.1:30000"
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
@@ -167,13 +171,19 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     ssd = subjects.add_parser(
         "ssd",
-        help="through the adapter with checksums, beside fio, SGLang's file and NIXL",
-        description="Writes and reads pages through the adapter with checksums, beside peers, in turns. "
-        "Takes 0.5 GiB per contender in DIRECTORY and removes it. Peers that are not installed are left out.",
+        help="pages through the storage backend, beside fio, SGLang's file and NIXL",
+        description="Writes and reads pages through the storage backend with checksums, and in turns with other tools. "
+        "Takes 0.5 GiB per tool in DIRECTORY and removes it. Tools that are not installed are left out.",
     )
-    ssd.add_argument("directory", type=Path, nargs="?", default=Path(), help="on the disk (here)")
+    ssd.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        default=Path(),
+        help="on the disk (default: here)",
+    )
     ssd.add_argument("--page-bytes", type=_page_bytes, nargs="+", default=[1 << 20], metavar="N")
-    ssd.add_argument("--seconds", type=float, default=60.0, help="per page size, about")
+    ssd.add_argument("--seconds", type=float, default=60.0, help="approximate time per page size")
     ssd.add_argument("--against", type=_peers, default=list(PEERS), metavar="A,B")
     ssd.add_argument(
         "--json", action="store_true", help="no table: one JSON object as the last line"

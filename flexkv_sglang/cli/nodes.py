@@ -1,4 +1,4 @@
-"""``flexkv nodes``: which nodes this one shares with, as its agent sees them."""
+"""``flexkv nodes``: lists the nodes that this one shares pages with, as its agent sees them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STALE_S = 5.0
 
 
 def run_nodes(run_path: Path | None, *, as_json: bool) -> int:
-    """Exit code 0 if every agent of this user lives and hears of others as it should, 1 otherwise."""
+    """Exit code 0 if every agent of this user lives and all its feeds are connected, 1 otherwise."""
     run_dirs = [RunDir(run_path)] if run_path else RunDir.all_of_user()
     found = [_facts(run_dir) for run_dir in run_dirs]
     lines = [_text(facts) for facts in found]
@@ -76,7 +76,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def _breaker(facts: dict[str, Any], node_id: str) -> str:
-    """Do the rank processes of this node ask that one?"""
+    """State of the breakers that the rank processes of this node have for that one."""
     ranks = facts["breakers"]
     reasons = [states[node_id] for states in ranks.values() if node_id in states]
     return f"open in {len(reasons)} of {len(ranks)}: {reasons[0]}" if reasons else "closed"

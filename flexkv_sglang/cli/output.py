@@ -1,4 +1,4 @@
-"""How ``flexkv`` prints: sizes, aligned columns, progress on stderr, one JSON object as the last line."""
+"""Output of ``flexkv``: sizes, aligned columns, progress on stderr, one JSON object as the last line."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], indent: str = "
 
 
 def emit(text: str, fields: dict[str, object], *, as_json: bool) -> None:
-    """The human output, or with ``--json`` only the JSON line."""
+    """Print the text, or with ``--json`` only the JSON line."""
     print(json.dumps(fields, sort_keys=True) if as_json else text)
 
 
 class ProgressLine:
-    """Pages and bytes done, on stderr: one moving line on a terminal, else a line every few seconds."""
+    """Shows progress on stderr: one moving line on a terminal, else a line every few seconds."""
 
     def __init__(self, pages: int) -> None:
         self._pages = pages
@@ -64,11 +64,11 @@ class ProgressLine:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._started
 
     def add(self, pages: int, byte_count: int) -> None:
-        """So much more was read."""
+        """Count pages and bytes that were read."""
         self._done += pages
         self._bytes += byte_count
         now = time.monotonic()

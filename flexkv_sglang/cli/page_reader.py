@@ -1,13 +1,12 @@
 """Reads the pages of one owner from its slot file and verifies them. Read-only.
 
-Slots are read in the order they lie in, adjacent ones together, with O_DIRECT where that works: what is
-verified is the medium, not the page cache.
+Slots are read in their order on disk, adjacent ones together, with O_DIRECT where that works, so that the medium is
+verified and not the page cache.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from enum import IntEnum
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
+from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.backends.slots.records import Records, SlotClass
 from flexkv_sglang.cli.output import ProgressLine
 from flexkv_sglang.types import PageKey
@@ -24,7 +24,7 @@ _BUFFER_BYTES = 8 << 20
 
 
 class Verdict(IntEnum):
-    """What became of one page."""
+    """The result of one page."""
 
     RIGHT = 0
     WRONG = 1  # length or checksum
@@ -43,9 +43,8 @@ class PageReader:
         whole = sum(buffer_bytes) == slot_class.payload_bytes
         self._parts = buffer_bytes if whole else [slot_class.payload_bytes]
         self._batch = max(1, _BUFFER_BYTES // slot_class.slot_bytes)
-        self._memory = mmap.mmap(-1, self._batch * slot_class.slot_bytes)
-        self._view = memoryview(self._memory)
-        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._memory = AlignedMemory(self._batch * slot_class.slot_bytes)
+        self._view, self._address = self._memory.view, self._memory.address
         self._path = path
         self._fd = _open(path)
 
@@ -77,7 +76,7 @@ class PageReader:
         return verdicts
 
     def _run(self, records: Records, rows: npt.NDArray[np.intp], first: int) -> list[Verdict]:
-        """Adjacent slots with one read; one by one if that fails, to find which it is."""
+        """Read adjacent slots at once; one by one if that fails, to find the bad one."""
         size = self._class.slot_bytes
         if self._read(first, len(rows)):
             return [

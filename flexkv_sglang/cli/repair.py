@@ -1,7 +1,7 @@
-"""Repairs the files of one dead owner whose lock we hold: never data, only what the journal says of it.
+"""Repairs the files of one dead owner whose lock we hold: its journal, never its data.
 
-Bad pages get a tombstone; the rest goes on in a new generation, so that who tails this owner follows. What
-cannot be proven right after a power loss (no full checksum, no clean end) is dropped as well.
+Bad pages get a tombstone; the rest goes into a new generation, so that a neighbour that follows the journal notices.
+Pages that cannot be proven right after a power loss (no full checksum, no clean end) are dropped as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flexkv_sglang.backends.slots.journal import (
     slots_path,
 )
 from flexkv_sglang.backends.slots.records import RecordOp, Records
-from flexkv_sglang.cli.verify import Examined, slot_class_of, whole_slots
+from flexkv_sglang.cli.verify import OwnerReport, slot_class_of, whole_slots
 from flexkv_sglang.types import PageKey
 
 _REWRITTEN = frozenset(
@@ -30,43 +30,43 @@ _REWRITTEN = frozenset(
         *("corrupt_pages", "unreadable_pages", "stale_generation", "unproven_pages"),
     }
 )
-"""Findings that a new generation ends."""
+"""Findings that a new generation mends."""
 
 
-def repair(examined: Examined) -> None:
-    """Mark what was repaired. Raises ``JournalError`` or ``OSError`` when the files cannot be written."""
-    for path in examined.owner.temporary:
+def repair(report: OwnerReport) -> None:
+    """Repair, and mark repaired findings. Raises ``JournalError`` or ``OSError`` when files cannot be written."""
+    for path in report.owner.temporary:
         path.unlink(missing_ok=True)
-    state = examined.state
+    state = report.state
     rewritten = False
     if state is not None:
-        _drop_unproven(examined, state)
-        if any(finding.what in _REWRITTEN for finding in examined.findings):
-            rewritten = _rewrite(examined, state)
-    for finding in examined.findings:
+        _drop_unproven(report, state)
+        if any(finding.what in _REWRITTEN for finding in report.findings):
+            rewritten = _rewrite(report, state)
+    for finding in report.findings:
         finding.repaired = finding.what == "temporary" or (rewritten and finding.what in _REWRITTEN)
 
 
-def _drop_unproven(examined: Examined, state: LiveState) -> None:
+def _drop_unproven(report: OwnerReport, state: LiveState) -> None:
     """Page-cache writes of an earlier boot are safe only after a clean end, or with a full checksum."""
     survived = state.clean or (bool(boot_id()) and state.header.boot_id == boot_id())
     kinds = state.records["flags"] & 0xFF
     rows = [] if survived else np.flatnonzero(kinds != ChecksumKind.XXH3_64).tolist()
     if rows:
-        examined.bad += rows
+        report.bad += rows
         text = f"{len(rows)} pages without a full checksum did not see a clean end of the machine"
-        examined.note("problem", "unproven_pages", text)
+        report.note("problem", "unproven_pages", text)
 
 
-def _rewrite(examined: Examined, state: LiveState) -> bool:
-    """The next generation, without the bad pages. False if there is no slot file to speak of."""
-    owner, slot_class = examined.owner, slot_class_of(state)
+def _rewrite(report: OwnerReport, state: LiveState) -> bool:
+    """Write the next generation without the bad pages. False if there is no usable slot file."""
+    owner, slot_class = report.owner, slot_class_of(state)
     path = slots_path(owner.directory, owner.name, slot_class.slot_bytes)
     if len(state.header.files) != 1 or not path.exists() or not whole_slots(path, slot_class):
         return False
     wanted = replace(slot_class, slot_count=whole_slots(path, slot_class))
     drop = np.zeros(len(state.records), np.bool_)
-    drop[examined.bad] = True
+    drop[report.bad] = True
     _, others = owner.generation_files(state.header.generation)
     for stale in others:
         stale.unlink(missing_ok=True)

@@ -1,23 +1,23 @@
-"""``flexkv stats``: what is stored under a directory, by whom, and how well it is used."""
+"""``flexkv stats``: prints the pages under a directory, their owners and hit rates."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flexkv_sglang.backends.slots.disk_space import free_bytes
-from flexkv_sglang.backends.slots.journal import journal_path, recover, stats_path
 from flexkv_sglang.cli.output import emit, human_bytes, human_seconds, table
-from flexkv_sglang.cli.scan import Namespace, Owner, namespaces
-from flexkv_sglang.errors import JournalError
+from flexkv_sglang.cli.scan import (
+    Namespace,
+    OwnerStats,
+    counters_of,
+    hit_rate,
+    namespaces,
+    owner_stats,
+)
 
 _FINGERPRINT = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24}\b")
 _SHOWN = (
@@ -35,37 +35,8 @@ _SHOWN = (
 )
 
 
-@dataclass(slots=True)
-class OwnerStats:
-    """One owner: what its journal says, and the last ``<owner>.stats.json`` of its process ({} if none)."""
-
-    owner: Owner
-    pages: int = 0
-    slots: int = 0
-    payload_bytes: int = 0
-    journal_bytes: int = 0
-    checksums: dict[int, int] = field(default_factory=dict)  # ``ChecksumKind`` -> pages
-    trouble: str = ""
-    live: dict[str, Any] = field(default_factory=dict)
-
-    def fields(self) -> dict[str, object]:
-        """For ``--json``."""
-        return {
-            "owner": self.owner.name,
-            "alive": self.owner.alive,
-            "pages": self.pages,
-            "slots": self.slots,
-            "page_bytes": self.payload_bytes,
-            "disk_bytes": self.owner.disk_bytes(),
-            "journal_bytes": self.journal_bytes,
-            "touched_at": self.owner.touched_at(),
-            "trouble": self.trouble,
-            "stats": self.live,
-        }
-
-
 def run_stats(root: Path, *, as_json: bool) -> int:
-    """Always exit code 0: trouble with an owner is shown, ``check`` is for judging it."""
+    """Always exit code 0: trouble with an owner is only shown, ``check`` judges it."""
     found = [
         (item, [owner_stats(item, owner) for owner in item.owners]) for item in namespaces(root)
     ]
@@ -81,46 +52,6 @@ def run_stats(root: Path, *, as_json: bool) -> int:
     }
     emit("\n".join(lines), fields, as_json=as_json)
     return 0
-
-
-def counters_of(owners: list[OwnerStats]) -> dict[str, int]:
-    """Counters summed over processes: owners of one process carry the same ones."""
-    total: Counter[str] = Counter()
-    for live in {item.live["process"]: item.live for item in owners if item.live}.values():
-        total.update(live["counters"])
-    return dict(total)
-
-
-def hit_rate(counters: dict[str, int]) -> float | None:
-    """Pages found per page asked for; None if nobody has asked."""
-    asked = counters.get("asked_pages", 0)
-    return counters.get("found_pages", 0) / asked if asked else None
-
-
-def owner_stats(namespace: Namespace, owner: Owner) -> OwnerStats:
-    """What its journal and its stats file say. Never raises for what is in them: see ``trouble``."""
-    stats = OwnerStats(owner, live=_live(owner))
-    try:
-        state = recover(owner.directory, owner.name, namespace.name)
-        path = journal_path(owner.directory, owner.name, state.header.generation)
-        stats.journal_bytes = path.stat().st_size
-        stats.pages = len(state.records)
-        kinds, counts = np.unique(state.records["flags"] & 0xFF, return_counts=True)
-        stats.checksums = dict(zip(kinds.tolist(), counts.tolist(), strict=True))
-        stats.slots = sum(item.slot_count for item in state.header.files)
-        stats.payload_bytes = state.header.files[0].payload_bytes
-    except (JournalError, OSError) as exc:
-        stats.trouble = str(exc)
-    return stats
-
-
-def _live(owner: Owner) -> dict[str, Any]:
-    try:
-        fields = json.loads(stats_path(owner.directory, owner.name).read_text())
-    except (OSError, ValueError):
-        return {}
-    whole = isinstance(fields, dict) and fields.keys() >= {"process", "counters", "written_at"}
-    return fields if whole else {}
 
 
 def _text(namespace: Namespace, owners: list[OwnerStats]) -> str:
@@ -151,7 +82,7 @@ def _row(item: OwnerStats) -> tuple[object, ...]:
 
 
 def _identity(namespace: Namespace) -> str:
-    """What most often differs; fingerprints by their first digits."""
+    """The fields that most often differ; fingerprints by their first digits."""
     fields = namespace.fields
     parts = [str(fields[name]) for name in ("model", "dtype", "layout") if name in fields]
     parts[:1] = [_FINGERPRINT.sub(r"\1", model) for model in parts[:1]]
@@ -168,7 +99,7 @@ def _identity(namespace: Namespace) -> str:
 
 
 def _details(namespace: Namespace) -> list[str]:
-    """Every other field of the identity, so that two namespaces can be compared by eye."""
+    """All other fields of the identity, for a comparison of two namespaces."""
     fields = {
         name: value
         for name, value in sorted(namespace.fields.items())
@@ -188,13 +119,13 @@ def _named(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={item}" for key, item in sorted(value.items()))
     if name == "epoch":
-        return f"epoch={value} (weights updated in a running server: of use to nobody else)"
+        return f"epoch={value} (weights updated in a running server: no other server can use them)"
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return f"{name}={text}"
 
 
 def _is_whole(value: object) -> bool:
-    """A shard field of a pool that is not divided."""
+    """True for the shard field of a pool that is not divided."""
     return value == [0, 1]
 
 

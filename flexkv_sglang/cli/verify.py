@@ -1,8 +1,7 @@
-"""What is wrong with one owner: its generation, journal, slot file, keys and pages. Read-only.
+"""Verifies one owner: its generation, journal, slot file, keys and pages. Read-only.
 
-An owner whose lock we do not hold may write while we look, so whatever looks wrong is looked at again:
-a page counts as bad only if its record stands before and after it was read wrong, and the rest only if
-a second look says the same.
+An owner whose lock we do not hold may write meanwhile, so a suspected fault is looked at twice: a page is bad only if
+its record stands before and after it was read wrong, every other fault only if a second look finds it again.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _PAUSE_S = 0.2
 
 @dataclass(slots=True)
 class Damage:
-    """``severity``: "problem" (exit code 1) or "note". ``what``: a stable word for tools."""
+    """One finding. ``severity``: "problem" (exit code 1) or "note". ``what``: a stable word for tools."""
 
     severity: str
     what: str
@@ -50,8 +49,8 @@ class Damage:
 
 
 @dataclass(slots=True)
-class Examined:
-    """One owner. ``bad``: records of ``state`` to drop (positions). ``state`` is None if nothing is valid."""
+class OwnerReport:
+    """The findings of one owner. ``bad``: positions of records in ``state`` to drop. ``state``: None if invalid."""
 
     namespace: Namespace
     owner: Owner
@@ -66,53 +65,55 @@ class Examined:
         self.findings.append(Damage(severity, what, text))
 
 
-def load(namespace: Namespace, owner: Owner) -> Examined:
-    """The owner's state, or why there is none."""
-    examined = Examined(namespace, owner)
+def load(namespace: Namespace, owner: Owner) -> OwnerReport:
+    """Read the owner's state; the report has a finding if there is none."""
+    report = OwnerReport(namespace, owner)
     if not owner.locked:
-        examined.note("problem", "no_lock", "files without a lock: nobody will adopt them")
+        report.note("problem", "no_lock", "files without a lock: no server will adopt them")
     for _ in range(_LOOKS if owner.alive else 1):  # it may start a generation while we read
         try:
-            examined.state = recover(owner.directory, owner.name, namespace.name)
+            report.state = recover(owner.directory, owner.name, namespace.name)
         except JournalError as exc:
             reason = str(exc)
             time.sleep(_PAUSE_S if owner.alive else 0.0)
             continue
-        examined.pages = len(examined.state.records)
-        return examined
+        report.pages = len(report.state.records)
+        return report
     if not generations(owner.directory, owner.name):
-        examined.note(
-            "note", "unfinished", "no journal: died while it was made; removed at a start"
+        report.note(
+            "note",
+            "unfinished",
+            "no journal: its process died while it made it; a start removes it",
         )
     else:
-        examined.note("problem", "no_valid_journal", reason)
-    return examined
+        report.note("problem", "no_valid_journal", reason)
+    return report
 
 
-def examine(examined: Examined, progress: ProgressLine, *, held: bool) -> None:
-    """Fill in findings and bad pages. ``held``: we hold the owner's lock, so nothing changes under us."""
-    if examined.state is None:
+def verify(report: OwnerReport, progress: ProgressLine, *, held: bool) -> None:
+    """Add findings and bad pages. ``held``: we hold the owner's lock, so its files do not change meanwhile."""
+    if report.state is None:
         return
-    findings = _shape(examined)
+    findings = _shape(report)
     if findings and not held:
         time.sleep(_PAUSE_S)
-        again = {item.text for item in _shape(examined)}
+        again = {item.text for item in _shape(report)}
         findings = [item for item in findings if item.text in again]
-    examined.findings += findings
-    _doubles(examined)
-    _pages(examined, progress, held=held)
+    report.findings += findings
+    _doubles(report)
+    _pages(report, progress, held=held)
 
 
 def slot_class_of(state: LiveState) -> SlotClass:
-    """The slot file of an owner: this release writes one."""
+    """The slot file of an owner: this release writes one per owner."""
     return state.header.files[0]
 
 
-def _shape(examined: Examined) -> list[Damage]:
-    """Generations, journal tail, slot file size and leftovers, as they are now."""
-    owner = examined.owner
+def _shape(report: OwnerReport) -> list[Damage]:
+    """Findings about generations, journal tail, slot file size and leftovers, as they are now."""
+    owner = report.owner
     try:
-        state = recover(owner.directory, owner.name, examined.namespace.name)
+        state = recover(owner.directory, owner.name, report.namespace.name)
         found = [*_tail(owner, state), *_dropped(owner, state), *_slot_file(owner, state)]
     except (JournalError, OSError) as exc:
         return [Damage("problem", "unstable", f"cannot be read again: {exc}")]
@@ -146,7 +147,7 @@ def _tail(owner: Owner, state: LiveState) -> list[Damage]:
 
 
 def _dropped(owner: Owner, state: LiveState) -> list[Damage]:
-    """Valid PUTs that name a file or slot that does not exist."""
+    """Finds valid PUTs of a file or slot that does not exist."""
     raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
     records = valid_prefix(raw[HEADER_BYTES : state.end], state.header.epoch, state.header.base_seq)
     puts = records[records["op"] == RecordOp.PUT]
@@ -168,55 +169,53 @@ def _slot_file(owner: Owner, state: LiveState) -> list[Damage]:
     except FileNotFoundError:
         return [Damage("problem", "no_slot_file", f"{path.name} is missing")]
     if size < wanted:
-        text = f"{path.name} has {size} bytes, not {wanted}: nobody can adopt it"
+        text = f"{path.name} has {size} bytes, not {wanted}: no server can adopt it"
         return [Damage("problem", "short_slot_file", text)]
     if size > wanted:
         return [Damage("note", "long_slot_file", f"{path.name} has {size} bytes, not {wanted}")]
     return []
 
 
-def _doubles(examined: Examined) -> None:
-    """Of two slots with one key the older is waste."""
-    assert examined.state is not None
-    keys = examined.state.records["key"].tolist()
+def _doubles(report: OwnerReport) -> None:
+    """Find keys in two slots: the older slot is waste."""
+    assert report.state is not None
+    keys = report.state.records["key"].tolist()
     last = {key: row for row, key in enumerate(keys)}
     if len(last) < len(keys):
         older = [row for row, key in enumerate(keys) if last[key] != row]
-        examined.bad += older
+        report.bad += older
         text = f"{len(older)} pages are stored in two slots"
-        examined.note("problem", "double_keys", text)
+        report.note("problem", "double_keys", text)
 
 
-def _pages(examined: Examined, progress: ProgressLine, *, held: bool) -> None:
-    state = examined.state
+def _pages(report: OwnerReport, progress: ProgressLine, *, held: bool) -> None:
+    state = report.state
     assert state is not None
-    path = slots_path(
-        examined.owner.directory, examined.owner.name, slot_class_of(state).slot_bytes
-    )
+    path = slots_path(report.owner.directory, report.owner.name, slot_class_of(state).slot_bytes)
     try:
-        reader = PageReader(path, slot_class_of(state), examined.namespace.buffer_bytes)
+        reader = PageReader(path, slot_class_of(state), report.namespace.buffer_bytes)
     except OSError as exc:
         if len(state.records):
-            examined.bad = list(range(len(state.records)))
+            report.bad = list(range(len(state.records)))
             text = f"{len(state.records)} pages cannot be read: {exc.strerror}"
-            examined.note("problem", "unreadable_pages", text)
+            report.note("problem", "unreadable_pages", text)
         return
     with reader:
         verdicts = reader.verify(state.records, progress)
         if not held:
-            _look_again(examined, reader, verdicts)
-    _judge(examined, verdicts)
+            _look_again(report, reader, verdicts)
+    _judge(report, verdicts)
 
 
-def _look_again(examined: Examined, reader: PageReader, verdicts: npt.NDArray[np.uint8]) -> None:
-    """Clear what the owner rewrote meanwhile: a slot is rewritten only after its tombstone."""
-    assert examined.state is not None
-    records = examined.state.records
+def _look_again(report: OwnerReport, reader: PageReader, verdicts: npt.NDArray[np.uint8]) -> None:
+    """Clear slots that the owner rewrote meanwhile: a slot is rewritten only after its tombstone."""
+    assert report.state is not None
+    records = report.state.records
     for _ in range(_LOOKS):
         bad = np.flatnonzero((verdicts == Verdict.WRONG) | (verdicts == Verdict.UNREADABLE))
         if not len(bad):
             return
-        still = _standing(examined.namespace.name, examined.owner, records[bad])
+        still = _standing(report.namespace.name, report.owner, records[bad])
         verdicts[bad[~still]] = Verdict.RIGHT
         bad = bad[still]
         if len(bad):
@@ -225,7 +224,7 @@ def _look_again(examined: Examined, reader: PageReader, verdicts: npt.NDArray[np
 
 
 def _standing(namespace: str, owner: Owner, records: Records) -> npt.NDArray[np.bool_]:
-    """Per record: does the journal still say the same?"""
+    """Per record: True if the journal still has it."""
     try:
         state = recover(owner.directory, owner.name, namespace)
     except (JournalError, OSError):
@@ -240,21 +239,21 @@ def _identities(records: Records) -> list[tuple[int, int, bytes]]:
     )
 
 
-def _judge(examined: Examined, verdicts: npt.NDArray[np.uint8]) -> None:
-    assert examined.state is not None
+def _judge(report: OwnerReport, verdicts: npt.NDArray[np.uint8]) -> None:
+    assert report.state is not None
     for verdict, what, text in (
         (Verdict.WRONG, "corrupt_pages", "with wrong bytes"),
         (Verdict.UNREADABLE, "unreadable_pages", "unreadable"),
     ):
         rows = np.flatnonzero(verdicts == verdict).tolist()
         if rows:
-            examined.bad += rows
-            first = examined.state.records[rows[0]]
+            report.bad += rows
+            first = report.state.records[rows[0]]
             where = f"slot {int(first['slot'])}, key {first['key'].tobytes().hex()[:16]}..."
-            examined.note("problem", what, f"{counted(len(rows), 'page')} {text} (first: {where})")
-    examined.unproven = int((verdicts == Verdict.UNPROVEN).sum())
+            report.note("problem", what, f"{counted(len(rows), 'page')} {text} (first: {where})")
+    report.unproven = int((verdicts == Verdict.UNPROVEN).sum())
 
 
 def whole_slots(path: Path, slot_class: SlotClass) -> int:
-    """How many whole slots the file really has, at most ``slot_class.slot_count``."""
+    """Number of whole slots in the file, at most ``slot_class.slot_count``."""
     return min(slot_class.slot_count, path.stat().st_size // slot_class.slot_bytes)

@@ -31,6 +31,8 @@ _SIZE_HELP = 'bytes as a number, or a string such as "200GB", "1.5TB" or "512MiB
 def redacted(url: str) -> str:
     """A Redis URL without its password, however wrong it may be: one with ``#`` or ``/`` in it is cut elsewhere."""
     scheme, mark, rest = url.partition("://")
+    if not mark:
+        scheme, rest = "", url
     login, at, where = rest.rpartition("@")
     if not at:
         return url

@@ -1,7 +1,7 @@
-"""What differs between releases of SGLang beyond the storage interface, in one place.
+"""Differences between releases of SGLang beyond the storage interface.
 
-Where each has what we hook into, its published arguments, and its types for pools. Everything
-here may be absent in another release; then the answer is None and the caller says what follows.
+The targets of our hooks, the published server arguments, and the types for pools. A release may lack any of them:
+then the answer is None, and the caller decides.
 """
 
 from __future__ import annotations
@@ -15,54 +15,49 @@ from typing import Any
 from flexkv_sglang.prefix import ALL_PAGES, PoolRequirement, RestorablePrefixes
 
 UNKNOWN = (ImportError, AttributeError, ValueError, AssertionError, RuntimeError)
-"""What a question to a release that does not know the answer may raise."""
+"""Access to a part that a release does not have raises one of these."""
 
 ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 ATTACH = "sglang.srt.managers.cache_controller.HiCacheController.attach_storage_backend"
 CREATE_LINKER = "sglang.srt.mem_cache.unified_cache.linker_factory.create_unified_cache_linker"
-"""Where an external linker is made, a function; looked up there at each call."""
+"""The function that makes an external linker. SGLang looks it up there at each call."""
 RESOLVE = (
     "sglang.srt.server_args.ServerArgs.resolve_once",
     "sglang.srt.server_args.ServerArgs.__post_init__",  # before 0.5.20: resolution happens here
 )
-"""Where a server's arguments are resolved, the newest first. From 0.5.23 on ``ServerArgs`` is a msgspec
-struct, which never looks at a patched ``__post_init__``."""
+"""The methods that resolve a server's arguments, the newest first. From 0.5.23 on ``ServerArgs`` is a msgspec
+struct, which ignores a patched ``__post_init__``."""
 RUNTIME_CONFIG = (
     "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment.apply_runtime_config"
 )
-"""Where the tree takes over the storage settings, from 0.5.20 on."""
+"""The method by which the tree takes over the storage settings, from 0.5.20 on."""
 WEIGHT_UPDATERS = (
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",
     "sglang.srt.managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin",  # older releases
 )
-"""Which class has the scheduler's methods for weight updates, the newest first."""
+"""The classes with the scheduler's methods for weight updates, the newest first."""
 RESET = "sglang.srt.managers.cache_controller.HiCacheController.reset"
-"""What the controller does when SGLang flushes its cache."""
+"""The method that SGLang calls when it flushes its cache."""
 
 
-def pool_name(name: object) -> str:
-    """A ``PoolName`` of any release, or text, as text."""
-    return str(getattr(name, "value", name))
+def as_text(value: Any) -> str:
+    """A name or a setting of SGLang as text; of a member of an enumeration its value."""
+    return str(getattr(value, "value", value))
 
 
 def resolve(path: str) -> Any:
-    """``package.module.Class.attribute``. Raises ``ImportError`` or ``AttributeError``."""
-    module, class_name, attribute = path.rsplit(".", 2)
+    """``package.module.name`` or ``package.module.Class.name``. Raises ``ImportError`` or ``AttributeError``."""
+    home, name = path.rsplit(".", 1)
+    module, owner = home.rsplit(".", 1)
     with warnings.catch_warnings():  # where they are errors, an import would be cut off half way
         warnings.simplefilter("ignore")
-        return getattr(getattr(importlib.import_module(module), class_name), attribute)
-
-
-def resolve_function(path: str) -> Any:
-    """``package.module.function``. Raises ``ImportError`` or ``AttributeError``."""
-    module, name = path.rsplit(".", 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(importlib.import_module(module), name)
+        if owner[0].isupper():
+            return getattr(getattr(importlib.import_module(module), owner), name)
+        return getattr(importlib.import_module(home), name)
 
 
 def first_there(*paths: str) -> str | None:
-    """The first of these that this release has."""
+    """The first of these targets that this release has, or None."""
     for path in paths:
         try:
             resolve(path)
@@ -75,8 +70,8 @@ def first_there(*paths: str) -> str | None:
 def server_args() -> Any:
     """SGLang's server arguments as it has resolved them; None outside a server or in an unknown release.
 
-    From 0.5.23 on the published record holds what the user wrote. What SGLang made of it (the local path of a
-    model, defaults that follow from others) lies beside it.
+    From 0.5.23 on the published record holds the user's values. A view beside it has the resolved ones (the local
+    path of a model, defaults that follow from others).
     """
     record = _published()
     try:
@@ -102,7 +97,7 @@ def _published() -> Any:
 
 
 def data_parallel_size() -> int:
-    """Engine replicas inside one server (they share the configured ``size``); 1 when unknown."""
+    """The number of engine replicas inside one server, which share the configured ``size``; 1 when unknown."""
     try:
         return max(1, int(server_args().dp_size))
     except (AttributeError, TypeError, ValueError):
@@ -110,7 +105,7 @@ def data_parallel_size() -> int:
 
 
 def pool_result(usable: RestorablePrefixes) -> Any:
-    """A ``PoolTransferResult`` of the installed SGLang, with as much of the answer as it has fields for."""
+    """A ``PoolTransferResult`` of the installed SGLang, with the parts of the answer that it has fields for."""
     answer = {
         "kv_hit_pages": usable.pages,
         "extra_pool_hit_pages": usable.boundaries,
@@ -118,17 +113,17 @@ def pool_result(usable: RestorablePrefixes) -> Any:
     }
     try:
         from sglang.srt.mem_cache.hicache_storage import PoolTransferResult
-    except ImportError:  # before 0.5.10; nobody asks there
+    except ImportError:  # before 0.5.10, which never asks
         return SimpleNamespace(**answer)
     known = {item.name for item in fields(PoolTransferResult)}
     return PoolTransferResult(**{name: item for name, item in answer.items() if name in known})
 
 
 def pool_requirement(transfer: Any) -> PoolRequirement:
-    """What a ``PoolTransfer`` of an exists-check asks for."""
+    """The requirement that a ``PoolTransfer`` of an exists-check states."""
     return PoolRequirement(
-        pool_name(transfer.name),
-        pool_name(getattr(transfer, "hit_policy", ALL_PAGES)),
+        as_text(transfer.name),
+        as_text(getattr(transfer, "hit_policy", ALL_PAGES)),
         max(1, len(transfer.keys or ())),
         int(getattr(transfer, "block_pages", 0)),
         int(getattr(transfer, "group_pages", 0)),
@@ -138,7 +133,7 @@ def pool_requirement(transfer: Any) -> PoolRequirement:
 def transfer_stats(
     reads: list[tuple[int, float]], writes: list[tuple[int, float]], per_page: int = 1
 ) -> Any:
-    """SGLang's ``StorageMetrics`` of transfers given as (stored, GB/s), where ``per_page`` of them are a page."""
+    """SGLang's ``StorageMetrics`` of transfers, each (stored groups, GB/s); ``per_page`` groups are a page."""
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
     return StorageMetrics(

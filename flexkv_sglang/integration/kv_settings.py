@@ -1,7 +1,7 @@
 """Server arguments and switches of SGLang that change the bytes of a page, as a part of its namespace.
 
-Those that change its shape are seen at the host pool. Not here: those that only choose between kernels of the
-same precision (the composition of a batch changes such last bits too), and the seed (SGLang fills dummy
+Not here: settings that change the shape of a page (the host pool shows it), settings that only choose between kernels
+of the same precision (the composition of a batch changes such last bits, too), and the seed (SGLang fills dummy
 weights from one of its own).
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.fingerprint import checkpoint, file_digest
-from flexkv_sglang.integration.compat import UNKNOWN, server_args
-from flexkv_sglang.integration.served_model import ServedModel, directory_of, plain
+from flexkv_sglang.integration.compat import UNKNOWN, as_text, server_args
+from flexkv_sglang.integration.model_files import ServedModel, directory_of
 
 KV_SETTINGS = (
     "load_format",
@@ -63,14 +63,14 @@ DRAFT_SETTINGS = (
     "decrypted_draft_config_file",
     "uno_lora_path",
 )
-"""Those that change the bytes of a draft model's pages as well."""
+"""Further ones for pools of the draft model."""
 
 KTRANSFORMERS_SETTINGS = (
     "kt_method",
     "kt_num_gpu_experts",
     "kt_max_deferred_experts_per_token",
 )
-"""Which experts run on the CPU and how, beside their weights (``kt_weight_path``)."""
+"""The experts that run on the CPU, beside their weights (``kt_weight_path``)."""
 
 KV_ENVIRONMENT = (
     "SGLANG_USE_HND_KVCACHE",
@@ -85,7 +85,7 @@ KV_ENVIRONMENT = (
     "SGLANG_DSA_HIP_DISABLE_PRESHUFFLE",
     "SGLANG_OPT_MINIMAX_M3_FP8_INDEX_CACHE",
 )
-"""SGLang's own switches of the byte order in device memory, which reaches the host pool as it is."""
+"""Switches in the environment that change the byte order in device memory, which the host pool has, too."""
 
 VALUE_ENVIRONMENT = (
     "SGLANG_EXTERNAL_MODEL_PACKAGE",
@@ -104,7 +104,7 @@ VALUE_ENVIRONMENT = (
     "SGLANG_SKIP_SOFTMAX_DECODE_THRESHOLD_SCALE_FACTOR",
     "SGLANG_ROPE_CACHE_FP32",
 )
-"""Its switches of model code, quantisation and approximations."""
+"""Switches in the environment that change model code, quantisation or approximations."""
 
 _FILES = (
     "quantization_param_path",
@@ -118,11 +118,11 @@ _USUAL: Mapping[str, str] = {
     "prefill_kv_cache_dequant_dtype": "auto",
     "flashinfer_mxfp4_moe_precision": "default",
 }
-"""Values that say as little as none."""
+"""Values that mean the same as none."""
 
 
 def kv_settings(*, draft: bool = False) -> dict[str, str]:
-    """Server arguments that change page bytes, those that are set. Files are named by their content.
+    """The server arguments that are set and change page bytes. A file counts by its content, not its name.
 
     ``draft``: for a pool of the draft model. Raises ``ConfigError`` if a file cannot be read.
     """
@@ -153,7 +153,7 @@ def _text(name: str, value: Any) -> str:
     if name == "uno_lora_path":
         return _weights_at(name, value)
     if name not in _FILES:
-        return plain(value)
+        return as_text(value)
     try:
         return f"file:{file_digest(Path(value))}"
     except OSError as exc:
@@ -189,8 +189,8 @@ def _check_adapters_are_in_the_page_hash() -> None:
 def _adapters(given: Any) -> str:
     """Digest of the LoRA adapters of the command line.
 
-    SGLang's page hash names those by name and path, which stay when their content changes. Adapters that
-    are loaded later get a random id.
+    SGLang's page hash contains their names and paths, which stay when their content changes. Adapters that are loaded
+    later get a random id.
     """
     if not given:
         return ""
@@ -202,7 +202,7 @@ def _adapters(given: Any) -> str:
 
 
 def _weights_at(argument: str, path: str) -> str:
-    """Digest of weights beside the model's own, which an argument names by their path."""
+    """Digest of weights beside the model's own; an argument gives their path."""
     directory = directory_of(ServedModel(path, None, ""))
     try:
         found = None if directory is None else checkpoint(directory)

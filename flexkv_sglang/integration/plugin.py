@@ -1,21 +1,22 @@
-"""Makes ``flexkv`` a valid name for SGLang's ``--hicache-storage-backend`` and
-``--unified-cache-external-linker-backend``. The only file that bridges SGLang.
+"""The SGLang plug-in: makes ``flexkv`` a valid name for ``--hicache-storage-backend`` and for
+``--unified-cache-external-linker-backend``.
 
-SGLang loads the entry-point group ``sglang.srt.plugins`` in every process before it parses arguments.
-SGLang knows its storage backends by three hard-coded name lists, so three small hooks are needed; none
-changes a file or a behaviour of SGLang for anybody who does not ask for ``flexkv``:
+SGLang loads the entry-point group ``sglang.srt.plugins`` in each process before it parses arguments. It knows its
+backends by hard-coded lists of names, so ``register`` sets hooks. None changes a file of SGLang, or its behaviour for
+anybody who does not ask for ``flexkv``:
 
-1. the command line accepts the name;
-2. attaching a backend called ``flexkv`` (at start, or over HTTP) is attaching ``dynamic`` with our module
-   and class and the zero-copy interface; afterwards the controller is told the name the user knows;
-3. the hashes of the pages before a batch are passed along, which gives eviction the whole chain, and
-   the store is told how long SGLang waits for a prefetch.
+accept_name            the command line accepts the name
+refuse_early           what cannot work is refused before a model is loaded
+attach                 attaching ``flexkv`` (at start or over HTTP) is attaching ``dynamic`` with our class and the
+                       zero-copy interface; afterwards the controller has the name that the user knows
+create_linker          the same for making a linker
+pass_prefix_keys       the hashes of the pages before a batch come along, so eviction sees the whole chain
+set_prefetch_timeout   the store learns how long SGLang waits for a prefetch
 
-For the linker, a fourth: making a linker called ``flexkv`` is making ``dynamic`` with our module and class.
-``weight_updates`` adds hooks that notice weight updates and cache flushes.
+``weight_updates`` adds up to eight hooks that notice weight updates and cache flushes.
 
-If a target is not there or has other parameters, ``flexkv`` is refused with one clear error instead of
-running without storage. Importing this module costs nothing: no torch, no store.
+If a target is missing or has other parameters, one clear error refuses ``flexkv``: it never runs without storage.
+Importing this module costs nothing: no torch, no store.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from flexkv_sglang.integration.compat import (
     RUNTIME_CONFIG,
     first_there,
     resolve,
-    resolve_function,
 )
 
 NAME = "flexkv"
@@ -77,22 +77,22 @@ def register() -> None:
     weight_updates.install()
     if first_there(RUNTIME_CONFIG):  # an optimisation: without it each batch is a chain of its own
         HookRegistry.register(RUNTIME_CONFIG, pass_prefix_keys, HookType.BEFORE)
-        HookRegistry.register(RUNTIME_CONFIG, tell_prefetch_timeout, HookType.BEFORE)
+        HookRegistry.register(RUNTIME_CONFIG, set_prefetch_timeout, HookType.BEFORE)
 
 
 def misfit() -> str | None:
-    """Why this SGLang cannot be bridged, or None. Resolves the class that attaches storage backends."""
-    return _misfit(ATTACH, resolve, _ATTACH_PARAMETERS)
+    """The reason why this SGLang cannot be hooked, or None. Imports the class that attaches storage backends."""
+    return _misfit(ATTACH, _ATTACH_PARAMETERS)
 
 
 def linker_misfit() -> str | None:
-    """Why the linker of this SGLang has no shorthand, or None. Older releases have no linkers."""
-    return _misfit(CREATE_LINKER, resolve_function, _LINKER_PARAMETERS)
+    """The reason why ``flexkv`` cannot name a linker in this SGLang, or None. Older releases have no linkers."""
+    return _misfit(CREATE_LINKER, _LINKER_PARAMETERS)
 
 
-def _misfit(path: str, find: Callable[[str], Any], wanted: tuple[str, ...]) -> str | None:
+def _misfit(path: str, wanted: tuple[str, ...]) -> str | None:
     try:
-        target = find(path)
+        target = resolve(path)
     except (ImportError, AttributeError) as exc:
         return f"{path} cannot be reached ({type(exc).__name__}: {exc})"
     parameters = inspect.signature(inspect.unwrap(target)).parameters
@@ -101,7 +101,7 @@ def _misfit(path: str, find: Callable[[str], Any], wanted: tuple[str, ...]) -> s
 
 
 def accept_name(result: Any, parser: argparse.ArgumentParser, *_args: Any, **_kwargs: Any) -> Any:
-    """After ``ServerArgs.add_cli_args``: the finished actions get a new list of choices."""
+    """After ``ServerArgs.add_cli_args``: add the name to the choices of two flags."""
     for action in parser._actions:
         if action.dest in _FLAGS and action.choices is not None and NAME not in action.choices:
             action.choices = [*action.choices, NAME]
@@ -109,15 +109,17 @@ def accept_name(result: Any, parser: argparse.ArgumentParser, *_args: Any, **_kw
 
 
 def refuse_early(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Before the server's arguments are resolved, whether from the command line or ``Engine(...)``:
-    what cannot work is said before a model is loaded."""
+    """Before the server's arguments are resolved, from the command line or ``Engine(...)``: check the settings.
+
+    So an error comes before a model is loaded.
+    """
     if getattr(server_args, "hicache_storage_backend", None) == NAME:
         _refuse_misfit()
         _check_settings(getattr(server_args, "hicache_storage_backend_extra_config", None))
     if getattr(server_args, "unified_cache_external_linker_backend", None) == NAME:
         _refuse("unified_cache_external_linker_backend", linker_misfit(), LINKER_HELP)
         config = getattr(server_args, "unified_cache_external_linker_config", None)
-        if isinstance(config, dict):  # SGLang says what is wrong with another type
+        if isinstance(config, dict):  # SGLang refuses other types
             FlexKVConfig.parse(config)
 
 
@@ -132,7 +134,7 @@ def attach(original: Callable[..., Any], controller: Any, *args: Any, **kwargs: 
     bound.arguments["storage_backend"] = "dynamic"
     bound.arguments["storage_backend_extra_config"] = extra
     result = original(*bound.args, **bound.kwargs)
-    # The zero-copy functions are chosen by now. A second attach compares this with the name it was asked for.
+    # The zero-copy functions are chosen by now. A second attach compares this with the name that it was given.
     controller.storage_backend_type = NAME
     return result
 
@@ -151,15 +153,15 @@ def create_linker(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def pass_prefix_keys(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before the tree takes over the storage settings: with ``flexkv``, prefix keys are passed along."""
+    """Before the tree takes over the storage settings: with ``flexkv``, it passes prefix keys along."""
     if kwargs.get("storage_backend") == NAME and "hicache_storage_pass_prefix_keys" in kwargs:
         kwargs = {**kwargs, "hicache_storage_pass_prefix_keys": True}
     return args, kwargs
 
 
-def tell_prefetch_timeout(attachment: Any, *_args: Any, **kwargs: Any) -> None:
-    """Before the tree takes over the storage settings, at start and at every attach: our store (under
-    whichever name) learns the prefetch timeout, which SGLang takes out of the extra config."""
+def set_prefetch_timeout(attachment: Any, *_args: Any, **kwargs: Any) -> None:
+    """Before the tree takes over the storage settings, at start and at each attach: tell our store the prefetch
+    timeout, which SGLang takes out of the extra config. The backend may have any name."""
     controller = getattr(getattr(attachment, "_cache", None), "cache_controller", None)
     store: Any = getattr(controller, "storage_backend", None)
     timeout = [kwargs.get(f"prefetch_timeout_{part}") for part in ("base", "per_ki_token")]
@@ -182,7 +184,7 @@ def _refuse(flag: str, reason: str | None, instead: str) -> None:
 
 
 def _check_settings(text: str | None) -> None:
-    """Wrong keys and values are said by the launcher already. Only JSON: SGLang reads the other forms."""
+    """Refuse wrong keys and values. JSON only: SGLang reads the other forms later."""
     if not text:
         return
     if text.startswith("@"):

@@ -1,8 +1,8 @@
-"""FlexKVStorage: SGLang's storage interface on top of the engine.
+"""FlexKVStorage: SGLang's storage interface on top of the pool stores.
 
-The boundary: after construction nothing is raised into SGLang, except by ``register_mem_pool_host``, which
-SGLang calls while it attaches and which is the first moment the page size is known. Every other failure
-is counted, logged once per kind and minute, and answered as a miss of the right shape.
+The boundary: after construction nothing is raised into SGLang, except by ``register_mem_pool_host``: SGLang calls it
+while it attaches, and it is the first to know the page size. Each other failure is counted, logged once per kind and
+minute, and answered as a miss of the right shape.
 
 Threads: SGLang calls from its prefetch, prefetch I/O, backup and scheduler threads; all may overlap.
 """
@@ -21,20 +21,24 @@ from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.epochs import WEIGHTS
 from flexkv_sglang.identity.keys import page_key, page_keys
-from flexkv_sglang.integration.boundary import Boundary, boundary
+from flexkv_sglang.integration.boundary import (
+    Boundary,
+    answers,
+    no_pages,
+    no_prefix,
+    no_tensors,
+    no_transfers,
+)
 from flexkv_sglang.integration.compat import (
-    pool_name,
+    as_text,
     pool_requirement,
     pool_result,
     transfer_stats,
 )
-from flexkv_sglang.integration.pool_identity import Identities
+from flexkv_sglang.integration.pool_identity import PoolSpecs
 from flexkv_sglang.integration.weight_updates import agree_before_attach, install_now
-from flexkv_sglang.metrics.prometheus import export
-from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.pools.host_pages import PoolPages
-from flexkv_sglang.pools.pool import Pool, PoolSpec
+from flexkv_sglang.pools.pool import Pool
 from flexkv_sglang.pools.pool_rules import KV
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.pools.transfers import PoolAnswer, fetch, read, store, usable, write
@@ -45,45 +49,42 @@ from flexkv_sglang.types import PageKey
 logger = logging.getLogger(__name__)
 
 PREFETCH_TIMEOUT = (1.0, 0.25)
-"""SGLang's defaults: it waits so many seconds for a prefetch, and so many more per 1024 tokens."""
+"""SGLang's defaults for the wait for a prefetch: seconds, and further seconds per 1024 tokens."""
 
 READ_SECONDS_MIN = 0.05
-"""A get is given at least this long, whatever the prefetch timeout is."""
+"""The shortest time limit of a get."""
 
 CALL_SECONDS_MAX = 6.0
-"""... or more than this, the bound of a put. With what comes before (``PoolStores.in_use``) and after (the commit) it
-has to be less than the 10 s for which SGLang joins its storage threads when a backend is detached."""
+"""The longest time limit of a get, and the limit of a put. With the waits before (``PoolStores.in_use``) and after
+(the commit) it must be less than the 10 s for which SGLang joins its storage threads when a backend is detached."""
 
 
 class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang ships no types
-    """HiCache L3 on local SSDs. One instance per SGLang rank process and attach.
+    """The third level of HiCache: tiers of this machine and of others. One per SGLang rank process and attach.
 
-    The constructor parses the configuration and proves the directories with real I/O (``ConfigError``
-    names key, value and valid choices). ``register_mem_pool_host`` opens the KV namespace and its files; what
-    comes with the other pools of a hybrid model is in ``pools``. ``metrics``: of KV pages.
+    The constructor parses the configuration and tests the directories with real I/O (``ConfigError`` names key, value
+    and valid choices). ``register_mem_pool_host`` opens the KV namespace and its files. ``metrics``: of KV pages.
     """
 
     def __init__(self, storage_config: Any, _kwargs: Any = None) -> None:
-        agree_before_attach()  # before anything that may fail on one rank
-        self._storage_config = storage_config
+        agree_before_attach()  # before steps that may fail on one rank only
         self._config = FlexKVConfig.parse(storage_config.extra_config)
-        self._metrics: dict[str, Metrics] = {}  # of a pool, for the life of this store
-        self.metrics = self._metrics_of(KV)
+        specs = PoolSpecs(self._config, storage_config)
+        self.metrics = specs.metrics_of(KV)
         self._prefetch_timeout = PREFETCH_TIMEOUT
         logger.info("flexkv: %s", self._config.describe())
-        self._identities = Identities(self._config, storage_config)
         groups = HeadGroups.of(storage_config)
         prepared = prepare_tiers(self._config)
         install_now()
         # last: from here on there are threads
         self._sharing = Sharing.of(self._config, self.metrics)
-        self._stores = PoolStores(self._config, prepared, self._describe, groups, self._sharing)
+        self._stores = PoolStores(self._config, prepared, specs.describe, groups, self._sharing)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        """Learn the page geometry, open the namespace, recover what is there.
+        """Learn the page geometry, open the namespace, recover its pages.
 
-        Raises ``ConfigError`` (SGLang then refuses to start, or answers 400): size too small for one page
-        or too large for the disk. A pool without page buffers is not an error: everything misses.
+        Raises ``ConfigError`` (SGLang then refuses to start, or answers 400) for a size that is too small for one page
+        or too large for the disk. A pool without page buffers is no error: all its pages miss.
         """
         super().register_mem_pool_host(mem_pool_host)
         if not WEIGHTS.settled:
@@ -91,29 +92,19 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self._stores.open_kv(mem_pool_host, opens=WEIGHTS.settled)
         WEIGHTS.attach(self)
 
-    @boundary(lambda self, *a, **k: None)
+    @answers(miss=None)
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Called for every pool of a hybrid model, KV included, after ``register_mem_pool_host``."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
-        self._stores.add(pool_name(host_pool_name), host_pool)
+        self._stores.add(as_text(host_pool_name), host_pool)
 
-    @boundary(lambda self, *a, **k: None)
+    @answers(miss=None)
     def on_host_pools_registered(self) -> None:
-        """The pools SGLang starts with are known (0.5.23 and later; before, the first call takes that for granted)."""
+        """SGLang has registered its first pools. Before 0.5.23 it does not call this: the first call opens them."""
         self._stores.registration_done()
 
-    @boundary(lambda self: None)
-    def leave_epoch(self) -> None:
-        """Before a weight update: from now on every page misses and none is written, in all pools."""
-        self._stores.suspend()
-
-    @boundary(lambda self: None)
-    def enter_epoch(self) -> None:
-        """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
-        self._stores.resume()
-
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
-        """How long SGLang waits for a prefetch, in seconds and seconds per 1024 tokens: bounds a get."""
+        """Set the time SGLang waits for a prefetch, in seconds and seconds per 1024 tokens. It limits a get."""
         self._prefetch_timeout = (base, per_ki_token)
         text = "flexkv: SGLang waits %g s and %g s per 1024 tokens for a prefetch; reads keep within that"
         logger.info(text, base, per_ki_token)
@@ -130,31 +121,19 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this from detach and atexit
             self._report("close", exc)
 
-    def _metrics_of(self, name: str) -> Metrics:
-        if name not in self._metrics:
-            self._metrics[name] = Metrics()
-            export(self._metrics[name], self._storage_config, name)
-        return self._metrics[name]
-
-    def _describe(self, name: str, pool: Any, pages: PoolPages) -> PoolSpec:
-        writers, writes = self._identities.writers(name)
-        return PoolSpec(
-            self._identities.of(name, pool, pages), writers, writes, self._metrics_of(name)
-        )
-
-    @boundary(lambda self, keys, *a, **k: 0, moves=True)
+    @answers(miss=0, uses_stores=True)
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
-        """Leading run of pages that are stored here or by a neighbour. Memory only.
+        """Length of the leading run of pages that a get can read. Uses memory only.
 
-        Of a hybrid model: the longest prefix for which, as far as is known, the other pools are there too.
+        Of a hybrid model: the longest prefix that also has the required pages of the other known pools.
         """
         return self._usable(keys, self._stores.sidecars()).pages
 
-    @boundary(lambda self, keys, *a, **k: pool_result(RestorablePrefixes([], {})), moves=True)
+    @answers(miss=no_prefix, uses_stores=True)
     def batch_exists_v2(
         self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None
     ) -> Any:
-        """Prefixes for which every pool has what is asked of it, as ``PoolTransferResult``. Memory only."""
+        """Prefixes for which each pool has the required pages, as ``PoolTransferResult``. Uses memory only."""
         requirements = [pool_requirement(transfer) for transfer in pool_transfers or ()]
         for requirement in requirements:
             self._stores.learn(requirement)
@@ -171,7 +150,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         self.metrics.asked(len(keys), found.pages, time.perf_counter() - started)
         return found
 
-    @boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
+    @answers(miss=no_pages, uses_stores=True)
     def batch_get_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
@@ -180,7 +159,7 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         flags = read(pool, page_keys(keys), host_indices, self._deadline(len(keys)))
         return self._checked(flags, pool, keys, host_indices)
 
-    @boundary(lambda self, keys, *a, **k: [False] * len(keys or ()), moves=True)
+    @answers(miss=no_pages, uses_stores=True)
     def batch_set_v1(
         self, keys: list[str], host_indices: Any, extra_info: Any = None
     ) -> list[bool]:
@@ -190,43 +169,43 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         flags = write(pool, page_keys(keys), host_indices, _parent_of(extra_info), deadline)
         return self._checked(flags, pool, keys, host_indices)
 
-    @boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
+    @answers(miss=no_transfers, uses_stores=True)
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
-        """Read pages of several pools. Per pool one bool per key; every pool is in the answer."""
+        """Read pages of several pools. The answer has each pool, with one bool per key."""
         pages = sum(len(transfer.keys or ()) for transfer in transfers)
         deadline = self._deadline(pages, reads=len(transfers))
         answer = PoolAnswer()
         for transfer in transfers:
-            pool = self._stores.get(pool_name(transfer.name))
+            pool = self._stores.get(as_text(transfer.name))
             keys, indices = list(transfer.keys or ()), transfer.host_indices
             flags = read(pool, page_keys(keys), indices, deadline)
             answer.add(transfer.name, self._checked(flags, pool, keys, indices))
         return answer.results
 
-    @boundary(lambda self, transfers, *a, **k: _all_false(transfers), moves=True)
+    @answers(miss=no_transfers, uses_stores=True)
     def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Write pages of several pools (SGLang: before the KV pages they go with). Answer: as ``batch_get_v2``."""
         deadline = time.monotonic() + CALL_SECONDS_MAX
         parent = _parent_of(extra_info)
         answer = PoolAnswer()
         for transfer in transfers:
-            pool = self._stores.get(pool_name(transfer.name))
+            pool = self._stores.get(as_text(transfer.name))
             keys, indices = list(transfer.keys or ()), transfer.host_indices
             flags = write(pool, page_keys(keys), indices, parent, deadline)
             answer.add(transfer.name, self._checked(flags, pool, keys, indices))
         return answer.results
 
-    @boundary(lambda self, key: False)
+    @answers(miss=False)
     def exists(self, key: str) -> bool:
-        """True if one page is stored here or by a neighbour."""
+        """True if a get can read this page."""
         return bool(self.batch_exists([key]))
 
-    @boundary(lambda self, *a, **k: None)
+    @answers(miss=None)
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         """Read one flat page into ``target_location`` (a CPU tensor) and return it; None on a miss."""
         return self.batch_get([key], [target_location])[0]
 
-    @boundary(lambda self, keys, *a, **k: [None] * len(keys or ()), moves=True)
+    @answers(miss=no_tensors, uses_stores=True)
     def batch_get(
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[Any]:
@@ -243,14 +222,14 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
             tensor if flag else None for tensor, flag in zip(target_locations, done, strict=True)
         ]
 
-    @boundary(lambda self, *a, **k: False)
+    @answers(miss=False)
     def set(
         self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
     ) -> bool:
         """Write one flat page (a CPU tensor)."""
         return self.batch_set([key], [value])
 
-    @boundary(lambda self, *a, **k: False, moves=True)
+    @answers(miss=False, uses_stores=True)
     def batch_set(
         self,
         keys: list[str],
@@ -272,23 +251,22 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         deadline = time.monotonic() + CALL_SECONDS_MAX
         return all(store(kv, written, batch, None, deadline))
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def clear(self) -> None:
-        """Forget every page this process stored in its own namespaces, also of files that are being exchanged.
-        Other models' pages stay."""
+        """Forget each page that this process stored for this model. Pages of files that are being exchanged follow."""
         self._stores.clear()
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def get_stats(self) -> Any:
-        """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s); our own counters are ``metrics``."""
+        """Transfers since the last call, as SGLang's ``StorageMetrics`` (GB/s)."""
         kv = self._stores.get(KV)
         groups = WHOLE if kv is None else kv.pages.groups
         return transfer_stats(*self.metrics.drain_transfers(), groups.count)  # of KV only
 
     def _deadline(self, page_count: int, reads: int = 1) -> float:
-        """When a get of so many pages has to end, in so many pools. A page counts as the KV page it goes with.
+        """Deadline of a get of ``page_count`` pages over ``reads`` pools. Each page has the tokens of a KV page.
 
-        A get may take 0.8 of what its tokens add to SGLang's prefetch timeout, or half of its base.
+        A get may take 0.8 of the time that its tokens add to SGLang's prefetch timeout, or half of its base.
         """
         kv = self._stores.get(KV)
         tokens = page_count * (kv.pages.tokens_per_page if kv is not None else 1)
@@ -310,13 +288,6 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
 
 def _parent_of(extra_info: Any) -> PageKey | None:
-    """The page before the batch: the last of ``prefix_keys``, if SGLang passes them.
-
-    Their default was ``(None,)`` in 0.5.11.
-    """
+    """The page before the batch: the last of ``prefix_keys``, if SGLang passes them. 0.5.11 passes ``(None,)``."""
     prefix = getattr(extra_info, "prefix_keys", None)
     return page_key(prefix[-1]) if prefix and prefix[-1] is not None else None
-
-
-def _all_false(transfers: list[Any]) -> dict[str, list[bool]]:
-    return {transfer.name: [False] * len(transfer.keys or ()) for transfer in transfers or ()}

@@ -1,12 +1,12 @@
 """Hooks on SGLang's weight updates and cache flushes, which drive ``epochs.WEIGHTS``.
 
-SGLang's scheduler hands each update request to one method per kind, on every rank, in the same order. The
-hooks go around those, and after the controller's ``reset``, which is the moment nothing of a flushed
-cache is left in host memory or in a queue. They never raise on their own and change no result.
+SGLang's scheduler hands each update request to one method per kind, on each rank, in the same order. The hooks go
+around those, and around the controller's ``reset``: after it, host memory and queues hold nothing of a flushed cache.
+They raise nothing of their own and change no result.
 
-Ranks must agree where they store: an update may fail on one rank only, and pages that a rank with the right
-weights computed from a broken rank's activations are wrong. So after an update the ranks of a
-tensor-parallel group exchange what they have, over the group SGLang uses for its barriers there.
+Ranks must agree where they store: an update may fail on one rank only, and then pages that a rank with the right
+weights computes from a broken rank's activations are wrong. So after an update the ranks of a tensor-parallel group
+exchange their results, over the group that SGLang uses for its barriers there.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _NOT_NOW = (
     "a weight-update session is already open",
     "no weight-update session is open",
 )
-"""How SGLang's messages begin when it refuses a request before it touches a weight."""
+"""The beginnings of SGLang's messages when it refuses a request before it touches a weight."""
 
 _NO_FILES = "Failed to get "
-"""The same of one model runner: no such checkpoint. Runners before it in the list have loaded theirs."""
+"""The same from one model runner: no such checkpoint. Runners before it in the list have loaded theirs."""
 
 _NOT_FLUSHED = "Weights were updated, but "
-"""How its message begins when the load is done and requests keep it from flushing. It may hide a draft's failure."""
+"""The same when weights are loaded and requests keep SGLang from flushing. It may hide a failure of the draft."""
 
 _AS_BEFORE = "as before"
 
@@ -48,7 +48,7 @@ _installed = False
 
 
 def hooks() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """(target, hook around it) for what this release of SGLang has. Imports SGLang."""
+    """(target, hook around it) for the targets that this release of SGLang has. Imports SGLang."""
     around = {
         "update_weights_from_disk": around_disk,
         "update_weights_from_tensor": around_update,
@@ -83,7 +83,7 @@ def install() -> bool:
 
 
 def install_now() -> None:
-    """For use without the plug-in: install, and patch at once. Late for a server that already runs."""
+    """Install and patch at once, for use without the plug-in. It is late for a server that already runs."""
     if _installed:
         return
     try:
@@ -104,7 +104,7 @@ def install_now() -> None:
 
 
 def around_disk(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """A new checkpoint from disk: what the weights are is known afterwards."""
+    """A new checkpoint from disk: its files identify the weights."""
     path, load_format = request.model_path, getattr(request, "load_format", None)
     before = _content(path, load_format)
     result = _changing(original, manager, request)
@@ -116,21 +116,21 @@ def around_disk(original: Callable[..., Any], manager: Any, request: Any) -> Any
 
 
 def around_update(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """Weights from tensors, another process or a checkpoint engine: nothing tells what they are."""
+    """Weights from tensors, another process or a checkpoint engine: nothing identifies them."""
     result = _changing(original, manager, request)
     _guarded(lambda: _finish(manager, result))
     return result
 
 
 def around_begin(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """A session of updates: weights are taken apart until it ends."""
+    """A session of updates begins: until its end, weights are in parts."""
     result = _changing(original, manager, request, session=True)
     _guarded(lambda: _finish(manager, result))
     return result
 
 
 def around_end(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """The session's weights are put together again."""
+    """A session of updates ends: the weights are complete."""
     result = _changing(original, manager, request)
     WEIGHTS.end_session()
     _guarded(lambda: _finish(manager, result))
@@ -138,7 +138,7 @@ def around_end(original: Callable[..., Any], manager: Any, request: Any) -> Any:
 
 
 def around_release(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """Memory of the weights is given back: unless there is a copy, they come back with any content."""
+    """The memory of the weights is released: without a copy, they come back with arbitrary content."""
     args, tags = server_args(), getattr(request, "tags", None)
     lost = getattr(args, "enable_memory_saver", False) and not getattr(
         args, "enable_weights_cpu_backup", False
@@ -156,10 +156,10 @@ def around_reset(original: Callable[..., Any], controller: Any, *args: Any, **kw
 
 
 def agree(group: Any, content: str, clean: bool) -> tuple[Epoch, bool]:
-    """What all ranks of ``group`` agree on: the epoch, and whether every one of them is ``clean``.
+    """The epoch that all ranks of ``group`` agree on, and whether all of them are ``clean``.
 
-    Every rank calls it at the same point. ``content`` counts only if all ranks have the same, and there is one
-    pipeline stage: others cannot be asked (they take their turn later). Otherwise the first rank's nonce.
+    Each rank calls it at the same point. ``content`` counts only if all ranks have the same, and if there is one
+    pipeline stage: other stages cannot be asked (their turn comes later). Otherwise the first rank's nonce counts.
     """
     import torch.distributed as dist
 
@@ -175,15 +175,17 @@ def agree(group: Any, content: str, clean: bool) -> tuple[Epoch, bool]:
 
 
 def agree_before_attach() -> None:
-    """Weights were changed before the first store: ranks agree now. SGLang attaches on all of them; what may fail
-    on one of them comes later."""
+    """Let the ranks agree if weights changed before the first store.
+
+    SGLang attaches on all of them; steps that may fail on one rank come later.
+    """
     WEIGHTS.wanted = True
     if not WEIGHTS.epoch.agreed:
         WEIGHTS.epoch, _ = agree(_group(), WEIGHTS.epoch.content, clean=False)
 
 
 def _group() -> Any:
-    """That of SGLang's barriers after an update; None outside a server."""
+    """The group of SGLang's barriers after an update; None outside a server."""
     try:
         from sglang.srt.runtime_context import get_parallel
 
@@ -222,7 +224,7 @@ def _finish(manager: Any, result: Any, content: str = "") -> None:
 
 
 def _refused(manager: Any) -> None:
-    """On every rank, or do weights differ between ranks now? Only an exchange tells."""
+    """SGLang refused the update on this rank. The ranks exchange whether all of them did."""
     if not WEIGHTS.wanted:
         WEIGHTS.unchanged()
         return
@@ -235,7 +237,7 @@ def _refused(manager: Any) -> None:
 
 
 def _one_runner(manager: Any) -> bool:
-    """No draft model beside the target, which would be loaded after it."""
+    """True if there is no draft model, which would be loaded after the target."""
     if getattr(manager, "draft_worker", None) is not None:
         return False
     runners = getattr(manager.tp_worker, "weight_update_runners", None)
@@ -243,7 +245,7 @@ def _one_runner(manager: Any) -> bool:
 
 
 def _holds_no_cache(manager: Any) -> bool:
-    """Nothing is computed, and device and host memory hold no KV cache: as after a flush before the update."""
+    """True if nothing is computed and device and host memory hold no KV cache, as after a flush."""
     try:
         scheduler = getattr(manager, "scheduler", None) or manager
         slots = scheduler.token_to_kv_pool_allocator
@@ -265,14 +267,14 @@ def _pipeline_stages() -> int:
 def _content(path: Any, load_format: str | None) -> str:
     try:
         return loaded_content(str(path), load_format)
-    except Exception as exc:  # a boundary to SGLang, as in adapter.py
+    except Exception as exc:  # a boundary to SGLang
         logger.error("flexkv: fingerprinting %r failed", path, exc_info=exc)
         return ""
 
 
 def _guarded(step: Callable[[], None]) -> None:
-    """Nothing of ours is raised into an update. Stores have left by then, so pages just miss."""
+    """Raise nothing of ours into an update. Stores are suspended by then, so pages miss."""
     try:
         step()
-    except Exception as exc:  # a boundary to SGLang, as in adapter.py
+    except Exception as exc:  # a boundary to SGLang
         logger.error("flexkv: following a weight update failed", exc_info=exc)

@@ -1,8 +1,8 @@
 """Device models: which device pools a model has, and whether the linker can carry them.
 
-SGLang's own assembler (``linker_pool_assembler``) refuses plain MHA and MLA models, so the pools are put together
-here. Everything that would store other bytes than SGLang's host layout says, or lose a part of the state, is refused
-at start-up, with the reason. Pools are duck types, told by the name of their class; no SGLang import.
+SGLang's own assembler (``linker_pool_assembler``) refuses plain MHA and MLA models, so this module makes the list.
+It refuses at start-up, with the reason, every model whose stored bytes would differ from SGLang's host layout, or
+whose state would be stored in part. Pools are duck types, recognised by their class names; no SGLang import.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flexkv_sglang.prefix import ALL_PAGES, TRAILING_PAGES
 
 INDEXER, SWA = "indexer", "swa"
 REPLICATED_CLASSES = ("MLATokenToKVPool", "DSATokenToKVPool")
-"""KV pools that SGLang takes for alike on all tensor-parallel ranks."""
+"""KV pools that SGLang treats as equal on all tensor-parallel ranks."""
 
 _VALID = (
     "Valid: plain MHA or MLA, DSA, sliding-window and Mamba models in the default device layout, without "
@@ -32,7 +32,7 @@ def device_pools(kvcache: Any, params: Any, *, dcp_size: int, unified: bool) -> 
     """The pools of a model, KV first.
 
     ``kvcache``: SGLang's device pool or composition of pools; ``params``: its ``CacheInitParams``; ``dcp_size``:
-    ranks that share a context while decoding; ``unified``: is ``--enable-unified-memory`` on? Raises ``ConfigError``.
+    ranks that share a context while decoding; ``unified``: ``--enable-unified-memory`` is on. Raises ``ConfigError``.
     """
     _refuse("enable_unified_memory", True if unified else None, "pages have virtual indices there")
     _refuse("dcp_size", dcp_size if dcp_size > 1 else None, "a rank holds parts of pages")
@@ -56,7 +56,7 @@ def device_pools(kvcache: Any, params: Any, *, dcp_size: int, unified: bool) -> 
 
 
 def transfer_layers(pools: list[DevicePool]) -> int:
-    """Layers SGLang waits for one by one."""
+    """Number of layers that SGLang waits for one by one."""
     return 1 + max(layer for pool in pools for layer in pool.layers)
 
 
@@ -218,6 +218,6 @@ def _enabled(requests: Any, name: str) -> bool:
 
 
 def _refuse(what: str, value: object, why: str) -> None:
-    """A setting the linker cannot work with, unless ``value`` is None."""
+    """Raises ``ConfigError`` for a setting that the linker cannot serve, unless ``value`` is None."""
     if value is not None:
         raise ConfigError(f"{what}: {value}: {why}, so the linker cannot store them. {_VALID}")

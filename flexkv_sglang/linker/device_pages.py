@@ -1,15 +1,15 @@
-"""Device pages: pools of KV cache on the device, and the blocks their pages become.
+"""Device pages: pools of KV cache on the device, and the blocks that hold one page each.
 
 A block is a page's bytes in the order of SGLang's host layout ``page_first_direct`` (``triton_kernels.layout``). A
 ``DevicePool`` knows the addresses of its per-layer buffers (``PtrTable``), copies whole pages into blocks, and blocks
-back into pages, all layers or one. It does not know which model it belongs to (``device_models``).
+back into pages, all layers or one. ``device_models`` knows which pools a model has.
 
 Imports torch, not SGLang. Copies run on the current stream of the calling thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,9 @@ from flexkv_sglang.triton_kernels.layout import BlockLayout, Part
 from flexkv_sglang.triton_kernels.ops import PtrTable, gather_pages, scatter_pages, warmup
 
 QUOTA = 16
-"""Programs (CTAs) of a copy kernel at a time: copies go no faster than PCIe, and the forward pass keeps the rest.
+"""Programs (CTAs) of a copy kernel at a time: PCIe bounds the copies, and the forward pass keeps the other processors.
 
-By the design's arithmetic, not yet by a measurement.
+Computed, not measured yet.
 """
 
 
@@ -30,8 +30,8 @@ By the design's arithmetic, not yet by a measurement.
 class DevicePool:
     """One pool. ``source``: the pool whose indices and keys it shares ("kv" for an indexer), else its own name.
 
-    ``policy``: what a prefix asks of it (``prefix``). ``page_size``: indices per page (1 for Mamba state).
-    ``layers``: SGLang's transfer layer -> layer of this pool; others have nothing to wait for.
+    ``policy``: the pages of it that a prefix needs (``prefix``). ``page_size``: indices per page (1 for Mamba state).
+    ``layers``: SGLang's transfer layer -> layer of this pool; other transfer layers have nothing to wait for.
     """
 
     name: str
@@ -45,12 +45,12 @@ class DevicePool:
 
     @property
     def device(self) -> torch.device:
-        """Where its buffers are."""
+        """The device of its buffers."""
         return self.tables[0].device
 
     @property
     def for_every_page(self) -> bool:
-        """Needed for each page of a prefix, not for its end alone."""
+        """True when each page of a prefix needs it, not only the end."""
         return self.policy == ALL_PAGES
 
     def page_ids(self, indices: torch.Tensor) -> torch.Tensor:
@@ -67,27 +67,22 @@ class DevicePool:
 
         Raises ``KernelArgumentError``.
         """
-        for run in self.layout.runs():
-            gather_pages(
-                self.tables[run.table],
-                page_ids,
-                blocks,
-                first=run.first,
-                count=run.count,
-                offset_bytes=run.offset_bytes,
-                quota=QUOTA,
-                trusted_ids=True,
-            )
+        self._copy(gather_pages, page_ids, blocks)
 
     def scatter(
         self, page_ids: torch.Tensor, blocks: torch.Tensor, layer: int | None = None
     ) -> None:
         """Blocks to pages, which are distinct: all layers, or one ``layer`` of this pool. As ``gather``."""
-        layers = (0, None) if layer is None else (layer, layer + 1)
+        layers = () if layer is None else (layer, layer + 1)
+        self._copy(scatter_pages, page_ids, blocks, *layers)
+
+    def _copy(
+        self, copy: Callable[..., None], ids: torch.Tensor, blocks: torch.Tensor, *layers: int
+    ) -> None:
         for run in self.layout.runs(*layers):
-            scatter_pages(
+            copy(
                 self.tables[run.table],
-                page_ids,
+                ids,
                 blocks,
                 first=run.first,
                 count=run.count,
@@ -97,8 +92,20 @@ class DevicePool:
             )
 
     def warm_up(self) -> None:
-        """Compile what it needs, so that no request waits for the compiler."""
+        """Compile its kernels, so that no request waits for the compiler."""
         warmup(*self.tables)
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePages:
+    """Pages of one pool that one request moves. ``texts``: their hashes, one chain.
+
+    ``page_ids``: int64 ``[len(texts)]``, on the pool's device or on the CPU.
+    """
+
+    pool: DevicePool
+    texts: list[str]
+    page_ids: torch.Tensor
 
 
 def tables_of(

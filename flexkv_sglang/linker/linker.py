@@ -2,18 +2,18 @@
 
 A linker moves pages between the device pools and the tiers without a host cache in between:
 
-    lookups.py         which prefixes can be restored, and leases that keep them so
-    linker_load.py     tiers -> staging -> device slots, layer by layer
-    linker_offload.py  device slots -> staging -> tiers, in order
-    promotion.py       what neighbours have becomes one's own
+    leases.py    which prefixes can be restored, and the pins that keep them restorable
+    load.py      tiers -> staging -> device slots, layer by layer
+    offload.py   device slots -> staging -> tiers, in order
+    backfill.py  pages of neighbours and other nodes -> own files
 
 Its pages have the bytes and the identity of a HiCache replica's with ``--hicache-mem-layout page_first_direct``.
 
-The boundary: after construction nothing is raised into SGLang. A failed lookup finds nothing, a failed load is
-reported by ``finish_layer_wise_loading`` (SGLang aborts its requests), a failed offload is one that was not stored.
+The boundary: after construction nothing is raised into SGLang. A failed lookup finds nothing,
+``finish_layer_wise_loading`` reports a failed load (SGLang aborts its requests), a failed offload has the result False.
 
-Threads: SGLang calls from its scheduler, and ``layer_done_counter`` calls back from the forward thread; the work is
-done by ``flexkv-load``, ``flexkv-offload`` and ``flexkv-promote``; ``flexkv-watch`` ends what takes too long.
+Threads: SGLang calls from its scheduler, and ``layer_done_counter`` calls back from the forward thread. The threads
+``flexkv-load``, ``flexkv-offload`` and ``flexkv-linker-backfill`` do the work; ``flexkv-watch`` ends overdue loads.
 """
 
 from __future__ import annotations
@@ -35,21 +35,17 @@ from flexkv_sglang.cache.assembly import prepare_tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.epochs import WEIGHTS
-from flexkv_sglang.integration.boundary import Boundary, boundary
-from flexkv_sglang.integration.compat import pool_name
-from flexkv_sglang.integration.pool_identity import Identities
+from flexkv_sglang.integration.boundary import Boundary, answers, no_lengths
+from flexkv_sglang.integration.compat import as_text
+from flexkv_sglang.integration.pool_identity import PoolSpecs
 from flexkv_sglang.integration.weight_updates import agree_before_attach, install_now
+from flexkv_sglang.linker.backfill import LinkerBackfill
 from flexkv_sglang.linker.device_models import REPLICATED_CLASSES, device_pools, transfer_layers
-from flexkv_sglang.linker.device_pages import DevicePool
-from flexkv_sglang.linker.leases import Lookups
-from flexkv_sglang.linker.load import Loader, LoadTimes, Wanted
-from flexkv_sglang.linker.offload import OFFLOAD_S, Given, Offloader
-from flexkv_sglang.linker.promotion import Promoter
-from flexkv_sglang.linker.staging import StagingPool
-from flexkv_sglang.metrics.prometheus import export
-from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.pools.host_pages import PoolPages
-from flexkv_sglang.pools.pool import PoolSpec
+from flexkv_sglang.linker.device_pages import DevicePages, DevicePool
+from flexkv_sglang.linker.leases import Leases
+from flexkv_sglang.linker.load import Loader, LoadTimes
+from flexkv_sglang.linker.offload import OFFLOAD_S, Offloader
+from flexkv_sglang.linker.staging import StagingRows
 from flexkv_sglang.pools.pool_rules import KV, MAMBA
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.sharing.rank import Sharing
@@ -58,17 +54,17 @@ from flexkv_sglang.threads import PeriodicThread
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.1
-"""How often overdue loads and leases are looked for."""
+"""Seconds between two looks for overdue loads and leases."""
 
 QUIET_S = 5.0
-"""How long ``reset`` and ``close`` wait for offloads that run, and then for each thread."""
+"""Seconds that ``reset`` and ``close`` wait for running offloads, and then for each thread."""
 
 
 class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLang ships no types
-    """One per SGLang rank process. Construction opens all files; raises ``ConfigError`` for what cannot work.
+    """One per SGLang rank process. Construction opens all files; raises ``ConfigError`` for settings it cannot serve.
 
     ``extra_config``: as ``--hicache-storage-backend-extra-config`` of the storage backend. ``components``: of
-    SGLang's tree. ``forward_stream``: what writes the device pools. ``metrics``: of KV pages.
+    SGLang's tree. ``forward_stream``: the stream that writes the device pools. ``metrics``: of KV pages.
     """
 
     load_times: ClassVar[LoadTimes] = LoadTimes()
@@ -93,15 +89,14 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         )
         _check_components(components, self._pools)
         replicated = type(kvcache).__name__ in REPLICATED_CLASSES
-        self._storage_config = _storage_config(params, replicated, dict(extra_config or {}))
-        self._metrics: dict[str, Metrics] = {}
-        self.metrics = self._metrics_of(KV)
-        self._identities = Identities(self._config, self._storage_config)
+        storage_config = _storage_config(params, replicated, dict(extra_config or {}))
+        specs = PoolSpecs(self._config, storage_config)
+        self.metrics = specs.metrics_of(KV)
         prepared = prepare_tiers(self._config)
         self._sharing = Sharing.of(self._config, self.metrics)
-        self._stores = PoolStores(self._config, prepared, self._describe, sharing=self._sharing)
+        self._stores = PoolStores(self._config, prepared, specs.describe, sharing=self._sharing)
         device = self._pools[0].device
-        self._staging = {pool.name: StagingPool(pool.shape, device) for pool in self._pools}
+        self._staging = {pool.name: StagingRows(pool.shape, device) for pool in self._pools}
         for pool in self._pools:
             pool.warm_up()
         self.pools = {PoolName(pool.name): pool for pool in self._pools}
@@ -111,8 +106,8 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         self._closed = False
         install_now()
         self._open_stores()
-        self._promoter = Promoter(self._stores, self._staging)
-        self._lookups = Lookups(self._stores, self._pools, self._promoter.ask)
+        self._backfill = LinkerBackfill(self._stores, self._staging)
+        self._leases = Leases(self._stores, self._pools, self._backfill.request)
         self._loader = Loader(
             self._stores,
             self._staging,
@@ -153,90 +148,82 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._stores.close()
             raise
 
-    @boundary(lambda self, *a, **k: [])
+    @answers(miss=no_lengths)
     def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
         """Every prefix length, in pages, that can be restored at once. Memory only; renews the request's lease."""
         if self._closed:
             return []
-        return self._lookups.answer(
-            rid, {pool_name(transfer.name): transfer.keys or () for transfer in transfers}
+        return self._leases.answer(
+            rid, {as_text(transfer.name): transfer.keys or () for transfer in transfers}
         )
 
-    @boundary(lambda self, *a, **k: False)
+    @answers(miss=False)
     def load(self, rid: str, transfers: list[Any]) -> bool:
         """Queue pages for ``start_layer_wise_loading``. ``device_indices``: int64, one per token, whole pages.
 
         The answer depends on the transfers alone, so it is the same on every rank.
         """
-        by_name = {pool_name(transfer.name): transfer for transfer in transfers}
-        wanted = []
-        for pool in self._pools:
-            texts, page_ids = _pages_of(pool, by_name)
-            if texts:
-                wanted.append(Wanted(pool, texts, page_ids))
-        accepted = bool(wanted) and self._loader.queue(rid, wanted)
+        by_name = {as_text(transfer.name): transfer for transfer in transfers}
+        pages = [found for pool in self._pools if (found := _pages_of(pool, by_name))]
+        accepted = bool(pages) and self._loader.queue(rid, pages)
         if accepted:
-            self._lookups.loading(rid)
+            self._leases.loading(rid)
         return accepted
 
-    @boundary(lambda self: -1)
+    @answers(miss=-1)
     def start_layer_wise_loading(self) -> int:
-        """Start what is queued as one batch; its index for ``layer_done_counter``, -1 if nothing is."""
+        """Start the queued loads as one batch; its index for ``layer_done_counter``, -1 if none is queued."""
         return self._loader.start()
 
-    @boundary(lambda self, counter_index: False)
+    @answers(miss=False)
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        """Wait until the batch writes no device memory any more; did every layer land? Bounded by its deadline."""
-        landed, rids = self._loader.finish(counter_index)
+        """Wait until no copy of the batch writes device memory, bounded; True if every layer is loaded."""
+        loaded, rids = self._loader.finish(counter_index)
         for rid in rids:
-            if landed:
-                self._lookups.loaded(rid)
+            if loaded:
+                self._leases.loaded(rid)
             else:
-                self._lookups.end(rid)
-        return landed
+                self._leases.end(rid)
+        return loaded
 
-    @boundary(lambda self, rid: False)
+    @answers(miss=False)
     def cancel_queued_load(self, rid: str) -> bool:
         """True if a load of this request was queued and had not been started."""
         cancelled = self._loader.cancel(rid)
         if cancelled:
-            self._lookups.end(rid)
+            self._leases.end(rid)
         return cancelled
 
-    @boundary(lambda self, *a, **k: False)
+    @answers(miss=False)
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         """Queue pages to be stored. True: exactly one result follows. The answer depends on the transfers alone."""
-        by_name = {pool_name(transfer.name): transfer for transfer in transfers}
-        given = []
-        for pool in reversed(
-            self._pools
-        ):  # KV last: a page without its sidecars would be found first
-            texts, page_ids = _pages_of(pool, by_name)
-            if texts:
-                given.append(Given(pool, texts, page_ids))
-        if not given:
+        by_name = {as_text(transfer.name): transfer for transfer in transfers}
+        # KV last: a lookup must not find a page before its sidecars are stored.
+        pools = reversed(self._pools)
+        pages = [found for pool in pools if (found := _pages_of(pool, by_name))]
+        if not pages:
             return False
         try:
-            parent = self._lookups.page_before(given[-1].texts[0])
-            self._offloader.accept(given, self.record_offload_ready(), parent)
-        except Exception as exc:  # noqa: BLE001 - boundary: a rank that says no while others say yes loses count
+            parent = self._leases.page_before(pages[-1].texts[0])
+            self._offloader.accept(pages, self.record_offload_ready(), parent)
+        except Exception as exc:  # noqa: BLE001 - boundary: all ranks must give one answer
             self._report("offload", exc)
             self._offloader.refuse()
         return True
 
-    @boundary(lambda self: 0)
+    @answers(miss=0)
     def num_completed_offloads(self) -> int:
-        """Results that can be popped, oldest first."""
+        """Number of results that can be popped, oldest first."""
         return self._offloader.completed()
 
-    @boundary(lambda self: False)
+    @answers(miss=False)
     def pop_completed_offload(self) -> bool:
-        """Take the oldest result: is everything stored?"""
+        """Take the oldest result: True if all its pages are stored."""
         return self._offloader.pop()
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def reset(self) -> None:
-        """SGLang's cache is emptied: end all transfers, bounded, and forget all results. Idempotent."""
+        """End all transfers, bounded, and forget all results: SGLang empties its cache. Idempotent."""
         self._quiesce(QUIET_S)
         self.layer_done_counter.reset()
         if not self._closed:
@@ -252,7 +239,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._quiesce(QUIET_S)
             self._watch.stop()
             ended = [
-                worker.stop(QUIET_S) for worker in (self._loader, self._offloader, self._promoter)
+                worker.stop(QUIET_S) for worker in (self._loader, self._offloader, self._backfill)
             ]
             if not all(ended):
                 logger.error("flexkv: a transfer hangs while the linker is closed")
@@ -263,21 +250,16 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         except Exception as exc:  # noqa: BLE001 - boundary: SGLang calls this while it shuts down
             self._report("close", exc)
 
-    @boundary(lambda self: None)
+    @answers(miss=None)
     def leave_epoch(self) -> None:
-        """Before a weight update: from now on nothing is found and nothing stored; what runs fails."""
+        """Called before a weight update: nothing is found or stored from now on; running transfers fail."""
         self._epoch += 1
-        self._lookups.end_all()
-        self._stores.suspend()
-
-    @boundary(lambda self: None)
-    def enter_epoch(self) -> None:
-        """When no KV cache of older weights is left: all pools move to the namespaces of the new ones."""
-        self._stores.resume()
+        self._leases.end_all()
+        super().leave_epoch()
 
     def _quiesce(self, seconds: float) -> None:
         self._loader.quiesce()
-        self._lookups.end_all()
+        self._leases.end_all()
         self._offloader.quiesce(seconds)
 
     def _follow_layer(self, index: int, layer: int) -> None:
@@ -288,33 +270,23 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
 
     def _look(self) -> float:
         self._loader.fail_overdue()
-        self._lookups.expire()
+        self._leases.expire()
         return WATCH_S
 
-    def _metrics_of(self, name: str) -> Metrics:
-        if name not in self._metrics:
-            self._metrics[name] = Metrics()
-            export(self._metrics[name], self._storage_config, name)
-        return self._metrics[name]
 
-    def _describe(self, name: str, pool: Any, pages: PoolPages) -> PoolSpec:
-        writers, writes = self._identities.writers(name)
-        identity = self._identities.of(name, pool, pages)
-        return PoolSpec(identity, writers, writes, self._metrics_of(name))
-
-
-def _pages_of(pool: DevicePool, transfers: dict[str, Any]) -> tuple[list[str], torch.Tensor]:
-    """(page hashes, page ids) of what a pool is given; nothing if its indices are not those of so many pages."""
+def _pages_of(pool: DevicePool, transfers: dict[str, Any]) -> DevicePages | None:
+    """The pages of a pool in the transfers; None if there is none, or its indices are not whole pages."""
     transfer = transfers.get(pool.source)
-    texts = list(transfer.keys or ()) if transfer is not None else []
-    indices = transfer.device_indices if transfer is not None else None
-    if indices is None or len(indices) != len(texts) * pool.page_size:
-        return [], torch.empty(0, dtype=torch.int64)
-    return texts, pool.page_ids(indices)
+    if transfer is None or not transfer.keys or transfer.device_indices is None:
+        return None
+    texts, indices = list(transfer.keys), transfer.device_indices
+    if len(indices) != len(texts) * pool.page_size:
+        return None
+    return DevicePages(pool, texts, pool.page_ids(indices))
 
 
 def _check_components(components: Any, pools: list[DevicePool]) -> None:
-    """Every part of SGLang's tree has a pool. Raises ``ConfigError``."""
+    """Raises ``ConfigError`` when a part of SGLang's tree has no pool."""
     names = {"FULL": KV, "SWA": "swa", "MAMBA": MAMBA}
     carried = {pool.name for pool in pools}
     for component in components:
@@ -326,7 +298,7 @@ def _check_components(components: Any, pools: list[DevicePool]) -> None:
 
 
 def _storage_config(params: Any, replicated: bool, extra: dict[str, Any]) -> HiCacheStorageConfig:
-    """What SGLang's cache controller would tell a storage backend of this rank."""
+    """The configuration that SGLang's cache controller would give a storage backend of this rank."""
     parallel = get_parallel()
     attention = is_dp_attention_enabled()
     cp_rank, cp_size = 0, 1

@@ -1,11 +1,11 @@
 """Offloads: pages from device slots into the tiers, in the order in which SGLang inserts them.
 
-    scheduler:  accept(...)                    completed() -> how many    pop() -> stored?
-    thread:     pages are gathered into staging (the slots are SGLang's again) | written | settled
+    scheduler:  accept(...)                    completed() -> count    pop() -> stored?
+    thread:     pages are gathered into staging (SGLang may reuse the slots) | written | settled
 
-Every accepted offload is settled exactly once and reported in the order of acceptance, because all ranks pop the same
-number. SGLang keeps the pages' slots until then, so one that takes too long is given up: not while its pages are being
-read from the device, which takes milliseconds, but before or after.
+Each accepted offload is settled exactly once and reported in the order of acceptance, because all ranks pop the same
+number. SGLang keeps the pages' slots until then, so an offload that takes too long is given up: before or after its
+pages are read from the device, never during that read, which takes milliseconds.
 
 Threads: as above.
 """
@@ -24,9 +24,9 @@ import torch
 
 from flexkv_sglang.errors import TierError
 from flexkv_sglang.identity.keys import page_keys
-from flexkv_sglang.linker.device_pages import DevicePool
-from flexkv_sglang.linker.side_stream import SideStream, finish
-from flexkv_sglang.linker.staging import StagingPool, chunks
+from flexkv_sglang.linker.device_pages import DevicePages
+from flexkv_sglang.linker.side_stream import SideStream, synchronize
+from flexkv_sglang.linker.staging import StagingRows, chunks
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.pools.transfers import write
@@ -36,37 +36,23 @@ from flexkv_sglang.types import PageKey
 logger = logging.getLogger(__name__)
 
 OFFLOAD_S = 30.0
-"""After so many seconds an offload that is not done is given up: its pages keep device memory from others."""
+"""Seconds after which an offload that is not done is given up: its pages occupy device memory."""
 
 CALL_S = 8.0
-"""A write of one chunk is given this long, as in the storage backend."""
+"""Time limit for the write of one chunk, as in the storage backend."""
 
 COPY_S = 5.0
-"""A copy from the device that runs longer hangs."""
+"""A copy from the device that runs longer than this hangs."""
 
 WAITING_BYTES_MAX = 4 << 30
-"""Beyond so many bytes that wait, offloads are refused (accepted, and reported as not stored)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """Pages of one pool, one chain. ``page_ids``: int64 ``[len(texts)]``, where the device pool is."""
-
-    pool: DevicePool
-    texts: list[str]
-    page_ids: torch.Tensor
-
-    @property
-    def byte_count(self) -> int:
-        """Bytes of the pages."""
-        return len(self.texts) * self.pool.layout.block_bytes
+"""When more bytes wait, an offload is refused (accepted, and reported as not stored)."""
 
 
 @dataclass(slots=True)
 class Offload:
     """One accepted offload. ``reading`` is held while its pages are read from the device."""
 
-    given: list[Given]
+    pages: list[DevicePages]
     ready: list[Any]
     deadline: float
     epoch: int
@@ -77,7 +63,7 @@ class Offload:
     result: bool | None = None
 
     def settle(self, result: bool) -> bool:
-        """Set the result unless it is set; was this call the one that did?"""
+        """Set the result unless it is set; True when this call set it."""
         with self.settle_lock:
             if self.result is not None:
                 return False
@@ -85,7 +71,7 @@ class Offload:
             return True
 
     def give_up(self) -> bool:
-        """Settle as not stored, unless its pages are being read at this moment."""
+        """Settle as not stored, unless a read of its pages is running."""
         if not self.reading.acquire(blocking=False):
             return False
         try:
@@ -95,12 +81,12 @@ class Offload:
 
 
 class Offloader:
-    """Of one linker. ``epoch()``: a number that a weight update changes."""
+    """The offloads of one linker. ``epoch()``: a number that each weight update changes."""
 
     def __init__(
         self,
         stores: PoolStores,
-        staging: Mapping[str, StagingPool],
+        staging: Mapping[str, StagingRows],
         device: torch.device,
         metrics: Metrics,
         epoch: Callable[[], int],
@@ -108,17 +94,17 @@ class Offloader:
     ) -> None:
         self._stores, self._staging, self._metrics = stores, staging, metrics
         self._epoch, self._seconds = epoch, seconds
-        self._accepted: deque[Offload] = deque()  # the scheduler's alone
+        self._accepted: deque[Offload] = deque()  # only the scheduler uses it
         self._stream = SideStream(device)
         self._worker = JobThread[Offload](
             "flexkv-offload", self._run, self._failed, self._stream.current
         )
 
-    def accept(self, given: list[Given], ready: list[Any], parent: PageKey | None) -> None:
+    def accept(self, pages: list[DevicePages], ready: list[Any], parent: PageKey | None) -> None:
         """Queue pages to be stored when the events ``ready`` have happened. ``parent``: the page before them."""
-        byte_count = sum(item.byte_count for item in given)
+        byte_count = sum(len(item.texts) * item.pool.layout.block_bytes for item in pages)
         job = Offload(
-            given, ready, time.monotonic() + self._seconds, self._epoch(), parent, byte_count
+            pages, ready, time.monotonic() + self._seconds, self._epoch(), parent, byte_count
         )
         waiting = sum(job.byte_count for job in self._accepted if job.result is None)
         self._accepted.append(job)
@@ -127,13 +113,13 @@ class Offloader:
             self._settle(job, False)
 
     def refuse(self) -> None:
-        """An offload was accepted and cannot be done: its result, in its turn, is False."""
+        """Accept an offload that cannot be done: its result, in its turn, is False."""
         job = Offload([], [], 0.0, self._epoch(), None, 0)
         self._settle(job, False)
         self._accepted.append(job)
 
     def completed(self) -> int:
-        """Offloads settled from the oldest on without a gap; what is overdue is given up."""
+        """Number of offloads settled from the oldest on without a gap; gives up overdue ones."""
         now, count = time.monotonic(), 0
         for job in self._accepted:
             if job.result is None and (job.deadline > now or not self._give_up(job)):
@@ -142,13 +128,13 @@ class Offloader:
         return count
 
     def pop(self) -> bool:
-        """Result of the oldest; False, and nothing popped, if it is not settled."""
+        """The result of the oldest; False, and nothing is popped, if it is not settled."""
         if not self._accepted or self._accepted[0].result is None:
             return False
         return bool(self._accepted.popleft().result)
 
     def quiesce(self, seconds: float) -> None:
-        """Wait for what runs, give up what is left after ``seconds``, and forget all results."""
+        """Wait for running offloads, give up the rest after ``seconds``, and forget all results."""
         self._worker.wait_idle(seconds)
         for job in self._accepted:
             if job.result is None and not self._give_up(job):
@@ -159,7 +145,7 @@ class Offloader:
         self._accepted = deque()
 
     def stop(self, seconds: float) -> bool:
-        """After ``quiesce``: end the thread; False if it still runs after ``seconds``."""
+        """End the thread, after ``quiesce``; False if it still runs after ``seconds``."""
         return self._worker.stop(seconds)
 
     def _give_up(self, job: Offload) -> bool:
@@ -179,29 +165,29 @@ class Offloader:
     def _run(self, job: Offload) -> None:
         if job.result is not None:
             return
-        self._stream.wait_for(job.ready)
+        self._stream.continue_after(job.ready)
         with self._stores.in_use():
-            stored = [self._store(job, given) for given in job.given]
+            stored = [self._store(job, pages) for pages in job.pages]
         self._settle(job, all(stored))
 
-    def _store(self, job: Offload, given: Given) -> bool:
-        """Pages of one pool; True if another rank writes it."""
+    def _store(self, job: Offload, pages: DevicePages) -> bool:
+        """Store pages of one pool; True without a write if another rank writes it."""
         if job.epoch != self._epoch():
             raise TierError("the weights have changed")
-        opened = self._stores.get(given.pool.name)
+        opened = self._stores.get(pages.pool.name)
         if opened is None:
-            raise TierError(f"pool {given.pool.name} is not open")
+            raise TierError(f"pool {pages.pool.name} is not open")
         if not opened.spec.writes:
             return True
-        staging, keys = self._staging[given.pool.name], page_keys(given.texts)
-        parent, good = job.parent if given.pool.for_every_page else None, True
+        staging, keys = self._staging[pages.pool.name], page_keys(pages.texts)
+        parent, good = job.parent if pages.pool.for_every_page else None, True
         for part, rows, _ in chunks(len(keys), staging.halves("offload")):
             with job.reading:
                 if job.result is not None:
                     return False
-                given.pool.gather(given.page_ids[part], staging.device_rows(rows))
+                pages.pool.gather(pages.page_ids[part], staging.device_rows(rows))
                 staging.to_host(rows)
-                finish(self._stream.record())
+                synchronize(self._stream.record())
             end = time.monotonic() + CALL_S
             flags = write(opened, keys[part], staging.tokens(rows), parent, end)
             good = good and flags is not None and all(flags)

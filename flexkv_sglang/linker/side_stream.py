@@ -1,8 +1,8 @@
-"""Side streams: where a worker thread's copies run on the device, and the events that order them with others.
+"""Side streams: a worker thread's copies run on one, and events order them with other work of the device.
 
 A thread starts on device 0 and the default stream; ``current`` puts it on the right device and a stream of its
-own, of high priority: a copy that waits behind the forward pass delays the next one. On a CPU everything has
-happened when a call returns, and there are no events.
+own, of high priority: a copy that waits behind the forward pass delays the next one. On a CPU all work is done
+when a call returns, and there are no events.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class SideStream:
-    """A stream of one worker thread."""
+    """The stream of one worker thread."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -25,21 +25,21 @@ class SideStream:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """The calling thread works on this stream."""
+        """The calling thread issues its work on this stream."""
         if self._stream is None:
             yield
             return
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
 
-    def wait_for(self, events: Iterable[Any]) -> None:
-        """What is issued from now on begins after these events; the thread goes on."""
+    def continue_after(self, events: Iterable[Any]) -> None:
+        """Work that is issued from now on begins after these events; the thread does not wait."""
         for event in events:
             if self._stream is not None and event is not None:
                 self._stream.wait_event(event)
 
     def record(self) -> Any:
-        """An event behind all that was issued; None where nothing can be outstanding."""
+        """An event behind all issued work; None on a CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -56,13 +56,13 @@ def record_here(device: torch.device) -> Any:
     return event
 
 
-def follow(event: Any, device: torch.device) -> None:
-    """The calling thread's current stream goes on after ``event``; the thread itself does not wait."""
+def continue_after(event: Any, device: torch.device) -> None:
+    """The calling thread's current stream continues after ``event``; the thread does not wait."""
     if event is not None:
         torch.cuda.current_stream(device).wait_event(event)
 
 
-def finish(event: Any) -> None:
-    """Wait until what is before ``event`` is done."""
+def synchronize(event: Any) -> None:
+    """Wait until all work before ``event`` is done."""
     if event is not None:
         event.synchronize()

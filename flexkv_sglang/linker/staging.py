@@ -1,9 +1,8 @@
 """Staging: pinned host memory that pages pass on their way between device pools and tiers.
 
 To the stores it is one of SGLang's host pools in the layout ``page_first_direct``: same class name, dtype, shape and
-byte order, so its pages have the identity of a HiCache replica's and are shared with it. What it holds is not a
-cache but one block per row, in use only while a page moves. Rows are divided into *lanes*, one per thread that
-moves pages; nobody else touches them.
+byte order, so its pages have the identity of a HiCache replica's and are shared with it. It is no cache: a row holds
+one block, only while a page moves. Each thread that moves pages has rows of its own, named as in ``STAGING_BYTES``.
 
 Imports torch, not SGLang.
 """
@@ -20,18 +19,18 @@ from flexkv_sglang.types import SECTOR, round_up
 
 LAYOUT = "page_first_direct"
 
-LANE_BYTES: Mapping[str, int] = {"load": 64 << 20, "offload": 32 << 20, "promote": 32 << 20}
-"""Bytes of staging per pool and lane; at least two rows. The promotion lane has no counterpart on the device."""
+STAGING_BYTES: Mapping[str, int] = {"load": 64 << 20, "offload": 32 << 20, "backfill": 32 << 20}
+"""Bytes of staging per pool and thread; at least two rows. The rows of backfill have no counterpart on the device."""
 
 _ROWS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
 class HostShape:
-    """What SGLang's host pool of a device pool would be, as far as it decides the identity of its pages.
+    """The traits of SGLang's host pool for a device pool that decide the identity of its pages.
 
     ``stands_for``: its class. ``part_bytes``: bytes of a page's buffers in their order (K, V). ``fields``: its
-    attributes that ``served.pool_geometry`` and ``pool_rules`` look at.
+    attributes that ``integration.pool_identity`` and ``pools.pool_rules`` read.
     """
 
     stands_for: str
@@ -41,11 +40,11 @@ class HostShape:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-class StagingPool:
+class StagingRows:
     """Rows of one block each. ``blocks``: uint8 ``[rows, stride]`` on the host, rows at multiples of 4096 bytes.
 
-    ``device_blocks``: the same on ``device`` for all lanes but promotion; on a CPU it is the host memory itself.
-    Pinned where ``device`` is CUDA. Threads: one per lane.
+    ``device_blocks``: the same on ``device``, without the rows of backfill; on a CPU it is the host memory.
+    Pinned where ``device`` is CUDA. Threads: one per name in ``STAGING_BYTES``.
     """
 
     layout = LAYOUT
@@ -59,13 +58,13 @@ class StagingPool:
         self._lengths = shape.part_bytes
         payload = sum(shape.part_bytes)
         self.stride = round_up(payload, SECTOR)
-        self._lanes: dict[str, range] = {}
-        for lane, byte_count in LANE_BYTES.items():
-            start = max((rows.stop for rows in self._lanes.values()), default=0)
-            rows = min(max(2, byte_count // self.stride // 2 * 2), _ROWS_MAX)
-            self._lanes[lane] = range(start, start + rows)
+        self._rows: dict[str, range] = {}
+        count = 0
+        for thread, byte_count in STAGING_BYTES.items():
+            start = count
+            count += min(max(2, byte_count // self.stride // 2 * 2), _ROWS_MAX)
+            self._rows[thread] = range(start, count)
         on_device = device.type != "cpu"
-        count = self._lanes["promote"].stop
         self.kv_buffer = torch.empty(
             count * self.stride + SECTOR, dtype=torch.uint8, pin_memory=on_device
         )
@@ -73,9 +72,9 @@ class StagingPool:
         self.blocks = self.kv_buffer[first : first + count * self.stride].view(count, self.stride)
         self.device_blocks = self.blocks
         if on_device:
-            shared = self._lanes["promote"].start
+            on_both = self._rows["backfill"].start
             self.device_blocks = torch.empty(
-                (shared, self.stride), dtype=torch.uint8, device=device
+                (on_both, self.stride), dtype=torch.uint8, device=device
             )
 
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -92,13 +91,9 @@ class StagingPool:
         """Token indices of these rows: int64 ``[len(rows) * page_size]``."""
         return torch.arange(rows.start * self.page_size, rows.stop * self.page_size)
 
-    def lane(self, name: str) -> range:
-        """Rows of a lane."""
-        return self._lanes[name]
-
-    def halves(self, lane: str) -> tuple[range, range]:
-        """Rows of a lane in two: one is filled while the other is emptied."""
-        rows = self._lanes[lane]
+    def halves(self, thread: str) -> tuple[range, range]:
+        """The rows of a thread in two halves: one is filled while the other is emptied."""
+        rows = self._rows[thread]
         middle = rows.start + len(rows) // 2
         return range(rows.start, middle), range(middle, rows.stop)
 
@@ -110,7 +105,7 @@ class StagingPool:
         return there
 
     def device_rows(self, rows: range) -> torch.Tensor:
-        """Rows on the device, uint8 ``[len(rows), stride]``: what ``to_device`` fills and ``to_host`` empties."""
+        """Rows on the device, uint8 ``[len(rows), stride]``: ``to_device`` fills them, ``to_host`` empties them."""
         return self._both(rows)[0]
 
     def to_host(self, rows: range) -> None:
@@ -125,7 +120,7 @@ class StagingPool:
 
 
 def chunks(count: int, halves: tuple[range, range]) -> Iterator[tuple[slice, range, int]]:
-    """``count`` pages through two halves in turn: (which pages, which rows, which half)."""
+    """``count`` pages through two halves in turn: (pages, rows, number of the half)."""
     start = number = 0
     while start < count:
         half = halves[number % 2]

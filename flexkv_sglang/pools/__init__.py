@@ -1,1 +1,4 @@
-"""A model's host pools: where their pages lie in memory, and one store for each."""
+"""The host pools of a model: where their pages lie in memory, and one store per pool, opened and closed together.
+
+Nothing here imports SGLang (``integration`` does), and nothing here knows files (``cache`` does).
+"""

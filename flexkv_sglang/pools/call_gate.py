@@ -1,7 +1,7 @@
-"""Gate: many calls pass at a time, or one thread holds it shut and is alone. Every wait has a bound.
+"""CallGate: many calls share it, or one thread has it exclusively. Every wait has a bound.
 
-Whoever closes files must be alone: the number of a closed file is given to the next one that is opened, and a call
-that still has it would read or write there.
+A thread that closes files must be alone: the kernel gives the number of a closed file to the next file that is
+opened, and a call that still has the number would read or write there.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from flexkv_sglang.errors import TierUnavailableError
 
 
 class CallGate:
-    """Not re-entrant: a thread that passes must not pass again or shut it. Any thread."""
+    """Not re-entrant: a thread that has it must not ask again. Any thread."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # guards what follows; held for an addition
+        self._changed = threading.Condition()  # guards the two below; held for an addition
         self._inside = 0
         self._shut = False
 
     @contextmanager
     def shared(self, seconds: float) -> Iterator[None]:
-        """The time of one call. Raises ``TierUnavailableError`` if the gate stays shut for ``seconds``."""
+        """The time of one call. Raises ``TierUnavailableError`` if another thread is alone for ``seconds``."""
         with self._changed:
             if not self._changed.wait_for(lambda: not self._shut, seconds):
                 raise TierUnavailableError("files are being exchanged")
@@ -39,7 +39,7 @@ class CallGate:
 
     @contextmanager
     def exclusive(self, seconds: float) -> Iterator[bool]:
-        """Keep new calls out and wait for those inside. False if that takes longer; then it is open again."""
+        """Keep new calls out and wait for those inside. Yields False if that takes longer; then new calls may enter."""
         end = time.monotonic() + seconds
         with self._changed:
             alone = self._changed.wait_for(lambda: not self._shut, seconds)

@@ -1,9 +1,9 @@
 """Head groups: pages cut by attention heads, so that servers of different tensor-parallel sizes share them.
 
-``tp_lcm_size`` (SGLang's setting) is a multiple of every tensor-parallel size that is to share. The heads of the model
-are cut into so many groups; rank r of n holds ``tp_lcm_size / n`` of them, one after the other. Each group of a page is
-stored by itself, under a key of its own in one namespace for all ranks of all sizes. A page is there when
-all groups that a rank asks for are.
+``tp_lcm_size`` (SGLang's setting) is a multiple of all tensor-parallel sizes that share pages. It is the number of
+groups of a model's heads; rank r of n has ``tp_lcm_size / n`` of them, one after the other. Each group of a page is
+stored in its own slot, under its own key, in one namespace for all ranks of all sizes. A rank has a page when it has
+all its groups of it.
 
 Pure.
 """
@@ -17,15 +17,12 @@ from typing import Any
 from flexkv_sglang.types import PageKey
 
 GROUPS_MAX = 1 << 16
-"""Head groups a page can have: their number is folded into two bytes of the key."""
+"""Head groups per page at most: the number of a group is folded into two bytes of the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadGroups:
-    """What one rank stores per page: groups ``first`` to ``first + count - 1`` of ``lcm``.
-
-    ``lcm`` 0 and ``count`` 1: the page is stored as it is.
-    """
+    """The groups of one rank: ``first`` to ``first + count - 1`` of ``lcm``. ``lcm`` is 0 if pages are not cut."""
 
     lcm: int = 0
     first: int = 0
@@ -33,7 +30,7 @@ class HeadGroups:
 
     @classmethod
     def of(cls, config: Any) -> HeadGroups:
-        """From SGLang's ``HiCacheStorageConfig``. Models whose ranks hold the same bytes need no groups."""
+        """From SGLang's ``HiCacheStorageConfig``. Models whose ranks have the same bytes need no groups."""
         lcm = int(getattr(config, "tp_lcm_size", None) or 0)
         if not lcm or config.is_mla_model:
             return WHOLE
@@ -42,7 +39,7 @@ class HeadGroups:
 
     @property
     def split(self) -> bool:
-        """Are pages cut at all?"""
+        """True if pages are cut."""
         return self.lcm > 0
 
     def obstacle(self, layout: str) -> str | None:
@@ -56,10 +53,10 @@ class HeadGroups:
         return None
 
     def keys(self, keys: Sequence[PageKey]) -> Sequence[PageKey]:
-        """The keys of what is stored of these pages, page after page.
+        """The keys of the groups of these pages, page after page.
 
-        The group's number goes into the first bytes, which also seed the checksum: two groups of one page
-        that changed places are refused.
+        The number of a group goes into the first bytes, which also seed the checksum: two groups of one page that
+        changed places fail it.
         """
         if not self.split:
             return keys
@@ -71,15 +68,15 @@ class HeadGroups:
         return found
 
     def last_key(self, key: PageKey | None) -> PageKey | None:
-        """The last of what is stored of a page: the parent of the page after it."""
+        """The key of the last group of a page: the parent of the page after it."""
         return key if key is None else self.keys([key])[-1]
 
     def whole(self, flags: Sequence[bool]) -> list[bool]:
-        """Flags of stored groups -> flags of pages: all of its groups, or it is not there."""
+        """One flag per group -> one flag per page, True if all its groups are."""
         if self.count == 1:
             return list(flags)
         return [all(flags[i : i + self.count]) for i in range(0, len(flags), self.count)]
 
 
 WHOLE = HeadGroups()
-"""Pages are stored as they are."""
+"""Pages are not cut."""

@@ -1,36 +1,50 @@
-"""Host pages: SGLang's host pool + token indices -> where each page lies in memory.
+"""Host pages: where the pages of SGLang's host pools lie in memory.
 
-Three ways, chosen once per pool by ``open_pages``: ``HostPages`` names the addresses inside the pool (no copy);
-``FlatPages`` copies through the pool's flat-page calls; ``MarkerPages`` stands for pools without bytes.
+``open_pages`` tries one page and chooses one of four ways for a pool:
 
-Buffers are put into one canonical order, K of all layers before V of all layers, which is also the order
-of SGLang's flat pages (``get_data_page(flat=True)``): a page written through the zero-copy interface and
-one written through the generic interface have the same bytes.
+HostPages        the pool names the addresses of its pages: nothing is copied
+HeadGroupPages   the same, for pages that are cut into head groups
+FlatPages        pages are copied through the pool's flat-page calls
+MarkerPages      the pool has no bytes: a record stands for each page
+
+Buffers have one canonical order, K of all layers before V of all layers, which is also the order of SGLang's flat
+pages (``get_data_page(flat=True)``). So a page has the same bytes whichever interface writes it.
 
 Does not import sglang: the pool is a duck type, ``HostPool``.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.types import PageBuffers, PageKey
+from flexkv_sglang.types import SECTOR, U64, PageBuffers, PageKey
+
+logger = logging.getLogger(__name__)
+
+STAGING_BYTES = 64 << 20
+"""Bytes that are copied at a time."""
+
+_MARKER_BYTES = 64
+_MARKER_TAIL = b"flexkv: this page has no bytes".ljust(_MARKER_BYTES - 32, b".")
 
 PROBE_FAILURES = (
     *(AttributeError, NotImplementedError, ValueError, AssertionError),
     *(TypeError, RuntimeError, IndexError, KeyError),
 )
-"""What a pool raises for a call it does not support in its layout."""
+"""A pool raises one of these for a call that it does not support in its layout."""
 
 
 class HostPool(Protocol):
-    """What we use of ``sglang.srt.mem_cache.pool_host.base.HostKVCache``."""
+    """The part of ``sglang.srt.mem_cache.pool_host.base.HostKVCache`` that is used here."""
 
     layout: str
     page_size: int
@@ -41,12 +55,12 @@ class HostPool(Protocol):
 
 
 class UnsupportedPoolError(Exception):
-    """The pool offers no page buffers that could be stored: every access is a miss, said once in the log."""
+    """The pool offers no page buffers that can be stored: every access is a miss, and one log line says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageGeometry:
-    """Shape of one page: ``lengths`` bytes per buffer in stored order; ``order`` SGLang's buffer positions."""
+    """Shape of one page. ``lengths``: bytes per buffer, as stored; ``order``: their positions in SGLang's list."""
 
     lengths: tuple[int, ...]
     order: tuple[int, ...]
@@ -63,10 +77,10 @@ def _as_they_are(flags: list[bool]) -> list[bool]:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pages of one call. ``memory`` is kept alive for ``buffers``.
+    """Pages of one call. ``memory`` keeps ``buffers`` mapped.
 
-    ``landed(flags)``: to be called after a read with which pages arrived; returns which of them the host pool
-    has now.
+    ``landed(flags)``: call it after a read with one flag per page that arrived. It returns the flags of the pages
+    that are in the host pool now.
     """
 
     buffers: PageBuffers
@@ -77,38 +91,63 @@ class Batch:
 class PoolPages(Protocol):
     """The pages of one host pool. ``span``: pages that fit one call. Any thread.
 
-    ``groups``: what is stored of a page. ``geometry`` and buffers are those of one group, ``groups.count`` of them
-    per page, page after page.
+    ``groups``: how a page is cut. ``geometry`` and buffers are those of one group: ``groups.count`` per page, page
+    after page.
 
-    ``host_indices``: int64 tensor ``[len(keys) * tokens_per_page]``; None where they are not those of so many
-    whole pages.
+    ``host_indices``: int64 tensor ``[len(keys) * tokens_per_page]``. A method returns None for any other length.
     """
 
     how: str
     tokens_per_page: int
     geometry: PageGeometry
     span: int
-    groups: HeadGroups
+    groups: HeadGroups = WHOLE
 
+    @abstractmethod
     def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
-        """Pages as they are now, to be written."""
+        """The present content of pages, to be written."""
 
+    @abstractmethod
     def incoming(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
         """Memory to read pages into."""
 
     def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
-        """The same for SGLang's flat page tensors, in either direction."""
+        """SGLang's flat page tensors, to be written or read."""
+        return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
 
     def memory(self) -> list[tuple[int, int]]:
         """(address, bytes) of memory that an I/O engine may pin as long as this object lives."""
+        return []
 
 
-class HostPages:
+def open_pages(pool: HostPool, groups: HeadGroups = WHOLE) -> PoolPages:
+    """Zero-copy where the pool names its buffers, else flat pages. Raises ``UnsupportedPoolError`` if it has neither.
+
+    ``groups``: cut the pages like this. If the pool cannot, pages stay whole, and the log says so.
+    """
+    if getattr(pool, "kv_buffer", pool) is None and getattr(pool, "size_per_token", None) == 0:
+        return MarkerPages(pool)
+    first_page = torch.arange(tokens_per_page(pool), dtype=torch.int64)
+    if groups.split:
+        try:
+            return HeadGroupPages(pool, first_page, groups)
+        except UnsupportedPoolError as exc:
+            text = "flexkv: tp_lcm_size=%d has no effect on %s: %s. Servers of other tp_size share none of its pages"
+            logger.warning(text, groups.lcm, type(pool).__name__, exc)
+    try:
+        return HostPages(pool, first_page)
+    except UnsupportedPoolError as no_buffers:
+        try:
+            return FlatPages(pool)
+        except UnsupportedPoolError as no_pages:
+            raise UnsupportedPoolError(f"{no_buffers}; {no_pages}") from no_pages
+
+
+class HostPages(PoolPages):
     """Page addresses of one host pool. Raises ``UnsupportedPoolError`` when the pool cannot name them."""
 
     how = "zero-copy"
     span = 1 << 30
-    groups = WHOLE
 
     def __init__(self, pool: HostPool, first_page_indices: Any) -> None:
         """``first_page_indices``: int64 tensor ``[tokens per page]`` of any page, to learn the geometry."""
@@ -130,10 +169,7 @@ class HostPages:
         self._lengths = np.array(self.geometry.lengths, np.uint64)
 
     def buffers(self, host_indices: Any, page_count: int) -> PageBuffers | None:
-        """Addresses of ``page_count`` pages, or None if the indices are not those of so many whole pages.
-
-        ``host_indices``: int64 tensor ``[page_count * tokens per page]``.
-        """
+        """Addresses of ``page_count`` pages; None unless there are ``page_count * tokens_per_page`` indices (int64)."""
         if page_count == 0 or int(host_indices.numel()) != page_count * self.tokens_per_page:
             return None
         meta = self._meta(host_indices)
@@ -153,12 +189,8 @@ class HostPages:
 
     incoming = outgoing
 
-    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
-        """See ``PoolPages``."""
-        return flat_batch(tensors, len(keys), self.geometry.payload_bytes)
-
     def memory(self) -> list[tuple[int, int]]:
-        """(address, bytes) of the pool's CPU memory, or nothing where it is not a tensor or several.
+        """(address, bytes) of the pool's CPU memory; nothing if it is not made of tensors.
 
         It stays mapped as long as this object lives, so an I/O engine may pin it.
         """
@@ -216,6 +248,107 @@ class HeadGroupPages(HostPages):
         return Batch(PageBuffers(addresses, self._lengths), pages.memory)
 
 
+class FlatPages(PoolPages):
+    """Pages copied by ``get_data_page`` and ``set_from_flat_data_page``. Raises ``UnsupportedPoolError``."""
+
+    how = "flat pages"
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self.tokens_per_page = tokens_per_page(pool)
+        try:
+            empty = pool.get_dummy_flat_data_page()
+            page = pool.get_data_page(0, flat=True)
+            self._put = pool.set_from_flat_data_page
+        except PROBE_FAILURES as exc:
+            raise UnsupportedPoolError(f"no flat pages: {exc}") from exc
+        self._dtype = empty.dtype
+        payload_bytes = empty.numel() * empty.element_size()
+        if not payload_bytes or page.numel() * page.element_size() != payload_bytes:
+            raise UnsupportedPoolError("its flat pages are empty or differ in size")
+        self.geometry = PageGeometry((payload_bytes,), (0,))
+        self.span = max(1, STAGING_BYTES // payload_bytes)
+
+    def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
+        """See ``PoolPages``."""
+        starts = self._starts(host_indices, len(keys))
+        if starts is None:
+            return None
+        rows, buffers = _rows(len(keys), self.geometry.payload_bytes)
+        for row, start in zip(rows, starts, strict=True):
+            page = self._pool.get_data_page(start, flat=True).contiguous()
+            row.copy_(page.reshape(-1).view(torch.uint8))
+        return Batch(buffers, rows)
+
+    def incoming(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
+        """See ``PoolPages``."""
+        starts = self._starts(host_indices, len(keys))
+        if starts is None:
+            return None
+        rows, buffers = _rows(len(keys), self.geometry.payload_bytes)
+        return Batch(buffers, rows, functools.partial(self._unpack, rows, starts))
+
+    def _unpack(self, rows: torch.Tensor, starts: list[int], flags: list[bool]) -> list[bool]:
+        for row, start, flag in zip(rows, starts, flags, strict=True):
+            if flag:
+                self._put(start, row.view(self._dtype))
+        return flags
+
+    def _starts(self, host_indices: Any, count: int) -> list[int] | None:
+        if count == 0 or int(host_indices.numel()) != count * self.tokens_per_page:
+            return None
+        starts: list[int] = host_indices[:: self.tokens_per_page].tolist()
+        return starts
+
+
+class MarkerPages(PoolPages):
+    """A pool without bytes, whose pages stand for those of other pools (``LogicalHostPool``).
+
+    A record that names the page is stored, so that lookups stay true; the pool is never touched.
+    """
+
+    how = "markers"
+    span = STAGING_BYTES // _MARKER_BYTES
+
+    def __init__(self, pool: HostPool) -> None:
+        self.tokens_per_page = tokens_per_page(pool)
+        self.geometry = PageGeometry((_MARKER_BYTES,), (0,))
+
+    def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
+        """See ``PoolPages``."""
+        fits = keys and int(host_indices.numel()) == len(keys) * self.tokens_per_page
+        return self._batch(keys) if fits else None
+
+    incoming = outgoing
+
+    def flat(self, tensors: list[Any], keys: Sequence[PageKey]) -> Batch | None:
+        """See ``PoolPages``. The tensors are empty."""
+        fits = len(tensors) == len(keys) and not any(tensor.numel() for tensor in tensors)
+        return self._batch(keys) if fits else None
+
+    def _batch(self, keys: Sequence[PageKey]) -> Batch:
+        text = b"".join(key + _MARKER_TAIL for key in keys)
+        expected = torch.frombuffer(bytearray(text), dtype=torch.uint8).view(len(keys), -1)
+        rows, buffers = _rows(len(keys), _MARKER_BYTES)
+        rows.copy_(expected)
+
+        def landed(flags: list[bool]) -> list[bool]:
+            right = (rows == expected).all(1).tolist()
+            return [flag and same for flag, same in zip(flags, right, strict=True)]
+
+        return Batch(buffers, rows, landed)
+
+
+def _rows(count: int, payload_bytes: int) -> tuple[torch.Tensor, PageBuffers]:
+    """Sector-aligned staging for ``count`` pages: uint8 ``[count, payload_bytes]``, and its addresses."""
+    memory = torch.empty(count * payload_bytes + SECTOR, dtype=torch.uint8)
+    shift = -memory.data_ptr() % SECTOR
+    rows = memory[shift : shift + count * payload_bytes].view(count, payload_bytes)
+    steps = np.arange(count, dtype=np.uint64) * np.uint64(payload_bytes)
+    addresses = (np.uint64(rows.data_ptr()) + steps).reshape(count, 1)
+    return rows, PageBuffers(addresses, np.array([payload_bytes], np.uint64))
+
+
 def tokens_per_page(pool: HostPool) -> int:
     """Entries of ``host_indices`` per page."""
     return int(getattr(pool, "logical_page_size", None) or pool.page_size)
@@ -230,19 +363,14 @@ def _stored_order(pool: HostPool, count: int) -> tuple[int, ...]:
 
 
 def flat_batch(tensors: list[Any], count: int, payload_bytes: int) -> Batch | None:
-    """``count`` flat page tensors; None if it is another number or one of them is no page."""
-    buffers = tensor_buffers(tensors, payload_bytes)
-    return None if buffers is None or len(buffers) != count else Batch(buffers, tensors)
-
-
-def tensor_buffers(tensors: list[Any], payload_bytes: int) -> PageBuffers | None:
-    """Flat page tensors (CPU, contiguous, ``payload_bytes`` each) as pages of one buffer; None if any is not."""
+    """Flat page tensors (CPU, contiguous, ``payload_bytes`` each) as a batch; None if one differs, or their number."""
+    if len(tensors) != count:
+        return None
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             return None
         if tensor.numel() * tensor.element_size() != payload_bytes:
             return None
-    addresses: npt.NDArray[np.uint64] = np.array(
-        [[tensor.data_ptr()] for tensor in tensors], np.uint64
-    )
-    return PageBuffers(addresses.reshape(len(tensors), 1), np.array([payload_bytes], np.uint64))
+    addresses: U64 = np.array([[tensor.data_ptr()] for tensor in tensors], np.uint64)
+    lengths = np.array([payload_bytes], np.uint64)
+    return Batch(PageBuffers(addresses.reshape(count, 1), lengths), tensors)

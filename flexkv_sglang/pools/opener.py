@@ -1,4 +1,4 @@
-"""Opener: one step that may hang on a disk, run by a thread of its own, so that nobody waits longer than they want."""
+"""Opener: runs one step that may hang on a disk in a thread of its own, so that its callers wait with a bound."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ from flexkv_sglang.cache.assembly import Quota
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.identity.keys import Identity
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.pools.flat_pages import MarkerPages
-from flexkv_sglang.pools.host_pages import PoolPages
+from flexkv_sglang.pools.host_pages import MarkerPages, PoolPages
 from flexkv_sglang.prefix import PoolRequirement
 from flexkv_sglang.types import SECTOR, round_up
 

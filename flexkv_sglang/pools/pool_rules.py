@@ -24,22 +24,22 @@ _PART_DTYPES = ("conv_dtype", "temporal_dtype", "indexer_dtype")
 
 
 def expected_policy(name: str) -> str:
-    """The hit policy to assume until SGLang has said which."""
+    """The hit policy of a pool, as a guess until SGLang names it."""
     return TRAILING_PAGES if default_density(name) < 1 else ALL_PAGES
 
 
 def default_density(name: str) -> float:
-    """Pages of this pool that are stored per KV page, as a guess for dividing the disk."""
+    """Pages of this pool per KV page, as a guess for dividing the disk."""
     if name == MAMBA:
         return _DENSITY_MAMBA
     return _DENSITY_WINDOW if "swa" in name or name.endswith("_state") else 1.0
 
 
 def is_replicated(name: str, pool: Any, *, mla: bool) -> bool:
-    """Do all tensor-parallel ranks hold the same bytes? Only in MLA-like models (``mla``), and never certain ones.
+    """True if all tensor-parallel ranks have the same bytes: some pools of MLA-like models (``mla``).
 
-    Mamba state is sharded by head, and so is any pool with a head count of its own (MHA drafts of an MLA
-    model). A wrong False costs hits; a wrong True would serve another rank's bytes.
+    Mamba state is sharded by head, and so is a pool with a head count of its own (an MHA draft of an MLA model).
+    A wrong False costs hits; a wrong True would serve another rank's bytes.
     """
     if not mla or name == MAMBA:
         return False
@@ -49,22 +49,22 @@ def is_replicated(name: str, pool: Any, *, mla: bool) -> bool:
 
 
 def written_by_every_rank(name: str, *, mla: bool) -> bool:
-    """Which pools SGLang backs up on every rank. Of the others, the storage writer of the replicas does."""
+    """True if SGLang backs the pool up on every rank; else only the storage writer does."""
     return not mla or name == MAMBA
 
 
 def is_draft(name: str) -> bool:
-    """Is it a pool of the draft model, whose pages depend on both models?"""
+    """True for pools of the draft model, whose pages depend on both models."""
     return name == "draft" or name.startswith("draft_")
 
 
 def pool_class(pool: Any) -> str:
-    """The class of SGLang's host pool whose pages these are. A pool that stands in for one names it."""
+    """The name of SGLang's host pool class. A pool that stands in for another one names that one."""
     return str(getattr(pool, "stands_for", None) or type(pool).__name__)
 
 
 def element_types(name: str, pool: Any) -> str:
-    """The dtype of a pool's bytes; of pools beside KV with those of their parts, which flags may change alone."""
+    """The dtype of a pool. Beside KV also the dtypes of its parts: flags can change them alone."""
     parts = [
         f"{part}={getattr(pool, part)}"
         for part in _PART_DTYPES

@@ -14,6 +14,7 @@ new weights when no call runs that may have begun with the old ones.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,10 +24,10 @@ from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.cache.assembly import Quota, check_capacity, open_tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError, TierUnavailableError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.pools.call_gate import CallGate
-from flexkv_sglang.pools.flat_pages import open_pages
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.pools.host_pages import UnsupportedPoolError
+from flexkv_sglang.pools.host_pages import UnsupportedPoolError, open_pages
 from flexkv_sglang.pools.opener import Opener
 from flexkv_sglang.pools.pool import Describe, Pool, SizeClaim
 from flexkv_sglang.pools.pool_rules import KV, default_density, expected_policy
@@ -53,7 +54,7 @@ _SUSPEND_S = 9.0
 
 
 class PoolStores:
-    """The stores of one attach. What they do now is ``StoresState``: each method below is one of its events.
+    """The stores of one attach. ``StoresState`` has the table of their states and of the events, the methods here.
 
     ``describe`` is called once per pool that can be stored and per weight update. ``groups``: how pages are cut into
     head groups where that is possible. ``sharing``: with other nodes; it is not closed with the stores.
@@ -85,7 +86,7 @@ class PoolStores:
         self._unstored: dict[str, str] = {}  # why a registered pool has no pages
         self._adds_open = False  # registration is done: a pool that is added now opens at once
         self._clear_owed = False  # a clear found files closed, and reaches them when they open
-        self._known_policies = set(POLICIES)  # and unknown ones that the log has named
+        self._unknown_policies = RateLimitedLog(logger, math.inf)
 
     def open_kv(self, host_pool: Any, *, opens: bool = True) -> None:
         """Begin with the KV pool. Raises ``ConfigError`` for settings that cannot work.
@@ -235,10 +236,10 @@ class PoolStores:
     def learn(self, requirement: PoolRequirement) -> None:
         """Note a requirement of SGLang. Of windows the widest one counts: a prefix may need it."""
         pool = self._pools.get(requirement.pool)
-        if requirement.policy not in self._known_policies:
-            self._known_policies.add(requirement.policy)
+        if requirement.policy not in POLICIES:
             text = "flexkv: host pool %s: hit policy %r is not known: no prefix is found"
-            logger.error(text, requirement.pool, requirement.policy)
+            pool_name, policy = requirement.pool, requirement.policy
+            self._unknown_policies.log(policy, logging.ERROR, text, pool_name, policy)
         if pool is not None and pool.requirement != requirement:
             same = pool.requirement.policy == requirement.policy
             widest = max(pool.requirement.window, requirement.window)

@@ -1,7 +1,7 @@
-"""What one call of SGLang's storage interface does with a pool: look prefixes up, read pages, write pages.
+"""Lookups, reads and writes of one call of SGLang's storage interface.
 
-A hybrid lookup first finds out what every pool holds, folds it (``prefix``), and then promises what it announces,
-in every pool and nothing else. Reads and writes of a pool know nothing of the others.
+A hybrid lookup asks each pool which pages it has, folds the answers (``prefix``), and then protects the pages of the
+announced prefix in each pool, and no others. Reads and writes use one pool at a time.
 
 Threads: any; nothing is kept between calls.
 """
@@ -29,7 +29,7 @@ EXISTS_SPAN = 512
 
 
 def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int, list[PageKey]]:
-    """(leading run of stored KV pages, their keys). Most end early: keys are converted as needed."""
+    """(leading run of stored KV pages, their keys). Most runs are short: keys are converted in parts."""
     found: list[PageKey] = []
     for start in range(0, len(texts), EXISTS_SPAN):
         span = page_keys(texts[start : start + EXISTS_SPAN])
@@ -43,7 +43,7 @@ def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int
 def usable(
     stores: PoolStores, kv: Pool, texts: Sequence[str], requirements: Sequence[PoolRequirement]
 ) -> RestorablePrefixes:
-    """Prefixes that can be restored from all pools. What the longest needs is promised in each of them."""
+    """Prefixes that can be restored from all pools. The pages of the longest are protected in each pool."""
     kv_pages, keys = leading_pages(kv, texts, promise=not requirements)
     result = usable_prefixes(kv_pages, _held(stores, keys, requirements))
     if requirements and result.pages:
@@ -76,7 +76,7 @@ def _held(
 
 
 def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
-    """How many pages from the first on are there, with all of their head groups."""
+    """The number of leading pages that are there with all their head groups."""
     opened, groups = pool.store, pool.pages.groups
     return (
         0 if opened is None else opened.prefix(groups.keys(keys), promise=promise) // groups.count
@@ -86,9 +86,9 @@ def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
 def read(
     pool: Pool | None, keys: Sequence[PageKey], host_indices: Any, deadline: float
 ) -> list[bool] | None:
-    """Read pages into the host pool. One bool per key, False from the first that is not there.
+    """Read pages into the host pool. One bool per key, False from the first missing page on.
 
-    None: ``host_indices`` (int64) are not those of ``len(keys)`` pages.
+    None: the number of ``host_indices`` (int64) does not fit the number of keys.
     """
     if pool is None or not keys:
         return [False] * len(keys)
@@ -125,7 +125,7 @@ def write(
     parent: PageKey | None,
     deadline: float,
 ) -> list[bool] | None:
-    """Write pages of the host pool. One bool per key: is it stored now? None: as ``read``."""
+    """Write pages of the host pool. One bool per key: True if it is stored now. None: as ``read``."""
     if pool is None or not keys:
         return [False] * len(keys)
     if not _fits(pool, keys, host_indices):
@@ -157,7 +157,7 @@ def store(
 def store_own(
     pool: Pool, keys: Sequence[PageKey], batch: Batch, parent: PageKey | None, deadline: float
 ) -> list[bool]:
-    """As ``store``, also what a neighbour has."""
+    """As ``store``, also for pages that a neighbour has."""
     opened = pool.store
     if opened is None:
         return [False] * len(keys)
@@ -176,8 +176,8 @@ def _indices(pool: Pool, host_indices: Any, part: slice) -> Any:
 
 
 class PoolAnswer:
-    """Per pool one bool per key. A pool that is named twice in one call: the last one's flags, all False if any
-    of the first ones is."""
+    """Per pool, one bool per key. For a pool that is named twice in one call: the flags of the last transfer, or all
+    False if a transfer before it failed."""
 
     def __init__(self) -> None:
         self.results: dict[str, list[bool]] = {}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet.members.membership import Membership
-from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
+from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, NodeId, NodeInfo
@@ -79,7 +79,7 @@ class Agent:
         self._address = ""
         self._server = PageServer(share, secret, self)
         self._replica = PeerSetsWriter(run_dir.path)
-        self._control = WirePeerControl(share, secret)
+        self._control = PeerControl(share, secret)
         self._membership = Membership(
             share, self._own, self._logs.find, self._control, self._replica, self._count
         )
@@ -89,7 +89,7 @@ class Agent:
 
     def info(self) -> NodeInfo:
         """As ``ServedNode``; with the current name of this node."""
-        return self._membership.own_info()
+        return self._membership.followers.own_info()
 
     def _count(self, name: str, amount: int = 1) -> None:
         with self._counts_lock:
@@ -163,7 +163,7 @@ class Agent:
                 self._serve(namespace, payload_bytes)
         for pages in self._pages.values():
             pages.scan()
-        self._membership.wanted_namespaces(set(self._pages))
+        self._membership.followers.wanted_namespaces(set(self._pages))
         self._round("doubts", self._hear_doubts)
         self._run_dir.write_status(self._status())
 
@@ -178,7 +178,7 @@ class Agent:
         new = {(key[1], key[2]) for key, n in heard.items() if n > self._doubts.get(key, 0)}
         self._doubts = heard
         for namespace, node_id in new:
-            self._membership.set_suspect(namespace, NodeId(node_id))
+            self._membership.followers.set_suspect(namespace, NodeId(node_id))
 
     def _prepare(self, path: str, io_engine: str) -> None:
         """Prove a directory with real I/O, once. A directory that is lost is tried again at every scan."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.threads import JobThread
-from flexkv_sglang.types import SECTOR, PageBuffers, PageKey, round_up
+from flexkv_sglang.types import SECTOR, U64, PageBuffers, PageKey, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class Backfill:
         self._lock = threading.Lock()  # guards _free, _closed and making the buffer and the thread
         self._closed = False
         self._free = list(range(self._rows))
-        self._memory: mmap.mmap | None = None
-        self._base = 0
+        self._memory: AlignedMemory | None = None
+        self._addresses: U64 = np.zeros(0, np.uint64)  # of the rows
         self._thread: JobThread[_BackfillJob] | None = None
         self._lengths = np.zeros(0, np.uint64)
 
@@ -67,7 +67,7 @@ class Backfill:
         if not count:
             return
         for row, addresses in zip(rows, pages.addresses[:count].tolist(), strict=True):
-            target = self._base + row * self._row_bytes
+            target = int(self._addresses[row])
             for address, length in zip(addresses, pages.lengths.tolist(), strict=True):
                 ctypes.memmove(target, address, length)
                 target += length
@@ -81,11 +81,8 @@ class Backfill:
             self._thread.stop(_JOIN_S)
 
     def _begin(self, pages: PageBuffers) -> JobThread[_BackfillJob]:
-        self._memory = mmap.mmap(
-            -1, self._rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
-        self._memory.madvise(mmap.MADV_DONTFORK)
-        self._base = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._memory = AlignedMemory(self._rows * self._row_bytes)
+        self._addresses = self._memory.rows(self._row_bytes, self._rows)
         self._lengths = pages.lengths
         return JobThread("flexkv-keeping", self._store, self._failed)
 
@@ -105,5 +102,4 @@ class Backfill:
 
     def _pages(self, rows: list[int]) -> PageBuffers:
         starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]]).astype(np.uint64)
-        bases = self._base + np.array(rows, np.uint64) * np.uint64(self._row_bytes)
-        return PageBuffers(bases[:, None] + starts, self._lengths)
+        return PageBuffers(self._addresses[rows][:, None] + starts, self._lengths)

@@ -22,6 +22,7 @@ from flexkv_sglang.backends.io.probe import IoMode, make_engine
 from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.ring import Ring
 from flexkv_sglang.backends.io.transfer import IoEngine, Outcome, PageTransfer
+from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.backends.slots.journal import generations, journal_path
 from flexkv_sglang.backends.slots.neighbour import NeighbourPage
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
@@ -91,8 +92,8 @@ class NodePages:
 
     def reported_bad(self, keys: Sequence[PageKey]) -> None:
         """As ``PageSource.reported_bad``. Reads the pages again, one by one."""
-        memory = np.empty(self._row_bytes + SECTOR, np.uint8)
-        address = round_up(memory.ctypes.data, SECTOR)
+        memory = AlignedMemory(self._row_bytes)
+        address = memory.address
         for key in keys:
             if key in self._hidden:
                 continue

@@ -64,7 +64,7 @@ def test_no_agent() -> None:
     assert list(found_it) == ["no_agent"]
     assert "share.listen: in use" in found_it["no_agent"].evidence
     assert found_it["no_agent"].severity == "cause"
-    assert found(replace(HEALTHY, agent=None, ranks={})) == {}  # nobody needs one
+    assert found(replace(HEALTHY, agent=None, ranks={})) == {}  # no process needs one
 
 
 def test_an_agent_that_hangs() -> None:

@@ -93,7 +93,7 @@ def test_nothing_asked_is_told_from_sglangs_metrics(tmp_path: Path) -> None:
 
 
 def test_the_request_that_sglang_warms_up_with_is_no_traffic(tmp_path: Path) -> None:
-    """It asks for a page or two, which nobody can have stored."""
+    """It asks for a page or two that no server has stored."""
     warm = answers(tmp_path, metrics={CACHED: 0, REQUESTS: 1, PROMPTS: 27})
     with asked(tmp_path):
         assert causes(doctor(tmp_path, warm)) == ["nothing_asked"]

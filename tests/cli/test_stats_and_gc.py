@@ -94,8 +94,8 @@ def test_stats_shows_every_field_of_the_identity(tmp_path: Path) -> None:
         "tp=1/2 pp=1/2 attn_cp=1/2 dcp=1/2"
     )
     assert lines[1] == (
-        f"  buffer_bytes=4096,4096 epoch={'ab' * 16} (weights updated in a running server: of use to "
-        "nobody else) first_layer=4 format=1 head_dim=32 head_num=2 layer_count=8 pool=kv "
+        f"  buffer_bytes=4096,4096 epoch={'ab' * 16} (weights updated in a running server: no other "
+        "server can use them) first_layer=4 format=1 head_dim=32 head_num=2 layer_count=8 pool=kv "
         "pool_class=MHATokenToKVPoolHost split_heads=4 storage_format_tag=token-major"
     )
     assert lines[2] == "  settings: load_format=auto quantization=fp8"
@@ -112,7 +112,7 @@ def test_gc_without_a_selector_only_shows(tmp_path: Path) -> None:
     assert owners(tmp_path / "ns")
 
 
-def test_gc_asks_and_without_somebody_to_ask_removes_nothing(tmp_path: Path) -> None:
+def test_gc_asks_and_removes_nothing_without_a_terminal(tmp_path: Path) -> None:
     die_after_put(tmp_path, PAGE, 5)
     assert flexkv("gc", tmp_path, *ALL).code == 2
     assert flexkv("gc", tmp_path, *ALL, "--dry-run", "--yes").code == 0
@@ -148,7 +148,7 @@ def test_gc_of_one_namespace_leaves_the_others(tmp_path: Path) -> None:
     assert [bool(owners(tmp_path / name)) for name in ("first", "fifth", "second")] == [1, 1, 0]
 
 
-def test_gc_by_age_takes_only_what_nobody_touched(tmp_path: Path) -> None:
+def test_gc_by_age_takes_only_untouched_owners(tmp_path: Path) -> None:
     die_after_put(tmp_path, PAGE, 2, namespace="old")
     die_after_put(tmp_path, PAGE, 2, namespace="new")
     for path in (tmp_path / "old").iterdir():

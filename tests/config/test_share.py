@@ -150,6 +150,7 @@ def test_a_password_with_any_character_is_redacted() -> None:
         assert redacted(f"redis://fk:{password}@r:6379/0") == "redis://fk:***@r:6379/0"
     assert redacted("redis://fk@r:6379/0") == "redis://fk@r:6379/0"
     assert redacted("redis://r:6379/0") == "redis://r:6379/0"
+    assert redacted("fk:se:cret@r:6379/0") == "fk:***@r:6379/0", "also without a scheme"
 
 
 @pytest.mark.parametrize("name", ["zmq", "nixl", "mooncake"])

@@ -21,7 +21,7 @@ PROGRAM = Path(__file__).parents[1] / "support" / "sglang_bed" / "plugin_program
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What ``hooked`` saw; one process for all tests, because SGLang takes its time to be imported."""
+    """The report of ``hooked``: one process for all tests, because the import of SGLang takes long."""
     place = tmp_path_factory.mktemp("hooked")
     done = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", str(PROGRAM), str(place)],
@@ -39,7 +39,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_our_plug_in_loads_without_complaint(seen: dict[str, Any]) -> None:
     assert seen["misfit"] is None
-    assert seen["complaints"] == []  # SGLang only logs what goes wrong there
+    assert seen["complaints"] == []  # SGLang only logs errors of hooks
 
 
 def test_the_command_line_accepts_the_name(seen: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def test_prefix_keys_are_switched_on_where_that_is_possible(seen: dict[str, Any]
 
 
 def test_weight_updates_and_flushes_are_noticed(seen: dict[str, Any]) -> None:
-    """What a release has beyond these is in the list by itself."""
+    """The list contains each further one that a release has."""
     assert set(seen["update_hooks"]) >= {
         "update_weights_from_disk",
         "update_weights_from_tensor",

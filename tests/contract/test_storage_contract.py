@@ -77,7 +77,7 @@ def test_this_is_the_release_that_was_asked_for(request: pytest.FixtureRequest) 
 
 
 def test_what_a_release_has_is_what_is_written_down() -> None:
-    """Else the tests below would pass over what they are for."""
+    """Otherwise the tests below would check nothing."""
     result = {field.name for field in dataclasses.fields(PoolTransferResult)}
     fields = {field.name for field in dataclasses.fields(HiCacheStorageConfig)}
     found = {
@@ -124,7 +124,7 @@ def test_every_field_of_the_config_is_known() -> None:
 
 
 def test_a_config_without_the_newer_fields_will_do(tmp_path: Path) -> None:
-    """In both directions: what such a config wrote, the release's own config reads."""
+    """In both directions: the release's own config reads the pages that such a config wrote."""
     old = SimpleNamespace(
         **{name: KNOWN_FIELDS[name] for name in OLDEST_FIELDS}, extra_config=extra(tmp_path)
     )

@@ -1,4 +1,4 @@
-"""What SGLang and the operator see of pages that the eviction policy declines. Real files."""
+"""Pages that the eviction policy declines, as SGLang and the operator see them. Real files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexkv_sglang.cache.eviction.policies import ReuseDensity
+from flexkv_sglang.cache.eviction.reuse_density import ReuseDensity
 from flexkv_sglang.cache.eviction.reuse_model import BUCKETS, CLASSES, bucket_of
 from stores.engines import keys, open_engine, page_memory, soon
 
@@ -25,8 +25,8 @@ def test_declined_pages_are_answered_true_counted_and_not_written(tmp_path: Path
             if engine.page_count() == stored:
                 break
             stored = engine.page_count()
-        policy._waits.ended[bucket_of(3000)] += 500  # what is old is about to be used again
-        policy._waits.learn(np.zeros((CLASSES, BUCKETS)))
+        policy._reuse.observed[bucket_of(3000)] += 500  # what is old is about to be used again
+        policy._reuse.learn(np.zeros((CLASSES, BUCKETS)))
         written = engine._metrics.snapshot()["write_pages"]
         _, buffers = page_memory(3, PAGE, seed=99)
         assert engine.put(keys(3, 99), buffers, None, soon()) == [True, True, True]

@@ -1,4 +1,4 @@
-"""Decode-side offload: SGLang's real manager stores what a decode instance computes, in steps of a few pages.
+"""Decode-side offload: SGLang's real manager stores the pages of a decode instance, a few at a time.
 
 It attaches through the base controller: no pools by name, no prefix keys; its pages continue the chain that the
 prefill instance stored, so a later prefill finds prompt and answer as one prefix.
@@ -36,7 +36,7 @@ PAGE, PROMPT, DECODED = 16, 40, 105  # 2 whole pages of prompt; 145 tokens are 9
 
 
 class Request:
-    """What the manager reads of SGLang's ``Req`` while it runs."""
+    """The part of SGLang's ``Req`` that the manager reads while it runs."""
 
     rid, extra_key, cache_salt = "r", None, None
     kv = SimpleNamespace(req_pool_idx=1)
@@ -45,7 +45,7 @@ class Request:
         self.origin_input_ids, self.output_ids = prompt, list[int]()
 
     def finished(self) -> bool:
-        return False  # what happens to its rows then is SGLang's own business
+        return False  # SGLang then decides about its rows
 
 
 @pytest.mark.parametrize("stride", [PAGE, 48])

@@ -1,4 +1,4 @@
-"""Disks that fail, hang or fill up: the others go on, nothing wrong is served, and all comes back by itself."""
+"""Disks that fail, hang or fill up: the others go on, no wrong page is served, and all recover without help."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE = 8192
 
 
 class BadDisk:
-    """An I/O engine in front of a real one: what lies in ``files`` fails or hangs while told to."""
+    """An I/O engine in front of a real one: I/O on ``files`` fails or hangs as long as the test wants."""
 
     kind = "bad"
 
@@ -113,7 +113,7 @@ def test_a_disk_that_fails_reads_is_bypassed_its_pages_are_put_elsewhere_and_it_
     assert engine._tier.stores[0].breaker.is_open
     assert store.prefix([one_bad]) == 0
     done, again = put(store, 16, seed=1)
-    assert all(done), "the other disk takes what the bad one held"
+    assert all(done), "the other disk takes the pages of the bad one"
     done, target = get(store, 16, seed=1)
     assert all(done)
     assert np.array_equal(again, target)

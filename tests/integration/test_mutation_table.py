@@ -1,4 +1,4 @@
-"""What must match for a page to be right, mutated one by one, on SGLang's real pools and controller.
+"""Each fact that must match for a page to be right, changed alone, on SGLang's real pools and controller.
 
 In each case the served model name, the tokens and the page hashes are the same, and (but for the page size) so
 is the size of a page. Every case ends with the original set-up reading its own pages back, byte for byte: a

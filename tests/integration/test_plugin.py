@@ -1,4 +1,4 @@
-"""The hooks, on SGLang's real argument parser and plug-in framework, and what happens when they do not fit."""
+"""The hooks, on SGLang's real argument parser and plug-in framework; and releases that they do not fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexkv_sglang.integration import plugin
 
 
 class Controller:
-    """Attaches as SGLang's controller does, and notes what it was asked for."""
+    """Attaches as SGLang's controller does, and notes the arguments."""
 
     storage_backend_type: str | None = None
 
@@ -62,9 +62,7 @@ def test_attaching_flexkv_is_attaching_dynamic_with_the_zero_copy_interface(
         "class_name": "FlexKVStorage",
         "interface_v1": 1,
     }
-    assert (
-        controller.storage_backend_type == "flexkv"
-    )  # what a second attach over HTTP compares with
+    assert controller.storage_backend_type == "flexkv"  # a second attach over HTTP compares with it
     assert mine == {"path": "/somewhere"}
 
 
@@ -138,7 +136,7 @@ def test_prefix_keys_are_passed_with_flexkv_only() -> None:
         assert settings["hicache_storage_pass_prefix_keys"] is False
 
 
-def test_our_store_learns_the_prefetch_timeout_and_nobody_else() -> None:
+def test_only_our_store_learns_the_prefetch_timeout() -> None:
     told: list[tuple[float, float]] = []
 
     class FlexKVStorage:
@@ -150,11 +148,11 @@ def test_our_store_learns_the_prefetch_timeout_and_nobody_else() -> None:
         return types.SimpleNamespace(_cache=types.SimpleNamespace(cache_controller=controller))
 
     settings = {"prefetch_timeout_base": 3.0, "prefetch_timeout_per_ki_token": 0.5}
-    assert plugin.tell_prefetch_timeout(attachment(FlexKVStorage()), **settings) is None
+    assert plugin.set_prefetch_timeout(attachment(FlexKVStorage()), **settings) is None
     assert told == [(3.0, 0.5)]
-    plugin.tell_prefetch_timeout(attachment(object()), **settings)
-    plugin.tell_prefetch_timeout(attachment(FlexKVStorage()), prefetch_timeout_base=3.0)
-    plugin.tell_prefetch_timeout("another release", **settings)
+    plugin.set_prefetch_timeout(attachment(object()), **settings)
+    plugin.set_prefetch_timeout(attachment(FlexKVStorage()), prefetch_timeout_base=3.0)
+    plugin.set_prefetch_timeout("another release", **settings)
     assert told == [(3.0, 0.5)]
 
 

@@ -1,4 +1,4 @@
-"""What is served, as SGLang's own arguments and files say it: two servers with other bytes never have one name."""
+"""The identity of the served model: two servers with different page bytes never have the same."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def served_as(model: Path | str, **arguments: Any) -> str:
 
 
 def resolved_to(model: Path, **resolved: Any) -> None:
-    """Publish what SGLang made of the arguments, as it does for ModelScope and for a GGUF file of the hub."""
+    """Publish resolved arguments, as SGLang does for ModelScope and for a GGUF file of the hub."""
     from sglang.srt.arg_groups.overrides import declare_resolution
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs

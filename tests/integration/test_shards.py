@@ -49,7 +49,7 @@ def namespaces(place: Path, mla: bool, **rank: int) -> dict[str, str]:
     ],
 )
 def test_ranks_of_one_server(tmp_path: Path, field: str, size: str, mla: bool) -> None:
-    """Tensor-parallel ranks share what is replicated; any other split is another part of a page, or of the layers."""
+    """Tensor-parallel ranks share replicated pools. With any other split a rank has another part of a page."""
     first, second = (namespaces(tmp_path, mla, **{size: 2, field: rank}) for rank in (0, 1))
     assert len(first) == 3
     same = {name for name, space in first.items() if second[name] == space}

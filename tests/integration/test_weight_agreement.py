@@ -1,4 +1,4 @@
-"""What the ranks of one server agree on after a weight update, in a real process group of two processes."""
+"""The agreement of the ranks of one server after a weight update, in a real process group of two processes."""
 
 from __future__ import annotations
 

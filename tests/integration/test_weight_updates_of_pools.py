@@ -26,7 +26,7 @@ KEYS = names(4)
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing here is about being late, and every test begins with the weights of the start."""
+    """No test here is about time limits, and each begins with the weights of the start."""
     monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 8.0)
     monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
     forget_updates()
@@ -55,7 +55,7 @@ def namespaces(storage: FlexKVStorage) -> dict[str, str]:
 
 
 def found(storage: FlexKVStorage) -> dict[str, list[bool]]:
-    """Each pool asked by itself, so that none hides behind another; bytes must not move for a False."""
+    """Ask each pool alone, so that none hides behind another. For a False no bytes may move."""
     answer = {}
     for name in POOLS:
         pool = pool_of(storage, name)

@@ -16,7 +16,7 @@ from flexkv_sglang.triton_kernels import dispatch
 
 @pytest.fixture(autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What serves the public functions in this run."""
+    """The implementation of the public functions in this run."""
     chosen = str(request.config.getoption("--kernels-on"))
     if chosen == "interpreter":
         assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,5 +30,5 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def device(way: str) -> torch.device:
-    """Where the tensors of a test are."""
+    """The device of the tensors of a test."""
     return torch.device("cuda", 0) if way == "cuda" else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What only kernels promise; ``test_other_ways.py`` runs it, in the interpreter and on a GPU."""
+"""Properties of the kernels alone; ``test_other_ways.py`` runs these tests, in the interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from models.paged_pools import (
 
 
 def test_ids_outside_of_the_pool_move_nothing(device: torch.device) -> None:
-    """Ids on a device may come unchecked; a wrong one must not reach foreign memory."""
+    """Ids on a device may come unchecked; a wrong one must not reach other memory."""
     shape = Shape(6, 9, 16, (2, 64))
     buffers = random_buffers(shape, device)
     before = [buffer.clone() for buffer in buffers]

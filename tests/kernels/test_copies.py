@@ -1,4 +1,4 @@
-"""Gather and scatter against plain slicing: every byte that must be there, and no other."""
+"""Gather and scatter against plain slicing: they write every right byte and no other."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def fill(buffers: list[torch.Tensor]) -> None:
 
 
 def stored_bytes(host: Any, indices: torch.Tensor) -> torch.Tensor:
-    """What the storage backend stores of each page: the buffers of ``get_page_buffer_meta``, one after the other."""
+    """Bytes that the storage backend stores of each page: the buffers of ``get_page_buffer_meta`` in their order."""
     addresses, lengths = host.get_page_buffer_meta(indices)
     per_page = len(addresses) // PAGES
     pieces = [
@@ -61,7 +61,7 @@ def compare(
     rows_are_pages: bool = False,
     flat_pages: bool = True,
 ) -> None:
-    """Device to host by SGLang, device to block by us: equal. And back: block to device is what SGLang loads."""
+    """SGLang copies device to host, we copy device to block: equal bytes. A block back on the device is equal too."""
     everything = [buffer for pool in pools for buffer in pool]
     fill(everything)
     slots = torch.cat([torch.arange(page_size) + page * page_size for page in (5, 2, 7, 1)]).to(

@@ -1,4 +1,4 @@
-"""The arithmetic of blocks: runs cover a block once, in order, for any layers; tables know what they were given."""
+"""The arithmetic of blocks: runs cover a block once, in order, for any layers; tables know their buffers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_runs_name_each_chunk_of_the_layers_once(layout: BlockLayout, data: st.D
     assert got == want
 
 
-def test_what_the_design_says_of_known_models() -> None:
+def test_layouts_of_known_models() -> None:
     llama = layout_of(32, 64, 8 * 128 * 2, 8 * 128 * 2)
     assert (llama.block_bytes, llama.table_count, len(llama.runs())) == (8 << 20, 1, 1)
     chunk = 128 << 10
@@ -65,7 +65,7 @@ def test_layers_outside_are_refused() -> None:
         Part(0, 16)
 
 
-def test_a_table_says_what_it_was_given() -> None:
+def test_a_table_knows_its_buffers() -> None:
     cpu = torch.device("cpu")
     table = PtrTable(random_buffers(Shape(4, 6, 16, (2, 64)), cpu), 16)
     assert (table.row_bytes, table.chunk_bytes, table.page_stride_bytes) == (256, 4096, 4096)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: order on streams, no hidden waiting, no compiling while serving."""
+"""Tests that need a GPU: order on streams, no hidden waiting, no compiling while serving."""
 
 from __future__ import annotations
 

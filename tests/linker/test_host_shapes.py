@@ -33,11 +33,11 @@ from sglang.srt.mem_cache.pool_host.dsa import (  # isort: skip
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost  # isort: skip
 
 from flexkv_sglang.config.settings import FlexKVConfig
-from flexkv_sglang.integration.pool_identity import Identities
+from flexkv_sglang.integration.pool_identity import PoolSpecs
 from flexkv_sglang.linker.device_models import _mamba, device_pools
 from flexkv_sglang.linker.device_pages import DevicePool
-from flexkv_sglang.linker.staging import StagingPool
-from flexkv_sglang.pools.flat_pages import open_pages
+from flexkv_sglang.linker.staging import StagingRows
+from flexkv_sglang.pools.host_pages import open_pages
 
 pytestmark = [pytest.mark.sglang]
 
@@ -108,10 +108,10 @@ MODELS: dict[str, Callable[[], tuple[DevicePool, Any, list[torch.Tensor]]]] = {
 def test_the_identity_is_that_of_sglangs_host_pool(tmp_path: Path, name: str) -> None:
     device, host, _ = MODELS[name]()
     settings = config(tmp_path, mla=name in ("mla", "indexer"))
-    identities = Identities(FlexKVConfig.parse(settings.extra_config), settings)
-    staging = StagingPool(device.shape, device.device)
+    specs = PoolSpecs(FlexKVConfig.parse(settings.extra_config), settings)
+    staging = StagingRows(device.shape, device.device)
     fields = [
-        identities.of(device.name, pool, open_pages(pool)).fields() for pool in (staging, host)
+        specs.identity(device.name, pool, open_pages(pool)).fields() for pool in (staging, host)
     ]
     assert fields[0] == fields[1]
 

@@ -1,4 +1,4 @@
-"""Launching: what SGLang asks of a linker class, the name ``flexkv``, and what is refused at start-up."""
+"""Start-up: SGLang's demands on a linker class, the name ``flexkv``, and the refused models and settings."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_a_hanging_disk_releases_the_forward_pass_and_writes_nothing_afterwards(
     counter.set_consumer(index)
     waiting = threading.Thread(target=counter.wait_until, args=(0,))
     waiting.start()
-    waiting.join(WAIT_S)  # the watchdog's doing: nobody has called finish
+    waiting.join(WAIT_S)  # the watchdog ended it: finish was not called
     assert not waiting.is_alive()
     assert hasty.linker.finish_layer_wise_loading(index) is False
     hasty.poison()  # the slots are somebody else's now
@@ -153,13 +153,13 @@ def test_loads_behind_a_hanging_one_fail_at_their_own_deadline(hasty: Side) -> N
 def test_many_chunks_are_double_buffered_and_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five pages through a lane of two rows; a bad one in the middle fails the load."""
+    """Five pages through two rows; a bad one in the middle fails the load."""
     monkeypatch.setattr(
-        "flexkv_sglang.linker.staging.LANE_BYTES", {"load": 1, "offload": 1, "promote": 1}
+        "flexkv_sglang.linker.staging.STAGING_BYTES", {"load": 1, "offload": 1, "backfill": 1}
     )
     keys = names(5, seed=6)
     with side(tmp_path, Geometry()) as replica:
-        assert len(replica.linker._staging["kv"].lane("load")) == 2
+        assert len(replica.linker._staging["kv"]._rows["load"]) == 2
         assert replica.store(keys, 1, 2, 3, 4, 5)
         assert replica.restore(keys, 9, 8, 7, 6, 10)
         assert same(replica.rows(9, 8, 7, 6, 10), replica.rows(1, 2, 3, 4, 5))
@@ -176,7 +176,7 @@ def test_a_queued_load_can_be_cancelled_once_and_a_started_one_not(stored: Side)
     assert linker.load("a", [transfer(KEYS, stored.tokens(5, 6, 7))]) is False
     assert linker.cancel_queued_load("a") is True
     assert linker.cancel_queued_load("a") is False
-    assert linker._lookups.leased_pages() == 0
+    assert linker._leases.leased_pages() == 0
     assert linker.start_layer_wise_loading() == -1
     index = stored.begin(KEYS, 5, 6, 7, rid="b")
     assert linker.cancel_queued_load("b") is False
@@ -238,7 +238,7 @@ def test_nothing_is_raised_into_sglang(stored: Side, monkeypatch: pytest.MonkeyP
 
     linker = stored.linker
     for part in ("answer", "expire"):
-        monkeypatch.setattr(linker._lookups, part, broken)
+        monkeypatch.setattr(linker._leases, part, broken)
     for part in ("queue", "start", "finish", "cancel", "follow_layer", "fail_overdue"):
         monkeypatch.setattr(linker._loader, part, broken)
     for part in ("accept", "pop"):

@@ -59,9 +59,7 @@ def test_results_come_in_order_under_failures(replica: Side) -> None:
     begin(replica, C, 5, 6)
     assert gate.arrived.wait(WAIT_S)
     assert replica.linker.num_completed_offloads() == 0
-    assert (
-        replica.linker.pop_completed_offload() is False
-    )  # nobody may pop yet: nothing is lost by it
+    assert replica.linker.pop_completed_offload() is False  # too early: no result is lost
     faults_of(replica.linker, "write")  # the gate stays in front of the first call
     gate.go_on.set()
     assert [replica.result() for _ in range(3)] == [True, True, True]
@@ -109,9 +107,9 @@ def test_pages_of_a_given_up_offload_are_those_from_before(hasty: Side) -> None:
 def test_a_given_up_offload_reads_no_further_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five pages, one at a time: the first one was read, the others belong to somebody else by then."""
+    """Five pages, one at a time: the first one was read, the slots of the others are reused by then."""
     monkeypatch.setattr(
-        "flexkv_sglang.linker.staging.LANE_BYTES", {"load": 1, "offload": 1, "promote": 1}
+        "flexkv_sglang.linker.staging.STAGING_BYTES", {"load": 1, "offload": 1, "backfill": 1}
     )
     keys = names(5, seed=4)
     with side(tmp_path, Geometry(), Hasty) as replica:

@@ -1,4 +1,4 @@
-"""On a GPU: what a forward pass reads is what was loaded, whatever the streams have in front of them."""
+"""On a GPU: a forward pass reads the loaded bytes, however late the streams are."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ MUTANTS = (
         USE,
     ),
     (
-        "doctor: what device memory serves is not looked at",
+        "doctor: pages served by device memory are not looked at",
         "flexkv_sglang/cli/doctor/traffic.py",
         "if _above(server) < _SERVED_ABOVE * max(1.0, _prompt_tokens(server)):",
         "if _above(server) >= 0:",

@@ -6,7 +6,7 @@ MODEL = "tests/cache/index/test_index_model.py"
 ENGINE = "tests/cache/test_engine.py"
 NEIGHBOURS = "tests/backends/slots/test_neighbours.py"
 INDEX = "flexkv_sglang/cache/index/index.py"
-EVICTION = "flexkv_sglang/cache/eviction/policies.py"
+EVICTION = "flexkv_sglang/cache/eviction/lru.py"
 CHAINS = "flexkv_sglang/cache/index/chains.py"
 
 MUTANTS = (
@@ -34,8 +34,8 @@ MUTANTS = (
     (
         "evict pages of the own batch",
         INDEX,
-        "self._pins[slot] += 1\n        absent",
-        "pass\n        absent",
+        "        self.pin(present)  # a batch",
+        "        pass  # a batch",
         MODEL,
     ),
     (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 INDEX = "flexkv_sglang/cache/index/index.py"
 KEYS = "flexkv_sglang/cache/index/key_table.py"
-EVICTION = "flexkv_sglang/cache/eviction/policies.py"
+LRU = "flexkv_sglang/cache/eviction/lru.py"
+EVICTION = "flexkv_sglang/cache/eviction/reuse_density.py"
 MODEL = "tests/cache/index/test_index_model.py"
 
 MUTANTS = (
@@ -18,7 +19,7 @@ MUTANTS = (
     (
         "nothing is learned",
         EVICTION,
-        "        self._waits.learn(self._waiting())",
+        "        self._reuse.learn(self._waiting())",
         "        pass",
         "tests/cache/eviction/test_policies.py",
     ),
@@ -60,15 +61,15 @@ MUTANTS = (
     (
         "a new page gets its slot at any price",
         EVICTION,
-        "or 0.0 < heads[0][0] >= bid:",
-        "or heads[0][0] < 0.0 >= bid:",
+        "or 0.0 < heads[0][0] >= admission_value:",
+        "or heads[0][0] < 0.0 >= admission_value:",
         "tests/cache/eviction/test_policies.py",
     ),
     (
         "a new page is worth nothing",
         EVICTION,
-        "bids[position] = values[at_least]",
-        "bids[position] = 0.0",
+        "admission_values[position] = values[at_least]",
+        "admission_values[position] = 0.0",
         "tests/cache/eviction/test_policies.py",
     ),
     (
@@ -81,8 +82,8 @@ MUTANTS = (
     (
         "writing behind a page is a use of it",
         INDEX,
-        "self._touch_chain(held if before == NO_SLOT else held[1:])",
-        "self._touch_chain(held)",
+        "self._touch_chain(present if before == NO_SLOT else present[1:])",
+        "self._touch_chain(present)",
         "tests/cache/eviction/test_policies.py",
     ),
     (
@@ -108,14 +109,14 @@ MUTANTS = (
     ),
     (
         "a page used after the last victim goes first, whatever has become a leaf since",
-        EVICTION,
+        LRU,
         "tick, after, self._after = self.last_use[slot], self._after, 0",
         "tick, after = self.last_use[slot], self._after",
         "tests/cache/eviction/test_policies.py",
     ),
     (
         "the page after a victim that was found and left goes before it",
-        EVICTION,
+        LRU,
         "if slot == self._victim else 0",
         "if slot == self._victim else self.last_use[self._victim] + 1",
         "tests/cache/eviction/test_policies.py",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-FOLLOWER, LOG, FEED, ROSTER = (
+FOLLOWER, FOLLOWERS, LOG, FEED = (
     f"backends/fleet/members/{name}.py"
-    for name in ("follower", "change_log", "redis_feed", "membership")
+    for name in ("follower", "followers", "change_log", "redis_feed")
 )
 MODEL = "tests/backends/fleet/members/test_follower.py"
 LOGS = "tests/backends/fleet/members/test_change_log.py"
@@ -129,29 +129,29 @@ MUTANTS = (
         REDIS,
     ),
     (
-        "feed: other pods are followed",
-        ROSTER,
-        "                and info.share_group == self._share.share_group\n",
+        "feed: other share groups are followed",
+        FOLLOWERS,
+        "                and info.share_group == self._share_group\n",
         "",
         REDIS,
     ),
     (
         "feed: two agents keep one name",
-        ROSTER,
+        FOLLOWERS,
         "            self._node_id = NodeId(",
         "            _ = NodeId(",
         REDIS,
     ),
     (
         "feed: a failing replica is not written again",
-        ROSTER,
+        FOLLOWERS,
         "            if not done:\n                follower.gap()\n                break\n",
         "",
         REPAIR,
     ),
     (
         "feed: the sink is written after close",
-        ROSTER,
+        FOLLOWERS,
         "        if self._closed:\n            return False\n        try:",
         "        try:",
         REPAIR,
@@ -179,7 +179,7 @@ MUTANTS = (
     ),
     (
         "feed: a peer is asked for snapshots without pause",
-        "backends/fleet/members/snapshot_queue.py",
+        FOLLOWER,
         "self._due[feed] = max(now, soonest) +",
         "self._due[feed] = now +",
         MEMBERS,

@@ -1,4 +1,4 @@
-"""Seeded bugs in what names the weights and in what happens when they change; see ``run.py``."""
+"""Seeded bugs in the identity of weights and in weight updates; see ``run.py``."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ MUTANTS = (
     ),
     (
         "all GGUF files of a directory are one model",
-        "flexkv_sglang/integration/served_model.py",
+        "flexkv_sglang/integration/model_files.py",
         "return checkpoint(path.parent, only=path.name)",
         "return checkpoint(path.parent)",
         "tests/integration/test_served_model.py",
     ),
     (
         "the usual cache is looked at, not --download-dir",
-        "flexkv_sglang/integration/served_model.py",
+        "flexkv_sglang/integration/model_files.py",
         "if path.is_dir() or not download_dir:",
         "if True:",
         "tests/integration/test_served_model.py",

@@ -1,4 +1,4 @@
-"""Seeded bugs in the kernels and what guards them, for ``run.py``: (name, file, old line, new line, tests)."""
+"""Seeded bugs in the kernels and the tests that find them, for ``run.py``: (name, file, old line, new line, tests)."""
 
 from __future__ import annotations
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 LOAD = "flexkv_sglang/linker/load.py"
 OFFLOAD = "flexkv_sglang/linker/offload.py"
-LOOKUPS = "flexkv_sglang/linker/leases.py"
+LEASES = "flexkv_sglang/linker/leases.py"
 LINKER = "flexkv_sglang/linker/linker.py"
 MODELS = "flexkv_sglang/linker/device_models.py"
 LOAD_TESTS = "tests/linker/test_load_failures.py"
 OFFLOAD_TESTS = "tests/linker/test_offload_failures.py"
-LEASE_TESTS = "tests/linker/test_lookups.py"
+LEASE_TESTS = "tests/linker/test_leases.py"
 WEIGHT_TESTS = "tests/linker/test_weights.py"
 ROUND_TRIP = "tests/linker/test_round_trip.py"
 SHARING = "tests/linker/test_sharing.py"
@@ -31,7 +31,7 @@ MUTANTS = (
         LOAD_TESTS,
     ),
     (
-        "linker: nobody watches deadlines",
+        "linker: deadlines are not watched",
         LINKER,
         "self._loader.fail_overdue()",
         "pass",
@@ -40,8 +40,8 @@ MUTANTS = (
     (
         "linker: a failed load has landed",
         LOAD,
-        "landed = self._counter.finish(index) and landed",
-        "landed = self._counter.finish(index) or True",
+        "loaded = self._counter.finish(index) and loaded",
+        "loaded = self._counter.finish(index) or True",
         LOAD_TESTS,
     ),
     (
@@ -103,54 +103,54 @@ MUTANTS = (
     (
         "linker: leased pages are not pinned",
         "flexkv_sglang/cache/local_pages.py",
-        "                self.index.hold([slot for slot in found if slot is not None])\n",
+        "                self.index.pin([slot for slot in found if slot is not None])\n",
         "",
         LEASE_TESTS,
     ),
     (
         "linker: a lease is not renewed",
-        LOOKUPS,
+        LEASES,
         "lease.until = self._clock() + LEASE_S",
         "lease.until = lease.until or self._clock() + LEASE_S",
         LEASE_TESTS,
     ),
     (
         "linker: a lease never ends",
-        LOOKUPS,
-        "if le.until < now and not le.loading]",
-        "if False]",
+        LEASES,
+        "if lease.until < now and not lease.loading:",
+        "if False:",
         LEASE_TESTS,
     ),
     (
         "linker: a lease ends while its load runs",
-        LOOKUPS,
-        "if le.until < now and not le.loading]",
-        "if le.until < now]",
+        LEASES,
+        "if lease.until < now and not lease.loading:",
+        "if lease.until < now:",
         LEASE_TESTS,
     ),
     (
         "linker: all slots can be leased",
-        LOOKUPS,
-        "store.slot_count // _HELD_PART",
+        LEASES,
+        "store.slot_count // _SLOTS_PER_LEASED",
         "store.slot_count",
         LEASE_TESTS,
     ),
     (
         "linker: a page found to be bad stays leased",
-        LOOKUPS,
-        "            self._drop_lost(lease)\n",
+        LEASES,
+        "            self._drop_invalid(lease)\n",
         "",
         LOAD_TESTS,
     ),
     (
         "linker: neighbours' pages are counted at once",
-        LOOKUPS,
+        LEASES,
         "if not pool.spec.writes:\n            return store.holds(keys)",
         "if True:\n            return store.holds(keys)",
         SHARING,
     ),
     (
-        "linker: nothing is promoted because a neighbour has it",
+        "linker: nothing is stored because a neighbour has it",
         "flexkv_sglang/cache/engine.py",
         "claimed = [] if own else self._neighbours.holds(keys)",
         "claimed = self._neighbours.holds(keys)",

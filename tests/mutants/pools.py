@@ -1,4 +1,4 @@
-"""Seeded bugs in what hybrid models need, for ``run.py``: (name, file, old line, new line, tests)."""
+"""Seeded bugs in the code for hybrid models; see ``run.py``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MUTANTS = (
         POOL_TESTS,
     ),
     (
-        "what was being opened during a detach stays open",
+        "files that are opened during a detach stay open",
         POOLS,
         "if self._state.now is State.CLOSED or self._pools.get(pool.name) is not pool:",
         "if self._pools.get(pool.name) is not pool:",
@@ -131,14 +131,14 @@ MUTANTS = (
         POOL_TESTS,
     ),
     (
-        "hybrid hits are not promised",
+        "hybrid hits are not protected",
         "flexkv_sglang/pools/transfers.py",
         "leading_run(pool, keys[first : result.pages], promise=True)",
         "pass",
         POOL_TESTS,
     ),
     (
-        "more is promised than the fold announces",
+        "more is protected than the fold announces",
         "flexkv_sglang/pools/transfers.py",
         "promise=not requirements)",
         "promise=True)",

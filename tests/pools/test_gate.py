@@ -1,4 +1,4 @@
-"""Many pass or one is alone; every wait ends."""
+"""Many share the gate, or one has it exclusively; every wait ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stores.engines import wait_until
 
 @contextmanager
 def inside(gate: CallGate) -> Iterator[None]:
-    """Another thread passes for the time of the block."""
+    """Another thread shares the gate for the time of the block."""
     entered, leave = threading.Event(), threading.Event()
 
     def call() -> None:
@@ -39,7 +39,7 @@ def test_calls_do_not_exclude_each_other() -> None:
         pass
 
 
-def test_nobody_passes_while_it_is_shut_and_the_wait_ends() -> None:
+def test_no_call_enters_while_one_is_alone_and_the_wait_ends() -> None:
     gate = CallGate()
     with gate.exclusive(0.01) as alone:
         assert alone
@@ -49,7 +49,7 @@ def test_nobody_passes_while_it_is_shut_and_the_wait_ends() -> None:
         pass
 
 
-def test_whoever_is_not_alone_in_time_is_told_and_it_is_open_again() -> None:
+def test_a_wait_to_be_alone_ends_with_false_and_the_gate_is_open_again() -> None:
     gate = CallGate()
     with inside(gate):
         with gate.exclusive(0.01) as alone:
@@ -60,26 +60,26 @@ def test_whoever_is_not_alone_in_time_is_told_and_it_is_open_again() -> None:
         assert alone
 
 
-def test_one_at_a_time_is_alone() -> None:
+def test_only_one_at_a_time_is_alone() -> None:
     gate = CallGate()
     with gate.exclusive(0.01) as first, gate.exclusive(0.01) as second:
         assert (first, second) == (True, False)
 
 
-def test_it_is_shut_after_the_last_one_left_and_new_ones_wait() -> None:
+def test_one_is_alone_after_the_last_call_and_new_calls_wait() -> None:
     gate = CallGate()
     order: list[str] = []
 
-    def shut() -> None:
+    def close() -> None:
         with gate.exclusive(10) as alone:
-            order.append(f"shut {alone}")
+            order.append(f"alone {alone}")
 
     def call() -> None:
         with gate.shared(10):
             order.append("call")
 
     with inside(gate):
-        closer = threading.Thread(target=shut)
+        closer = threading.Thread(target=close)
         closer.start()
         assert wait_until(lambda: gate._shut)
         caller = threading.Thread(target=call)
@@ -87,7 +87,7 @@ def test_it_is_shut_after_the_last_one_left_and_new_ones_wait() -> None:
         assert order == []
     closer.join(10)
     caller.join(10)
-    assert order == ["shut True", "call"]
+    assert order == ["alone True", "call"]
 
 
 def test_an_exception_leaves_it_open() -> None:

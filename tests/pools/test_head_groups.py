@@ -120,7 +120,7 @@ def assert_read(ranks: Sequence[FlexKVStorage], whole: torch.Tensor, keys: list[
     places = list(range(len(keys)))[::-1]
     for rank, storage in enumerate(ranks):
         held(storage.mem_pool_host).fill_(POISON)
-        # what a rank that starts at the same moment adopts is seen a quarter of a second later
+        # pages that a rank adopts which starts at the same moment are seen a quarter of a second later
         assert wait_until(lambda rank=storage: rank.batch_exists(keys) == len(keys))  # type: ignore[misc]
         assert all(storage.batch_get_v1(keys, tokens(places)))
         assert torch.equal(held(storage.mem_pool_host)[:, places], part(whole, rank, len(ranks)))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexkv_sglang.integration.compat import pool_name
+from flexkv_sglang.integration.compat import as_text
 from flexkv_sglang.pools.pool_rules import (
     element_types,
     expected_policy,
@@ -29,7 +29,7 @@ TRAILING = {
 def test_every_pool_name_of_sglang_has_a_policy_and_only_state_is_trailing() -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolName
 
-    names = {pool_name(name) for name in PoolName}
+    names = {as_text(name) for name in PoolName}
     assert len(names) == 23
     assert {name for name in names if expected_policy(name) == TRAILING_PAGES} == TRAILING
     assert expected_policy("a pool of tomorrow") == ALL_PAGES
@@ -39,7 +39,7 @@ def test_every_pool_name_of_sglang_has_a_policy_and_only_state_is_trailing() -> 
 def test_only_mamba_is_sharded_by_its_name_alone_in_models_that_replicate() -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolName
 
-    names = {pool_name(name) for name in PoolName}
+    names = {as_text(name) for name in PoolName}
     assert {name for name in names if not is_replicated(name, PLAIN, mla=True)} == {"mamba"}
     assert not any(is_replicated(name, PLAIN, mla=False) for name in names)
 

@@ -38,7 +38,7 @@ BEFORE_A_CALL_S = pools._OPEN_S + pools._EXCHANGE_S
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about being late."""
+    """No test here is about time limits."""
     monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 8.0)
     monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
 
@@ -79,7 +79,7 @@ def test_an_odd_pool_neither_raises_nor_lets_anything_hit(
 
 
 def unstored(place: Path) -> dict[str, str]:
-    """What NAMESPACE.json of the KV pages says is not stored."""
+    """The pools that are not stored, from NAMESPACE.json of the KV pages."""
     noted = [json.loads(path.read_text()) for path in place.rglob("NAMESPACE.json")]
     (kv,) = (fields for fields in noted if fields["pool"] == "kv")
     found: dict[str, str] = kv.get("unstored", {})
@@ -121,7 +121,7 @@ def test_a_size_too_small_for_all_pools_is_said_and_misses(
 def test_a_disk_that_does_not_open_keeps_no_call_and_no_detach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What hangs there goes on alone; when it ends after all, nothing stays open."""
+    """The opening that hangs goes on alone; when it ends at last, nothing stays open."""
     monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 0.05)
     monkeypatch.setattr("flexkv_sglang.pools.stores._EXCHANGE_S", 0.05)
     reached, go_on = threading.Event(), threading.Event()

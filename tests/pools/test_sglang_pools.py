@@ -89,7 +89,7 @@ def test_pages_of_another_process_are_byte_equal_and_copied_only_if_unaligned(
 
 
 def _planned_direct(rig: Rig) -> bool:
-    """What the planner says of every page of the host pool."""
+    """The ways that the mover plans for the pages of the host pool."""
     backend = rig.backend
     pages = rig.host.size // rig.geometry.page_size
     buffers = stored(backend).pages.buffers(torch.arange(pages * rig.geometry.page_size), pages)
@@ -171,7 +171,7 @@ def test_a_flipped_byte_ends_the_hit_there(tmp_path: Path, model: Path) -> None:
         fetched = prefetch_pages(rig, tokens)
         assert (fetched.hit_tokens, fetched.completed_tokens) == (len(tokens), 3 * 16)
         assert fetched.same_bytes(expected_rows(rig, len(tokens), seed=3))
-        assert prefetch_pages(rig, tokens).hit_tokens == 3 * 16  # not promised again
+        assert prefetch_pages(rig, tokens).hit_tokens == 3 * 16  # not protected again
 
 
 def test_a_batch_beyond_sglangs_128_pages_is_one_chain(tmp_path: Path, model: Path) -> None:

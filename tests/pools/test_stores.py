@@ -1,4 +1,4 @@
-"""When the pools of a hybrid model are opened, how they divide the size, who writes them, and odd ones."""
+"""Pools of hybrid models: the time of opening, the division of the size, the writers, and odd pools."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.sglang
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about being late."""
+    """No test here is about time limits."""
     monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 8.0)
     monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
 
@@ -45,7 +45,7 @@ def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
 
 
 @pytest.mark.parametrize("fires", [True, False])
-def test_releases_that_do_not_say_when_the_burst_is_over(tmp_path: Path, fires: bool) -> None:
+def test_releases_that_do_not_say_when_registration_is_done(tmp_path: Path, fires: bool) -> None:
     storage = hybrid(tmp_path, fires=fires)
     put(storage, names(3))
     assert ask(storage, names(3)).kv_hit_pages == 3

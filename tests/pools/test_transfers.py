@@ -131,7 +131,7 @@ def test_the_call_for_kv_alone_remembers_the_window_that_was_asked_for(tmp_path:
     keys = names(4)
     storage.batch_set_v2([transfer("swa", keys[3:], swa.indices(3))])
     storage.batch_set_v1(keys, pool_of(storage, "kv").indices(0, 1, 2, 3))
-    assert storage.batch_exists(keys) == 4  # nobody has said that the window is two pages
+    assert storage.batch_exists(keys) == 4  # no call has asked for a window of two pages
     assert storage.batch_exists_v2(keys, [transfer("swa", [], window=2)]).kv_hit_pages == 0
     assert storage.batch_exists(keys) == 0
     storage.close()
@@ -146,7 +146,7 @@ def test_thousands_of_keys_in_one_call(storage: FlexKVStorage) -> None:
 
 
 def test_what_is_announced_is_kept_in_every_pool(tmp_path: Path) -> None:
-    """Room for a few states only: the oldest would be the next to go, were it not promised."""
+    """There is room for a few states only: the oldest would be the next victim if it were not protected."""
     storage = hybrid(tmp_path, size="2MB", pool_density={"mamba": 0.05})
     state = store_of(storage, "mamba")
     first = names(2, 1)
@@ -159,7 +159,7 @@ def test_what_is_announced_is_kept_in_every_pool(tmp_path: Path) -> None:
     assert ask(storage, first).kv_hit_pages == 2
     assert ask(storage, names(2, 100)).kv_hit_pages == 0  # gone in its place
     for name in ("kv", "indexer", "mamba"):
-        assert len(store_of(storage, name).tiers[0]._pages._promises) == 1
+        assert len(store_of(storage, name).tiers[0]._pages._lookup_pins) == 1
     storage.close()
 
 
@@ -168,7 +168,7 @@ def test_nothing_is_promised_beyond_the_fold(storage: FlexKVStorage) -> None:
     put(storage, keys, but="mamba")
     assert ask(storage, keys).kv_hit_pages == 0
     for name in ("kv", "indexer"):
-        assert len(store_of(storage, name).tiers[0]._pages._promises) == 0
+        assert len(store_of(storage, name).tiers[0]._pages._lookup_pins) == 0
 
 
 def test_an_exception_while_pages_move_is_all_false(
@@ -189,7 +189,7 @@ def test_an_exception_while_pages_move_is_all_false(
 def test_flat_pages_in_several_pieces_are_one_chain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.pools.flat_pages.STAGING_BYTES", 3 * 1536)
+    monkeypatch.setattr("flexkv_sglang.pools.host_pages.STAGING_BYTES", 3 * 1536)
     source = FlatPool(1536, seed=1)
     storage = attach(config(tmp_path), Pool(seed=1), {"indexer": source})
     keys = names(9)

@@ -1,8 +1,8 @@
-"""What changed in this node's own set of pages, numbered, so that others can follow it.
+"""Change logs: the numbered changes of this node's own sets of pages, for other nodes to follow.
 
-Per namespace: the set, the last changes (for ``POLL``), and an outbox of changes not yet in Redis. All share one
-epoch, drawn at the start and again when an outbox overflows: then everybody takes a snapshot. Numbers have no
-holes within an epoch. Never waits for anybody.
+A log has the set of a namespace, the last changes (for POLL), and an outbox of changes not yet in Redis. All logs
+share one epoch, drawn at the start and again when an outbox overflows: then all followers take a snapshot. Numbers
+have no holes within an epoch. Calls never wait for other nodes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flexkv_sglang.backends.fleet.vocabulary import CHANGE_KEYS, Change, Op, Sna
 from flexkv_sglang.types import U64
 
 OUTBOX_KEYS = 1 << 20
-"""Fingerprints that may wait for Redis, per namespace (8 MiB)."""
+"""Limit of fingerprints that wait for Redis, per namespace (8 MiB)."""
 
 RING_CHANGES = 4096
 """Changes kept for ``since``, per namespace: at most 16 MiB of fingerprints."""
@@ -28,10 +28,7 @@ _ENDED_MAX = 1024
 
 
 class ChangeLogs:
-    """The change logs of a node, by namespace. Any thread.
-
-    ``outbox``: False if nobody publishes (no Redis), so that nothing piles up.
-    """
+    """The change logs of a node, by namespace. Any thread. ``outbox``: False without Redis: nothing piles up."""
 
     def __init__(
         self, outbox: bool = True, outbox_keys: int = OUTBOX_KEYS, ring_changes: int = RING_CHANGES
@@ -46,12 +43,12 @@ class ChangeLogs:
 
     @property
     def epoch(self) -> int:
-        """64 random bits, never 0. For ``NodeInfo.epoch``."""
+        """The node's epoch: 64 random bits, never 0."""
         with self.lock:
             return self._epoch
 
     def log(self, namespace: str) -> OwnChanges:
-        """The log of a namespace, made at its first use."""
+        """Return the log of a namespace; made at its first use."""
         with self.lock:
             found = self._logs.get(namespace)
             if found is None:
@@ -60,17 +57,17 @@ class ChangeLogs:
             return found
 
     def find(self, namespace: str) -> OwnChanges | None:
-        """The log of a namespace, if it was ever used."""
+        """Return the log of a namespace, or None if it was never used."""
         with self.lock:
             return self._logs.get(namespace)
 
     def namespaces(self) -> tuple[str, ...]:
-        """Names of those that have a log."""
+        """Names of the namespaces with a log."""
         with self.lock:
             return tuple(sorted(self._logs))
 
     def remove(self, namespace: str) -> None:
-        """Forget a namespace. If it comes back, its numbers go on with a hole: who followed it sees that."""
+        """Forget a namespace. If it comes back, its numbers go on with a hole, which followers notice."""
         with self.lock:
             log = self._logs.pop(namespace, None)
             if log is None:
@@ -81,24 +78,24 @@ class ChangeLogs:
                 self.renew_locked()
 
     def renew_locked(self) -> None:
-        """Draw a new epoch; ``lock`` is held. What waits or was kept is of no use any more."""
+        """Draw a new epoch and drop all kept changes; the caller holds ``lock``."""
         self._epoch = new_epoch()
         for log in self._logs.values():
             log.forget_locked()
 
     @property
     def epoch_locked(self) -> int:
-        """As ``epoch``; ``lock`` is held."""
+        """As ``epoch``; the caller holds ``lock``."""
         return self._epoch
 
 
 class OwnChanges:
-    """This node's changes in one namespace; implements ``fleet.ChangeLog``. Any thread; made by ``ChangeLogs``."""
+    """This node's changes in one namespace; implements ``vocabulary.ChangeLog``. Any thread; made by ``ChangeLogs``."""
 
     def __init__(self, node: ChangeLogs, last: int) -> None:
         self._node = node
         self._lock = node.lock
-        self._held = FingerprintSet()  # guarded by _lock, like the rest
+        self._pages = FingerprintSet()  # guarded by _lock, like the rest
         self._last = last
         self._ring: deque[Change] = deque(maxlen=node.ring_changes)
         self._outbox: deque[Change] = deque()
@@ -107,27 +104,27 @@ class OwnChanges:
 
     def __len__(self) -> int:
         with self._lock:
-            return len(self._held)
+            return len(self._pages)
 
     def add(self, fingerprints: U64) -> None:
-        """Pages that this node has now. Those it had already are no change."""
-        self._note(Op.ADD, fingerprints)
+        """Add pages. Pages that are in the set already are no change."""
+        self._change(Op.ADD, fingerprints)
 
     def drop(self, fingerprints: U64) -> None:
-        """Pages that this node has no more. Those it did not have are no change."""
-        self._note(Op.DROP, fingerprints)
+        """Remove pages. Pages that are not in the set are no change."""
+        self._change(Op.DROP, fingerprints)
 
     def clear(self) -> None:
-        """This node has no pages any more."""
+        """Remove all pages."""
         with self._lock:
-            self._held.clear()
+            self._pages.clear()
             self._append(Op.CLEAR, EMPTY)
             wake = self._wake
         if wake:
             wake()
 
     def since(self, epoch: int, last: int) -> list[Change] | None:
-        """Changes after number ``last`` of ``epoch``; None: they are not kept any more, take a snapshot."""
+        """Return the changes after number ``last`` of ``epoch``; None: they are no longer kept, take a snapshot."""
         with self._lock:
             if epoch != self._node.epoch_locked or last > self._last:
                 return None
@@ -144,22 +141,22 @@ class OwnChanges:
             return found
 
     def snapshot(self) -> Snapshot:
-        """All pages now. ``fingerprints`` is shared: nobody may write to it."""
+        """Return all pages of now. ``fingerprints`` is shared: read only."""
         with self._lock:
-            return Snapshot(self._node.epoch_locked, self._last, self._held.snapshot())
+            return Snapshot(self._node.epoch_locked, self._last, self._pages.snapshot())
 
     def listen(self, wake: Callable[[], None]) -> None:
-        """``wake`` is called after every change, by whoever made it, and must not block."""
+        """Have ``wake`` called after every change, on the changing thread; it must not block."""
         with self._lock:
             self._wake = wake
 
     def pending(self, limit: int) -> list[Change]:
-        """The oldest changes that are not ``published``, ``limit`` at most."""
+        """Return the oldest changes that are not ``published``, ``limit`` at most."""
         with self._lock:
             return [change for change, _ in zip(self._outbox, range(limit), strict=False)]
 
     def published(self, epoch: int, last: int) -> None:
-        """Changes up to number ``last`` of ``epoch`` are in Redis."""
+        """Drop changes from the outbox: Redis has them up to number ``last`` of ``epoch``."""
         with self._lock:
             if epoch != self._node.epoch_locked:
                 return
@@ -171,8 +168,8 @@ class OwnChanges:
                     self._outbox.appendleft(rest)
                     self._waiting += rest.numbers
 
-    def keep(self) -> Change | None:
-        """A KEEP that says how far the numbers go; None while changes wait to be published."""
+    def heartbeat(self) -> Change | None:
+        """Return a HEARTBEAT with the next number; None while changes wait to be published."""
         with self._lock:
             if self._outbox:
                 return None
@@ -180,23 +177,23 @@ class OwnChanges:
 
     @property
     def last_locked(self) -> int:
-        """The number given last; the lock is held."""
+        """The last number; the caller holds the lock."""
         return self._last
 
     def forget_locked(self) -> None:
-        """The epoch is new; the lock is held."""
+        """Drop all kept changes: the epoch is new. The caller holds the lock."""
         self._ring.clear()
         self._outbox.clear()
         self._waiting = 0
 
-    def _note(self, op: Op, fingerprints: U64) -> None:
+    def _change(self, op: Op, fingerprints: U64) -> None:
         wake = None
         for start in range(0, len(fingerprints), CHANGE_KEYS):
             some = fingerprints[start : start + CHANGE_KEYS]
             with self._lock:
-                real = self._held.drop(some) if op is Op.DROP else self._held.add(some)
-                if len(real):
-                    self._append(op, real)
+                changed = self._pages.drop(some) if op is Op.DROP else self._pages.add(some)
+                if len(changed):
+                    self._append(op, changed)
                     wake = self._wake
         if wake:
             wake()
@@ -215,19 +212,19 @@ class OwnChanges:
 
 
 def new_epoch() -> int:
-    """64 random bits, never 0."""
+    """Draw 64 random bits, never 0."""
     return secrets.randbits(64) or 1
 
 
 def after(change: Change, last: int) -> Change:
-    """The part of a change that is beyond number ``last``."""
+    """Return the part of a change that is beyond number ``last``."""
     if change.first > last or change.op in (Op.CLEAR, Op.HEARTBEAT):
         return change
     return Change(change.epoch, last + 1, change.op, change.fingerprints[last + 1 - change.first :])
 
 
 def _append_merged(changes: deque[Change], change: Change) -> None:
-    """Append, or lengthen the last one: many small changes cost as few entries as large ones."""
+    """Append, or lengthen the last entry: many small changes take as few entries as large ones."""
     if changes and change.op is changes[-1].op is not Op.CLEAR:
         tail = changes[-1]
         if tail.numbers + change.numbers <= CHANGE_KEYS:

@@ -1,58 +1,21 @@
-"""Which other nodes there are, from all that say so: Redis and static peers. Pure.
+"""Members: the other nodes, as Redis and static peers list them. Pure.
 
-A node is *up* while any source lists it, *down* when none does any more, and gone a minute later. A source that
-says nothing changes nothing: silence of Redis is no news of its members.
+A node is *up* while any source lists it, *down* when none does any more, and removed a minute later. A silent
+source changes nothing: when Redis is absent, its members stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
-from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo
+from flexkv_sglang.backends.fleet.vocabulary import NodeId, NodeInfo
 
 REMOVE_AFTER_S = 60.0
-"""A node that is down this long is forgotten."""
+"""A node that is down for this long is removed."""
 
 MEMBERS_MAX = 1000
-"""Nodes known at most; the replica's table has 1024 places."""
-
-
-class FeedHost(Protocol):
-    """What a feed tells the roster, and asks it. Any thread."""
-
-    def own_info(self) -> NodeInfo:
-        """What this node tells of itself, with the name it has now."""
-        ...
-
-    def update_members(self, source: str, infos: list[NodeInfo], grace_s: float = 0.0) -> None:
-        """These nodes are there, and no others. ``hold_s``: who is missing stays for that long."""
-        ...
-
-    def own_name_seen(self, source: str, info: NodeInfo | None) -> None:
-        """Once per beat: who else uses this node's name (None: nobody)."""
-        ...
-
-    def followed(self) -> list[tuple[str, NodeId]]:
-        """(namespace, node) of every feed that is wanted."""
-        ...
-
-    def position(self, namespace: str, node_id: NodeId) -> tuple[int, int] | None:
-        """(epoch, last number) for POLL; None: nothing to ask now."""
-        ...
-
-    def changed(self, namespace: str, node_id: NodeId, changes: list[Change]) -> None:
-        """Entries of a feed."""
-        ...
-
-    def gap(self, namespace: str, node_id: NodeId) -> None:
-        """Changes of a feed are not kept any more."""
-        ...
-
-    def count(self, name: str, amount: int = 1) -> None:
-        """Add to a metric."""
-        ...
+"""Limit of known nodes; the table in ``replica/files.py`` has 1024 slots."""
 
 
 @dataclass(slots=True)
@@ -69,7 +32,10 @@ class Member:
 
 
 class Members:
-    """All other nodes, up or down. Not thread-safe. ``now``: ``time.monotonic()`` seconds."""
+    """All other nodes, up or down. Not thread-safe. ``now``: ``time.monotonic()`` seconds.
+
+    ``refused``: nodes that are listed and beyond the limit.
+    """
 
     def __init__(self) -> None:
         self._sources: dict[str, dict[NodeId, NodeInfo]] = {}
@@ -91,7 +57,7 @@ class Members:
         self._reconcile(now)
 
     def tick(self, now: float) -> list[NodeId]:
-        """Forget who has been down for long, and say whom."""
+        """Remove the nodes that have been down for a minute; return them."""
         gone = [
             node_id
             for node_id, member in self.known.items()
@@ -102,7 +68,7 @@ class Members:
         return gone
 
     def _reconcile(self, now: float) -> None:
-        """Static sources first: their nodes answered themselves, while an entry in Redis may be older."""
+        # Static sources first: their nodes answered themselves, while an entry in Redis may be older.
         present: dict[NodeId, NodeInfo] = {}
         for source in sorted(self._sources, key=lambda name: (name == "redis", name)):
             for node_id, info in self._sources[source].items():

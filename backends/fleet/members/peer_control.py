@@ -1,9 +1,7 @@
-"""An agent's questions to other agents: who are you, what has changed, everything you have. ``fleet.PeerControl``.
+"""PeerControl: requests of an agent to other agents for their entry (HELLO), changes (POLL) and snapshots.
 
-Each call takes a link of its own out of a small store, or opens one, and puts it back when it was answered: a call
-that fails closes its link, so no late answer meets a later question.
-
-Threads: any; a call blocks for ``timeout_s`` at most.
+Each call takes an idle link of its own, or opens one, and puts it back after the answer. A call that fails closes its
+link, so a late answer never meets a later request.
 """
 
 from __future__ import annotations
@@ -16,16 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flexkv_sglang.backends.fleet.vocabulary import (
-    Change,
-    NodeInfo,
-    ShareConfig,
-    Snapshot,
-    namespace_bytes,
-)
+from flexkv_sglang.backends.fleet.vocabulary import Change, NodeInfo, Snapshot, namespace_bytes
 from flexkv_sglang.backends.fleet.wire import curve
 from flexkv_sglang.backends.fleet.wire.answers import (
-    SNAPSHOT_KEYS_MAX,
     Answer,
     Changes,
     SnapshotPart,
@@ -34,6 +25,7 @@ from flexkv_sglang.backends.fleet.wire.answers import (
 )
 from flexkv_sglang.backends.fleet.wire.link import Link
 from flexkv_sglang.backends.fleet.wire.requests import Poll, pack_poll, pack_snapshot_request
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import PeerError
 
 if TYPE_CHECKING:
@@ -41,24 +33,25 @@ if TYPE_CHECKING:
 
 LINKS_MAX = 64
 IDLE_S = 60.0
-KEYS_MAX = SNAPSHOT_KEYS_MAX
 
 
-class WirePeerControl:
-    """Opens its context with the first call. Raises ``PeerError`` only, but for ``ConfigError`` when made."""
+class PeerControl:
+    """Requests to other agents. Any thread; each call blocks for ``timeout_s`` at most.
+
+    Calls raise ``PeerError`` when there is no valid answer in time.
+    """
 
     def __init__(self, share: ShareConfig, secret: curve.Secret | None) -> None:
         self._share, self._secret = share, secret
         self._lock = threading.Lock()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None  # guarded by _lock
-        self._links: OrderedDict[str, tuple[float, Link]] = (
-            OrderedDict()
-        )  # guarded by _lock; idle ones
-        self._closed = False  # guarded by _lock
-        self._rids = itertools.count(1)
+        # guarded by _lock, as is _closed: idle links and since when
+        self._links: OrderedDict[str, tuple[float, Link]] = OrderedDict()
+        self._closed = False
+        self._request_ids = itertools.count(1)
 
     def hello(self, address: str, timeout_s: float) -> NodeInfo:
-        """Who is there? Always a new connection: what it says is of now."""
+        """Return the entry of the node at ``address``, over a new connection so that it is of now."""
         deadline = time.monotonic() + timeout_s
         link = self._open(address)
         try:
@@ -74,8 +67,8 @@ class WirePeerControl:
     def poll(
         self, address: str, namespace: str, epoch: int, last: int, timeout_s: float
     ) -> list[Change] | None:
-        """Changes after ``last`` of ``epoch``, the first of them if there are many; None: take a snapshot."""
-        request_id = next(self._rids)
+        """Return changes after ``last`` of ``epoch``, the first ones if there are many; None: take a snapshot."""
+        request_id = next(self._request_ids)
         ask = pack_poll(Poll(request_id, namespace_bytes(namespace), epoch, last))
         answer = self._ask(address, request_id, ask, timeout_s)[0]
         if isinstance(answer, Unavailable) and answer.reason is UnavailableReason.LOST:
@@ -85,8 +78,8 @@ class WirePeerControl:
         return answer.changes
 
     def snapshot(self, address: str, namespace: str, timeout_s: float) -> Snapshot:
-        """All pages of that node in a namespace."""
-        request_id = next(self._rids)
+        """Return all pages of that node in a namespace."""
+        request_id = next(self._request_ids)
         answers = self._ask(
             address,
             request_id,
@@ -109,7 +102,7 @@ class WirePeerControl:
         return Snapshot(first.epoch, first.last, fingerprints)
 
     def close(self) -> None:
-        """Close idle connections; calls under way fail. Idempotent."""
+        """Close idle links; calls under way fail. Idempotent."""
         with self._lock:
             self._closed = True
             links, context = list(self._links.values()), self._context
@@ -136,7 +129,7 @@ class WirePeerControl:
         return answers
 
     def _answers(self, link: Link, address: str, request_id: int, deadline: float) -> list[Answer]:
-        """One answer, or all parts of a snapshot."""
+        """Return the answer, or all parts of a snapshot."""
         answers: list[Answer] = []
         while True:
             self._wait(link, address, deadline)
@@ -161,7 +154,7 @@ class WirePeerControl:
                 link.watch()
 
     def _wait(self, link: Link, address: str, deadline: float) -> None:
-        """Until something has come. Raises at the deadline, and for a dead link."""
+        """Wait for a message. Raises at the deadline, and for a dead link."""
         import zmq
 
         if not link.alive:
@@ -184,7 +177,7 @@ class WirePeerControl:
             return Link(self._context, address, self._share, self._secret)
 
     def _take(self, address: str) -> Link | None:
-        """An idle link that is still alive."""
+        """Return an idle link that is still alive."""
         with self._lock:
             _, link = self._links.pop(address, (0.0, None))
         if link is not None:
@@ -213,4 +206,4 @@ class WirePeerControl:
 
 def _unexpected(address: str, answer: Answer) -> PeerError:
     reason = answer.reason.name if isinstance(answer, Unavailable) else type(answer).__name__
-    return PeerError(f"{address}: not what was asked for: {reason}")
+    return PeerError(f"{address}: an unexpected answer: {reason}")

@@ -1,7 +1,7 @@
-"""What lies in Redis: names of keys, a node's entry, an entry of a stream. Pure; docs/DATA_FILE.md has the table.
+"""Redis entries: names of keys, a node's entry, an entry of a stream. Pure; docs/DATA_FILE.md has the table.
 
-Whoever can write to Redis can write anything here: what does not decode is None, and nothing is believed beyond
-"this node may have that page".
+Redis may contain anything: bytes that do not decode are None, and a valid entry only means "this node may have
+that page".
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ _OPS = {letter: op for op, letter in _LETTERS.items()}
 
 
 def is_name(text: str) -> bool:
-    """May this be a node id or a cluster id? Letters, digits, ``_ . -``; 96 at most."""
+    """Is ``text`` a valid node id or cluster id: up to 96 letters, digits, ``_ . -``?"""
     return bool(_NAME.fullmatch(text))
 
 
 def member_keys(cluster_id: str) -> tuple[str, str, str]:
-    """ZSET of the living, HASH of their entries, STRING that changes with them."""
+    """Return the keys of the ZSET of live nodes, the HASH of their entries, the STRING that changes with them."""
     tag = f"{PREFIX}:{{{cluster_id}}}"
     return f"{tag}:live", f"{tag}:nodes", f"{tag}:ver"
 
 
 def stream_key(cluster_id: str, namespace: str, node_id: NodeId) -> bytes:
-    """The stream of a node's changes in a namespace."""
+    """Return the key of the stream of a node's changes in a namespace."""
     return f"{PREFIX}:{{{cluster_id}}}:{namespace}:log:{node_id}".encode()
 
 
 def encode_info(info: NodeInfo) -> bytes:
-    """A node's entry: JSON, the same bytes for the same content."""
+    """Encode a node's entry as JSON: the same bytes for the same content."""
     entry = {
         "proto": info.protocol,
         "epoch": f"{info.epoch:016x}",
@@ -63,7 +63,7 @@ def encode_info(info: NodeInfo) -> bytes:
 
 
 def decode_info(node_id: bytes, entry: bytes | None) -> NodeInfo | None:
-    """A node's entry; None if it is none of this protocol."""
+    """Decode a node's entry; None unless it is a valid one of this protocol."""
     if entry is None or len(entry) > ENTRY_BYTES_MAX:
         return None
     try:
@@ -85,7 +85,7 @@ def decode_info(node_id: bytes, entry: bytes | None) -> NodeInfo | None:
 
 
 def is_sound(info: NodeInfo) -> bool:
-    """Does what another node says of itself keep to types and limits?"""
+    """Does another node's entry keep to types and limits?"""
     texts = (info.node_id, info.address, info.share_group, *info.namespaces, *info.engines)
     if not all(isinstance(text, str) for text in texts):
         return False
@@ -102,7 +102,7 @@ def is_sound(info: NodeInfo) -> bool:
 
 
 def is_namespace(name: str) -> bool:
-    """May this be a namespace's name?"""
+    """Is ``name`` a valid name of a namespace?"""
     try:
         namespace_bytes(name)
     except ValueError:
@@ -111,7 +111,7 @@ def is_namespace(name: str) -> bool:
 
 
 def encode_change(change: Change) -> dict[bytes, bytes]:
-    """Fields of a stream's entry."""
+    """Encode a change as the fields of a stream's entry."""
     return {
         b"e": b"%016x" % change.epoch,
         b"q": b"%d" % change.first,
@@ -121,7 +121,7 @@ def encode_change(change: Change) -> dict[bytes, bytes]:
 
 
 def decode_change(fields: Mapping[bytes, bytes] | None) -> Change | None:
-    """The change in a stream's entry; None if it is none."""
+    """Decode the fields of a stream's entry; None unless they are a valid change."""
     if fields is None:
         return None
     try:

@@ -1,8 +1,8 @@
-"""Members and changes through Redis: a beat, this node's changes out, other nodes' changes in.
+"""RedisFeed: members and changes through Redis. Sends heartbeats and own changes, reads other nodes' changes.
 
-Redis is a place to meet, never the truth: all of it may vanish at any moment and is written anew by the next beat
-and the next change. Two threads, each with a connection of its own: one writes (beats, changes), one waits for
-entries. Neither blocks longer than its connection's limit.
+Nothing depends on the contents of Redis: they may vanish at any moment, and the next heartbeat and the next change
+write them again. Two threads have a connection each: one writes, one waits for entries. Neither blocks longer than
+its connection's limit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
-from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX, FeedHost
+from flexkv_sglang.backends.fleet.members.followers import Followers
+from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX
 from flexkv_sglang.backends.fleet.members.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.redis_entries import (
     decode_change,
@@ -26,18 +27,19 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
     stream_key,
 )
 from flexkv_sglang.backends.fleet.members.redis_link import RedisLink, parse_redis_url
-from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 
 SOURCE = "redis"
-KEEP_S = 5.0
-"""A stream says at least this often how far its numbers go."""
+STREAM_HEARTBEAT_S = 5.0
+"""Longest time between entries of a stream that others follow: a HEARTBEAT entry carries the next number."""
 
 SILENCE_S = 15.0
-"""A stream that says nothing for this long is read from its beginning: its ids may have gone back."""
+"""A stream without entries for this long is read from its beginning: its ids may have gone back."""
 
 BLOCK_S = 0.5
 LEAVE_S = 0.2
@@ -78,21 +80,21 @@ if v == ARGV[4] then return {v, former or ''} end
 local ids = redis.call('ZRANGE', live, 0, tonumber(ARGV[5]) - 1)
 return {v, former or '', ids, redis.call('HMGET', nodes, unpack(ids))}
 """
-"""KEYS: live, nodes, ver. ARGV: nid, entry, ttl ms, version known, members wanted at most.
+"""KEYS: live, nodes, ver. ARGV: nid, entry, ttl ms, known version, limit of members.
 
-Expired: who beat longer ago than the ttl, or as far in the future, which the server's clock has left behind.
-Answers {version, own entry before: '=' unchanged, '' there was none} and, if the version is another, ids and entries.
+Removes nodes whose last heartbeat is more than the ttl ago, or as far in the future (the server's clock went back).
+Returns {version, former own entry: '=' unchanged, '' none} and, if the version is another, ids and entries.
 """
 
 
 class RedisFeed:
-    """Feeds a ``FeedHost`` from Redis, and Redis from this node's ``logs``. ``logs`` is asked by namespace.
+    """Feeds ``followers`` from Redis, and Redis from this node's ``logs`` (by namespace).
 
     Raises ``ConfigError`` for a wrong URL or cluster id. Redis may be absent at any time, also at the start.
     """
 
     def __init__(
-        self, share: ShareConfig, host: FeedHost, logs: Callable[[str], OwnChanges | None]
+        self, share: ShareConfig, followers: Followers, logs: Callable[[str], OwnChanges | None]
     ) -> None:
         assert share.redis_url
         if not is_name(share.cluster_id):
@@ -100,7 +102,7 @@ class RedisFeed:
                 f"cluster_id: {share.cluster_id!r}; valid: letters, digits, _ . -, at most 96"
             )
         self._share = share
-        self._host = host
+        self._followers = followers
         self._logs = logs
         self._link = RedisLink(
             parse_redis_url(share.redis_url, share.redis_password_file, share.redis_ca_file)
@@ -118,24 +120,24 @@ class RedisFeed:
         self._written_at: dict[str, float] = {}
         self._cursors: dict[bytes, bytes] = {}
         self._heard_at: dict[bytes, float] = {}
-        self._emptied = 0  # times that Redis was found without our entry; the writing thread counts
+        self._emptied = 0  # how often Redis had lost our entry; the writing thread counts
         self._read_since = 0
         self._threads = [
             PeriodicThread(
-                "flexkv-redis-beat", self._write, lambda: host.count("share_thread_errors")
+                "flexkv-redis-beat", self._write, lambda: followers.count("share_thread_errors")
             ),
             PeriodicThread(
-                "flexkv-redis-read", self._read, lambda: host.count("share_thread_errors")
+                "flexkv-redis-read", self._read, lambda: followers.count("share_thread_errors")
             ),
         ]
 
     def start(self) -> None:
-        """Begin to beat, write and read."""
+        """Begin to write and read."""
         for thread in self._threads:
             thread.start()
 
     def wake(self) -> None:
-        """What is followed, or what this node tells of itself, has changed."""
+        """Read and write soon: the followed nodes or the own entry have changed."""
         self._next_heartbeat = 0.0
         for thread in self._threads:
             thread.event.set()
@@ -146,7 +148,7 @@ class RedisFeed:
             thread.stop()
 
     def join(self, deadline: float) -> bool:
-        """Wait for their end; then leave the list of members, so that nobody waits for this node's expiry."""
+        """Wait for their end, then leave the list of members, so that others need not wait for this node's expiry."""
         ended = [thread.join(deadline) for thread in self._threads]
         if all(ended):
             time_left = deadline - time.monotonic() > 2 * LEAVE_S
@@ -157,7 +159,7 @@ class RedisFeed:
         return all(ended)
 
     def status(self) -> dict[str, object]:
-        """For ``flexkv nodes``; no password in it."""
+        """State for ``flexkv nodes``, without the password."""
         return {
             "kind": SOURCE,
             "address": str(self._link.address),
@@ -180,16 +182,20 @@ class RedisFeed:
                 self._heartbeat()
             more = self._publish()
         except self._link.errors as error:
-            self._host.count("share_redis_errors")
+            self._followers.count("share_redis_errors")
             self._retry_at = time.monotonic() + self._write_outage.failed(error)
             self._next_heartbeat = 0.0
             self._writing.connection_pool.disconnect()
             return 0.0
         self._write_outage.worked()
-        return 0.0 if more else min(KEEP_S / 5, max(0.0, self._next_heartbeat - time.monotonic()))
+        return (
+            0.0
+            if more
+            else min(STREAM_HEARTBEAT_S / 5, max(0.0, self._next_heartbeat - time.monotonic()))
+        )
 
     def _heartbeat(self) -> None:
-        own = self._host.own_info()
+        own = self._followers.own_info()
         args = [
             own.node_id,
             encode_info(own),
@@ -198,26 +204,26 @@ class RedisFeed:
             MEMBERS_MAX,
         ]
         answer = self._script(keys=list(member_keys(self._share.cluster_id)), args=args)
-        self._host.count("share_beats")
+        self._followers.count("share_beats")
         former = answer[1]
         if len(answer) > 2:
             found = [decode_info(*pair) for pair in zip(answer[2], answer[3], strict=False)]
             self._infos = [info for info in found if info is not None]
         self._version = answer[0]
         lost = former == b"" and self._registered_as == own.node_id
-        if lost:  # flushed, failed over or away for long: others have yet to come back
+        if lost:  # flushed, failed over or away for long: other nodes' entries are lost as well
             self._emptied += 1
-            self._host.count("share_redis_emptied")
+            self._followers.count("share_redis_emptied")
         self._registered_as = own.node_id
         grace_s = self._share.node_ttl_s + self._write_outage.retry_max_s if lost else 0.0
-        self._host.update_members(SOURCE, self._infos, grace_s)
+        self._followers.update_members(SOURCE, self._infos, grace_s)
         other = decode_info(own.node_id.encode(), former) if former not in (b"", b"=") else None
-        self._host.own_name_seen(SOURCE, other)
+        self._followers.own_name_seen(SOURCE, other)
 
     def _publish(self) -> bool:
-        """Write what waits. True: there is more."""
+        """Write waiting changes. True: there may be more."""
         pause = self._flushed_at + self._flush_s() - time.monotonic()
-        own = self._host.own_info()
+        own = self._followers.own_info()
         logs = [(name, log) for name in own.namespaces if (log := self._logs(name)) is not None]
         for _name, log in logs:
             log.listen(self._threads[0].event.set)
@@ -232,19 +238,20 @@ class RedisFeed:
             log.published(end.epoch, end.first + end.numbers - 1)
         if batches:
             self._flushed_at = time.monotonic()
-        self._keep(logs, own)
+        self._write_heartbeats(logs, own)
         return bool(batches)
 
-    def _keep(self, logs: list[tuple[str, OwnChanges]], own: NodeInfo) -> None:
+    def _write_heartbeats(self, logs: list[tuple[str, OwnChanges]], own: NodeInfo) -> None:
+        """Append a HEARTBEAT to the streams that others follow and that had no entry for a while."""
         now = time.monotonic()
         wanted = {
             name for info in self._infos if info.node_id != own.node_id for name in info.namespaces
         }
         for name, log in logs:
-            if name in wanted and now - self._written_at.get(name, 0.0) >= KEEP_S:
-                keep = log.keep()
-                if keep is not None:
-                    self._append(name, own.node_id, [keep])
+            if name in wanted and now - self._written_at.get(name, 0.0) >= STREAM_HEARTBEAT_S:
+                heartbeat = log.heartbeat()
+                if heartbeat is not None:
+                    self._append(name, own.node_id, [heartbeat])
         for name in self._written_at.keys() - {name for name, _log in logs}:
             del self._written_at[name]
 
@@ -256,10 +263,10 @@ class RedisFeed:
         pipe.pexpire(key, _STREAM_TTL_MS)
         pipe.execute()
         self._written_at[namespace] = time.monotonic()
-        self._host.count("share_changes_out", len(changes))
+        self._followers.count("share_changes_out", len(changes))
 
     def _flush_s(self) -> float:
-        """With many nodes fewer, larger entries: each is delivered to all of them."""
+        """Seconds to collect changes: with many nodes fewer, larger entries, as each goes to all of them."""
         base = self._share.publish_flush_s
         nodes = len(self._infos)
         return base if nodes <= _FEW_NODES else max(base, min(FLUSH_MAX_S, base * nodes / 10))
@@ -268,7 +275,7 @@ class RedisFeed:
         live, _nodes, _version = member_keys(self._share.cluster_id)
         client = RedisLink(self._link.address, LEAVE_S).client()
         try:
-            client.zadd(live, {node_id: 1})  # the next beat of anybody finds it expired
+            client.zadd(live, {node_id: 1})  # expired: the next heartbeat of any node removes it
         except self._link.errors as error:
             logger.info("flexkv: did not leave the list of members: %s", type(error).__name__)
         finally:
@@ -279,16 +286,16 @@ class RedisFeed:
     def _read(self) -> float:
         feeds = {
             stream_key(self._share.cluster_id, namespace, node_id): (namespace, node_id)
-            for namespace, node_id in self._host.followed()
+            for namespace, node_id in self._followers.followed()
         }
-        self._point(list(feeds))
+        self._update_cursors(list(feeds))
         if not feeds:
             return BLOCK_S
         count = max(16, min(_READ_ENTRIES, _READ_ENTRIES_ALL // len(feeds)))
         try:
             answer = self._reading.xread(self._cursors, count=count, block=int(BLOCK_S * 1000))
         except self._link.errors as error:
-            self._host.count("share_redis_errors")
+            self._followers.count("share_redis_errors")
             self._reading.connection_pool.disconnect()
             self._read_since = -1
             self._threads[1].pause(self._read_outage.failed(error))
@@ -302,23 +309,23 @@ class RedisFeed:
             self._heard_at[key] = time.monotonic()
             changes = [decode_change(fields) for _entry_id, fields in entries]
             sound = [change for change in changes if change is not None]
-            self._host.count("share_changes_in", len(sound))
+            self._followers.count("share_changes_in", len(sound))
             if len(sound) < len(changes):
-                self._host.count("share_bad_entries", len(changes) - len(sound))
-            self._host.changed(*feed, sound)
-        if len(feeds) > _FEW_NODES:  # the question names every stream: it is larger than the news
+                self._followers.count("share_bad_entries", len(changes) - len(sound))
+            self._followers.changed(*feed, sound)
+        if len(feeds) > _FEW_NODES:  # XREAD lists every stream: the request outweighs the answer
             self._threads[1].pause(self._flush_s())
         return 0.0
 
-    def _point(self, keys: list[bytes]) -> None:
-        """Where to read each stream on. Ids prove nothing; when they may have gone back, from the beginning."""
+    def _update_cursors(self, keys: list[bytes]) -> None:
+        """Set the id after which to read each stream: the beginning when ids may have gone back."""
         now = time.monotonic()
         emptied = self._emptied
-        anew, self._read_since = self._read_since != emptied, emptied
+        restart, self._read_since = self._read_since != emptied, emptied
         cursors = {}
         for key in keys:
             cursor = self._cursors.get(key, b"0")
-            if anew or now - self._heard_at.setdefault(key, now) > SILENCE_S:
+            if restart or now - self._heard_at.setdefault(key, now) > SILENCE_S:
                 cursor, self._heard_at[key] = b"0", now
             cursors[key] = cursor
         self._cursors = cursors
@@ -329,7 +336,7 @@ class RedisFeed:
 def streams_of(
     answer: Any,
 ) -> Iterator[tuple[bytes, list[tuple[bytes, dict[bytes, bytes] | None]]]]:
-    """Streams of an answer to XREAD, as (key, entries): lists in RESP2, a dict of lists in RESP3."""
+    """Yield (key, entries) of the streams in an answer to XREAD: lists in RESP2, a dict of lists in RESP3."""
     if isinstance(answer, dict):
         for key, groups in answer.items():
             yield key, [entry for group in groups for entry in _entries(group)]
@@ -339,5 +346,5 @@ def streams_of(
 
 
 def _entries(group: Any) -> list[tuple[bytes, dict[bytes, bytes] | None]]:
-    """RESP3 wraps the entries of a stream once more, depending on redis-py's release."""
+    """Unwrap the entries of a stream: in RESP3 some releases of redis-py wrap them once more."""
     return [group] if isinstance(group, tuple) else list(group)

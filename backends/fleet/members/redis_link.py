@@ -1,7 +1,7 @@
-"""Connections to Redis: what a URL means, and clients that give up soon.
+"""RedisLink: parses Redis URLs and makes clients with short limits.
 
-redis-py's defaults wait up to a minute for a server that hangs. Here every command has a short limit and no
-retries; who uses a client tries again by itself. A password is never in a log line, an error or ``str()``.
+redis-py waits up to a minute by default for a server that hangs. Here every command has a short limit and no
+retries; the caller tries again. A password is never in a log line, an error or ``str()``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from flexkv_sglang.config.parsers import redacted
 from flexkv_sglang.errors import ConfigError
 
 TIMEOUT_S, CONNECT_TIMEOUT_S = 1.0, 0.5
-"""Of every command: a Redis that is slow for a while is not absent (decision 016). Nobody waits for it but the feed."""
+"""Limits of every command and of a connection. Long enough that a slow Redis is not absent (decision 016)."""
 
 _SCHEMES = {
     "redis": (False, False),
@@ -62,9 +63,9 @@ class RedisAddress:
 def parse_redis_url(
     url: str, password_file: str | None = None, ca_file: str | None = None
 ) -> RedisAddress:
-    """What ``redis_url`` means. ``ca_file``: as ``ssl_ca_certs`` in its options, which must not differ.
+    """Parse ``redis_url``. ``ca_file``: the same as the option ``ssl_ca_certs``, which must not differ.
 
-    Raises ``ConfigError`` that never shows a password.
+    Raises ``ConfigError`` without the password.
     """
     try:
         parts = urlsplit(url)
@@ -106,12 +107,6 @@ def parse_redis_url(
         ) from None
 
 
-def redacted(url: str) -> str:
-    """A URL without user and password, however wrong it may be."""
-    scheme, mark, rest = url.partition("://")
-    return f"{scheme}{mark}***@{rest.rpartition('@')[2]}" if "@" in rest else url
-
-
 def _service_and_db(path: str, sentinel: bool) -> tuple[str | None, int]:
     names = [name for name in path.split("/") if name]
     if len(names) > 1 + sentinel or len(names) < sentinel:
@@ -131,7 +126,7 @@ def _hosts(places: str, default_port: int) -> tuple[tuple[str, int], ...]:
 
 
 class _Login:
-    """Asked by redis-py for every connection: a password file that changes is read anew."""
+    """Credentials for redis-py, which asks for every connection: a changed password file is read again."""
 
     def __init__(self, address: RedisAddress) -> None:
         self._address = address
@@ -142,7 +137,7 @@ class _Login:
         if address.password_file:
             path = Path(address.password_file)
             if path.stat().st_size > _PASSWORD_BYTES_MAX:
-                raise OSError(f"{path} is no password file")
+                raise OSError(f"{path} is too large for a password file")
             password = path.read_text().strip("\r\n")
         return (address.user, password) if address.user else (password,)
 
@@ -162,13 +157,13 @@ class RedisLink:
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What a command may raise when Redis is absent, hangs, or refuses."""
+        """Exceptions of a command when Redis is absent, hangs, or refuses."""
         import redis
 
         return (redis.RedisError, OSError)
 
     def client(self, block_s: float = 0.0) -> Any:
-        """A client whose commands may block for ``block_s`` in the server. Connects at its first command."""
+        """Make a client whose commands may block for ``block_s`` in the server. It connects at its first command."""
         import redis
         from redis import sentinel
         from redis.backoff import NoBackoff

@@ -24,9 +24,10 @@ from flexkv_sglang.backends.fleet.reader.rdma_channel import RdmaChannel
 from flexkv_sglang.backends.fleet.reader.rdma_memory import RdmaMemory
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
 from flexkv_sglang.backends.fleet.transport import RdmaTransport
-from flexkv_sglang.backends.fleet.vocabulary import NodeId, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import NodeId
 from flexkv_sglang.backends.fleet.wire import curve
 from flexkv_sglang.backends.fleet.wire.link import Link
+from flexkv_sglang.config.share import ShareConfig
 
 if TYPE_CHECKING:
     import zmq

@@ -25,10 +25,10 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     PageStatus,
     ServedNode,
     ServedPage,
-    ShareConfig,
     namespace_name,
 )
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.threads import JobPool
 
 if TYPE_CHECKING:

@@ -32,11 +32,11 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     BATCH_PAGES,
     PROTOCOL,
     ServedNode,
-    ShareConfig,
     namespace_name,
 )
 from flexkv_sglang.backends.fleet.wire import addresses, answers, curve, protocol, requests
 from flexkv_sglang.backends.fleet.wire.auth import ZapAuthenticator
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.threads import JobPool
 

@@ -10,8 +10,8 @@ import logging
 import socket
 from urllib.parse import urlsplit
 
-from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
 from flexkv_sglang.backends.fleet.wire.curve import Secret
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PROTOCOL, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PROTOCOL
 from flexkv_sglang.backends.fleet.wire import answers, curve, protocol, requests
+from flexkv_sglang.config.share import ShareConfig
 
 if TYPE_CHECKING:
     import zmq

@@ -1,9 +1,9 @@
-"""Waits: how long pages of each class wait for their next use, and what keeping one is worth. Pure.
+"""ReuseTimes: intervals between two uses of a page, per class, and the value of keeping a page. Pure.
 
-A page waits from one use to the next. A wait that is not over, or whose end nobody would see any more,
-is *censored*: it is known to be longer than the page's age. Both kinds go into a hazard per age (the
-estimate of Kaplan and Meier, "Nonparametric Estimation from Incomplete Observations", 1958). Without the
-censored ones a class would look dead at every age that few of its pages have had the time to reach.
+An interval that ends with a use is *observed*. One that is not over, or whose end cannot be seen any more, is
+*censored*: it is longer than the page's age. Both go into a hazard per age (the estimate of Kaplan and Meier,
+"Nonparametric Estimation from Incomplete Observations", 1958). Without the censored ones a class would look dead at
+every age that few of its pages have had the time to reach.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ from flexkv_sglang.types import F64, I64
 
 CLASSES = 4
 BUCKETS = 64  # two per octave of age
-FADE = 0.95  # of what was learned, each time the tables are made anew
-_PRIOR_PAGES = 50.0  # a class counts as this many average pages until it has its own
+FADE = 0.95  # of the learned counts, at each ``learn``
+_PRIOR_PAGES = 50.0  # pseudo-count of the prior, in pages
 
 
 class ReuseTimes:
-    """Counts since the last ``learn`` are open to the policy: one flat list, at ``class << 6 | bucket``."""
+    """``observed``, ``censored``: counts since the last ``learn``, added by the policy at ``class << 6 | bucket``."""
 
     def __init__(self) -> None:
-        self.ended = [0] * (CLASSES * BUCKETS)  # by a use
-        self.censored = [0] * (CLASSES * BUCKETS)  # by an overwritten ghost
-        self._ended = np.zeros((CLASSES, BUCKETS))
+        self.observed = [0] * (CLASSES * BUCKETS)
+        self.censored = [0] * (CLASSES * BUCKETS)
+        self._observed = np.zeros((CLASSES, BUCKETS))
         self._censored = np.zeros((CLASSES, BUCKETS))
         self.learned = False
-        # Before anything is learned: the older, the less.
+        # Before the first ``learn``: the older, the less.
         self.value = [[1.0 / (bucket + 1) for bucket in range(BUCKETS)] for _ in range(CLASSES)]
         """By class and bucket of age: hits to expect per slot and tick."""
 
     def learn(self, waiting: F64) -> None:
-        """Make ``value`` anew. ``waiting``: pages that wait now, shape (classes, buckets)."""
+        """Compute ``value`` again. ``waiting``: pages not used again yet, float ``[classes, buckets]``."""
         shape = (CLASSES, BUCKETS)
-        self._ended = self._ended * FADE + np.array(self.ended, float).reshape(shape)
+        self._observed = self._observed * FADE + np.array(self.observed, float).reshape(shape)
         self._censored = self._censored * FADE + np.array(self.censored, float).reshape(shape)
-        self.ended, self.censored = [0] * (CLASSES * BUCKETS), [0] * (CLASSES * BUCKETS)
+        self.observed, self.censored = [0] * (CLASSES * BUCKETS), [0] * (CLASSES * BUCKETS)
         open_ended = self._censored + waiting
-        beyond = np.cumsum((self._ended + open_ended)[:, ::-1], axis=1)[:, ::-1]
-        # Of the waits censored within a bucket, half count as having lasted through it.
+        beyond = np.cumsum((self._observed + open_ended)[:, ::-1], axis=1)[:, ::-1]
+        # Half of the intervals censored within a bucket count as longer than it.
         reached = beyond - 0.5 * open_ended
         share = _PRIOR_PAGES / (beyond[:, 0].sum() + 1.0)
-        ended = self._ended + self._ended.sum(0) * share
+        observed = self._observed + self._observed.sum(0) * share
         reached = reached + reached.sum(0) * share
-        hazard = np.minimum(ended / np.maximum(reached, 0.5), 1.0)
+        hazard = np.minimum(observed / np.maximum(reached, 0.5), 1.0)
         self.value = [best_rates(row) for row in hazard]
         self.learned = True
 
 
 def bucket_of(age: int) -> int:
-    """Two buckets per octave: the bit length and the bit below the highest."""
+    """Bucket of an age in ticks, two per octave: the bit length and the bit below the highest."""
     bits = age.bit_length()
     return min(2 * bits + (age >> (bits - 2) & 1), BUCKETS - 1) if bits > 1 else 2 * bits
 
@@ -73,15 +73,15 @@ _WIDTH = _widths()
 
 
 def best_rates(hazard: F64) -> list[float]:
-    """Per age bucket: the largest (next uses) / (slot ticks) over all ways to stop keeping later.
+    """Per age bucket: the largest (next uses) / (slot ticks) over all later ages to stop keeping at.
 
-    ``hazard``: of the waits that reach a bucket, the share that ends in it, shape (buckets,).
+    ``hazard``: of the intervals that reach a bucket, the share that ends in it, float ``[buckets]``.
     """
     alive = np.concatenate(([1.0], np.cumprod(1.0 - hazard)))
     before = 1.0 - alive
     kept = np.maximum(alive[:-1] * (1.0 - 0.5 * hazard), 1e-9)
     spent = np.concatenate(([0.0], np.cumsum(kept * _WIDTH)))
-    # An end before its beginning has neither hits nor cost above 0, so it is never the best.
+    # Intervals that end before they begin are clamped to 0 and never win.
     rate = before[1:] - before[:-1, None]
     cost = spent[1:] - spent[:-1, None]
     np.maximum(rate, 0.0, out=rate)

@@ -23,16 +23,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
 
 import numpy as np
+import numpy.typing as npt
 
-from flexkv_sglang.cache.eviction.policies import EvictionPolicy, Recency
+from flexkv_sglang.cache.eviction.policy import EvictionPolicy
 from flexkv_sglang.cache.index.chains import ChainLinks
 from flexkv_sglang.cache.index.free_slots import FreeSlots
 from flexkv_sglang.cache.index.key_table import KeyTable
-from flexkv_sglang.cache.index.snapshot import FrozenPages
 from flexkv_sglang.types import (
     DOOMED,
     FREE,
@@ -41,6 +42,8 @@ from flexkv_sglang.types import (
     READY,
     RETIRED,
     SUSPENDED,
+    U32,
+    U64,
     WRITING,
     BoolArray,
     KeyArray,
@@ -51,20 +54,42 @@ from flexkv_sglang.types import (
 
 _MAX_SLOTS = (1 << 32) - 1
 
-FOUND = (WRITING, READY, SUSPENDED)
-"""States of slots whose key is in the map."""
+_KEYED = (WRITING, READY, SUSPENDED)  # states of slots whose key is in the map
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSnapshot:
+    """Columns of an index at one moment, by slot. Copied under the engine's lock, sorted outside of it.
+
+    The keys of slots that are not READY are void.
+    """
+
+    keys: KeyArray
+    state: npt.NDArray[np.uint8]
+    tick: U64
+    parent: I64
+    parent_generation: U32
+    generation: U32
+
+    def by_age(self) -> tuple[KeyArray, I64, I64]:
+        """(keys, slots, parent slots or -1) of the READY pages, least recently used first."""
+        ready = np.flatnonzero(self.state == READY)
+        slots = ready[np.argsort(self.tick[ready], kind="stable")]
+        parents = self.parent[slots]
+        alive = (parents != NO_SLOT) & (self.parent_generation[slots] == self.generation[parents])
+        return self.keys[slots], slots, np.where(alive, parents, NO_SLOT)
 
 
 class TierIndex:
-    """Index over ``slot_count`` slots; ``policy`` (made for as many, default LRU) picks among the leaves.
+    """Index over ``slot_count`` slots. ``policy``, made for the same number, picks a victim among the leaves.
 
-    ``regions``: how many of the slots lie in each slot file, in order (default: all in one).
+    ``regions``: number of slots in each slot file, in order (default: all in one).
     """
 
     def __init__(
         self,
         slot_count: int,
-        policy: EvictionPolicy | None = None,
+        policy: EvictionPolicy,
         regions: Sequence[int] | None = None,
     ) -> None:
         assert 0 <= slot_count <= _MAX_SLOTS, slot_count
@@ -74,7 +99,7 @@ class TierIndex:
         self._states = np.frombuffer(self._state, np.uint8)  # the same memory, for array work
         self._pins = array("I", [0]) * slot_count
         self._links = ChainLinks(slot_count)
-        self._policy = policy if policy is not None else Recency(slot_count)
+        self._policy = policy
         self._free_slots = FreeSlots(regions if regions is not None else [slot_count])
         self._ready_count = 0
 
@@ -92,7 +117,7 @@ class TierIndex:
         return key in self._keys
 
     def found(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Per key: would ``find`` find it?"""
+        """Per key: is it READY?"""
         flags: list[bool] = self._in_state(self._keys.get_all(keys), READY).tolist()
         return flags
 
@@ -110,18 +135,15 @@ class TierIndex:
         """Length of ``run``."""
         return len(self.run(keys))
 
-    def hold(self, slots: Iterable[SlotId]) -> None:
-        """Pin slots without using them. Each must be given to ``unpin`` exactly once."""
+    def pin(self, slots: Iterable[SlotId]) -> None:
+        """Pin slots, which is no use of them. ``unpin`` each exactly once."""
         for slot in slots:
             self._pins[slot] += 1
 
-    def pin(self, keys: Sequence[PageKey]) -> list[SlotId]:
-        """Pin the READY pages among ``keys`` up to the first absent one; touch them, refresh links.
-
-        Returns the slots of that leading run. Each must be given to ``unpin`` exactly once.
-        """
+    def pin_run(self, keys: Sequence[PageKey]) -> list[SlotId]:
+        """Pin and touch the leading run of READY pages, and refresh their links. ``unpin`` each slot exactly once."""
         slots = self.run(keys)
-        self.hold(slots)
+        self.pin(slots)
         for before, slot in pairwise(slots):
             self._links.link(slot, before)
         self._touch_chain(slots)
@@ -136,7 +158,7 @@ class TierIndex:
                 self._free(slot)
 
     def discard(self, key: PageKey, slot: SlotId) -> bool:
-        """Forget a READY page whose bytes turned out wrong. False if ``key`` is no longer in ``slot``.
+        """Forget a READY page with corrupt bytes. False if ``key`` is no longer in ``slot``.
 
         Its children stay as roots. A pinned slot is reused only after its last unpin.
         """
@@ -154,10 +176,9 @@ class TierIndex:
     ) -> Reserved:
         """Slots for the absent ones of a chain; they become WRITING.
 
-        ``parent``: the page before ``keys[0]``, if known. ``skip``: positions not wanted (a neighbour
-        has them). Present keys are touched and never victims of this call. Never waits, never raises:
-        when nothing can be evicted the rest of the batch is refused, when nothing that is worth less
-        can, declined; a leading part is granted.
+        ``parent``: the page before ``keys[0]``, if known. ``skip``: positions not wanted (a neighbour has them).
+        Present keys are touched and never victims of this call. Never waits, never raises. A leading part is granted;
+        the rest is refused if no leaf can be evicted, and declined if no leaf of a lower value can.
         """
         chain = keys if parent is None else [parent, *keys]
         at = self._keys.get_all(chain)
@@ -165,17 +186,16 @@ class TierIndex:
             at = self._keys.get_all(chain)
         found = at.tolist()
         slot_of = dict(zip(chain, found, strict=True))
-        held = [SlotId(slot) for slot in found if slot != NO_SLOT]
+        present = [SlotId(slot) for slot in found if slot != NO_SLOT]
         before = found[0] if parent is not None else NO_SLOT
-        for slot in held:  # a batch never evicts its own pages
-            self._pins[slot] += 1
+        self.pin(present)  # a batch never evicts its own pages
         absent = {
             key: position
             for position, key in reversed(list(enumerate(keys)))
             if slot_of[key] == NO_SLOT and position not in skip
         }
         wanted = sorted(absent.values())
-        slots, victims, dear = self._take([keys[position] for position in wanted])
+        slots, victims, declined = self._take([keys[position] for position in wanted])
         granted = list(zip(wanted, slots, strict=False))
         for position, slot in granted:
             self._begin_write(keys[position], slot)
@@ -189,15 +209,16 @@ class TierIndex:
             elif current != NO_SLOT and previous != NO_SLOT:
                 self._links.link(current, previous)
             previous = current
-        for slot in held:
-            self._pins[slot] -= 1
-        self._touch_chain(held if before == NO_SLOT else held[1:])
+        self.unpin(present)
+        self._touch_chain(present if before == NO_SLOT else present[1:])
         if before != NO_SLOT and self._state[before] == READY:
-            # It may have a child now. Whether it was used, another call says.
+            # It gained a child, so its place in the queue is stale; this is not a use.
             self._policy.renew(before, self._links.children[before])
-        if dear:
+        if declined:
             self._policy.declined([keys[position] for position in unplaced])
-        return Reserved(granted, victims, [] if dear else unplaced, unplaced if dear else [])
+        return Reserved(
+            granted, victims, [] if declined else unplaced, unplaced if declined else []
+        )
 
     def still_writing(self, slots: Iterable[SlotId]) -> list[bool]:
         """Per slot: False if ``clear`` or ``suspend`` hit it since ``reserve``. It must be aborted then."""
@@ -239,10 +260,10 @@ class TierIndex:
         self._ready_count = 0
 
     def suspend(self, region: int, *, readable: bool = False) -> int:
-        """The directory of a region fails: its slots are not used, its pages found by nobody.
+        """The directory of a region fails: its slots are not used and its pages not found.
 
-        Returns how many pages. One that is put again meanwhile goes elsewhere and is forgotten here.
-        ``readable``: it only takes no writes; its pages stay, and none is evicted.
+        Returns the number of its pages. One that is put again goes elsewhere and is forgotten here.
+        ``readable``: only writes fail; its pages stay, and none is evicted.
         """
         low, high = self._free_slots.span(region)
         self._free_slots.close(region)
@@ -257,7 +278,7 @@ class TierIndex:
         return count
 
     def resume(self, region: int) -> int:
-        """Undo ``suspend``. Returns how many pages are back."""
+        """Undo ``suspend``. Returns the number of pages that are back."""
         low, high = self._free_slots.span(region)
         self._free_slots.reopen(region)
         state = self._states[low:high]
@@ -273,8 +294,8 @@ class TierIndex:
     def retire(self, region: int, count: int) -> tuple[list[tuple[PageKey, SlotId]], int]:
         """Take slots at the end of a region out of use for good, at most ``count``.
 
-        Stops at the first one that is pinned or being written. Returns the (key, slot) of pages that are
-        gone and how many slots the region has left.
+        Stops at the first one that is pinned or being written. Returns the (key, slot) pairs of the pages that
+        are gone, and the number of slots that the region still has.
         """
         low, high = self._free_slots.span(region)
         gone: list[tuple[PageKey, SlotId]] = []
@@ -309,18 +330,43 @@ class TierIndex:
         self._policy.load(slots, slots[children[slots] == 0])
         return dropped
 
-    def freeze(self) -> FrozenPages:
-        """A copy of what a snapshot needs. Copies only: a million pages are not sorted under a lock."""
-        return FrozenPages(
+    def snapshot(self) -> IndexSnapshot:
+        """The columns that a journal's snapshot needs. Copies only: a million pages are not sorted under a lock."""
+        return IndexSnapshot(
             self._keys.column(),
             self._states.copy(),
             np.array(self._policy.last_use, np.uint64),
             *self._links.copy(),
         )
 
+    def check(self) -> None:
+        """Assert every invariant. O(slots). For tests, the crash campaign and the soak."""
+        children = [0] * self.slot_count
+        for slot in self._keys.slots().tolist():
+            assert self._keys.get(self._keys[slot]) == slot, f"slot {slot} and its key disagree"
+            assert self._state[slot] in _KEYED, f"key in slot {slot}, state {self._state[slot]}"
+            parent = self.parent_slot(slot)
+            if parent != NO_SLOT:
+                assert self._state[parent] in _KEYED, f"slot {slot} has a dead parent {parent}"
+                children[parent] += 1
+        named = sum(state in _KEYED for state in self._state)
+        assert named == len(self._keys), f"{named} slots have a key, {len(self._keys)} are found"
+        assert self._ready_count == sum(state == READY for state in self._state)
+        offers = self._policy.offers()
+        for slot in range(self.slot_count):
+            counted = self._links.children[slot]
+            assert children[slot] == counted, f"slot {slot} counts {counted} children"
+            free = self._free_slots.is_free(slot)
+            assert free == (self._state[slot] == FREE), f"slot {slot} leaks or is free in use"
+            if self._state[slot] == FREE:
+                assert self._pins[slot] == 0, f"slot {slot} is free but pinned"
+            leaf = self._state[slot] == READY and children[slot] == 0
+            if leaf and self._free_slots.is_open(slot):
+                assert slot in offers, f"leaf {slot} cannot be found for eviction"
+
     @property
     def parents(self) -> Sequence[int]:
-        """Parent slots as they were linked; some may hold other pages by now. To read only."""
+        """Parent slots as they were linked; some may hold other pages now. Read only."""
         return self._links.parent
 
     def parent_slot(self, slot: int) -> int:
@@ -335,36 +381,37 @@ class TierIndex:
     def _take(
         self, keys: Sequence[PageKey]
     ) -> tuple[list[SlotId], list[tuple[PageKey, SlotId]], bool]:
-        """Slots, ascending: what is free, then what is evicted for it; (key, slot) of the evicted; and if
-        it ends because what is left is worth more than the next key.
+        """Slots for ``keys``, free ones first, then by eviction.
+
+        Returns (slots ascending, evicted (key, slot) pairs, stopped because every leaf has a higher value).
         """
         slots = [SlotId(slot) for slot in self._free_slots.take(len(keys))]
         victims: list[tuple[PageKey, SlotId]] = []
-        dear = False
-        bids = self._policy.bids(keys) if len(slots) < len(keys) else None
+        declined = False
+        values = self._policy.admission_values(keys) if len(slots) < len(keys) else None
         while len(slots) < len(keys):
-            bid = bids[len(slots)] if bids is not None else inf
-            victim = self._policy.victim(self._may_go, bid)
+            value = values[len(slots)] if values is not None else inf
+            victim = self._policy.victim(self._may_go, value)
             if victim is None:
-                dear = bids is not None and self._policy.victim(self._may_go) is not None
+                declined = values is not None and self._policy.victim(self._may_go) is not None
                 break
             victims.append((self._forget(victim), SlotId(victim)))
             self._state[victim] = FREE
             slots.append(SlotId(victim))
         # Pages of a chain were evicted tail first; in order again, they lie side by side.
-        return sorted(slots), victims, dear
+        return sorted(slots), victims, declined
 
     def _may_go(self, slot: int) -> bool:
         return self._pins[slot] == 0 and self._free_slots.is_open(slot)
 
     def _replace_suspended(self, slots: I64) -> bool:
-        """Forget pages that cannot be read now, so that they can be written elsewhere. Were there any?"""
+        """Forget suspended pages, so that they can be written elsewhere. True if there were any."""
         suspended = set(slots[self._in_state(slots, SUSPENDED)].tolist())
-        lost = [slot for slot in suspended if not self._pins[slot]]
-        for slot in lost:
+        unpinned = [slot for slot in suspended if not self._pins[slot]]
+        for slot in unpinned:
             self._forget(slot)
             self._free(slot)
-        return bool(lost)
+        return bool(unpinned)
 
     def _begin_write(self, key: PageKey, slot: SlotId) -> None:
         self._keys.put(key, slot)

@@ -1,1 +1,1 @@
-"""``flexkv doctor``: why nothing is stored or found. Judges; never repairs."""
+"""``flexkv doctor``: gathers facts and judges them. It never repairs, and serving code never imports it."""

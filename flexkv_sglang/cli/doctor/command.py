@@ -1,4 +1,4 @@
-"""``flexkv doctor``: why are hits zero? Gathers facts, asks every cause, prints the likeliest first."""
+"""``flexkv doctor``: gathers facts, tries every cause of zero hits, and prints the likeliest first."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CAUSES: tuple[Callable[[Facts], Finding | None], ...] = (
     setup.not_running,
     setup.slow_io,
 )
-"""In the order they are reported: what stops everything, what stops pages, what loses some, what may be harmless."""
+"""In the order of the report: faults that stop all pages, then some pages, then faults that may be harmless."""
 
 _EXPLAINED_BY = {
     "nothing_asked": {"nothing_written", "served_above"},
@@ -72,7 +72,7 @@ _EXPLAINED_BY = {
     "failures": {"breaker_open"},
     "no_other_node": {"peer_unreachable"},
 }
-"""A finding -> findings that say more: with one of these it is left out."""
+"""A finding -> more precise findings: it is left out when one of these is there."""
 
 
 def run_doctor(directory: Path | None, url: str | None, *, as_json: bool) -> int:
@@ -136,7 +136,7 @@ def _summary(facts: Facts) -> str:
 
 
 def _looked_at(facts: Facts) -> list[str]:
-    """What was looked at, so that a wrong place is noticed."""
+    """Lists the places that were looked at, so that a wrong one is noticed."""
     lines = []
     for place in facts.places:
         disk = place.disk
@@ -159,7 +159,7 @@ def _looked_at(facts: Facts) -> list[str]:
         metrics = "with metrics" if server.metrics else "without metrics (--enable-metrics)"
         lines.append(f"looked at {server.url}: SGLang {server.flags.get('version')}, {metrics}")
     if plugin.sglang is not None:
-        lines.append(f"SGLang {plugin.sglang} here, plug-in {_fit(facts)}")
+        lines.append(f"SGLang {plugin.sglang} here, plug-in {_plugin_state(facts)}")
     elif not facts.alive and not any(place.trouble for place in facts.places):
         lines.append("SGLang is not installed in this environment: the plug-in was not looked at")
     limit = "no limit" if machine.memlock is None else human_bytes(machine.memlock)
@@ -170,7 +170,7 @@ def _looked_at(facts: Facts) -> list[str]:
     return lines
 
 
-def _fit(facts: Facts) -> str:
+def _plugin_state(facts: Facts) -> str:
     plugin = facts.plugin
     if plugin.error or plugin.misfit:
         return f"does not fit: {plugin.error or plugin.misfit}"

@@ -1,6 +1,6 @@
-"""What ``flexkv doctor`` knows before it judges: directories, counters, the server, the plug-in, the machine.
+"""The facts that ``flexkv doctor`` judges: directories, counters, the server, the plug-in, the machine.
 
-Gathering reads and never judges; ``Facts`` is frozen and answers questions about the numbers.
+Gathering reads and never judges; ``Facts`` is frozen and computes sums over the counters.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from typing import Any
 from flexkv_sglang.cli.doctor.fleet_facts import Fleet, look_at_fleets
 from flexkv_sglang.cli.doctor.machine import Disk, Machine, look_at_disk, look_at_machine
 from flexkv_sglang.cli.doctor.server import Server
-from flexkv_sglang.cli.scan import Namespace, namespaces
-from flexkv_sglang.cli.stats import OwnerStats, owner_stats
+from flexkv_sglang.cli.scan import Namespace, OwnerStats, namespaces, owner_stats
 from flexkv_sglang.config.settings import FlexKVConfig
 
-_FIT_TIMEOUT_S = 120.0
+_PLUGIN_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """See ``fit.look``. ``sglang`` is None where it is not installed or was not asked: nothing is known then."""
+    """Answers of ``plugin_check.check_plugin``. ``sglang``: None where it is not installed or was not asked."""
 
     sglang: str | None = None
     entry_point: bool = False
@@ -50,18 +49,18 @@ class Group:
 
     @property
     def pages(self) -> int:
-        """Pages all owners hold."""
+        """Pages of all owners."""
         return sum(item.pages for item in self.owners)
 
     @property
     def alive(self) -> bool:
-        """Does a process hold one of the owners?"""
+        """True if a process holds one of the owners."""
         return any(item.owner.alive for item in self.owners)
 
 
 @dataclass(frozen=True, slots=True)
 class DirectoryFacts:
-    """One configured directory. ``trouble``: why it could not be looked at. ``users``: whose files are in it."""
+    """One configured directory. ``trouble``: the reason why it cannot be read. ``users``: owners of its files."""
 
     path: Path
     there: bool
@@ -73,7 +72,7 @@ class DirectoryFacts:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Everything a cause may look at. ``now``: seconds as ``time.time()``; ``server``: None if none was named."""
+    """All input of the causes. ``now``: seconds as ``time.time()``; ``server``: None if none was named."""
 
     now: float
     places: tuple[DirectoryFacts, ...]
@@ -89,7 +88,7 @@ class Facts:
 
     @property
     def alive(self) -> bool:
-        """Does any process hold an owner here?"""
+        """True if a process holds an owner here."""
         return any(group.alive for group in self.groups)
 
     @property
@@ -98,7 +97,7 @@ class Facts:
         return sum(group.pages for group in self.groups if group.pool == "kv")
 
     def runs(self, pool: str | None = None) -> Iterator[dict[str, Any]]:
-        """Stats of each process and pool once: of the live ones, or if none is alive of the last run of each."""
+        """Stats of each process and pool, once: of live processes, or if none is alive, of the last run of each."""
         seen = set()
         for group in self.groups:
             for item in group.owners:
@@ -112,7 +111,7 @@ class Facts:
         return sum(int(run["counters"].get(name, 0)) for run in self.runs(pool))
 
     def counts_ending(self, ending: str) -> dict[str, int]:
-        """Counters above 0 whose names end so, over all pools."""
+        """Counters above 0 whose names have this ending, over all pools."""
         total: Counter[str] = Counter()
         for run in self.runs():
             total.update({k: v for k, v in run["counters"].items() if k.endswith(ending) and v})
@@ -129,7 +128,7 @@ class Facts:
         return found
 
     def median(self, name: str) -> float | None:
-        """Upper bound of the bucket the median of a KV histogram is in; infinity above all; None if empty."""
+        """Upper bound of the bucket with the median of a KV histogram; infinity in the last one; None if empty."""
         bounds: list[float] = []
         counts: list[int] = []
         for run in self.runs("kv"):
@@ -147,18 +146,18 @@ class Facts:
 
     @property
     def hit_rate(self) -> float | None:
-        """KV pages found per page asked for; None if nobody has asked."""
+        """KV pages found per page asked for; None before the first question."""
         asked = self.count("asked_pages")
         return self.count("found_pages") / asked if asked else None
 
     @property
     def written_at(self) -> float | None:
-        """When a stats file was written last."""
+        """Time of the newest stats file; None without one."""
         return max((float(run["written_at"]) for run in self.runs()), default=None)
 
 
 def look_at_place(path: Path, config: FlexKVConfig | None) -> DirectoryFacts:
-    """Never raises: what cannot be read is said in ``trouble``."""
+    """Never raises: ``trouble`` has the reason when the directory cannot be read."""
     settings = config or FlexKVConfig()
     try:
         if not path.is_dir():
@@ -182,7 +181,7 @@ def look_at_plugin() -> Plugin:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_FIT_TIMEOUT_S,
+            timeout=_PLUGIN_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
@@ -197,13 +196,13 @@ def look_at_plugin() -> Plugin:
 def gather(
     paths: Iterable[Path], server: Server | None, plugin: Plugin | None, now: float
 ) -> Facts:
-    """Look at everything. ``plugin``: None to ask the SGLang of this environment, unless a server holds a directory
-    or may hold one that cannot be read."""
+    """Gather all facts. ``plugin``: None to ask the SGLang of this environment, unless a server holds a directory or
+    may hold one that cannot be read."""
     config = server.config if server is not None else None
     places = tuple(look_at_place(path.expanduser(), config) for path in paths)
     fleets = look_at_fleets([place.path for place in places], config, now)
     facts = Facts(now, places, plugin or Plugin(), look_at_machine(None), server, fleets)
-    if facts.alive:  # a live store is proof that the plug-in was loaded where it counts
+    if facts.alive:  # a live store proves that its server has loaded the plug-in
         pid = next((int(run["pid"]) for run in facts.runs() if "pid" in run), None)
         return replace(facts, machine=look_at_machine(pid))
     if any(place.trouble for place in places):

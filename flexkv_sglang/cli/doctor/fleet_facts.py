@@ -1,4 +1,4 @@
-"""What ``flexkv doctor`` knows of sharing between machines: one ``Fleet`` per run directory. Reads, never judges."""
+"""Facts about sharing between machines: one ``Fleet`` per run directory. Reads, never judges."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LOG_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """``agent``: what the living agent's lock says, None if none lives. ``status``: as ``status.json``.
+    """``agent``: fields in the living agent's lock, None if none lives. ``status``: fields of ``status.json``.
 
-    ``age_s``: since the status was written. ``ranks``: living rank processes and what they report. ``differs``: a
-    server was named and its settings are not the agent's. ``said``: the last line of the agent's log.
+    ``age_s``: age of the status. ``ranks``: living rank processes and their reports. ``differs``: a server was named
+    and its settings are not the agent's. ``said``: the last line of the agent's log.
     """
 
     run_dir: str
@@ -31,11 +31,11 @@ class Fleet:
 
     @property
     def reports(self) -> bool:
-        """Does an agent live and say how things are?"""
+        """True if an agent lives and its status is fresh."""
         return self.agent is not None and bool(self.status) and self.age_s < STALE_S
 
     def feeds(self, kind: str) -> list[Mapping[str, Any]]:
-        """Where other nodes are heard of: "redis" or "peer"."""
+        """The feeds of one kind: "redis" or "peer"."""
         return [feed for feed in self.status.get("feeds", ()) if feed.get("kind") == kind]
 
     @property

@@ -1,4 +1,4 @@
-"""The machine a directory is on: file system, space, which I/O works, huge pages, locked memory."""
+"""Facts about the machine: file system, space, working I/O, huge pages, locked memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NETWORK = frozenset(
         *("glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.s3fs", "fuse.juicefs", "fuse.ceph"),
     }
 )
-"""File systems of other machines: ``flock`` and the page cache are not one there."""
+"""File systems of other machines: clients do not share one page cache, nor always ``flock``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """``mode``: what a real 4 KiB write and read proved; None, and ``trouble`` says why."""
+    """``mode``: I/O that a real 4 KiB write and read proved; None with the reason in ``trouble``."""
 
     file_system: str
     free_bytes: int
@@ -36,7 +36,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """``memlock``: bytes that may be locked, None without a limit; ``of``: whose limit that is."""
+    """``memlock``: bytes that may be locked, None without a limit; ``of``: the process or shell with this limit."""
 
     huge_pages: int
     huge_pages_free: int
@@ -46,7 +46,7 @@ class Machine:
 
 
 def look_at_disk(directory: Path, min_free: int | None, io_engine: str = "auto") -> Disk:
-    """Writes and removes a file of 4 KiB there. Raises ``OSError`` if the directory cannot be looked at."""
+    """Writes and removes a file of 4 KiB there. Raises ``OSError`` if the directory cannot be read."""
     mode, trouble = None, ""
     try:
         mode = probe_directory(str(directory), io_engine)
@@ -66,7 +66,7 @@ def look_at_disk(directory: Path, min_free: int | None, io_engine: str = "auto")
 
 
 def look_at_machine(pid: int | None) -> Machine:
-    """``pid``: a server whose limits count, if it is on this machine and may be looked at."""
+    """``pid``: a server whose limits count, if it is on this machine and readable."""
     memory = _read(Path("/proc/meminfo"))
     limits = _read(Path(f"/proc/{pid}/limits")) if pid else ""
     locked = re.search(r"Max locked memory\s+(\S+)", limits)

@@ -1,6 +1,6 @@
-"""Which fields of NAMESPACE.json keep two namespaces apart. Pure.
+"""Compares namespaces: the fields of NAMESPACE.json that differ. Pure.
 
-The ranks of one server have a namespace each, on purpose: they are one *family* here.
+Each rank of one server has its own namespace, by design: they are one *family* here.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ WHY = {
     "split_heads": "tp_lcm_size",
     "format": "another release of flexkv-sglang",
 }
-"""Field -> what sets it."""
+"""Field -> the setting or fact that decides it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Positions of two namespaces, and field -> the two values."""
+    """Positions of two namespaces, and field -> their two values."""
 
     first: int
     second: int
@@ -43,7 +43,7 @@ class Pair:
 
 
 def family(fields: Mapping[str, Any]) -> str:
-    """The same for all ranks of one server, and different whenever two servers cannot share pages."""
+    """Equal for all ranks of one server, different for two servers that cannot share pages."""
     kept = {name: value for name, value in fields.items() if name not in _NOT_IDENTITY}
     for name in _SHARDS:
         if isinstance(kept.get(name), list):
@@ -69,7 +69,7 @@ def closest_pairs(namespaces: Sequence[Mapping[str, Any]]) -> list[Pair]:
 
 
 def describe(pair: Pair) -> str:
-    """``page_size (16 and 64: --page-size), ...``; of texts of several words only those that differ."""
+    """``page_size (16 and 64: --page-size), ...``; of longer texts only the words that differ."""
     parts = []
     for name, (one, other) in pair.fields.items():
         if isinstance(one, str) and isinstance(other, str):

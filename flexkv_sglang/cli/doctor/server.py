@@ -1,4 +1,4 @@
-"""What a running SGLang says of itself over HTTP: flags, the attached storage backend, metrics. Only reads."""
+"""Asks a running SGLang over HTTP: flags, the attached storage backend, metrics. Only reads."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class SeriesValue:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """``flags``: what we need of ``/server_info``; ``status``: the backend as it is attached now, None if that is
-    not told (SGLang asks for its admin key). ``error``: why there are no flags. ``metrics``: [] if off."""
+    """``flags``: part of ``/server_info``; ``status``: the backend that is attached now, None if SGLang refuses the
+    answer (it asks for its admin key). ``error``: the reason why there are no flags. ``metrics``: empty if off."""
 
     url: str
     error: str = ""
@@ -52,12 +52,12 @@ class Server:
     metrics: tuple[SeriesValue, ...] = ()
 
     def setting(self, name: str) -> Any:
-        """As it is now, else as it was at the start; None if unknown or not set."""
+        """Its present value, else its value at the start; None if unknown or not set."""
         now = self.status or {}
         return now[name] if name in now else self.flags.get(name)
 
     def total(self, name: str, **labels: str) -> float:
-        """Sum over all samples of this name that carry these labels."""
+        """Sum over all samples with this name and these labels."""
         return sum(
             sample.value
             for sample in self.metrics
@@ -66,7 +66,7 @@ class Server:
 
     @property
     def holds_slots(self) -> bool | None:
-        """Do its own series say that a store of ours is attached now? None without metrics."""
+        """True if its own series show that a store of ours is attached; None without metrics."""
         return self.total("sglang:flexkv_slots_total") > 0 if self.metrics else None
 
     @property
@@ -82,7 +82,7 @@ class Server:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """The extra config as JSON; {} if there is none, or it is in a file that is not here."""
+        """The extra config as JSON; {} if there is none, or its file is not on this machine."""
         if self.linked is not None:
             return self.linked
         text = self.setting("hicache_storage_backend_extra_config")
@@ -106,7 +106,7 @@ class Server:
 
     @property
     def threshold(self) -> int:
-        """Tokens that must be missing in host memory for storage to be asked; a linker is asked for every page."""
+        """Tokens missing in host memory from which SGLang asks storage; a linker is asked for every page."""
         given = self.extra.get("prefetch_threshold", THRESHOLD)
         page = self.flags.get("page_size")
         least = page if isinstance(page, int) else 1
@@ -116,7 +116,7 @@ class Server:
 
 
 def is_ours(server: Server) -> bool:
-    """Is flexkv the configured, or attached, backend, or the linker?"""
+    """True if flexkv is the configured or attached backend, or the linker."""
     if server.linked is not None:
         return True
     name = server.setting("hicache_storage_backend")
@@ -126,7 +126,7 @@ def is_ours(server: Server) -> bool:
 
 
 def ask_server(url: str) -> Server:
-    """Never raises: what does not answer is said in ``error``. At most a few requests, each with a timeout."""
+    """Never raises: ``error`` has the reason when it does not answer. At most five requests, each with a timeout."""
     base = url.rstrip("/")
     info: Any = None
     error = ""
@@ -179,6 +179,8 @@ def _metrics(base: str) -> tuple[SeriesValue, ...]:
 
 
 def _get(url: str) -> str:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never the environment's
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # no proxies of the environment
     with opener.open(url, timeout=_TIMEOUT_S) as answer:
         return str(answer.read(_BYTES_MAX).decode(errors="replace"))

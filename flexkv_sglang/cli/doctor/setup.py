@@ -1,6 +1,6 @@
 """Causes outside of the traffic: the plug-in, the server, the directory, the disk. One pure function each.
 
-A cause looks at ``Facts`` and answers a ``Finding`` or None. None may raise, read a file or know another's answer.
+A cause takes ``Facts`` and returns a ``Finding`` or None. It must not raise, read a file or use another cause.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from flexkv_sglang.cli.doctor.server import Server, is_ours
 from flexkv_sglang.cli.output import counted, human_bytes, human_seconds
 
 LOW = 0.5
-"""A hit rate below this wants an explanation; from here on causes that only lower it are not reported."""
+"""Causes that only lower the hit rate are reported below this rate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``what``: a stable word for tools. ``severity``: a "note" neither explains misses nor sets the exit code."""
+    """A result. ``what``: a stable word for tools. ``severity``: a "note" does not set the exit code."""
 
     what: str
     title: str
@@ -29,7 +29,7 @@ class Finding:
 
 
 def is_low(facts: Facts) -> bool:
-    """Nothing asked, or a hit rate that wants an explanation."""
+    """True before the first question, or with a hit rate below ``LOW``."""
     rate = facts.hit_rate
     return rate is None or rate < LOW
 
@@ -44,7 +44,7 @@ def plugin(facts: Facts) -> Finding | None:
             "plugin_broken",
             "The plug-in does not load",
             f"SGLang {found.sglang}: {found.error}",
-            "SGLang only logs this and goes on without the name flexkv: mend the import",
+            "SGLang only logs this and goes on without the backend flexkv: repair the import",
         )
     if not found.entry_point:
         return Finding(
@@ -92,10 +92,10 @@ def not_attached(facts: Facts) -> Finding | None:
     if server is None or server.error:
         return None
     evidence = _other_backend(server)
-    if server.status is None and server.holds_slots is not None:  # its flags are those of the start
+    if server.status is None and server.holds_slots is not None:  # its flags are from its start
         evidence = "" if server.holds_slots else evidence or "sglang:flexkv_slots_total is 0"
     elif server.status is None and facts.alive:
-        return None  # it may have been attached since, and nobody tells
+        return None  # it may have been attached since
     if not evidence:
         return None
     return Finding(
@@ -108,7 +108,7 @@ def not_attached(facts: Facts) -> Finding | None:
 
 
 def _other_backend(server: Server) -> str:
-    """What its settings say against us; "" if nothing."""
+    """The setting that excludes this backend; "" if none."""
     name = server.setting("hicache_storage_backend")
     if server.linked is not None:
         return ""
@@ -120,7 +120,7 @@ def _other_backend(server: Server) -> str:
 
 
 def other_path(facts: Facts) -> Finding | None:
-    """The server stores elsewhere than we look, or has let go of it since it started."""
+    """The server uses another directory, or has detached the backend."""
     server = facts.server
     if server is None or server.config is None or facts.alive:
         return None
@@ -136,7 +136,7 @@ def other_path(facts: Facts) -> Finding | None:
 
 
 def no_directory(facts: Facts) -> Finding | None:
-    """A directory that is not there: no server has ever used it."""
+    """A directory that does not exist: no server has used it."""
     lost = [str(place.path) for place in facts.places if not place.there]
     if not lost:
         return None
@@ -145,12 +145,12 @@ def no_directory(facts: Facts) -> Finding | None:
         "The directory does not exist",
         ", ".join(lost),
         "No server has started with this path: compare it with 'path' in the server's extra config (its log: "
-        "'flexkv: path=...')",
+        "'flexkv: tiers=[path=...')",
     )
 
 
 def no_access(facts: Facts) -> Finding | None:
-    """Files we may not read, or files of several users, who cannot read each other's."""
+    """Unreadable files, or files of several users, which only their user can read."""
     for place in facts.places:
         trouble = place.trouble or _disk_trouble(place)
         if trouble:
@@ -179,7 +179,7 @@ def _disk_trouble(place: DirectoryFacts) -> str:
 
 
 def breaker(facts: Facts) -> Finding | None:
-    """A directory that failed so often that it is bypassed, or takes no more pages."""
+    """A directory that is bypassed after failures, or takes no more pages."""
     states = facts.gauges("breaker_state") if facts.alive else {}
     words = {1.0: "takes no more pages (its journal cannot be written)", 2.0: "is bypassed"}
     bad = {where: words[state] for where, state in states.items() if state in words}
@@ -192,12 +192,12 @@ def breaker(facts: Facts) -> Finding | None:
         "A directory failed and is not in use",
         "; ".join(f"{where} {word}" for where, word in bad.items())
         + f"; opened {counted(opened, 'time')}, {counted(failed, 'page')} failed",
-        "Look at the disk (dmesg) and the log line 'is bypassed' or 'takes no more pages'. It comes back by itself",
+        "Look at the disk (dmesg) and the log line 'is bypassed' or 'takes no more pages'. A probe brings it back",
     )
 
 
 def disk_full(facts: Facts) -> Finding | None:
-    """Less free than the floor: slots were, or will be, given back."""
+    """Less free space than the floor: slots were or will be given back."""
     given = facts.count("given_back_slots", None)
     full = [p for p in facts.places if p.disk and p.disk.free_bytes < p.disk.floor_bytes]
     if not given and not full:
@@ -218,7 +218,7 @@ def disk_full(facts: Facts) -> Finding | None:
 
 
 def not_running(facts: Facts) -> Finding | None:
-    """Nobody holds an owner, or there is none. With a good last run it is a note only."""
+    """No process holds an owner, or there is none. Only a note when the last run was good."""
     if facts.alive:
         return None
     owners = sum(len(group.owners) for group in facts.groups)
@@ -228,7 +228,7 @@ def not_running(facts: Facts) -> Finding | None:
             "There is nothing of ours in this directory",
             ", ".join(str(place.path) for place in facts.places),
             "If a server runs with it, its log says 'host pool kv cannot be stored', and why. Else compare it "
-            "with 'path' in the server's log ('flexkv: path=...')",
+            "with 'path' in the server's log ('flexkv: tiers=[path=...')",
         )
     at = facts.written_at
     last = "never reported" if at is None else f"{human_seconds(max(0.0, facts.now - at))} old"
@@ -236,7 +236,7 @@ def not_running(facts: Facts) -> Finding | None:
         "not_running",
         "No server runs on this directory",
         f"{counted(owners, 'owner')}, no lock is held; the counters are {last}, of the last run of each process",
-        "Start a server with this path; it adopts what is there. What is said here is about the last run",
+        "Start a server with this path; it adopts the pages there. These figures are of the last run",
         "note" if facts.hit_rate is not None and not is_low(facts) else "cause",
     )
 
@@ -255,7 +255,7 @@ def network(facts: Facts) -> Finding | None:
 
 
 def slow_io(facts: Facts) -> Finding | None:
-    """A lower rung of the I/O ladder than there is."""
+    """Slower I/O than io_uring."""
     slow = [
         f"{p.path}: io_engine={p.disk.mode.engine} o_direct={str(p.disk.mode.o_direct).lower()} ({p.disk.mode.reason})"
         for p in facts.places

@@ -1,7 +1,7 @@
 """Causes between machines: agent, Redis, other nodes. One pure function each.
 
-As in ``causes``: ``Facts`` in, a ``Finding`` or None out. With a good hit rate they are notes: what this node has is
-enough then. Nobody's clock matters to sharing, so there is no cause about clocks.
+As in ``setup``: ``Facts`` in, a ``Finding`` or None out. With a good hit rate they are notes: the pages of this node
+are enough then. Sharing does not depend on clocks, so there is no cause about them.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def _finding(facts: Facts, what: str, title: str, evidence: str, remedy: str) ->
 
 
 def no_agent(facts: Facts) -> Finding | None:
-    """Sharing is set, servers run, and the process that shares does not."""
+    """Sharing is configured and servers run, but no agent."""
     for fleet in facts.fleets:
         if fleet.agent is None and (fleet.ranks or facts.alive):
             said = f"; the last line of agent.log there: {fleet.said}" if fleet.said else ""
             return _finding(
                 *(facts, "no_agent", "No agent lives on this machine, so nothing is shared"),
                 f"run directory {fleet.run_dir}{said}",
-                "A server starts it again by itself, after a minute at most. If it does not stay: its log says why. "
+                "A server starts it again within a minute. If it does not stay, its log has the reason. "
                 "flexkv agent --config FILE runs it in the foreground",
             )
     return None
 
 
 def agent_silent(facts: Facts) -> Finding | None:
-    """It holds its lock and says nothing."""
+    """The agent holds its lock and reports nothing."""
     for fleet in facts.fleets:
         if fleet.agent is not None and not fleet.reports and fleet.status:
             return _finding(
@@ -51,7 +51,7 @@ def agent_silent(facts: Facts) -> Finding | None:
 
 
 def agent_differs(facts: Facts) -> Finding | None:
-    """Servers whose settings of ``share`` are not the agent's share nothing."""
+    """Servers whose settings of ``share`` differ from the agent's: they share nothing."""
     for fleet in facts.fleets:
         other = [name for name, said in fleet.ranks.items() if said.get("usable") is False]
         if fleet.agent is not None and (other or fleet.differs):
@@ -76,13 +76,13 @@ def loopback_only(facts: Facts) -> Finding | None:
                 *(facts, "loopback_only", "Other machines cannot read this one's pages"),
                 f"the agent listens at {address} only, and meets others at {far[0]}; no share.secret_file is set",
                 "Put the same 32 random bytes on every machine (head -c 32 /dev/urandom, mode 0600) and set "
-                'share.secret_file. Or "insecure": true, if whoever reaches the port may read pages',
+                'share.secret_file. Or "insecure": true, if every client of the port may read pages',
             )
     return None
 
 
 def redis_down(facts: Facts) -> Finding | None:
-    """No news of other nodes."""
+    """Redis does not answer: no news of other nodes."""
     for fleet in _reporting(facts):
         for feed in fleet.feeds("redis"):
             if not feed.get("connected"):
@@ -90,18 +90,18 @@ def redis_down(facts: Facts) -> Finding | None:
                     *(
                         facts,
                         "redis_down",
-                        "Redis does not answer, so nothing new is heard of others",
+                        "Redis does not answer, so there is no news of other nodes",
                     ),
                     f"{feed.get('address')} for {human_seconds(float(feed.get('since_s', 0)))}: "
                     f"{feed.get('last_error') or 'no answer yet'}",
                     "Look at the address, a firewall, the password (share.redis_password_file) and the rights of the "
-                    "user (docs/OPERATING.md, Redis). What is known stays in use; it is tried again every few seconds",
+                    "user (docs/OPERATING.md, Redis). Known pages stay in use; the agent tries again every few seconds",
                 )
     return None
 
 
 def peer_unreachable(facts: Facts) -> Finding | None:
-    """Of ``peers``: agents that do not answer."""
+    """Agents in ``peers`` that do not answer."""
     for fleet in _reporting(facts):
         silent = [feed for feed in fleet.feeds("peer") if not feed.get("connected")]
         if silent:
@@ -116,7 +116,7 @@ def peer_unreachable(facts: Facts) -> Finding | None:
 
 
 def no_other_node(facts: Facts) -> Finding | None:
-    """It is connected, and alone."""
+    """The agent is connected, and no other node is alive."""
     for fleet in _reporting(facts):
         feeds = fleet.status.get("feeds", ())
         if fleet.peers_up or not any(feed.get("connected") for feed in feeds):
@@ -127,13 +127,13 @@ def no_other_node(facts: Facts) -> Finding | None:
             *(facts, "no_other_node", "No other node is alive"),
             f"cluster {fleet.status.get('cluster_id')!r}, share_group {fleet.status.get('pod', '')!r}; {known}",
             "Start the others with the same Redis (and database number), cluster_id and share_group, or name them in "
-            "share.peers. flexkv nodes shows on each machine whom it sees",
+            "share.peers. flexkv nodes lists on each machine the nodes it sees",
         )
     return None
 
 
 def no_common_namespace(facts: Facts) -> Finding | None:
-    """Nodes are there, and hold pages of other models, dtypes, page sizes, ... only."""
+    """Other nodes are alive, and hold only pages of other models, dtypes, page sizes, ..."""
     for fleet in _reporting(facts):
         ours = set(fleet.status.get("namespaces", ()))
         told = [peer for peer in fleet.peers_up if "serves" in peer]
@@ -144,7 +144,7 @@ def no_common_namespace(facts: Facts) -> Finding | None:
             *(
                 facts,
                 "no_common_namespace",
-                "Other nodes are alive, and none has pages that fit here",
+                "Other nodes are alive, but their pages are of other namespaces",
             ),
             f"here {_some(ours)}; {counted(len(told), 'other node')}: {_some(theirs)}. "
             + _difference(facts, ours, theirs),
@@ -155,7 +155,7 @@ def no_common_namespace(facts: Facts) -> Finding | None:
 
 
 def peer_breaker(facts: Facts) -> Finding | None:
-    """Nodes that rank processes leave alone, because they failed."""
+    """Nodes that rank processes do not ask, because they failed."""
     for fleet in facts.fleets:
         reasons: dict[str, list[str]] = {}
         for said in fleet.ranks.values():
@@ -167,7 +167,7 @@ def peer_breaker(facts: Facts) -> Finding | None:
                 for node_id, whys in sorted(reasons.items())[:_SHOWN]
             ]
             return _finding(
-                *(facts, "peer_breaker", "Nodes that failed are not asked for a while"),
+                *(facts, "peer_breaker", "Nodes that failed are not asked for some time"),
                 "; ".join(shown),
                 "Look at that machine: does its agent live (flexkv nodes), is its port open from here, is the network "
                 "slow? It is greeted every 2 to 30 seconds and asked again when it answers",
@@ -180,7 +180,7 @@ def _reporting(facts: Facts) -> Iterator[Fleet]:
 
 
 def _is_loopback(where: str) -> bool:
-    """Of "host:port" or a URL. Several hosts, or a name that says nothing: no."""
+    """True for a loopback address: "host:port" or a URL. False for several hosts or an unknown name."""
     try:
         host = urlsplit(where if "://" in where else f"//{where}").hostname or ""
         return (
@@ -196,7 +196,7 @@ def _some(names: set[str]) -> str:
 
 
 def _difference(facts: Facts, ours: set[str], theirs: set[str]) -> str:
-    """The fields that differ, if a directory here has, or had, pages of both."""
+    """The fields that differ, if a directory here has or had pages of both."""
     known: dict[str, Mapping[str, Any]] = {
         group.namespace.name: group.namespace.fields for group in facts.groups
     }

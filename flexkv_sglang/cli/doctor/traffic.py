@@ -1,6 +1,6 @@
-"""Causes in the traffic: what was asked, written, evicted, and not delivered. One pure function each.
+"""Causes in the traffic: pages asked for, written, evicted, or not delivered. One pure function each.
 
-As in ``causes``: ``Facts`` in, a ``Finding`` or None out.
+As in ``setup``: ``Facts`` in, a ``Finding`` or None out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flexkv_sglang.cli.doctor.setup import Finding, is_low
 from flexkv_sglang.cli.output import counted, human_bytes, human_seconds
 
 _PAIRS_MAX = 3
-_FEW = 0.01  # of what was found: below that, late pages are the exception
+_FEW = 0.01  # of the found pages: fewer late pages than this are ignored
 _SERVED_ABOVE = 0.25  # of the prompt tokens
 _CACHED = "sglang:cached_tokens_total"
 _LEVELS = {
@@ -35,7 +35,7 @@ _UNUSED = {
     "deadline": "the prefetch was stopped before it was done: --hicache-storage-prefetch-policy, or its timeout",
     "storage_transfer": "the pages were not delivered: see the other findings",
 }
-"""Reasons of SGLang's ``storage_prefetch_unfulfilled_tokens_total`` that an operator can do something about."""
+"""Reasons of SGLang's ``storage_prefetch_unfulfilled_tokens_total`` that an operator can change."""
 
 
 def nothing_asked(facts: Facts) -> Finding | None:
@@ -69,7 +69,7 @@ def nothing_asked(facts: Facts) -> Finding | None:
 
 
 def served_above(facts: Facts) -> Finding | None:
-    """Device and host memory still hold what repeats; storage hits come after they evict or restart."""
+    """Device and host memory still hold the repeated tokens; storage hits follow an eviction or restart."""
     server = facts.server
     if server is None or not server.metrics or facts.count("found_pages") or not facts.alive:
         return None
@@ -77,10 +77,10 @@ def served_above(facts: Facts) -> Finding | None:
         return None
     return Finding(
         "served_above",
-        "Device and host memory still serve what repeats",
+        "Device and host memory still serve the repeated prompts",
         f"asked for {facts.count('asked_pages')} pages, found 0{_traffic(server)}",
-        "Nothing is wrong. Storage is asked for what they lost: after a restart, from another replica, or when the "
-        "working set is larger than --hicache-size",
+        "Nothing is wrong. SGLang asks storage only for pages that they lost: after a restart, on another replica, or "
+        "when the working set is larger than --hicache-size",
     )
 
 
@@ -112,7 +112,7 @@ def nothing_written(facts: Facts) -> Finding | None:
 
 
 def other_namespace(facts: Facts) -> Finding | None:
-    """Pages of servers that cannot share: says exactly which fields differ, the closest first."""
+    """Pages of servers that cannot share: names the fields that differ, the closest pair first."""
     families: dict[str, Group] = {}
     for group in facts.groups:
         if group.pool == "kv" and group.namespace.fields and (group.pages or group.alive):
@@ -141,7 +141,7 @@ def other_namespace(facts: Facts) -> Finding | None:
 
 
 def verify_level(facts: Facts) -> Finding | None:
-    """Pages written with less verification than a reader asks for do not exist for it."""
+    """A reader ignores pages that were written with less verification than it asks for."""
     config = facts.server.config if facts.server is not None else None
     for group in facts.groups:
         kinds: dict[int, int] = {}
@@ -165,7 +165,7 @@ def verify_level(facts: Facts) -> Finding | None:
 
 
 def hybrid_pool(facts: Facts) -> Finding | None:
-    """A pool beside KV that is missing, empty, or holds little of what KV finds."""
+    """A pool beside KV that is missing, empty, or has few of the pages that KV finds."""
     if not is_low(facts):
         return None
     wanted = {
@@ -220,7 +220,7 @@ def corrupt(facts: Facts) -> Finding | None:
 
 
 def late(facts: Facts) -> Finding | None:
-    """Reads that were not begun before the deadline."""
+    """Reads that did not begin before the deadline."""
     pages, found = facts.count("read_late_pages", None), facts.count("found_pages", None)
     if not pages or pages < _FEW * found:
         return None
@@ -256,7 +256,7 @@ def failures(facts: Facts) -> Finding | None:
 
 
 def too_small(facts: Facts) -> Finding | None:
-    """About as much is evicted, or declined, as is written."""
+    """Evicted and declined pages are about as many as written ones."""
     written, evicted = facts.count("write_pages"), facts.count("evicted_pages")
     declined, refused = facts.count("write_declined_pages"), facts.count("write_refused_pages")
     gone = evicted + declined + refused
@@ -271,7 +271,7 @@ def too_small(facts: Facts) -> Finding | None:
     )
     return Finding(
         "too_small",
-        "The tier is too small for what is asked again",
+        "The tier is too small for the pages that are asked for again",
         f"wrote {written}, evicted {evicted}{when}; declined {declined}, no slot for {refused}; {slots} slots, "
         f"{human_bytes(size)}",
         "Raise size (or add directories) until pages stay longer than sessions pause",
@@ -299,7 +299,7 @@ def unused_hits(facts: Facts) -> Finding | None:
 
 
 def prompts_differ(facts: Facts) -> Finding | None:
-    """Little of what is asked for is there: prompts have no common start, or pages were cleared."""
+    """Few of the asked pages are stored: prompts have no common start, or pages were cleared."""
     asked, found = facts.count("asked_pages"), facts.count("found_pages")
     if not asked or not is_low(facts):
         return None
@@ -308,9 +308,9 @@ def prompts_differ(facts: Facts) -> Finding | None:
     hint = "" if facts.server is not None and facts.server.metrics else _NOT_TOLD
     return Finding(
         "prompts_differ",
-        "What is asked for is not among the pages that are stored",
+        "The pages asked for are not among the stored ones",
         f"found {found} of {asked} pages asked for; {facts.pages} are stored{cleared}{_traffic(facts.server)}",
-        "A time stamp or a user's name at the start of a prompt changes every page after it: put what varies last. "
+        "A time stamp or a user's name at the start of a prompt changes every page after it: put varying text last. "
         f"The first time a prompt is seen it cannot be found.{hint}",
     )
 
@@ -326,7 +326,7 @@ def _requests(server: Server) -> float:
 
 
 def _is_idle(server: Server | None) -> bool:
-    """Known to have served nothing but the request that SGLang warms up with."""
+    """True if it has served only the request that SGLang warms up with."""
     return server is not None and bool(server.metrics) and _requests(server) <= 1
 
 
@@ -350,12 +350,12 @@ def _traffic(server: Server | None) -> str:
 
 
 def _at_most(seconds: float) -> str:
-    """The upper bound of a bucket; the last one has none."""
+    """Text for the upper bound of a bucket; the last bucket has none."""
     return f"at most {human_seconds(seconds)}" if seconds < float("inf") else "longer than measured"
 
 
 def _named(group: Group) -> str:
-    state = "alive" if group.alive else "nobody alive"
+    state = "alive" if group.alive else "no process"
     return f"{group.namespace.name} ({group.pages} pages, {state})"
 
 

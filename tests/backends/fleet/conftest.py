@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexkv_sglang.backends.fleet.members import redis_feed
-from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
+from flexkv_sglang.config.share import ShareConfig
 from nodes.redis_server import RedisServer
 
 
@@ -16,7 +16,7 @@ from nodes.redis_server import RedisServer
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing depends on how long they are."""
     monkeypatch.setattr(redis_feed, "BLOCK_S", 0.1)
-    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.snapshot_queue.JITTER_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.JITTER_S", 0.05)
 
 
 @pytest.fixture

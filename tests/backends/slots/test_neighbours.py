@@ -132,7 +132,7 @@ def test_rotation_is_followed_without_reading_the_snapshot(tmp_path: Path) -> No
     engine.put(keys(2), buffers.take(slice(2)), None, soon())
     store = look(tmp_path)
     owned = engine._tier.stores[0]
-    keys_, slots, parents = engine._pages.index.freeze().by_age()
+    keys_, slots, parents = engine._pages.index.snapshot().by_age()
     owned.journal.rotate(engine._tier.snapshot_records(keys_, slots, parents, 0))
     for snapshot in (tmp_path / "ns").glob("*.snap"):
         snapshot.unlink()

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from belady import optimum
-from flexkv_sglang.cache.eviction.policies import EvictionPolicy, Recency, ReuseDensity
+from flexkv_sglang.cache.eviction.lru import Lru
+from flexkv_sglang.cache.eviction.policy import EvictionPolicy
+from flexkv_sglang.cache.eviction.reuse_density import ReuseDensity
 from flexkv_sglang.cache.eviction.reuse_model import (
     BUCKETS,
     CLASSES,
@@ -20,7 +22,6 @@ from flexkv_sglang.cache.eviction.reuse_model import (
     bucket_of,
     buckets_of,
 )
-from flexkv_sglang.cache.index.check import check_index
 from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.types import PageKey
 from replay import hit_ratio
@@ -81,14 +82,14 @@ def test_the_default_is_never_worse_than_lru_by_more_than_half_a_point(
     trace: Trace, capacity: int
 ) -> None:
     default = hit_ratio(trace, capacity, ReuseDensity(capacity))
-    lru = hit_ratio(trace, capacity, Recency(capacity))
+    lru = hit_ratio(trace, capacity, Lru(capacity))
     assert lru - 0.005 <= default <= optimum(trace, capacity) + 1e-9
     assert lru <= optimum(trace, capacity) + 1e-9
 
 
 def test_one_off_prompts_do_not_push_sessions_out() -> None:
     trace, capacity = scan_beside_sessions(6), 300
-    lru, best = hit_ratio(trace, capacity, Recency(capacity)), optimum(trace, capacity)
+    lru, best = hit_ratio(trace, capacity, Lru(capacity)), optimum(trace, capacity)
     # Measured .28 of the way from LRU to the optimum for two seeds.
     assert hit_ratio(trace, capacity, ReuseDensity(capacity)) > lru + 0.2 * (best - lru)
 
@@ -96,17 +97,17 @@ def test_one_off_prompts_do_not_push_sessions_out() -> None:
 def test_optimum_knows_the_future() -> None:
     # Two slots, three one-page prompts in turn: LRU never hits; keeping two and refusing the third is best.
     trace = [[1], [2], [3]] * 10
-    assert hit_ratio(trace, 2, Recency(2)) == 0
+    assert hit_ratio(trace, 2, Lru(2)) == 0
     assert optimum(trace, 2) == (30 - 3 - 9) / 30
 
 
-@pytest.mark.parametrize("make", [Recency, ReuseDensity])
+@pytest.mark.parametrize("make", [Lru, ReuseDensity])
 def test_the_index_keeps_its_rules_under_any_policy(make: Callable[[int], EvictionPolicy]) -> None:
     rng, index = random.Random(7), TierIndex(32, make(32))
     chains = [[PageKey(bytes([chain, page]) * 16) for page in range(6)] for chain in range(20)]
     for step in range(6000):
         keys = chains[rng.randrange(20)][: rng.randint(1, 6)]
-        pinned = index.pin(keys)
+        pinned = index.pin_run(keys)
         run = len(pinned)
         other = chains[rng.randrange(20)]
         wanted = index.reserve(other, None)
@@ -125,7 +126,7 @@ def test_the_index_keeps_its_rules_under_any_policy(make: Callable[[int], Evicti
             index.discard(keys[-1], slot)
         assert run <= len(keys)
         if step % 10 == 0:
-            check_index(index)
+            index.check()
 
 
 def test_ghosts_of_a_page_that_comes_back_raise_its_class() -> None:
@@ -147,16 +148,16 @@ def test_a_ghost_remembers_when_its_page_was_used(slot_count: int) -> None:
     policy.used([7], key_of, bytes(100))
     policy.forget(7, key_of[7])
     policy.used([8] * (3 * slot_count), key_of, bytes(100))  # many units of a ghost's time
-    before = list(policy._waits.ended)
+    before = list(policy._reuse.observed)
     policy.used([7], key_of, bytes(100))
-    counted = [n for n, was in enumerate(before) if policy._waits.ended[n] != was]
+    counted = [n for n, was in enumerate(before) if policy._reuse.observed[n] != was]
     waited = 3 * slot_count
     assert counted in ([bucket_of(age)] for age in range(waited - unit, waited + unit + 1))
 
 
 def test_lru_evicts_in_the_order_of_use_whatever_is_pinned_and_whoever_gets_a_child() -> None:
     """Against a plain list. Six chains of up to ten pages, page ``p`` of chain ``c`` in slot 10 c + p."""
-    rng, policy = random.Random(8), Recency(60)
+    rng, policy = random.Random(8), Lru(60)
     order: list[int] = []  # slots, least recently used first
     children = [0] * 60
     seen = collections.Counter[str]()
@@ -192,12 +193,12 @@ def test_lru_evicts_in_the_order_of_use_whatever_is_pinned_and_whoever_gets_a_ch
 def test_the_page_used_after_the_last_victim_goes_next_only_if_no_older_leaf_has_come() -> None:
     """Slots 0, 2, 3, 1, 4, used in this order; 1 is the child of 0 and 4 the child of 3."""
 
-    def some_leaves() -> Recency:
-        policy = Recency(5)
+    def some_leaves() -> Lru:
+        policy = Lru(5)
         policy.used([0, 2, 3, 1, 4], [None] * 5, [1, 0, 0, 1, 0])
         return policy
 
-    def discard(policy: Recency, child: int, parent: int) -> None:
+    def discard(policy: Lru, child: int, parent: int) -> None:
         policy.forget(child, PageKey(b"k" * 32))
         policy.offer(parent)
 
@@ -221,7 +222,7 @@ def test_the_page_used_after_the_last_victim_goes_next_only_if_no_older_leaf_has
     assert policy.victim(lambda _: True) == 2
 
 
-@pytest.mark.parametrize("make", [Recency, ReuseDensity])
+@pytest.mark.parametrize("make", [Lru, ReuseDensity])
 def test_a_policy_takes_at_most_40_bytes_per_slot(make: Callable[[int], EvictionPolicy]) -> None:
     """The worst case: every page is a leaf, each is used three times over, then some are evicted."""
     slot_count = 50_000
@@ -248,15 +249,15 @@ def learned(slot_count: int, waits: list[int], pages: int) -> ReuseDensity:
     """Of ``pages`` pages in their first wait, as many as ``waits`` came back, at these ages."""
     policy = ReuseDensity(slot_count)
     for age in waits:
-        policy._waits.ended[bucket_of(age)] += 1
-    policy._waits.censored[bucket_of(1 << 20)] += pages - len(waits)
-    policy._waits.learn(np.zeros((CLASSES, BUCKETS)))
+        policy._reuse.observed[bucket_of(age)] += 1
+    policy._reuse.censored[bucket_of(1 << 20)] += pages - len(waits)
+    policy._reuse.learn(np.zeros((CLASSES, BUCKETS)))
     return policy
 
 
 def test_a_page_is_worth_most_shortly_before_it_is_likely_to_be_used() -> None:
     policy = learned(1000, [3000] * 500, 1000)
-    young, ripe, late = (policy._waits.value[0][bucket_of(age)] for age in (10, 2900, 9000))
+    young, ripe, late = (policy._reuse.value[0][bucket_of(age)] for age in (10, 2900, 9000))
     assert ripe > 2 * young > 0
     assert late < young
 
@@ -264,12 +265,12 @@ def test_a_page_is_worth_most_shortly_before_it_is_likely_to_be_used() -> None:
 def test_waits_that_are_not_over_do_not_make_a_class_look_dead() -> None:
     """Half of the pages come back at age 3000, but most have not had the time to get there."""
     waits = ReuseTimes()
-    waits.ended[bucket_of(3000)] = 100
+    waits.observed[bucket_of(3000)] = 100
     waits.censored[bucket_of(10_000)] = 100
     waiting = np.zeros((CLASSES, BUCKETS))
     waits.learn(waiting)
     settled = waits.value[0][bucket_of(2900)]
-    waits.ended[bucket_of(3000)] = 100
+    waits.observed[bucket_of(3000)] = 100
     waits.censored[bucket_of(10_000)] = 100
     waiting[0, bucket_of(100)] = 10_000
     waits.learn(waiting)
@@ -303,7 +304,7 @@ def test_a_new_chain_is_declined_where_every_leaf_is_worth_more() -> None:
     found, declined, refused = [0] * 12, [0] * 12, 0
     for turn in range(12):
         for keys in loop:
-            slots = index.pin(keys)
+            slots = index.pin_run(keys)
             index.unpin(slots)
             found[turn] += len(slots)
             got = index.reserve(keys[len(slots) :], keys[len(slots) - 1] if slots else None)
@@ -311,7 +312,7 @@ def test_a_new_chain_is_declined_where_every_leaf_is_worth_more() -> None:
             declined[turn] += len(got.declined)
             refused += len(got.refused)
             assert len(slots) + len(got.granted) + len(got.declined) == len(keys)
-    check_index(index)
+    index.check()
     assert refused == 0
     assert declined[0] == 0  # nothing is declined before anything is learned
     assert found[-1] > 700
@@ -320,7 +321,7 @@ def test_a_new_chain_is_declined_where_every_leaf_is_worth_more() -> None:
 
 def test_nothing_is_declined_while_there_are_free_slots_or_under_lru() -> None:
     policy = learned(8, [3000] * 500, 1000)
-    for index in (TierIndex(8, policy), TierIndex(8)):
+    for index in (TierIndex(8, policy), TierIndex(8, Lru(8))):
         chain = [PageKey(bytes([page]) * 32) for page in range(12)]
         first = index.reserve(chain[:8], None)
         assert len(first.granted) == 8
@@ -334,7 +335,7 @@ def test_pinned_leaves_make_a_refusal_not_a_decline() -> None:
     index = TierIndex(4, learned(4, [3000] * 500, 1000))
     chain = [PageKey(bytes([page]) * 32) for page in range(4)]
     index.commit([slot for _, slot in reversed(index.reserve(chain, None).granted)])
-    index.pin(chain)
+    index.pin_run(chain)
     got = index.reserve([PageKey(b"n" * 32)], None)
     assert got.refused == [0]
     assert not got.declined
@@ -343,8 +344,8 @@ def test_pinned_leaves_make_a_refusal_not_a_decline() -> None:
 def test_a_declined_page_leaves_a_ghost_and_gets_a_slot_when_it_comes_again() -> None:
     policy = learned(8, [3000] * 10, 1000)
     for _ in range(1000):  # pages of the second class come back at once, nearly all of them
-        policy._waits.ended[1 << 6 | bucket_of(20)] += 1
-    policy._waits.learn(np.zeros((CLASSES, BUCKETS)))
+        policy._reuse.observed[1 << 6 | bucket_of(20)] += 1
+    policy._reuse.learn(np.zeros((CLASSES, BUCKETS)))
     index = TierIndex(8, policy)
     chain = [PageKey(bytes([page]) * 32) for page in range(8)]
     index.commit([slot for _, slot in reversed(index.reserve(chain, None).granted)])
@@ -362,9 +363,9 @@ def test_writing_behind_a_page_is_no_use_of_it() -> None:
     index.commit([slot for _, slot in reversed(index.reserve(chain[:2], None).granted)])
     behind = index.reserve(chain[2:], chain[1])
     index.commit([slot for _, slot in reversed(behind.granted)])
-    assert sum(policy._waits.ended) == 0
+    assert sum(policy._reuse.observed) == 0
     assert set(policy._class) == {0}
-    check_index(index)
+    index.check()
 
 
 def test_a_page_counts_as_used_as_often_as_those_after_it() -> None:
@@ -388,5 +389,5 @@ def test_several_conversations_live_until_their_next_turn_in_a_small_cache() -> 
             talks[number] = [*talks[number], fresh, fresh + 1]
             trace += [talks[number], list(range(10**8 + 10 * fresh, 10**8 + 10 * fresh + 8))]
             fresh += 2
-    lru, default = hit_ratio(trace, 300, Recency(300)), hit_ratio(trace, 300, ReuseDensity(300))
+    lru, default = hit_ratio(trace, 300, Lru(300)), hit_ratio(trace, 300, ReuseDensity(300))
     assert default > lru + 0.25 * (optimum(trace, 300) - lru)

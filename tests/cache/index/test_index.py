@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flexkv_sglang.backends.slots.journal import keys_field
-from flexkv_sglang.cache.index.check import check_index
+from flexkv_sglang.cache.eviction.lru import Lru
 from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.types import PageKey, SlotId
 from stores.engines import keys
@@ -14,7 +14,7 @@ from stores.engines import keys
 
 def filled(slot_count: int, *chains: list[PageKey]) -> TierIndex:
     """An index with these chains READY, the first one the least recently used."""
-    index = TierIndex(slot_count)
+    index = TierIndex(slot_count, Lru(slot_count))
     for chain in chains:
         store(index, chain)
     return index
@@ -25,7 +25,7 @@ def store(index: TierIndex, chain: list[PageKey], parent: PageKey | None = None)
     reserved = index.reserve(chain, parent)
     assert not reserved.refused
     index.commit([slot for _, slot in reserved.granted])
-    check_index(index)
+    index.check()
     return [key for key, _ in reserved.victims]
 
 
@@ -35,17 +35,17 @@ def load(index: TierIndex, chain: list[PageKey], slots: list[int], parents: list
 
 
 def test_a_page_being_written_is_held_but_found_by_nobody() -> None:
-    index = TierIndex(4)
+    index = TierIndex(4, Lru(4))
     (key,) = keys(1)
     index.reserve([key], None)
     assert index.holds(key)
     assert index.find(key) is None
     assert index.prefix([key]) == 0
-    assert index.pin([key]) == []
+    assert index.pin_run([key]) == []
 
 
 def test_slots_are_given_out_in_order_so_that_a_chain_is_one_run_on_disk() -> None:
-    index = TierIndex(8)
+    index = TierIndex(8, Lru(8))
     assert [slot for _, slot in index.reserve(keys(5), None).granted] == [0, 1, 2, 3, 4]
 
 
@@ -60,7 +60,7 @@ def test_least_recently_used_leaf_goes_first_and_never_a_page_with_a_child() -> 
 def test_use_protects() -> None:
     old, young = keys(3, seed=1), keys(3, seed=2)
     index = filled(6, old, young)
-    index.unpin(index.pin(old))
+    index.unpin(index.pin_run(old))
     assert store(index, keys(1, seed=3)) == [young[2]]
 
 
@@ -75,13 +75,13 @@ def test_asking_is_not_using() -> None:
 def test_pinned_pages_are_never_victims_and_the_rest_of_a_batch_is_refused() -> None:
     mine = keys(2, seed=1)
     index = filled(3, mine)
-    pinned = index.pin(mine)
+    pinned = index.pin_run(mine)
     reserved = index.reserve(keys(3, seed=2), None)
     assert [position for position, _ in reserved.granted] == [0]
     assert reserved.refused == [1, 2]
     index.abort([slot for _, slot in reserved.granted])
     index.unpin(pinned)
-    check_index(index)
+    index.check()
 
 
 def test_a_batch_never_evicts_its_own_pages() -> None:
@@ -114,24 +114,24 @@ def test_a_page_with_a_child_is_offered_no_more_though_nobody_has_used_it() -> N
 
 
 def test_abort_gives_the_slots_back() -> None:
-    index = TierIndex(2)
+    index = TierIndex(2, Lru(2))
     for _ in range(5):
         reserved = index.reserve(keys(2), None)
         index.abort([slot for _, slot in reserved.granted])
-        check_index(index)
+        index.check()
     assert not index.holds(keys(1)[0])
 
 
 def test_a_discarded_page_is_gone_at_once_but_its_slot_only_after_the_last_reader() -> None:
     (key,) = keys(1)
     index = filled(1, [key])
-    slots = index.pin([key])
+    slots = index.pin_run([key])
     assert index.discard(key, slots[0])
     assert index.find(key) is None
     assert index.reserve(keys(1, seed=2), None).refused == [0]
     index.unpin(slots)
     assert len(index.reserve(keys(1, seed=2), None).granted) == 1
-    check_index(index)
+    index.check()
 
 
 def test_discard_of_a_slot_that_holds_something_else_by_now_does_nothing() -> None:
@@ -145,7 +145,7 @@ def test_discard_of_a_slot_that_holds_something_else_by_now_does_nothing() -> No
 def test_clear_dooms_what_is_in_use_and_it_comes_back() -> None:
     ready, writing = keys(1, seed=1), keys(1, seed=2)
     index = filled(3, ready)
-    pinned = index.pin(ready)
+    pinned = index.pin_run(ready)
     reserved = [slot for _, slot in index.reserve(writing, None).granted]
     index.clear()
     assert len(index) == 0
@@ -153,7 +153,7 @@ def test_clear_dooms_what_is_in_use_and_it_comes_back() -> None:
     assert len(index.reserve(keys(3, seed=3), None).refused) == 2
     index.abort(reserved)
     index.unpin(pinned)
-    check_index(index)
+    index.check()
 
 
 def test_unpin_without_pin_is_a_bug_that_is_said() -> None:
@@ -164,9 +164,9 @@ def test_unpin_without_pin_is_a_bug_that_is_said() -> None:
 
 def test_load_keeps_order_links_and_the_first_of_two_pages_with_one_key() -> None:
     chain = keys(3)
-    index = TierIndex(8)
+    index = TierIndex(8, Lru(8))
     assert load(index, [*chain, chain[0]], [5, 1, 7, 2], [-1, 5, 1, -1]) == [3]
-    check_index(index)
+    index.check()
     assert [index.find(key) for key in chain] == [5, 1, 7]
     assert index.parent_slot(7) == 1
     slots = [slot for _, slot in index.reserve(keys(5, seed=2), None).granted]
@@ -176,16 +176,16 @@ def test_load_keeps_order_links_and_the_first_of_two_pages_with_one_key() -> Non
 
 
 def test_links_to_nonsense_are_dropped_when_loading() -> None:
-    index = TierIndex(4)
+    index = TierIndex(4, Lru(4))
     load(index, keys(3), [0, 1, 2], [0, 99, 3])
-    check_index(index)
+    index.check()
     assert [index.parent_slot(slot) for slot in (0, 1, 2)] == [-1, -1, -1]
 
 
 def test_after_a_directory_came_back_the_oldest_leaf_goes_first_again() -> None:
     """The page used right after the last victim is not the oldest when leaves are offered anew."""
     chain = keys(4)
-    index = TierIndex(3)
+    index = TierIndex(3, Lru(3))
     granted = index.reserve(chain, None, frozenset([2])).granted
     index.commit([slot for _, slot in granted])  # head, its child, a root: used in this order
     assert index.reserve(keys(1, seed=1), None).victims == [(chain[1], granted[1][1])]
@@ -196,21 +196,21 @@ def test_after_a_directory_came_back_the_oldest_leaf_goes_first_again() -> None:
 
 
 def test_an_index_without_slots_refuses_everything() -> None:
-    index = TierIndex(0)
+    index = TierIndex(0, Lru(0))
     assert index.reserve(keys(2), None).refused == [0, 1]
-    check_index(index)
+    index.check()
 
 
 def test_leaf_heap_stays_bounded_under_touching() -> None:
     chain = keys(4)
     index = filled(4, chain)
     for _ in range(3000):
-        index.unpin(index.pin(chain))
+        index.unpin(index.pin_run(chain))
     assert sum(map(len, index._policy._queues)) <= 2 * 4 + 1024
-    check_index(index)
+    index.check()
 
 
 def test_a_parent_that_is_named_in_its_own_batch_does_no_harm() -> None:
-    index = TierIndex(4)
+    index = TierIndex(4, Lru(4))
     chain = keys(2)
     assert len(index.reserve(chain, chain[0]).granted) == 2

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from flexkv_sglang.cache.index.check import check_index
+from flexkv_sglang.cache.eviction.lru import Lru
 from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.types import PageKey, SlotId
 from stores.index_oracle import Oracle, Page
@@ -33,7 +33,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @initialize(counts=st.lists(st.integers(0, 6), min_size=1, max_size=2).map(tuple))
     def start(self, counts: tuple[int, ...]) -> None:
-        self.index = TierIndex(sum(counts), regions=counts)
+        self.index = TierIndex(sum(counts), Lru(sum(counts)), counts)
         self.oracle = Oracle(counts)
 
     @precondition(lambda self: len(self.writing) < 2)
@@ -97,7 +97,7 @@ class IndexMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.pinned) < 2)
     @rule(path=paths)
     def pin(self, path: list[int]) -> None:
-        slots = self.index.pin(chain(path))
+        slots = self.index.pin_run(chain(path))
         pages = self.oracle.pin(chain(path))
         assert slots == [page.slot for page in pages]
         if slots:
@@ -154,8 +154,9 @@ class IndexMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         """Snapshot and load: READY pages, their order and their links come back; nothing else does."""
-        keys, slots, parents = self.index.freeze().by_age()
-        self.index = TierIndex(sum(self.oracle.counts), regions=self.oracle.counts)
+        keys, slots, parents = self.index.snapshot().by_age()
+        counts = self.oracle.counts
+        self.index = TierIndex(sum(counts), Lru(sum(counts)), counts)
         assert self.index.load(keys, slots, parents) == []
         oracle = Oracle(self.oracle.counts)
         kept = sorted(
@@ -184,7 +185,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        check_index(self.index)
+        self.index.check()
         assert len(self.index) == sum(page.ready for page in self.oracle.pages.values())
 
 

@@ -17,7 +17,7 @@ from models.plain_pools import Pool, attach, config, pool_of
 from stores.engines import keys, wait_until
 
 FITS = Plugin(sglang="0.5.23", entry_point=True, listed=True)
-"""What the child answers in the test bed (``test_doctor_setup`` has it asked): asking takes seconds."""
+"""The child's answer in the test bed, without the seconds that asking takes (``test_doctor_setup`` asks it)."""
 
 
 def facts_of(path: Path, answers: Mapping[str, tuple[int, str]] | None = None) -> Facts:

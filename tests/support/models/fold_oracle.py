@@ -53,7 +53,7 @@ def by_definition(case: Case) -> list[int]:
 
 
 def folded(case: Case) -> RestorablePrefixes:
-    """What our fold says."""
+    """The answer of our fold."""
     pages, kv, pools = case
     run = next((i for i in range(pages) if i not in kv), pages)
     return usable_prefixes(

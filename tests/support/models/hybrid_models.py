@@ -297,7 +297,7 @@ class HybridRig:
         return int(done.completed_tokens)
 
     def prefetch(self, tokens: list[int], seed: int) -> Fetched:
-        """Look up, allocate the hit, fetch, and compare every page that came with what ``seed`` says."""
+        """Look up, allocate the hit, fetch, and compare each page that came with the content for ``seed``."""
         controller = self.controller
         controller.prefetch(
             CacheRequestHandle("bed", 0), tokens, extra_pools=self.transfers(tokens)

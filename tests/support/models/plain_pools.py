@@ -1,4 +1,4 @@
-"""Host pools in plain memory for the adapter's tests: what SGLang's look like from our side, without SGLang."""
+"""Host pools in plain memory: they have the interface of SGLang's pools, without SGLang."""
 
 from __future__ import annotations
 

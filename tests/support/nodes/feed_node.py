@@ -13,12 +13,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support
 
 
-from flexkv_sglang.backends.fleet.vocabulary import NodeId, Op, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import NodeId, Op
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.types import U64
-from nodes.fleet_bed import NS, MemorySink, WireNode, fingerprints
+from nodes.fleet_bed import NS, MemorySets, WireNode, fingerprints
 
 
-class Stamped(MemorySink):
+class Stamped(MemorySets):
     """Notes when each page came."""
 
     def apply(self, namespace: str, node_id: NodeId, op: Op, keys: U64) -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     """Until the input ends."""
     share = ShareConfig(**json.loads(sys.argv[1]))
     node = WireNode(share, sys.argv[2])
-    node.sink = Stamped()
+    node.peer_sets = Stamped()
     node.meet(share)
     print(json.dumps({"address": node.address}), flush=True)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Nodes of a fleet in one process: real change logs and rosters, sets in memory, questions between them direct."""
+"""Nodes of a fleet in one process: real change logs and memberships, sets in memory, direct calls between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import redis
 
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet.members.membership import Membership
-from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
+from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.members.redis_entries import (
     encode_change,
     encode_info,
@@ -31,10 +31,10 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     NodeId,
     NodeInfo,
     Op,
-    ShareConfig,
     Snapshot,
     namespace_name,
 )
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import PeerError
 from flexkv_sglang.types import U64
 
@@ -58,8 +58,8 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 @dataclass
-class MemorySink:
-    """A ``ReplicaSink`` whose sets are Python sets; fails on demand."""
+class MemorySets:
+    """Stands in for ``PeerSetsWriter``: sets are Python sets; fails on demand."""
 
     peers: dict[NodeId, tuple[int, str, bool]] = field(default_factory=dict)
     sets: dict[tuple[str, NodeId], set[int]] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class MemorySink:
 
     @contextmanager
     def _used(self, name: str) -> Iterator[None]:
-        assert self._user.acquire(blocking=False), "two threads in the sink"
+        assert self._user.acquire(blocking=False), "two threads in the sets"
         try:
             self.calls[name] += 1
             if self.error:
@@ -106,7 +106,7 @@ class MemorySink:
             self.sets.pop((namespace, node_id), None)
 
     def heartbeat(self) -> None:
-        with self._used("beat"):
+        with self._used("heartbeat"):
             pass
 
     def tick(self) -> None:
@@ -115,7 +115,7 @@ class MemorySink:
 
 
 class Wires:
-    """Who can be asked at which address; a ``PeerControl`` for all. ``cut``: addresses that do not answer."""
+    """Nodes by address; stands in for every node's ``PeerControl``. ``cut``: addresses that do not answer."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
@@ -145,7 +145,7 @@ class Wires:
 
 
 class Node:
-    """One node: its own changes, its roster, what it knows of others."""
+    """One node: its own changes, its membership, its copies of others' sets."""
 
     def __init__(
         self, share: ShareConfig, wires: Wires, node_id: str, logs: ChangeLogs | None = None
@@ -155,14 +155,14 @@ class Node:
         self.first_nid = NodeId(node_id)
         self.address = f"{node_id}:1"
         self.share = share
-        self.sink = MemorySink()
+        self.peer_sets = MemorySets()
         self.counts: Counter[str] = Counter()
         self.wires = wires
         self.membership = Membership(
-            share, self.info, self.logs.find, wires, self.sink, self._count
+            share, self.info, self.logs.find, wires, self.peer_sets, self._count
         )
         wires.nodes[self.address] = self
-        self.membership.wanted_namespaces({NS})
+        self.membership.followers.wanted_namespaces({NS})
 
     def _count(self, name: str, amount: int) -> None:
         self.counts[name] += amount
@@ -177,7 +177,7 @@ class Node:
         )
 
     def own_info(self) -> NodeInfo:
-        return self.membership.own_info()
+        return self.membership.followers.own_info()
 
     def start(self) -> Node:
         self.membership.start()
@@ -187,12 +187,12 @@ class Node:
         """Is the replica of ``other`` what it has?"""
         log = other.logs.find(namespace)
         assert log is not None
-        mine = self.sink.sets.get((namespace, other.membership.node_id))
+        mine = self.peer_sets.sets.get((namespace, other.membership.followers.node_id))
         return mine == set(log.snapshot().fingerprints.tolist()) and self.sees(other)
 
     def sees(self, other: Node) -> bool:
         """Is ``other`` up here?"""
-        return self.sink.peers.get(other.membership.node_id, (0, "", False))[2]
+        return self.peer_sets.peers.get(other.membership.followers.node_id, (0, "", False))[2]
 
     def __enter__(self) -> Node:
         return self.start()
@@ -214,10 +214,10 @@ class WireNode:
         self.logs = ChangeLogs()
         self.logs.log(NS)
         self.node_id = NodeId(node_id)
-        self.sink = MemorySink()
+        self.peer_sets = MemorySets()
         self.counts: Counter[str] = Counter()
         self.membership: Membership | None = None
-        self.control = WirePeerControl(share, None)
+        self.control = PeerControl(share, None)
         self.address = ""  # asked for before ``start`` returns
         listen = "127.0.0.1:0" if share.listen == "auto" else share.listen
         served = replace(share, listen=listen)
@@ -235,15 +235,15 @@ class WireNode:
         return self.logs.find(namespace)
 
     def own_info(self) -> NodeInfo:
-        node_id = self.membership.node_id if self.membership else self.node_id
+        node_id = self.membership.followers.node_id if self.membership else self.node_id
         return NodeInfo(node_id, self.logs.epoch, self.address, "", self.logs.namespaces())
 
     def meet(self, share: ShareConfig) -> None:
         """Begin to follow."""
         self.membership = Membership(
-            share, self.own_info, self.logs.find, self.control, self.sink, self._count
+            share, self.own_info, self.logs.find, self.control, self.peer_sets, self._count
         )
-        self.membership.wanted_namespaces({NS})
+        self.membership.followers.wanted_namespaces({NS})
         self.membership.start()
 
     def _count(self, name: str, amount: int) -> None:
@@ -251,8 +251,8 @@ class WireNode:
 
     def holds(self, node_id: str) -> set[int] | None:
         """The replica of a node that is up."""
-        up = self.sink.peers.get(NodeId(node_id), (0, "", False))[2]
-        return self.sink.sets.get((NS, NodeId(node_id))) if up else None
+        up = self.peer_sets.peers.get(NodeId(node_id), (0, "", False))[2]
+        return self.peer_sets.sets.get((NS, NodeId(node_id))) if up else None
 
     def close(self) -> None:
         if self.membership:
@@ -271,7 +271,7 @@ class HandNode:
         self.node_id = NodeId(node_id)
         self.logs = ChangeLogs()
         self.log = self.logs.log(NS)
-        self.membership = SimpleNamespace(node_id=self.node_id)
+        self.membership = SimpleNamespace(followers=SimpleNamespace(node_id=self.node_id))
         self._cluster_id = cluster_id
         wires.nodes[f"{node_id}:1"] = cast(Node, self)
 

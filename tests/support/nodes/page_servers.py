@@ -24,10 +24,10 @@ from flexkv_sglang.backends.fleet.vocabulary import (
     NodeId,
     NodeInfo,
     PageSource,
-    ShareConfig,
     namespace_name,
 )
 from flexkv_sglang.backends.fleet.wire import curve
+from flexkv_sglang.config.share import ShareConfig
 from nodes.page_sources import MemorySource, PageMemory, keys_of
 
 NID = NodeId("node-1")

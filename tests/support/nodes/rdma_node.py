@@ -19,7 +19,7 @@ from typing import Any
 
 from flexkv_sglang.backends.fleet.reader.client import PeerClient
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
-from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
+from flexkv_sglang.config.share import ShareConfig
 from nodes.page_servers import begin, serving
 from nodes.page_sources import MemorySource, PageMemory, keys_of, page_of
 

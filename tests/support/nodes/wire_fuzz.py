@@ -12,15 +12,9 @@ import zmq
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
-from flexkv_sglang.backends.fleet.vocabulary import (
-    Change,
-    NodeInfo,
-    Op,
-    PageStatus,
-    ShareConfig,
-    Snapshot,
-)
+from flexkv_sglang.backends.fleet.vocabulary import Change, NodeInfo, Op, PageStatus, Snapshot
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
+from flexkv_sglang.config.share import ShareConfig
 from nodes.copy_transport import CopyTransport
 from nodes.page_servers import EPOCH, NAME, NID, SPACE, begin, reading, serving
 from nodes.page_sources import ListedChanges, MemorySource, PageMemory, keys_of

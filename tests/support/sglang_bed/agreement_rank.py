@@ -1,4 +1,4 @@
-"""One of two ranks that exchange what they know after an update.
+"""One of two ranks that agree after an update.
 
 ``python agreement_rank.py PLACE RANK CONTENT CLEAN``."""
 

@@ -1,6 +1,6 @@
 """One of two ranks, of which the second cannot attach its store: ``python attach_rank.py PLACE RANK FIRST``.
 
-``FIRST`` is what comes first, "attach" or "update" (of the weights).
+``FIRST``: "attach" or "update" (of the weights) comes first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from models.plain_pools import Pool, attach, config
 
 
 def main(place: str, rank: str, first: str) -> None:
-    """Print the epoch after an update and an attach, and what SGLang's next collective of the group gave."""
+    """Print the epoch after an update and an attach, and the result of SGLang's next collective of the group."""
     store = Path(place) / "store"
     bound = timedelta(seconds=30)
     dist.init_process_group(

@@ -81,7 +81,7 @@ class Replica(mixins.UnifiedRadixCacheFixtures):  # type: ignore[misc]
         return [tensor.view(torch.uint8) for tensor in tensors]
 
     def bytes_of(self, full: torch.Tensor, state: torch.Tensor | None) -> list[torch.Tensor]:
-        """What these slots hold: full attention, the window's end, the Mamba state."""
+        """The content of these slots: full attention, the window's end, the Mamba state."""
         found = [t.view(torch.uint8)[full] for t in (*self.full.k_buffer, *self.full.v_buffer)]
         if self.swa is not None:
             end = self.slots.full_to_swa_index_mapping[full[-self.cfg.sliding_window_size :]]
@@ -113,13 +113,13 @@ class Replica(mixins.UnifiedRadixCacheFixtures):  # type: ignore[misc]
             time.sleep(0.005)
 
     def match(self, tokens: list[int], req: Any) -> Any:
-        """What the tree and the linker have of a prompt."""
+        """The pages of a prompt that the tree and the linker have."""
         found = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens)), req=req))
         self._apply_match_to_req(req, found)
         return found
 
     def read(self, tokens: list[int]) -> dict[str, Any]:
-        """Match, load back, wait for all layers, finish; what was seen."""
+        """Match, load back, wait for all layers, finish. Returns a report."""
         req = self._make_req(self.requests)
         found = self.match(tokens, req)
         seen: dict[str, Any] = {"hit": found.host_hit_length}
@@ -141,7 +141,7 @@ class Replica(mixins.UnifiedRadixCacheFixtures):  # type: ignore[misc]
 
 
 def run(name: str, place: str) -> dict[str, Any]:
-    """One case: write, read elsewhere, read what is not there, reset, lose a page."""
+    """One case: write, read elsewhere, read a missing page, reset, lose a page."""
     first = Replica(name, place, seed=1)
     tokens = first._make_seq(1, PAGES)
     wanted = first.write(tokens)
@@ -172,7 +172,7 @@ def run(name: str, place: str) -> dict[str, Any]:
 
 
 def main(place: str, model: str) -> None:
-    """Run all cases and print what they saw."""
+    """Run all cases and print their reports."""
     boot(Path(model))
 
     def arguments(**given: Any) -> ServerArgs:

@@ -47,7 +47,7 @@ class Side:
             rows.copy_(torch.randint(0, 256, rows.shape, dtype=torch.uint8, generator=generator))
 
     def poison(self) -> None:
-        """Bytes that nobody stored, everywhere."""
+        """Fill all device pages with bytes that are stored nowhere."""
         for rows in self.buffers:
             rows.fill_(POISON)
 
@@ -57,7 +57,7 @@ class Side:
         return torch.cat([torch.arange(page * size, (page + 1) * size) for page in pages])
 
     def rows(self, *pages: int) -> list[torch.Tensor]:
-        """What these device pages hold, per buffer."""
+        """The content of these device pages, per buffer."""
         return [buffer[self.tokens(*pages)].clone() for buffer in self.buffers]
 
     def store(self, keys: Sequence[str], *pages: int) -> bool:
@@ -96,7 +96,7 @@ def transfer(keys: Sequence[str], slots: torch.Tensor | None = None, name: str =
 
 
 def init_params(slots: Any, page_size: int, **more: Any) -> CacheInitParams:
-    """What SGLang gives a linker."""
+    """The parameters that SGLang gives a linker."""
     return CacheInitParams(
         disable=False,
         req_to_token_pool=more.pop("req_to_token_pool", None),

@@ -41,7 +41,7 @@ _LEFT_OUT = (
 
 
 class Complaints(logging.Handler):
-    """Keeps what is logged as a warning or worse."""
+    """Keeps log records of level WARNING and above."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -53,7 +53,7 @@ class Complaints(logging.Handler):
 
 
 def controller(pool: KVPool) -> Any:
-    """What ``attach_storage_backend`` and the transfer functions use of a controller."""
+    """The part of a controller that ``attach_storage_backend`` and the transfer functions use."""
     made = object.__new__(HiCacheController)
     made.enable_storage = False
     made.storage_backend = made.storage_backend_type = None
@@ -103,7 +103,7 @@ def arguments(model: Path, **more: Any) -> ServerArgs:
 
 
 def refusal(model: Path, **more: Any) -> str:
-    """What is said against these arguments before a model is loaded."""
+    """The error for these arguments before a model is loaded, if any."""
     try:
         arguments(model, hicache_storage_backend="flexkv", **more)
     except ValueError as exc:

@@ -20,7 +20,7 @@ def prompt(seed: int, tokens: int = TOKENS) -> list[int]:
 
 
 def cold(replica: Replica, seed: int) -> Answer:
-    """A prompt nobody has seen: computed in full, and in storage when this returns."""
+    """A new prompt: computed in full, and in storage when this returns."""
     before = state(replica.settings.storage)
     answer = replica.generate(prompt(seed))
     assert answer.device == answer.host == answer.storage == 0

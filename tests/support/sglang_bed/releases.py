@@ -1,4 +1,4 @@
-"""The SGLang release on the path, and since which release it has what. For tests."""
+"""The SGLang release on the path, and the releases in which parts of it appeared."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DYNAMIC = {
     "class_name": "FlexKVStorage",
     "interface_v1": 1,
 }
-"""What the backend ``dynamic`` needs in the extra config."""
+"""The extra config that the backend ``dynamic`` needs."""
 
 KNOWN_FIELDS: dict[str, Any] = {
     "tp_rank": 0,

@@ -69,7 +69,7 @@ class Trees(storage.UnifiedRadixCacheStorageFixtures, unittest.TestCase):  # typ
         return self._snapshot_full_kv(slots, indices)
 
     def fetch(self, made: Any, tokens: list[int], name: str) -> Any:
-        """Prefetch from storage; what the tree then finds."""
+        """Prefetch from storage; returns the match of the tree after it."""
         tree = made[0]
         handle = CacheRequestHandle(name, 0)
         tree.prefetch_from_storage(handle, tree.root_node_handle(), array("q", tokens), None, None)
@@ -102,7 +102,7 @@ def patched(model: str, place: str) -> Any:
 
 
 def main(place: str, model: str) -> None:
-    """Run the three trees and print what they saw."""
+    """Run the three trees and print their reports."""
     boot(Path(model))
     mixins.ServerArgs = fixtures.ServerArgs = storage.ServerArgs = patched(model, place)
     trees = Trees()

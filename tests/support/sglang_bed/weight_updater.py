@@ -27,7 +27,7 @@ with warnings.catch_warnings():
 
 
 class Runner:
-    """A model runner whose weights are nothing; ``answer`` is what a load comes to, ``meanwhile`` runs in it."""
+    """A model runner without weights; ``answer`` is the result of a load, ``meanwhile`` runs during it."""
 
     def __init__(self) -> None:
         self.answer: tuple[bool, str] = (True, "done")
@@ -49,7 +49,7 @@ class Runner:
 
 
 class Updates:
-    """What a scheduler does with a weight update request. ``busy``: requests run, so no flush is possible."""
+    """A scheduler that gets weight update requests. ``busy``: requests run, so no flush is possible."""
 
     def __init__(self, rig: Rig, draft: Runner | None = None) -> None:
         self.rig, self.runner, self.busy = rig, Runner(), False
@@ -86,7 +86,7 @@ class Updates:
         self.manager: Any = manager
 
     def flush(self, empty_cache: bool = True) -> bool:
-        """As ``Scheduler.flush_cache``: what it does to the controller and the pools."""
+        """As ``Scheduler.flush_cache``, for the controller and the pools."""
         if self.busy:
             return False
         self.rig.controller.reset()

@@ -58,9 +58,9 @@ def test_what_was_published_is_gone_even_from_a_change_that_grew(logs: ChangeLog
     assert sent(log) == [(Op.ADD, 3, [3])]
     log.published(logs.epoch ^ 1, 3)
     assert sent(log) == [(Op.ADD, 3, [3])]
-    assert log.keep() is None
+    assert log.heartbeat() is None
     log.published(logs.epoch, 3)
-    keep = log.keep()
+    keep = log.heartbeat()
     assert keep is not None
     assert (keep.op, keep.first, keep.numbers) == (Op.HEARTBEAT, 4, 0)
 

@@ -16,7 +16,8 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
     member_keys,
     stream_key,
 )
-from flexkv_sglang.backends.fleet.vocabulary import Change, Op, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import Change, Op
+from flexkv_sglang.config.share import ShareConfig
 from nodes.fleet_bed import NS, HandNode, Node, Wires, eventually, fingerprints
 from nodes.redis_server import RedisServer
 
@@ -54,7 +55,7 @@ def test_entries_are_applied_once_and_in_part(scene: tuple[Node, HandNode]) -> N
 def test_a_lost_entry_is_a_gap(
     scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.snapshot_queue.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.ASK_AGAIN_S", 0.1)
     node, hand = scene
     hand.added(4)  # never arrives
     hand.write(hand.added(5))
@@ -65,10 +66,10 @@ def test_a_lost_entry_is_a_gap(
 def test_a_lost_tail_is_revealed_by_a_keep_alive(
     scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.snapshot_queue.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.ASK_AGAIN_S", 0.1)
     node, hand = scene
     hand.added(4)  # never arrives, and nothing comes after it
-    keep = hand.log.keep()
+    keep = hand.log.heartbeat()
     assert keep is not None
     hand.write(keep)
     assert knows(node, hand)
@@ -88,7 +89,7 @@ def test_a_stream_whose_ids_went_back_is_read_again(
 def test_another_epoch_is_ignored_until_a_beat_tells_of_it(
     scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.snapshot_queue.NEW_EPOCH_S", 0.1)
+    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.NEW_EPOCH_S", 0.1)
     node, hand = scene
     hand.write(Change(hand.logs.epoch ^ 1, 4, Op.DROP, fingerprints(1)))
     hand.write(hand.added(4))
@@ -133,21 +134,21 @@ def test_rubbish_in_redis_is_counted_and_skipped(scene: tuple[Node, HandNode]) -
     hand.client.set(version, b"changed")
     heartbeats = node.counts["share_beats"]
     assert eventually(lambda: node.counts["share_beats"] > heartbeats + 2)
-    assert set(node.sink.peers) == {hand.node_id}
+    assert set(node.peer_sets.peers) == {hand.node_id}
     hand.client.delete(live)
     hand.client.set(live, b"no set at all")
     assert eventually(lambda: node.counts["share_redis_errors"] > 0)
-    assert node.sink.peers[hand.node_id][2]
+    assert node.peer_sets.peers[hand.node_id][2]
 
 
 def test_sets_that_lie_are_asked_for_again(
     scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.snapshot_queue.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.ASK_AGAIN_S", 0.1)
     node, hand = scene
-    node.membership.set_suspect("no such namespace", hand.node_id)
+    node.membership.followers.set_suspect("no such namespace", hand.node_id)
     assert node.counts["share_distrusted"] == 0
-    node.membership.set_suspect(NS, hand.node_id)
+    node.membership.followers.set_suspect(NS, hand.node_id)
     assert node.counts["share_distrusted"] == 1
     assert eventually(lambda: node.counts["share_snapshots"] >= 2)
     assert knows(node, hand)
@@ -156,13 +157,13 @@ def test_sets_that_lie_are_asked_for_again(
 def test_a_replica_that_cannot_be_written_is_written_later(
     scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.snapshot_queue.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.ASK_AGAIN_S", 0.1)
     node, hand = scene
-    node.sink.error = OSError(28, "No space left on device")
+    node.peer_sets.error = OSError(28, "No space left on device")
     hand.write(hand.added(4))
     assert eventually(lambda: node.counts["share_replica_errors"] > 0)
     hand.write(hand.added(5))
-    node.sink.error = None
+    node.peer_sets.error = None
     assert knows(node, hand)
     assert node.counts["share_thread_errors"] == 0
 
@@ -170,10 +171,12 @@ def test_a_replica_that_cannot_be_written_is_written_later(
 def test_after_close_nothing_is_written(scene: tuple[Node, HandNode]) -> None:
     node, hand = scene
     node.membership.close()
-    calls = node.sink.calls.copy()
+    calls = node.peer_sets.calls.copy()
     hand.write(hand.added(4))
-    node.membership.changed(NS, hand.node_id, [Change(hand.logs.epoch, 4, Op.ADD, fingerprints(4))])
-    node.membership.update_members("redis", [])
-    node.membership.wanted_namespaces(())
-    assert node.sink.calls == calls
+    node.membership.followers.changed(
+        NS, hand.node_id, [Change(hand.logs.epoch, 4, Op.ADD, fingerprints(4))]
+    )
+    node.membership.followers.update_members("redis", [])
+    node.membership.followers.wanted_namespaces(())
+    assert node.peer_sets.calls == calls
     assert not [thread.name for thread in threading.enumerate() if "flexkv-r" in thread.name]

@@ -100,7 +100,7 @@ class FeedMachine(RuleBasedStateMachine):
 
     @rule()
     def keep(self) -> None:
-        keep = self.log.keep()
+        keep = self.log.heartbeat()
         if keep is not None:
             self.wire.append(keep)
 
@@ -132,7 +132,7 @@ class FeedMachine(RuleBasedStateMachine):
 
     @rule()
     def heartbeat(self) -> None:
-        self.replica.take(self.follower.announced(self.logs.epoch, self.now))
+        self.follower.announced(self.logs.epoch, self.now)
 
     @rule()
     def poll(self) -> None:
@@ -179,7 +179,7 @@ class FeedMachine(RuleBasedStateMachine):
     @invariant()
     def pages_are_counted(self) -> None:
         held = self.replica.pages
-        assert self.follower.held == (held is not None)
+        assert self.follower.has_set == (held is not None)
         assert self.follower.pages == len(held or ())
 
     @invariant()
@@ -246,8 +246,8 @@ def test_a_keep_alive_tells_how_much_is_missing() -> None:
 
 def test_an_old_set_is_a_hint_for_two_seconds() -> None:
     follower = followed(3)
-    assert follower.announced(8, 10.0) == []
-    assert follower.held
+    follower.announced(8, 10.0)
+    assert follower.has_set
     assert follower.tick(10.0 + HINT_S - 0.1) == []
     assert follower.tick(10.0 + HINT_S) == [Forget()]
     assert follower.tick(100.0) == []
@@ -259,7 +259,7 @@ def test_a_snapshot_in_time_replaces_the_hint() -> None:
     snapshot = Snapshot(8, 1, fingerprints(9))
     assert follower.answered(snapshot) == [Reset(snapshot)]
     assert follower.tick(100.0) == []
-    assert follower.held
+    assert follower.has_set
 
 
 def test_changes_that_came_before_the_snapshot_follow_it() -> None:
@@ -280,7 +280,7 @@ def test_clear_empties_even_a_set_that_waits() -> None:
     follower = followed(3)
     follower.changed(Change(7, 9, Op.ADD, fingerprints(9)))
     assert follower.wants_snapshot
-    assert follower.held
+    assert follower.has_set
     assert follower.changed(Change(7, 10, Op.CLEAR, fingerprints())) == [Forget()]
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX, REMOVE_AFTER_S, Members
-from flexkv_sglang.backends.fleet.members.snapshot_queue import (
+from flexkv_sglang.backends.fleet.members.follower import (
     ASK_AGAIN_MAX_S,
     ASK_AGAIN_S,
     NEW_EPOCH_S,
     SnapshotQueue,
 )
+from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX, REMOVE_AFTER_S, Members
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, NodeInfo
 
 A = NodeInfo(NodeId("a"), 1, "a:1")

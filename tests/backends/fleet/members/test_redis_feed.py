@@ -15,7 +15,7 @@ from flexkv_sglang.backends.fleet.members import redis_feed
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet.members.redis_entries import member_keys, stream_key
 from flexkv_sglang.backends.fleet.members.redis_feed import streams_of
-from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
+from flexkv_sglang.config.share import ShareConfig
 from nodes.fleet_bed import NS, OTHER_NS, HandNode, Node, Wires, eventually, fingerprints
 from nodes.redis_server import RedisServer
 
@@ -41,7 +41,7 @@ def test_each_node_knows_what_the_other_has(
         one.logs.log(NS).clear()
         assert both_know(one, two)
         assert two.counts["share_snapshots"] == 1
-        assert (NS, "a") not in one.sink.sets
+        assert (NS, "a") not in one.peer_sets.sets
 
 
 def test_redis_absent_at_the_start(server: RedisServer, share: ShareConfig) -> None:
@@ -72,7 +72,7 @@ def test_redis_killed_and_back_empty(
         assert two.counts["share_snapshots"] == 1  # what waited was published, nothing was lost
         warnings = [record for record in caplog.records if record.levelname == "WARNING"]
         assert len(warnings) <= 4  # two connections of two nodes, one line each
-    assert "b" not in one.sink.was_down
+    assert "b" not in one.peer_sets.was_down
 
 
 def test_redis_hangs(server: RedisServer, share: ShareConfig) -> None:
@@ -87,7 +87,7 @@ def test_redis_hangs(server: RedisServer, share: ShareConfig) -> None:
         server.signal(signal.SIGCONT)
         assert both_know(one, two)
         assert two.counts["share_snapshots"] == 1
-    assert not one.sink.was_down
+    assert not one.peer_sets.was_down
 
 
 def test_close_is_bounded_while_redis_hangs(
@@ -137,8 +137,8 @@ def test_flushall(server: RedisServer, share: ShareConfig) -> None:
             one.logs.log(NS).add(fingerprints(number))
             assert both_know(one, two)
         assert eventually(lambda: one.counts["share_redis_emptied"] > 0)
-    assert not one.sink.was_down - {"b"}
-    assert not two.sink.was_down
+    assert not one.peer_sets.was_down - {"b"}
+    assert not two.peer_sets.was_down
 
 
 def test_a_node_that_closes_leaves_at_once(server: RedisServer, share: ShareConfig) -> None:
@@ -148,7 +148,7 @@ def test_a_node_that_closes_leaves_at_once(server: RedisServer, share: ShareConf
         with Node(share, wires, "b") as two:
             assert both_know(one, two)
         assert eventually(lambda: not one.sees(two))
-        assert (NS, "b") in one.sink.sets  # kept for a minute: it may come back
+        assert (NS, "b") in one.peer_sets.sets  # kept for a minute: it may come back
 
 
 def test_a_node_that_dies_is_down_after_the_expiry(server: RedisServer, share: ShareConfig) -> None:
@@ -156,20 +156,20 @@ def test_a_node_that_dies_is_down_after_the_expiry(server: RedisServer, share: S
     hand = HandNode(server.client(), wires, "h")
     with Node(share, wires, "a") as one:
         hand.heartbeat()
-        assert eventually(lambda: one.sink.peers.get(hand.node_id, (0, "", False))[2])
-        assert eventually(lambda: not one.sink.peers[hand.node_id][2])
+        assert eventually(lambda: one.peer_sets.peers.get(hand.node_id, (0, "", False))[2])
+        assert eventually(lambda: not one.peer_sets.peers[hand.node_id][2])
         hand.heartbeat()
-        assert eventually(lambda: one.sink.peers[hand.node_id][2])
+        assert eventually(lambda: one.peer_sets.peers[hand.node_id][2])
 
 
 def test_a_quiet_stream_says_how_far_it_goes(
     server: RedisServer, share: ShareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_feed, "KEEP_S", 0.2)
+    monkeypatch.setattr(redis_feed, "STREAM_HEARTBEAT_S", 0.2)
     wires = Wires()
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         assert both_know(one, two)
-        key = stream_key("default", NS, one.membership.node_id)
+        key = stream_key("default", NS, one.membership.followers.node_id)
         assert eventually(lambda: len(server.client().xrange(key)) > 2)
         _entry_id, fields = server.client().xrange(key)[-1]  # type: ignore[index]
         assert fields[b"o"] == b"K"
@@ -204,9 +204,9 @@ def test_two_clusters_on_one_redis_do_not_meet(server: RedisServer, share: Share
         assert eventually(
             lambda: three.counts["share_beats"] > 2 and four.counts["share_beats"] > 2
         )
-        assert not three.sink.peers
-        assert not four.sink.peers
-        assert set(one.sink.peers) == {"b"}
+        assert not three.peer_sets.peers
+        assert not four.peer_sets.peers
+        assert set(one.peer_sets.peers) == {"b"}
 
 
 def test_a_servers_clock_that_went_back_leaves_no_zombies(
@@ -218,11 +218,13 @@ def test_a_servers_clock_that_went_back_leaves_no_zombies(
         zombie = HandNode(server.client(), wires, "z")
         zombie.heartbeat(ahead_s=3600)  # as all are when the clock goes back an hour
         for node in (one, two):
-            server.client().zadd(member_keys("default")[0], {node.membership.node_id: 1e15})
+            server.client().zadd(
+                member_keys("default")[0], {node.membership.followers.node_id: 1e15}
+            )
         assert eventually(lambda: server.client().zcard(member_keys("default")[0]) == 2)
         heartbeats = one.counts["share_beats"]
         assert eventually(lambda: one.counts["share_beats"] > heartbeats + 3)
-        assert not one.sink.was_down - {"z"}
+        assert not one.peer_sets.was_down - {"z"}
         assert two.sees(one)
 
 
@@ -231,10 +233,10 @@ def test_only_namespaces_present_here_are_followed(server: RedisServer, share: S
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         one.logs.log(OTHER_NS).add(fingerprints(5))
         assert both_know(one, two)
-        assert set(two.sink.sets) == {(NS, "a")}
-        two.membership.wanted_namespaces({OTHER_NS})
+        assert set(two.peer_sets.sets) == {(NS, "a")}
+        two.membership.followers.wanted_namespaces({OTHER_NS})
         assert eventually(lambda: two.knows(one, OTHER_NS))
-        assert set(two.sink.sets) == {(OTHER_NS, "a")}
+        assert set(two.peer_sets.sets) == {(OTHER_NS, "a")}
 
 
 def test_many_streams_are_not_asked_for_at_every_change(
@@ -246,7 +248,7 @@ def test_many_streams_are_not_asked_for_at_every_change(
     def all_there() -> bool:
         for other in others:
             other.heartbeat()
-        return len(one.sink.peers) == len(others)
+        return len(one.peer_sets.peers) == len(others)
 
     with Node(share, wires, "a") as one:
         assert eventually(all_there)
@@ -266,9 +268,11 @@ def test_the_same_name_twice(
         other.address = "twin2:1"
         wires.nodes.update({"twin:1": one, "twin2:1": other})
         with other:
-            assert eventually(lambda: one.membership.node_id != other.membership.node_id)
+            assert eventually(
+                lambda: one.membership.followers.node_id != other.membership.followers.node_id
+            )
             assert both_know(one, other)
-            assert {"twin"} < {one.membership.node_id, other.membership.node_id}
+            assert {"twin"} < {one.membership.followers.node_id, other.membership.followers.node_id}
         assert any(
             record.levelname == "ERROR" and "same nid" in record.message
             for record in caplog.records
@@ -289,7 +293,7 @@ def test_clocks_of_this_machine_may_jump(
             )  # type: ignore[misc]
             one.logs.log(NS).add(fingerprints(number))
             assert both_know(one, two)
-    assert not one.sink.was_down
+    assert not one.peer_sets.was_down
 
 
 def test_shapes_of_an_answer() -> None:

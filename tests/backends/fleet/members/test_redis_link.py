@@ -14,9 +14,9 @@ from flexkv_sglang.backends.fleet.members.redis_link import (
     RedisAddress,
     RedisLink,
     parse_redis_url,
-    redacted,
 )
-from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
+from flexkv_sglang.config.parsers import redacted
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from nodes.fleet_bed import NS, Node, Wires, eventually, fingerprints
 from nodes.redis_server import ACL, RedisServer, free_port
@@ -205,5 +205,5 @@ def test_sentinel_promotes_the_replica(tmp_path: Path) -> None:
             one.logs.log(NS).add(fingerprints(1, 2))
             assert two.sees(one)
             assert eventually(lambda: one.knows(two) and two.knows(one), 30)
-        assert not one.sink.was_down - {"b"}
+        assert not one.peer_sets.was_down - {"b"}
         assert second.client().info("replication")["role"] == "master"

@@ -17,7 +17,7 @@ import pytest
 
 from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
-from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
+from flexkv_sglang.config.share import ShareConfig
 from nodes.fleet_bed import NS, WireNode, eventually, fingerprints
 from nodes.redis_server import RedisServer, free_port
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("short_waits")
 @pytest.fixture(autouse=True)
 def soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("ASK_AGAIN_S", 0.2), ("NEW_EPOCH_S", 0.1)):
-        monkeypatch.setattr(f"flexkv_sglang.backends.fleet.members.snapshot_queue.{name}", seconds)
+        monkeypatch.setattr(f"flexkv_sglang.backends.fleet.members.follower.{name}", seconds)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_static_peers_follow_each_other(pair: tuple[WireNode, WireNode]) -> None
     assert eventually(lambda: two.holds("a") == set(range(5, 3000)) and one.holds("b") == {7})
     one.logs.log(NS).clear()
     assert eventually(lambda: two.holds("a") == set())
-    assert set(one.sink.peers) == {"b"}
+    assert set(one.peer_sets.peers) == {"b"}
     assert two.counts["share_snapshots"] == 1
     assert one.counts["share_renamed"] == 0
 
@@ -118,18 +118,18 @@ def test_redis_and_static_peers_at_once(pair: tuple[WireNode, WireNode], tmp_pat
         server.kill()
         one.logs.log(NS).add(fingerprints(3))
         assert eventually(lambda: two.holds("a") == {1, 2, 3})
-        two.sink.was_down.clear()
+        two.peer_sets.was_down.clear()
         server.start()
         one.logs.log(NS).drop(fingerprints(1))
         assert eventually(lambda: two.holds("a") == {2, 3})
-        assert not two.sink.was_down
+        assert not two.peer_sets.was_down
 
 
 def test_ranks_find_the_pages_of_other_nodes_in_the_replica(
     pair: tuple[WireNode, WireNode], tmp_path: Path
 ) -> None:
     one, two = pair
-    two.sink = writer = PeerSetsWriter(tmp_path / "run")  # type: ignore[assignment]
+    two.peer_sets = writer = PeerSetsWriter(tmp_path / "run")  # type: ignore[assignment]
     pages = np.random.default_rng(1).integers(0, 1 << 63, 100_000, np.uint64)
     one.logs.log(NS).add(pages)
     reader = PeerSetsReader(tmp_path / "run", NS, 30.0)

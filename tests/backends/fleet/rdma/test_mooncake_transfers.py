@@ -15,7 +15,7 @@ from flexkv_sglang.backends.fleet.rdma import mooncake as mooncake_transport
 from flexkv_sglang.backends.fleet.rdma.mooncake import MooncakeTransport
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
 from flexkv_sglang.backends.fleet.transport import Move, RdmaError, TransferState
-from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from nodes.page_servers import begin, reading, serving, until
 from nodes.page_sources import MemorySource, PageMemory, keys_of

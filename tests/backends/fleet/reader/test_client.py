@@ -13,8 +13,9 @@ import zmq
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.fleet.reader.health import PeerHealth
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
-from flexkv_sglang.backends.fleet.vocabulary import PageStatus, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import PageStatus
 from flexkv_sglang.backends.fleet.wire import answers
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.types import PageKey
 from nodes.delay_proxy import DelayProxy
 from nodes.page_servers import EPOCH, NID, ServerProcess, begin, reading, serving, until

@@ -19,7 +19,7 @@ from flexkv_sglang.backends.fleet.reader.rdma_memory import RdmaMemory
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
 from flexkv_sglang.backends.fleet.server import offers
 from flexkv_sglang.backends.fleet.server.server import PageServer
-from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.types import PageKey
 from nodes.copy_transport import FAILED, RUNNING, CopyTransport

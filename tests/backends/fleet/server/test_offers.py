@@ -8,8 +8,9 @@ import pytest
 
 from flexkv_sglang.backends.fleet.server import offers
 from flexkv_sglang.backends.fleet.server.server import PageServer
-from flexkv_sglang.backends.fleet.vocabulary import PageStatus, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.types import PageKey
 from nodes.copy_transport import CopyTransport
 from nodes.page_servers import SPACE, serving, until

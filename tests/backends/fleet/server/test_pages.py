@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexkv_sglang.backends.fleet.vocabulary import PageStatus, ServedPage, ShareConfig
+from flexkv_sglang.backends.fleet.vocabulary import PageStatus, ServedPage
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.types import PageKey
 from nodes.page_servers import SPACE, serving, until
 from nodes.page_sources import MemorySource, keys_of

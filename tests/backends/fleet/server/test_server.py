@@ -11,19 +11,14 @@ import numpy as np
 import pytest
 
 from flexkv_sglang.backends.checksum import page_checksum
-from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
+from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
 from flexkv_sglang.backends.fleet.server.queue import Reader, Request, ServeQueue
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.slabs import ServeSlabs
-from flexkv_sglang.backends.fleet.vocabulary import (
-    PageSource,
-    PageStatus,
-    ShareConfig,
-    Snapshot,
-    namespace_name,
-)
+from flexkv_sglang.backends.fleet.vocabulary import PageSource, PageStatus, Snapshot, namespace_name
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError, PeerError
 from flexkv_sglang.types import PageKey
 from nodes.page_servers import EPOCH, NAME, NID, SPACE, FixedNode, begin, reading, serving, until
@@ -319,7 +314,7 @@ def test_followers_get_what_they_ask_for() -> None:
     log = ListedChanges(CHANGES, Snapshot(EPOCH, 8, fingerprints))
     share = ShareConfig(listen="127.0.0.1:0")
     with serving(None, share, {NAME: log}) as (_, address):
-        control = WirePeerControl(share, None)
+        control = PeerControl(share, None)
         try:
             info = control.hello(address, 5)
             assert (info.node_id, info.epoch, info.namespaces) == (NID, EPOCH, (NAME,))
@@ -338,7 +333,7 @@ def test_followers_get_what_they_ask_for() -> None:
 
 
 def test_questions_end_in_time() -> None:
-    control = WirePeerControl(ShareConfig(), None)
+    control = PeerControl(ShareConfig(), None)
     with pytest.raises(PeerError):
         control.hello("127.0.0.1:1", 5)
     with pytest.raises(PeerError):

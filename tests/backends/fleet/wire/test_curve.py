@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import zmq
 
-from flexkv_sglang.backends.fleet.members.peer_control import WirePeerControl
+from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
-from flexkv_sglang.backends.fleet.vocabulary import ShareConfig
 from flexkv_sglang.backends.fleet.wire import addresses, answers, curve, requests
+from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError, PeerError
 from nodes.page_servers import EPOCH, NAME, NID, SPACE, begin, reading, serving, write_secret
 from nodes.page_sources import MemorySource, PageMemory, keys_of
@@ -35,7 +35,7 @@ def test_the_right_secret_is_let_in(tmp_path: Path, auth: str) -> None:
     with serving(source, share) as (_, address), reading(share) as client:
         assert begin(client, address, KEYS, memory).wait() == [PageOutcome.OK] * 3
         assert memory.page(1) == source.pages[KEYS[1]]
-        control = WirePeerControl(share, curve.load_secret(share))
+        control = PeerControl(share, curve.load_secret(share))
         assert control.hello(address, 5).node_id == NID
         control.close()
 
@@ -51,7 +51,7 @@ def test_strangers_get_nothing(tmp_path: Path, auth: str, other: str) -> None:
             outcomes = begin(client, address, KEYS, memory, 1.0).wait()
             assert PageOutcome.OK not in outcomes
             assert all(memory.untouched(i) for i in range(3))
-        control = WirePeerControl(stranger, curve.load_secret(stranger))
+        control = PeerControl(stranger, curve.load_secret(stranger))
         with pytest.raises(PeerError):
             control.hello(address, 0.5)
         with pytest.raises(PeerError):

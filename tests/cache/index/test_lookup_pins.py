@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import flexkv_sglang.cache.index.lookup_pins as promises_module
+import flexkv_sglang.cache.index.lookup_pins as lookup_pins_module
 from flexkv_sglang.cache.engine import CacheEngine
-from flexkv_sglang.cache.index.lookup_pins import PROMISE_S, LookupPins
+from flexkv_sglang.cache.index.lookup_pins import LOOKUP_PIN_S, LookupPins
 from flexkv_sglang.types import NO_SLOT, SlotId
 from stores.engines import keys, open_engine, page_memory, soon
 
@@ -23,28 +23,28 @@ chained = range(-1, 799)
 alone = [NO_SLOT] * 800
 
 
-def test_a_chain_needs_one_promise_and_pages_without_links_one_each() -> None:
-    assert LookupPins(800).make(run(3, 4, 5), chained, 0.0) == [5]
-    assert sorted(LookupPins(800).make(run(3, 4, 5), alone, 0.0)) == [3, 4, 5]
+def test_a_chain_needs_one_pin_and_pages_without_links_one_each() -> None:
+    assert LookupPins(800).add(run(3, 4, 5), chained, 0.0) == [5]
+    assert sorted(LookupPins(800).add(run(3, 4, 5), alone, 0.0)) == [3, 4, 5]
 
 
-def test_asking_again_neither_prolongs_nor_renews_a_promise() -> None:
-    promises = LookupPins(800)
-    assert promises.make(run(7), alone, 0.0) == [7]
-    assert promises.make(run(7), alone, PROMISE_S - 1) == []
-    assert promises.expire(PROMISE_S - 0.1) == []
-    assert promises.expire(PROMISE_S) == [7]
-    assert promises.make(run(7), alone, PROMISE_S + 1) == [], "it was not read since"
-    promises.keep(run(7))
-    assert promises.make(run(7), alone, PROMISE_S + 2) == [7]
+def test_asking_again_neither_prolongs_nor_renews_a_pin() -> None:
+    pins = LookupPins(800)
+    assert pins.add(run(7), alone, 0.0) == [7]
+    assert pins.add(run(7), alone, LOOKUP_PIN_S - 1) == []
+    assert pins.expire(LOOKUP_PIN_S - 0.1) == []
+    assert pins.expire(LOOKUP_PIN_S) == [7]
+    assert pins.add(run(7), alone, LOOKUP_PIN_S + 1) == [], "it was not read since"
+    pins.release(run(7))
+    assert pins.add(run(7), alone, LOOKUP_PIN_S + 2) == [7]
 
 
-def test_reading_ends_a_promise_and_their_number_is_bounded() -> None:
-    promises = LookupPins(80)
-    assert len(promises.make(run(*range(80)), alone, 0.0)) == 10
-    assert len(promises) == 10
-    assert len(promises.keep(run(*range(80)))) == 10
-    assert len(promises) == 0
+def test_reading_ends_a_pin_and_their_number_is_bounded() -> None:
+    pins = LookupPins(80)
+    assert len(pins.add(run(*range(80)), alone, 0.0)) == 10
+    assert len(pins) == 10
+    assert len(pins.release(run(*range(80)))) == 10
+    assert len(pins) == 0
 
 
 def put(engine: CacheEngine, count: int, seed: int) -> list[bool]:
@@ -52,7 +52,7 @@ def put(engine: CacheEngine, count: int, seed: int) -> list[bool]:
     return engine.put(keys(count, seed), buffers, None, soon())
 
 
-def test_a_promised_prefix_survives_a_flood_of_writes_until_it_is_read(tmp_path: Path) -> None:
+def test_an_announced_prefix_survives_a_flood_of_writes_until_it_is_read(tmp_path: Path) -> None:
     engine = open_engine(tmp_path, PAGE, 64 * PAGE)
     put(engine, 8, seed=1)
     assert engine.prefix(keys(8, 1)) == 8
@@ -68,8 +68,10 @@ def test_a_promised_prefix_survives_a_flood_of_writes_until_it_is_read(tmp_path:
     engine.close()
 
 
-def test_promises_that_nobody_keeps_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(promises_module, "PROMISE_S", 0.0)
+def test_pins_of_pages_that_are_not_read_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup_pins_module, "LOOKUP_PIN_S", 0.0)
     engine = open_engine(tmp_path, PAGE, 64 * PAGE)
     put(engine, 8, seed=1)
     assert engine.prefix(keys(8, 1)) == 8
@@ -79,7 +81,7 @@ def test_promises_that_nobody_keeps_end(tmp_path: Path, monkeypatch: pytest.Monk
     engine.close()
 
 
-def test_promises_never_stop_a_write(tmp_path: Path) -> None:
+def test_lookup_pins_never_stop_a_write(tmp_path: Path) -> None:
     engine = open_engine(tmp_path, PAGE, 8 * PAGE)
     put(engine, 8, seed=1)
     assert engine.prefix(keys(8, 1)) == 8  # its tail protects the whole tier

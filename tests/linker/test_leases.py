@@ -1,4 +1,4 @@
-"""Lookups: only what this process keeps counts, for as long as the request asks, and never more than half of it."""
+"""Leases: a lookup counts only pinned pages, until the request stops asking, and pins at most half of the slots."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def stored(tmp_path: Path) -> Iterator[tuple[Side, Clock]]:
     """A small store with three pages, and the clock of its leases."""
     with side(tmp_path, Geometry(), size=SMALL) as made:
         assert made.store(KEYS, 1, 2, 3)
-        clock = made.linker._lookups._clock = Clock()
+        clock = made.linker._leases._clock = Clock()
         yield made, clock
 
 
 def leased(replica: Side) -> int:
-    return replica.linker._lookups.leased_pages()
+    return replica.linker._leases.leased_pages()
 
 
 def crowd_out(replica: Side) -> None:
-    """Store so much that nothing stays that is not kept."""
+    """Store pages until only pinned ones of the old pages are left."""
     opened = replica.linker._stores.get("kv")
     for seed in range(10, 10 + opened.store.tiers[0].slot_count):
         replica.store(names(2, seed=seed), 4, 5)
@@ -68,7 +68,7 @@ def test_a_lookup_keeps_its_pages_until_the_lease_ends(stored: tuple[Side, Clock
     crowd_out(replica)
     assert replica.find(KEYS) == [1, 2, 3]
     clock.now += LEASE_S + 1
-    replica.linker._lookups.expire()
+    replica.linker._leases.expire()
     assert leased(replica) == 0
     replica.linker._stores.get("kv").store.check()
 
@@ -78,7 +78,7 @@ def test_each_lookup_renews_the_lease(stored: tuple[Side, Clock]) -> None:
     for _ in range(3):
         assert replica.find(KEYS) == [1, 2, 3]
         clock.now += LEASE_S - 1
-        replica.linker._lookups.expire()
+        replica.linker._leases.expire()
         assert leased(replica) == 3
 
 
@@ -94,23 +94,23 @@ def test_a_lease_outlives_its_time_while_its_load_runs(stored: tuple[Side, Clock
     assert replica.find(KEYS) == [1, 2, 3]
     assert replica.linker.load("r", [transfer(KEYS, replica.tokens(4, 5, 6))])
     clock.now += 10 * LEASE_S
-    replica.linker._lookups.expire()
+    replica.linker._leases.expire()
     assert leased(replica) == 3
     index = replica.linker.start_layer_wise_loading()
     assert replica.linker.finish_layer_wise_loading(index) is True
     assert leased(replica) == 3  # other ranks may still read
     clock.now += LOADED_S + 1
-    replica.linker._lookups.expire()
+    replica.linker._leases.expire()
     assert leased(replica) == 0
 
 
 def test_two_requests_keep_a_page_twice(stored: tuple[Side, Clock]) -> None:
     replica, _ = stored
     assert replica.find(KEYS, rid="a") == replica.find(KEYS, rid="b") == [1, 2, 3]
-    replica.linker._lookups.end("a")
+    replica.linker._leases.end("a")
     assert leased(replica) == 3
-    replica.linker._lookups.end("b")
-    replica.linker._lookups.end("b")
+    replica.linker._leases.end("b")
+    replica.linker._leases.end("b")
     assert leased(replica) == 0
 
 
@@ -138,7 +138,7 @@ def test_what_is_not_there_leaves_no_lease(stored: tuple[Side, Clock]) -> None:
     replica, _ = stored
     assert replica.find(names(3, seed=9)) == []
     assert replica.find([*names(1, seed=9), *KEYS]) == []
-    assert replica.linker._lookups._leases == {}
+    assert replica.linker._leases._by_request == {}
 
 
 def test_nothing_is_read_from_disk_by_a_lookup(stored: tuple[Side, Clock]) -> None:
@@ -152,7 +152,7 @@ def test_nothing_is_read_from_disk_by_a_lookup(stored: tuple[Side, Clock]) -> No
 def test_the_page_before_is_known_from_lookups(stored: tuple[Side, Clock]) -> None:
     replica, _ = stored
     replica.find(KEYS)
-    before = replica.linker._lookups.page_before
+    before = replica.linker._leases.page_before
     assert before(KEYS[1]) == bytes.fromhex(KEYS[0])
     assert before(KEYS[0]) is None
 
@@ -160,7 +160,7 @@ def test_the_page_before_is_known_from_lookups(stored: tuple[Side, Clock]) -> No
 def test_a_rank_that_does_not_write_counts_what_the_writing_rank_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks of an MLA model: what both answer, the writing one keeps."""
+    """Two ranks of an MLA model: the writing one pins the pages that both answer."""
     geometry = Geometry(kind="mla")
     plain = linker_module._storage_config
     rank = 0
@@ -202,11 +202,11 @@ def test_tiers_keep_pages_wherever_they_are(tmp_path: Path, shm_path: Path) -> N
         assert replica.find(keys) == list(range(1, 13))
         levels = {
             level
-            for pinned in replica.linker._lookups._leases["r"].pools.values()
-            for level, _ in pinned.held.values()
+            for pinned in replica.linker._leases._by_request["r"].pools.values()
+            for level, _ in pinned.pages.values()
         }
         assert 1 in levels
         assert replica.restore(keys, *range(20, 32))
         assert same(replica.rows(*range(20, 32)), replica.rows(*range(1, 13)))
-        replica.linker._lookups.end_all()
+        replica.linker._leases.end_all()
         assert leased(replica) == 0
