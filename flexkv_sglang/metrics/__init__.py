@@ -1,4 +1,1 @@
-"""Counters, histograms and gauges: the catalogue of their names, their values, and their export to Prometheus.
-
-The modules that count belong to other folders. No name is counted that is not in the catalogue.
-"""
+"""Counters, histograms and gauges, their one catalog, and how Prometheus gets them."""
