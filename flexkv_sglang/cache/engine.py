@@ -16,8 +16,7 @@ from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_che
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.transfer import Extents, Outcome, PageTransfer
 from flexkv_sglang.backends.slots.breaker import Breaker
-from flexkv_sglang.backends.slots.neighbour import NeighbourPage
-from flexkv_sglang.backends.slots.neighbours import NeighbourStore
+from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStore
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier

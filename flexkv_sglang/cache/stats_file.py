@@ -93,11 +93,11 @@ class Reporter:
             self._metrics.count("report_errors")
 
     def _export(self) -> None:
-        exporter = self._metrics.exporter
-        if exporter is None:
+        export = self._metrics.export
+        if export is None:
             return
         try:
-            exporter.update()
+            export()
         except (OSError, ValueError):  # a full disk under the client's files; a foreign series
             self._metrics.count("report_errors")
 

@@ -1,4 +1,4 @@
-"""Pages of other machines: the rank process's side (its remote tier and its agent's launcher), and the agent.
+"""Pages of other machines: a rank process's side, the node's agent, and the run directory where they meet.
 
-The wire, the membership and the replica that both sides use are ``backends.fleet``.
+The wire, the membership and the sets of peers belong to ``backends/fleet``.
 """
