@@ -1,1 +1,4 @@
-"""Moves batches of pages between memory and files: io_uring, threads, buffered."""
+"""Moves pages between memory and files: io_uring, threads or buffered, chosen by a probe.
+
+Nothing here knows keys, slots or an index.
+"""

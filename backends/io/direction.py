@@ -1,6 +1,6 @@
-"""Lanes: what one direction of transfers owns: I/O engines, the bounce slab, the memory that may be pinned.
+"""Direction: the I/O engines, the bounce slab and the announced memory of all reads, or of all writes.
 
-Reads and writes have a lane each, so a long write does not hold up a read. Threads: any.
+Reads and writes have one each, so a long write does not hold up a read. Threads: any.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Direction:
             return self._engines[kind]
 
     def slab(self) -> Slab:
-        """The lane's slab, made at first use."""
+        """The slab, made at first use."""
         with self._guard:
             if self._slab is None:
                 self._slab = Slab(self._row_bytes)
@@ -69,7 +69,7 @@ class Direction:
             return self._slab
 
     def register_memory(self, address: int, byte_count: int) -> None:
-        """Announce it to the engines there are and to those to come; see ``IoEngine``."""
+        """Announce memory to every engine, also to those made later; see ``IoEngine``."""
         with self._guard:
             self._memory.append((address, byte_count))
             self._announce(address, byte_count)

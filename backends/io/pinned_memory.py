@@ -1,14 +1,17 @@
-"""Regions: memory that may be pinned for a ring, piece by piece as it is first used.
+"""Memory that may be pinned for a ring, piece by piece as it is first used.
 
 Pinning costs 37 ms per GiB of 4 KiB pages, so nothing is pinned when a pool is announced: each call pins
-at most one piece that it touches and uses plain operations for the rest. What the kernel refuses (memlock
-limit, old kernel) is never asked for again.
+at most one piece that it touches and uses plain operations for the rest. After a refusal by the kernel
+(memlock limit, old kernel) nothing more is pinned.
 
-Danger: a pinned piece stays the *old* memory if its address is mapped anew. Whoever announces memory keeps
-it mapped until the ring is closed.
+Danger: a pinned piece stays the *old* memory if its address is mapped again. So announced memory must stay
+mapped until the ring is closed.
 """
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +21,12 @@ from flexkv_sglang.types import U64
 
 PIECE_BYTES = 256 << 20
 """About 10 ms of pinning; the kernel takes at most 1 GiB."""
+
+_MAPS = Path(
+    "/proc/self/maps"
+)  # not smaps: that would walk the page tables of a pool of hundreds of GB
+_TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+\s*(.*)")
 
 _PIECES_MAX = 1 << 14  # the kernel's table
 PLAIN = -1
@@ -40,7 +49,7 @@ class PinnedMemory:
         return int((self._ends - self._starts)[self._pinned].sum())
 
     def announce(self, fd: int, address: int, byte_count: int) -> None:
-        """This memory may be pinned. What was pinned before is let go, and pinned again when used."""
+        """Allow this memory to be pinned. Everything is unpinned, and pinned again when used."""
         if self._table_made:
             drop_buffer_table(fd)
             self._table_made = False
@@ -69,7 +78,7 @@ class PinnedMemory:
                 self._table_made = True
             pin_buffer(fd, piece, start, int(self._ends[piece]) - start)
         except OSError:
-            self._given_up = True  # what is pinned already stays in use
+            self._given_up = True  # pieces that are pinned already stay in use
             return
         self._pinned[piece] = True
 
@@ -84,3 +93,23 @@ class PinnedMemory:
         found = np.searchsorted(self._starts, addresses, side="right") - 1
         inside = (found >= 0) & (addresses + lengths <= self._ends[found])
         return np.where(inside, found, PLAIN)
+
+
+def huge_pages(address: int) -> str:
+    """Kind of memory pages behind an address; large ones make transfers cheaper. Linux only, reads proc(5).
+
+    "reserved" (hugetlbfs), "transparent" (where the machine has some: SGLang asks for them), "none", "unknown".
+    """
+    try:
+        lines = _MAPS.read_text().splitlines()
+        transparent = _TRANSPARENT.exists() and "[never]" not in _TRANSPARENT.read_text()
+    except OSError:
+        return "unknown"
+    for line in lines:
+        match = _LINE.match(line)
+        if match and int(match[1], 16) <= address < int(match[2], 16):
+            if "hugepage" in match[4]:
+                return "reserved"
+            private = match[3].endswith("p") and not match[4]
+            return "transparent" if private and transparent else "none"
+    return "unknown"

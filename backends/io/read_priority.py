@@ -1,4 +1,4 @@
-"""Traffic: are reads under way? Writes ask before each window, so that a backup never delays a prefetch.
+"""ReadPriority: writes stay small while reads are under way, so that a backup never delays a prefetch.
 
 A background writer at depth 128 cut the read throughput of one disk to 0.4 and made its p99 3.7 times
 longer; at depth 4 to 0.86. Never zero: SGLang's host pages stay locked until their backup is done.
@@ -13,28 +13,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _QUIET_S = 0.02
-"""So long after the last read writes stay small: a prefetch is a chain of calls with short gaps."""
+"""Writes stay small for this long after the last read: a prefetch is a chain of calls with short gaps."""
 
 _THROTTLED_OPERATIONS, _THROTTLED_BYTES = 4, 8 << 20
 
 
 class ReadPriority:
-    """Shared by the read and the write lane of one mover. Any thread.
+    """Shared by both directions of one mover. Any thread.
 
-    ``counts``: "full_windows" and "small_windows", how often a write was let go ahead or held back.
+    ``counts``: "full_windows" and "small_windows", windows of writes that were not limited, and that were.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held for an addition; guards _reads
         self._reads = 0
-        self._ended = float(
-            "-inf"
-        )  # monotonic seconds; a stale value only moves the border by one window
+        # Monotonic seconds; a stale value only moves the border by one window.
+        self._ended = float("-inf")
         self.counts: Counter[str] = Counter()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """The time of one read call."""
+        """Surrounds one read call."""
         with self._lock:
             self._reads += 1
         try:

@@ -6,7 +6,6 @@ Start-up is the one place where a wrong size or an unusable directory is an erro
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,10 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.io.probe import IoMode, probe_directory
-from flexkv_sglang.backends.safe_files import publish
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes, is_no_space
 from flexkv_sglang.backends.slots.journal import generations
+from flexkv_sglang.backends.slots.manifest import MANIFEST, write_manifest
 from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
 from flexkv_sglang.backends.slots.records import NO_PARENT, RECORD, Records, SlotClass
 from flexkv_sglang.backends.slots.slot_file import OwnedStore, SlotFileTier
@@ -33,7 +32,6 @@ AUTO_SIZE_MAX = 64 * 10**9
 """Without a configured size: a quarter of the free space, at most this."""
 
 _U32_SLOTS = (1 << 32) - 2
-_DESCRIPTION = "NAMESPACE.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,37 +98,15 @@ def open_places(
     min_free: int | None = None,
     durable: bool = False,
 ) -> list[Place]:
-    """The namespace folder in each directory, with NAMESPACE.json telling people what it is for."""
+    """The namespace folder in each directory, with a NAMESPACE.json that describes it."""
     places = []
     for path, mode in paths.items():
         directory = Path(path).expanduser() / namespace
         directory.mkdir(exist_ok=True)
-        if not (directory / _DESCRIPTION).exists():
-            _describe(directory, {"namespace": namespace, **fields})
+        if not (directory / MANIFEST).exists():
+            write_manifest(directory, {"namespace": namespace, **fields})
         places.append(Place(directory, mode, Breaker(), min_free, durable))
     return places
-
-
-def noted(directory: Path, key: str) -> object:
-    """What ``note`` left under ``key``; None if there is nothing, or nothing readable."""
-    try:
-        fields = json.loads((directory / _DESCRIPTION).read_text())
-    except (OSError, ValueError):
-        return None
-    return fields.get(key) if isinstance(fields, dict) else None
-
-
-def note(directory: Path, key: str, value: object) -> None:
-    """Add a field to a namespace's NAMESPACE.json. Raises ``OSError`` or, if it is not readable, ``ValueError``."""
-    fields = json.loads((directory / _DESCRIPTION).read_text())
-    _describe(directory, {**fields, key: value})
-
-
-def _describe(directory: Path, fields: Mapping[str, object]) -> None:
-    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    publish(
-        directory, _DESCRIPTION, [text.encode()], mode=0o666
-    )  # for people, as far as the umask goes
 
 
 def open_tier(

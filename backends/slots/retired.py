@@ -1,15 +1,15 @@
-"""Removes files of namespaces that nobody will open again: those of weights that are gone.
+"""Removes files of namespaces that no process will open again, because their weights are gone.
 
 Each owner's files are removed under its lock, so never those of a live process.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from flexkv_sglang.backends.slots.manifest import MANIFEST, noted
 from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def discard(tier: SlotFileTier) -> None:
-    """Delete the files of a tier that is closed. Owners that another process adopted meanwhile are its business.
+    """Delete the files of a closed tier, except owners that another process has adopted meanwhile.
 
     Raises ``OSError``.
     """
@@ -26,7 +26,7 @@ def discard(tier: SlotFileTier) -> None:
 
 
 def remove_unshared(root: Path, keep: str) -> None:
-    """Dead owners' files in namespaces of an epoch (see ``epochs``), all but those of epoch ``keep``.
+    """Remove dead owners' files in namespaces of every epoch (see ``epochs``) except ``keep``.
 
     A process that was killed after a weight update leaves them, and no other process could ever use them.
     The epoch that is kept has a namespace for every pool and rank of this server.
@@ -42,10 +42,10 @@ def remove_unshared(root: Path, keep: str) -> None:
 
 
 def remove_folder(directory: Path) -> None:
-    """A namespace folder that this server has left for good, if nothing but its description is in it."""
+    """Remove a namespace folder that this server has left for good, if only its description is in it."""
     try:
-        if [path.name for path in directory.iterdir()] == ["NAMESPACE.json"]:
-            (directory / "NAMESPACE.json").unlink(missing_ok=True)
+        if [path.name for path in directory.iterdir()] == [MANIFEST]:
+            (directory / MANIFEST).unlink(missing_ok=True)
             directory.rmdir()
     except OSError as exc:
         logger.debug("flexkv: %s stays: %s", directory, exc)
@@ -61,10 +61,7 @@ def _remove(directory: Path, owner: str) -> bool:
 
 
 def _unshared(root: Path, keep: str) -> Iterable[Path]:
-    for description in sorted(root.glob("*/NAMESPACE.json")):
-        try:
-            fields = json.loads(description.read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(fields, dict) and fields.get("epoch") not in (None, "", keep):
-            yield description.parent
+    for description in sorted(root.glob(f"*/{MANIFEST}")):
+        directory = description.parent
+        if noted(directory, "epoch") not in (None, "", keep):
+            yield directory

@@ -12,10 +12,9 @@ from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.disk_space import total_bytes
+from flexkv_sglang.backends.slots.manifest import note, noted
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import (
-    note,
-    noted,
     open_places,
     open_tier,
     prepare_directory,

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 
-from flexkv_sglang.backends.io.huge_pages import huge_pages
+from flexkv_sglang.backends.io.pinned_memory import huge_pages
 from flexkv_sglang.cache.tier import PendingGet, Tier
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.backfill import Backfill

@@ -115,8 +115,8 @@ MUTANTS = (
     (
         "opening one pool removes the files of the others",
         "backends/slots/retired.py",
-        'fields.get("epoch") not in (None, "", keep)',
-        'fields.get("epoch") not in (None, "")',
+        'noted(directory, "epoch") not in (None, "", keep)',
+        'noted(directory, "epoch") not in (None, "")',
         OF_POOLS,
     ),
 )

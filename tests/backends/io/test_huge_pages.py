@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv_sglang.backends.io import huge_pages as module
-from flexkv_sglang.backends.io.huge_pages import huge_pages
+from flexkv_sglang.backends.io import pinned_memory as module
+from flexkv_sglang.backends.io.pinned_memory import huge_pages
 
 MAPS = """\
 7f0000000000-7f0000400000 rw-p 00000000 00:11 167301                     /anon_hugepage (deleted)
