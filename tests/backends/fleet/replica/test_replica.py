@@ -337,5 +337,5 @@ def test_a_look_up_opens_nothing_and_talks_to_nobody(
 
 def test_a_place_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(PeerError, match="cannot keep the replica"):
+    with pytest.raises(PeerError, match="cannot keep the sets of other nodes"):
         PeerSetsWriter(tmp_path / "file" / "run")
