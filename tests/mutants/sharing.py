@@ -55,7 +55,7 @@ MUTANTS = (
         "flexkv_sglang/sharing/node_identity.py",
         'return text if len(text) == 8 and all(c in "0123456789abcdef" for c in text) else ""',
         "return text",
-        RUNS,
+        "tests/sharing/test_node_identity.py",
     ),
     (
         "sharing: a removed run directory is not created again",
