@@ -1,5 +1,5 @@
-"""Parsers of single settings: each takes the key's name and the value, and raises ``ConfigError`` naming both
-and what is valid. Pure.
+"""Parsers of single settings. Each takes the key's name and the value; its ``ConfigError`` names both and the
+valid values. Pure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SIZE_HELP = 'bytes as a number, or a string such as "200GB", "1.5TB" or "512MiB
 
 
 def redacted(url: str) -> str:
-    """A Redis URL without its password, however wrong it may be: one with ``#`` or ``/`` in it is cut elsewhere."""
+    """Remove the password from a Redis URL, also from an invalid one (``urlsplit`` fails for ``#`` or ``/`` in it)."""
     scheme, mark, rest = url.partition("://")
     if not mark:
         scheme, rest = "", url
@@ -41,14 +41,14 @@ def redacted(url: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value for an error message, without passwords of URLs in it."""
+    """Format a value for an error message, without passwords of URLs."""
     return _PASSWORD.sub(r"\1***@", repr(value))
 
 
 def reject_unknown(
     given: Mapping[str, Any], valid: list[str], where: str, also: Iterable[str] = ()
 ) -> None:
-    """Keys that are not valid. ``also``: keys to suggest as well; ``where``: what comes before the key."""
+    """Raise ``ConfigError`` for an unknown key. ``also``: further keys to suggest. ``where``: prefix of the key."""
     unknown = sorted(set(given) - set(valid))
     if unknown:
         near = difflib.get_close_matches(unknown[0], [*valid, *also], n=1)
@@ -60,7 +60,7 @@ def reject_unknown(
 
 
 def parse_size(key: str, value: object) -> int:
-    """Bytes from a positive number or a string with a unit (powers of 1000: GB; of 1024: GiB)."""
+    """Parse bytes: a positive number, or a string with a unit (powers of 1000: GB; of 1024: GiB)."""
     if isinstance(value, str):
         match = _SIZE.match(value)
         unit = _UNITS.get(match[2].upper()) if match else None
@@ -77,12 +77,12 @@ def parse_size(key: str, value: object) -> int:
 
 
 def size_or_zero(key: str, value: object) -> int:
-    """As ``parse_size``, or 0."""
+    """Parse as ``parse_size``, or 0."""
     return 0 if value == 0 and not isinstance(value, bool) else parse_size(key, value)
 
 
 def choice(*valid: str) -> Callable[[str, object], str]:
-    """Parser of one of these words."""
+    """Make a parser of one of these words."""
 
     def parse(key: str, value: object) -> str:
         if not isinstance(value, str) or value not in valid:
@@ -93,23 +93,21 @@ def choice(*valid: str) -> Callable[[str, object], str]:
 
 
 def text(key: str, value: object) -> str:
-    """A string that is not empty."""
+    """Parse a non-empty string."""
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{key}: {value!r}. Valid: a non-empty string")
     return value
 
 
 def flag(key: str, value: object) -> bool:
-    """true or false."""
+    """Parse true or false."""
     if not isinstance(value, bool):
         raise ConfigError(f"{key}: {value!r}. Valid: true or false")
     return value
 
 
-def number(
-    low: float, high: float, unit: str, scale: float = 1.0
-) -> Callable[[str, object], float]:
-    """Parser of a number between ``low`` and ``high`` in ``unit``; the setting is ``scale`` times it."""
+def number(low: float, high: float, unit: str) -> Callable[[str, object], float]:
+    """Make a parser of a number between ``low`` and ``high`` in ``unit``."""
 
     def parse(key: str, value: object) -> float:
         if (
@@ -118,6 +116,6 @@ def number(
             or not low <= value <= high
         ):
             raise ConfigError(f"{key}: {value!r}. Valid: {low:g} to {high:g} {unit}")
-        return value * scale
+        return float(value)
 
     return parse

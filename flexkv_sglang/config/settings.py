@@ -1,7 +1,7 @@
 """FlexKVConfig: the JSON of ``--hicache-storage-backend-extra-config``, parsed once, frozen, strict.
 
-An unknown key, a wrong type or an impossible value is a ``ConfigError`` that names the key, the value
-and what is valid. Nothing is read from the environment.
+An unknown key, a wrong type or an impossible value is a ``ConfigError`` that names the key, the value and the
+valid values. Nothing is read from the environment.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from flexkv_sglang.errors import ConfigError
 
 SGLANG_KEYS = frozenset(
     {
-        # SGLang takes these out of the dict, but not on every path (decode offload leaves the first five).
+        # SGLang removes these from the dict, but not on every path (decode offload leaves the first five).
         "prefetch_threshold",
         "prefetch_timeout_base",
         "prefetch_timeout_per_ki_token",
         "prefetch_timeout_max",
         "hicache_storage_pass_prefix_keys",
         "tp_lcm_size",
-        # These it leaves: the dynamic loader's own, and one it adds itself.
+        # SGLang leaves these: keys of the dynamic loader, and one that it adds.
         "backend_name",
         "module_path",
         "class_name",
@@ -39,7 +39,7 @@ SGLANG_KEYS = frozenset(
         "file_storage_path",
     }
 )
-"""Keys that belong to SGLang: accepted, and none of our business."""
+"""Keys that belong to SGLang: accepted and ignored."""
 
 
 TIER_TYPES = ("slots",)
@@ -48,8 +48,8 @@ TIER_TYPES = ("slots",)
 
 @dataclass(frozen=True, slots=True)
 class TierConfig:
-    """One tier. ``path``: directories, striped evenly. ``size``: bytes one server may take over all of them
-    and all its rank processes, or None (what an earlier run left, else a quarter of the free space, at
+    """One tier. ``path``: directories, striped evenly. ``size``: bytes that one server may take in all of them,
+    with all its rank processes, or None (the size of an earlier run's files, else a quarter of the free space, at
     most 64 GB per rank process and directory). ``type``: one of ``TIER_TYPES``."""
 
     path: tuple[str, ...] = ("~/.cache/flexkv-sglang",)
@@ -57,7 +57,7 @@ class TierConfig:
     type: str = TIER_TYPES[0]
 
     def describe(self) -> str:
-        """For the log."""
+        """Format for the log."""
         return f"path={','.join(self.path)} size={'auto' if self.size is None else self.size}"
 
 
@@ -72,7 +72,7 @@ class FlexKVConfig:
     ``io_engine``: auto | io_uring | threads | buffered. ``min_free``: bytes left to others on each disk,
     or None (2 % of the file system, at most 1 GiB). ``model_id``: names the weights instead of
     fingerprinting them. ``pool_density``: (name, pages per KV page) of host pools beside KV, for dividing the size.
-    ``share``: with other nodes. ``given``: what was parsed, without SGLang's keys.
+    ``share``: sharing with other nodes. ``given``: the parsed dict, without SGLang's keys.
     """
 
     tiers: tuple[TierConfig, ...] = (TierConfig(),)
@@ -87,7 +87,7 @@ class FlexKVConfig:
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any] | None) -> FlexKVConfig:
-        """From SGLang's extra_config dict. Raises ``ConfigError``."""
+        """Parse SGLang's extra_config dict. Raises ``ConfigError``."""
         given = {
             key: value for key, value in (extra_config or {}).items() if key not in SGLANG_KEYS
         }
@@ -113,7 +113,7 @@ class FlexKVConfig:
         return cls(**parsed, given=original)
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Format as one line for the log."""
         tiers = "; ".join(tier.describe() for tier in self.tiers)
         return (
             f"tiers=[{tiers}] verify={self.verify} durability={self.durability} "
@@ -192,4 +192,4 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "peers": address_list,
 }
 _SHARE_SHORT = ("redis_url", "peers")
-"""Settings of ``share`` that may be given beside it: often the only ones."""
+"""Settings of ``share`` that may also stand at the top level."""

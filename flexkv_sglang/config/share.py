@@ -1,6 +1,6 @@
 """ShareConfig: the settings of sharing between nodes, object ``share`` of the configuration. Frozen, strict.
 
-``redis_url`` and ``peers`` may also be given at the top level: for many users they are all there is.
+``redis_url`` and ``peers`` may also stand at the top level: many users need nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix")
 
 @dataclass(frozen=True, slots=True)
 class ShareConfig:
-    """How this node shares with others; nothing is shared unless ``redis_url`` or ``peers`` is set.
+    """Settings of sharing with other nodes; nothing is shared unless ``redis_url`` or ``peers`` is set.
 
     Sizes in bytes, times in seconds. ``listen``: "host:port", or "auto": loopback without a secret, else the
     address from which this node reaches Redis or its first peer, any port. ``advertise``: the address that other
@@ -59,7 +59,7 @@ class ShareConfig:
 
     @property
     def wanted(self) -> bool:
-        """Is anything to be shared with other nodes?"""
+        """Is sharing with other nodes on?"""
         return bool(self.redis_url or self.peers)
 
     def settings(self) -> dict[str, object]:
@@ -68,7 +68,7 @@ class ShareConfig:
         return {name: value for name, value in asdict(self).items() if name in names}
 
     def describe(self) -> str:
-        """For the log; no password."""
+        """Format for the log, without the password."""
         if not self.wanted:
             return "off"
         default = ShareConfig().settings()
@@ -79,7 +79,7 @@ class ShareConfig:
 
 
 def redis_url(key: str, value: object) -> str:
-    """Address of the Redis that nodes meet at. Raises ``ConfigError``, without the password in it."""
+    """Parse the address of Redis. Raises ``ConfigError`` without the password."""
     help_text = "redis://host:6379/0, rediss://user@host:6379/0 (TLS), redis+sentinel://h1:26379,h2:26379/service/0"
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{key}: {shown(value)}. Valid: {help_text}")
@@ -94,7 +94,7 @@ def redis_url(key: str, value: object) -> str:
 
 
 def address(key: str, value: object) -> str:
-    """ "host:port" of an agent."""
+    """Parse "host:port" of an agent."""
     match = _ADDRESS.match(value) if isinstance(value, str) else None
     if match is None or not 0 <= int(match[2]) < 65536:
         raise ConfigError(f'{key}: {value!r}. Valid: "host:port", such as "10.0.0.5:7400"')
@@ -102,14 +102,14 @@ def address(key: str, value: object) -> str:
 
 
 def address_list(key: str, value: object) -> tuple[str, ...]:
-    """List of ``address``."""
+    """Parse a list of addresses."""
     if not isinstance(value, list | tuple) or not value:
         raise ConfigError(f'{key}: {value!r}. Valid: a list such as ["10.0.0.5:7400"]')
     return tuple(address(f"{key}[{i}]", item) for i, item in enumerate(value))
 
 
 def parse_share(key: str, value: object) -> ShareConfig:
-    """From the object ``share``. Raises ``ConfigError``."""
+    """Parse the object ``share``. Raises ``ConfigError``."""
     if not isinstance(value, Mapping):
         raise ConfigError(
             f'{key}: {shown(value)}. Valid: an object such as {{"redis_url": "redis://host:6379/0"}}'

@@ -1,1 +1,4 @@
-"""What must match for a page to be right: page keys, namespaces, weights."""
+"""Identity of pages: keys, namespaces, fingerprints of weights, epochs of weight updates.
+
+No SGLang in here: ``integration`` collects the facts that these digests cover.
+"""

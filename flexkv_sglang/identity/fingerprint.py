@@ -1,13 +1,13 @@
-"""Fingerprint of a model's files: two checkpoints served under one name must never share pages.
+"""Fingerprint of a model's files: two checkpoints of one name must never share pages.
 
-Two digests, because a weight update from disk changes the weights and leaves the configuration: one over
-the configuration files, one over name, size and sampled content of every weight file (a fine-tune has
-the same names, sizes and headers). Never over a path or a time: replicas may keep copies.
+There are two digests, because a weight update from disk changes the weights and leaves the configuration: one over
+the configuration files, one over name, size and sampled content of every weight file (a fine-tune has the same
+names, sizes and headers). Paths and times do not count: replicas may have copies.
 
-Samples, at most ``FILE_READS`` + ``TENSOR_READS`` reads of 4 KiB in all beside the headers: spread over each
-file, first and last bytes included; and the middle of each tensor of safetensors files, because an edit
-of a single layer would slip between the former. With more tensors than that, those that are not
-experts come first. What samples cannot see: an edit of a few values, or of a few experts among many.
+Samples are at most ``FILE_READS`` + ``TENSOR_READS`` reads of 4 KiB beside the headers. Some are spread over each
+file, first and last bytes included. Others are the middle of each tensor of safetensors files, because the spread
+samples could miss an edit of a single layer. With more tensors than reads, experts come last. An edit of a few
+values, or of a few experts among many, may stay unseen.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 FILE_READS = 1024
-"""Spread over all weight files, at most ``_PER_FILE`` and at least two for each."""
+"""Reads over all weight files, at most ``_PER_FILE`` and at least two for each."""
 
 TENSOR_READS = 2048
-"""Tensors looked into, over all files."""
+"""Limit of sampled tensors, over all files."""
 
 _CONFIG_SUFFIXES = (".json", ".py")
 _IGNORED = (
@@ -41,7 +41,7 @@ _IGNORED = (
     "trainer_state",
 )
 _INDEX = ".index.json"
-"""Which tensor lies in which file: belongs to the weights, not to the configuration."""
+"""Suffix of the table of tensors by file: it belongs to the weights, not to the configuration."""
 
 _PER_FILE = 16
 _SAMPLE_BYTES = 4096
@@ -53,18 +53,17 @@ _SPLIT = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """32 hex digits each; None if the directory holds no such files."""
+    """Two digests of 32 hex digits; None if the directory has no such files."""
 
     config: str | None
     weights: str | None
 
 
 def checkpoint(directory: Path, only: str | None = None) -> Checkpoint:
-    """Fingerprint of a checkpoint directory (its top level). Raises ``OSError`` if something cannot be read.
+    """Fingerprint a checkpoint directory (its top level). Raises ``OSError`` if a file cannot be read.
 
-    ``only``: the weights are this one file of it (GGUF: other quantisations lie beside it), or the parts of
-    a split one.
-    100 GB of weights cost well under a second: the number of reads does not depend on the size.
+    ``only``: the weights are this one file (GGUF: other quantisations lie beside it), or the parts of a split one.
+    The number of reads does not depend on the size: 100 GB of weights take well under a second.
     """
     names = sorted(name for name in os.listdir(directory) if (directory / name).is_file())
     configs = [
@@ -81,7 +80,7 @@ def checkpoint(directory: Path, only: str | None = None) -> Checkpoint:
 
 
 def file_digest(path: Path) -> str:
-    """32 hex digits of one small file (at most 64 MiB are read). Raises ``OSError``."""
+    """Digest a small file (at most its first 64 MiB) to 32 hex digits. Raises ``OSError``."""
     digest = hashlib.blake2b(digest_size=16, person=b"flexkv-file")
     with path.open("rb") as file:
         digest.update(file.read(_WHOLE_FILE_MAX))
@@ -89,7 +88,7 @@ def file_digest(path: Path) -> str:
 
 
 def _whole(name: str) -> str:
-    """A GGUF file's name without the number of the part."""
+    """Remove the number of the part from a GGUF file's name."""
     return _SPLIT.sub(r"-of-\1", name)
 
 
@@ -121,13 +120,13 @@ def _weights_digest(directory: Path, names: Sequence[str], indexes: Sequence[str
 
 
 def _spread(size: int, count: int) -> set[int]:
-    """Evenly, with the first and the last bytes of the file always among them."""
+    """Return evenly spread offsets, with those of the first and the last bytes."""
     last = max(0, size - _SAMPLE_BYTES)
     return {last * step // (count - 1) for step in range(count)}
 
 
 def _chosen_tensors(directory: Path, names: Sequence[str]) -> dict[str, list[int]]:
-    """Offsets of the middles of the tensors to look into, by file."""
+    """Return the offsets of the middles of the sampled tensors, by file."""
     found: list[tuple[str, int]] = []
     experts: list[tuple[str, int]] = []
     for name in names:
@@ -149,7 +148,7 @@ def _thinned(tensors: list[tuple[str, int]], count: int) -> list[tuple[str, int]
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, int]]:
-    """Name and middle of each tensor, from the header; nothing for a file that is no safetensors after all."""
+    """Yield name and middle of each tensor, from the header; nothing if the header is not that of safetensors."""
     with path.open("rb") as file:
         prefix = file.read(_LENGTH.size)
         length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0

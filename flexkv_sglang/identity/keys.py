@@ -1,8 +1,8 @@
-"""Keys and identity: what must match for one process's page bytes to be right for another.
+"""Identity of a process's pages, and page keys. Pages of another process are right only if the identities match.
 
-SGLang's page hash names the tokens of a prefix and nothing else: not the model, the dtype, the layout
-or the shard. All of that goes into the ``Identity``; its digest is the *namespace*, the directory
-pages live in. A mismatch is another directory, and so a miss, never wrong bytes.
+SGLang's page hash covers the tokens of a prefix only: not the model, the dtype, the layout or the shard. All of
+these go into the ``Identity``. Its digest is the *namespace*, the name of the directory with the pages. A mismatch
+is another directory, and so a miss, never wrong bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from flexkv_sglang.types import PageKey
 
 FORMAT = 1
-"""Version of the meaning of a page's bytes. Part of every identity."""
+"""Version of the format of a page's bytes; part of every identity."""
 
 _KEY_BYTES = 32
 
@@ -25,13 +25,12 @@ _KEY_BYTES = 32
 class Identity:
     """Everything beside the tokens that decides a page's bytes.
 
-    ``model`` stands for weights and configuration, ``settings`` for the server arguments that change KV
-    cache; ``epoch`` is empty unless the weights were updated to something that has no name outside this
-    server. ``layout`` is SGLang's host layout (byte order inside a page), ``geometry`` holds head counts and
-    widths, ``buffer_bytes`` the sizes of the page's buffers in stored order. Shard fields are (rank, size)
-    pairs; ``tp`` is (0, 1) for pools that all tensor-parallel ranks hold alike (MLA), and for pages that are
-    cut into ``split_heads`` head groups (0: whole pages), whose geometry and buffers are those of a group. A
-    data-parallel rank is never part of it: replicas share.
+    ``model`` identifies weights and configuration, ``settings`` the server arguments that change KV cache; ``epoch``
+    is empty unless a weight update left weights without a fingerprint. ``layout`` is SGLang's host layout (byte order
+    inside a page), ``geometry`` has head counts and widths, ``buffer_bytes`` the sizes of the page's buffers in stored
+    order. Shard fields are (rank, size) pairs. ``tp`` is (0, 1) for pools that are the same on all tensor-parallel
+    ranks (MLA), and for pages that are cut into ``split_heads`` head groups (0: whole pages): then geometry and
+    buffers are those of a group. A data-parallel rank is never part of it: replicas share.
     """
 
     model: str
@@ -55,7 +54,7 @@ class Identity:
     format: int = FORMAT
 
     def fields(self) -> dict[str, object]:
-        """For NAMESPACE.json: people and tools read it."""
+        """Return all fields, for NAMESPACE.json."""
         return asdict(replace(self, settings=dict(self.settings), geometry=dict(self.geometry)))
 
     @property
@@ -72,7 +71,7 @@ class Identity:
 
 
 def page_key(text: str) -> PageKey:
-    """SGLang's page hash as 32 bytes. A key that is not 64 hex digits is hashed: v0 keys are opaque text."""
+    """Convert SGLang's page hash to 32 bytes. Other text than 64 hex digits (v0 keys) is hashed."""
     if len(text) == 2 * _KEY_BYTES:
         try:
             return PageKey(bytes.fromhex(text))
@@ -82,5 +81,5 @@ def page_key(text: str) -> PageKey:
 
 
 def page_keys(texts: Sequence[str]) -> list[PageKey]:
-    """``page_key`` of each."""
+    """Convert each text with ``page_key``."""
     return [page_key(text) for text in texts]

@@ -1,7 +1,7 @@
-"""Every metric there is: name, kind, unit, meaning. An unknown name is a programming error.
+"""Catalog of all metrics: name, kind, unit, meaning. An unknown name is a programming error.
 
-``CATALOG`` is the one list that counting, Prometheus, ``<owner>.stats.json`` and docs/OPERATING.md agree on.
-Several names may be one Prometheus series that differs in a label: misses by reason, failures by call.
+Counting, Prometheus, ``<owner>.stats.json`` and docs/OPERATING.md use this list. Several names may be one Prometheus
+series with different labels: misses by reason, failures by call.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PAGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. ``series`` and ``labels``: how Prometheus names it (default: ``name``, no label).
+    """One metric. ``series`` and ``labels``: its name in Prometheus (default: ``name``, no label).
 
-    ``key``: the name of a label whose value is given at run time (a directory). ``buckets``: histograms only.
+    ``key``: name of a label whose value is set at run time (a directory). ``buckets``: histograms only.
     """
 
     name: str
@@ -40,50 +40,29 @@ class Metric:
 
     @property
     def prometheus_name(self) -> str:
-        """Without ``_total``, which the client adds to counters."""
+        """Name of the series, without ``_total``, which the client adds to counters."""
         return f"sglang:flexkv_{self.series or self.name}"
 
 
 CALLS = (
     *("batch_exists", "batch_get_v1", "batch_set_v1", "batch_exists_v2", "batch_get_v2"),
-    *(
-        "batch_set_v2",
-        "register_mem_host_pool_v2",
-        "exists",
-        "get",
-        "batch_get",
-        "set",
-        "batch_set",
-    ),
-    *("clear", "get_stats", "close", "host_indices", "upkeep"),
+    *("batch_set_v2", "register_mem_host_pool_v2", "exists", "get", "batch_get", "set"),
+    *("batch_set", "clear", "get_stats", "close", "host_indices", "upkeep"),
     *("leave_epoch", "enter_epoch", "on_host_pools_registered"),
-    *(
-        "lookup",
-        "load",
-        "start_layer_wise_loading",
-        "finish_layer_wise_loading",
-        "cancel_queued_load",
-    ),
-    *(
-        "offload",
-        "num_completed_offloads",
-        "pop_completed_offload",
-        "reset",
-        "follow_layer",
-        "watch",
-    ),
+    *("lookup", "load", "start_layer_wise_loading", "finish_layer_wise_loading"),
+    *("cancel_queued_load", "offload", "num_completed_offloads", "pop_completed_offload"),
+    *("reset", "follow_layer", "watch"),
 )
-"""Calls whose failures are counted; ``host_indices``: as many as do not fit the keys."""
-
+"""Calls whose failures are counted; ``host_indices``: their number does not fit the keys."""
 
 OPERATIONS = (
     *("read", "write", "tombstone", "commit", "clear", "close"),
     *("journal_rotation", "shrink", "report"),
 )
-"""What is counted when it fails as a whole."""
+"""Operations that are counted when they fail as a whole."""
 
 TIERS_MAX = 8
-"""Tiers that are counted one by one."""
+"""Number of tiers with counters of their own."""
 
 
 def _counter(name: str, unit: str, text: str, series: str = "", **labels: str) -> Metric:

@@ -1,10 +1,10 @@
 """Our metrics as series of ``prometheus_client``, in the process-wide registry that SGLang uses.
 
-SGLang scrapes in multiprocess mode: another process reads what this one wrote to memory-mapped files, so
-nothing is computed at scrape time. ``Exporter.update`` adds what was counted since its last call.
+SGLang scrapes in multiprocess mode: another process reads the memory-mapped files of this one, so nothing is
+computed at scrape time. ``Exporter.update`` adds the counts since its last call.
 
-The one place that imports prometheus_client, and only when SGLang runs with ``--enable-metrics``: the
-client decides at its import whether it is in multiprocess mode, and SGLang sets that up first.
+Only this module imports prometheus_client, and only when SGLang runs with ``--enable-metrics``: the client decides
+at its import whether it is in multiprocess mode, and SGLang sets that up first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from flexkv_sglang.metrics.registry import Histogram, Metrics
 logger = logging.getLogger(__name__)
 
 _registered: dict[str, Any] = {}
-"""Series by name. As process-wide as the client's registry, which refuses to register a name twice: a
-backend that is detached and attached again goes on with the series of the first."""
+"""Series by name, for the process like the client's registry, which refuses a second registration of a name: a
+backend that is attached again uses the series of the first."""
 
 
 class Exporter:
@@ -39,11 +39,11 @@ class Exporter:
         self._observed: dict[str, Histogram] = {}
         for metric in CATALOG.values():
             series = _series(metric, self._labels)
-            if not metric.key:  # shows 0 before anything has happened
+            if not metric.key:  # shows 0 before the first event
                 series.labels(**self._labels, **metric.labels)
 
     def update(self) -> None:
-        """Write what changed since the last call."""
+        """Write the changes since the last call."""
         with self._lock:
             for name, value in self._metrics.snapshot().items():
                 self._child(name).inc(value - self._counted.get(name, 0))
@@ -61,7 +61,7 @@ class Exporter:
 
 
 def export(metrics: Metrics, storage_config: Any, pool: str = "kv") -> None:
-    """Let ``metrics`` of a host pool be exported if SGLang's storage config says that its own are."""
+    """Export the ``metrics`` of a host pool if SGLang exports its own (storage config)."""
     if not getattr(storage_config, "enable_storage_metrics", False):
         return
     labels = {
@@ -72,7 +72,7 @@ def export(metrics: Metrics, storage_config: Any, pool: str = "kv") -> None:
         "pool": pool,
     }
     try:
-        metrics.exporter = Exporter(metrics, labels)
+        metrics.export = Exporter(metrics, labels).update
     except ImportError as exc:
         logger.warning("flexkv: no Prometheus series: %s", exc)
 
@@ -95,7 +95,7 @@ def _series(metric: Metric, labels: Mapping[str, str]) -> Any:
 
 
 def _add(child: Any, now: Histogram, before: Histogram | None) -> None:
-    """Add bucket counts to a client's histogram. It has no public call for that; SGLang does the same."""
+    """Add bucket counts to a client's histogram, which has no public call for it; SGLang does the same."""
     earlier = before.counts if before is not None else (0,) * len(now.counts)
     for bucket, count, old in zip(child._buckets, now.counts, earlier, strict=True):
         if count > old:

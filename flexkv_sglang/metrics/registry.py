@@ -1,7 +1,7 @@
-"""Counters, histograms and gauges of one storage instance; ``series.CATALOG`` names them all.
+"""Counters, histograms and gauges of one storage instance; ``catalog.CATALOG`` has their names.
 
-Any thread may count at any time. The lock is held for an addition, nothing else: a histogram finds its
-bucket before, and a gauge that is a function is asked after.
+Any thread may count at any time. The lock is held for an addition only: a histogram finds its bucket before, and a
+gauge that is a function is called after.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol
 
 import numpy as np
 
@@ -25,24 +24,22 @@ _TRANSFERS_MAX = 4096
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """``counts[i]``: values in ``(bounds[i - 1], bounds[i]]``; the last count is what lies above all bounds."""
+    """``counts[i]``: values in ``(bounds[i - 1], bounds[i]]``; the last count is of those above all bounds."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
     total: float
 
 
-class MetricsSink(Protocol):
-    """Publishes metrics elsewhere. ``update`` is called every few seconds, by each tier's upkeep thread."""
-
-    def update(self) -> None: ...
-
-
 class Metrics:
-    """Counts by name; also the transfers since the last drain. A name that is not in the catalogue is asserted."""
+    """Counts by name, and the transfers since the last drain. Asserts that a name is in the catalog.
+
+    ``process``: random id of these counters. ``export``: publishes them elsewhere; called every few seconds by each
+    tier's upkeep thread, set once before the engine starts.
+    """
 
     def __init__(self) -> None:
-        self.process = secrets.token_hex(8)  # tells whose counters these are
+        self.process = secrets.token_hex(8)
         self._lock = threading.Lock()
         self._counters: Counter[str] = Counter()  # guarded by _lock, like all below
         self._histograms = {
@@ -53,7 +50,7 @@ class Metrics:
         self._gauges: dict[tuple[str, str], float | Callable[[], float]] = {}
         self._reads: list[tuple[int, float]] = []
         self._writes: list[tuple[int, float]] = []
-        self.exporter: MetricsSink | None = None  # set once, before the engine starts
+        self.export: Callable[[], None] | None = None
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter."""
@@ -78,9 +75,9 @@ class Metrics:
             sums[0] += total
 
     def gauge(self, name: str, value: float | Callable[[], float], key: str = "") -> None:
-        """Set a gauge, or name the function that tells it (any thread, microseconds, never raises).
+        """Set a gauge to a value, or to a function that returns it (any thread, microseconds, never raises).
 
-        ``key``: the value of the metric's own label, such as the directory of a breaker.
+        ``key``: value of the metric's own label, such as the directory of a breaker.
         """
         assert bool(key) == bool(CATALOG[_expect(name, "gauge")].key), (name, key)
         with self._lock:
@@ -95,7 +92,7 @@ class Metrics:
             self._gauges[name, ""] = value + change
 
     def asked(self, pages: int, found: int, seconds: float) -> None:
-        """Record one call of exists. One hold of the lock: such calls are short and frequent."""
+        """Record one call of exists, under one hold of the lock: such calls are short and frequent."""
         place = bisect_left(SECONDS, seconds)
         with self._lock:
             self._counters["asked_pages"] += pages
@@ -104,9 +101,16 @@ class Metrics:
             counts[place] += 1
             sums[0] += seconds
 
-    def timed(self, call: str) -> _Timed:
-        """Context manager around one call: "get" or "put"."""
-        return _Timed(self, call)
+    @contextmanager
+    def timed(self, call: str) -> Iterator[None]:
+        """Record duration and number of running calls; ``call`` is "get" or "put"."""
+        self.running(f"running_{call}s", 1)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.observe(f"{call}_seconds", time.perf_counter() - started)
+            self.running(f"running_{call}s", -1)
 
     def transferred(self, direction: str, pages: int, byte_count: int, seconds: float) -> None:
         """Record one call that moved pages; ``direction`` is "read" or "write"."""
@@ -114,24 +118,24 @@ class Metrics:
             self._counters[f"{direction}_pages"] += pages
             self._counters[f"{direction}_bytes"] += byte_count
             series = self._reads if direction == "read" else self._writes
-            if len(series) < _TRANSFERS_MAX:  # nobody drains: stop collecting, keep counting
+            if len(series) < _TRANSFERS_MAX:  # without a drain: stop collecting, keep counting
                 series.append((pages, byte_count / max(seconds, 1e-9) / 1e9))
         self.observe("get_pages" if direction == "read" else "put_pages", pages)
 
     def drain_transfers(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-        """(reads, writes) since the last drain, each as (pages, GB/s)."""
+        """Return (reads, writes) since the last drain, each as (pages, GB/s)."""
         with self._lock:
             reads, writes = self._reads, self._writes
             self._reads, self._writes = [], []
         return reads, writes
 
     def snapshot(self) -> dict[str, int]:
-        """All counters by name."""
+        """Return all counters by name."""
         with self._lock:
             return dict(self._counters)
 
     def histograms(self) -> dict[str, Histogram]:
-        """All histograms."""
+        """Return all histograms by name."""
         with self._lock:
             return {
                 name: Histogram(CATALOG[name].buckets, tuple(counts), sums[0])
@@ -139,38 +143,14 @@ class Metrics:
             }
 
     def gauges(self) -> dict[tuple[str, str], float]:
-        """All gauges now, by (name, value of the metric's own label or "")."""
+        """Return all gauges by (name, value of the metric's own label or "")."""
         with self._lock:
             gauges = dict(self._gauges)
         return {at: value() if callable(value) else value for at, value in gauges.items()}
 
 
-class _Timed:
-    """How long a call takes, and how many take place at once."""
-
-    __slots__ = ("_call", "_metrics", "_started")
-
-    def __init__(self, metrics: Metrics, call: str) -> None:
-        self._metrics = metrics
-        self._call = call
-        self._started = 0.0
-
-    def __enter__(self) -> None:
-        self._metrics.running(f"running_{self._call}s", 1)
-        self._started = time.perf_counter()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._metrics.observe(f"{self._call}_seconds", time.perf_counter() - self._started)
-        self._metrics.running(f"running_{self._call}s", -1)
-
-
 class SlotAges:
-    """When each slot was last read or written: four bytes per slot, one second's precision.
+    """Time of the last read or write of each slot: four bytes per slot, in whole seconds.
 
     Recovered pages count from the start. Any thread; two that touch one slot write the same second.
     """
@@ -181,12 +161,12 @@ class SlotAges:
         self._seconds = np.zeros(slot_count, np.uint32)
 
     def touch(self, slots: Sequence[int]) -> None:
-        """These pages are being used."""
+        """Record a use of these slots."""
         if slots:
             self._seconds[slots] = int(time.monotonic() - self._start)
 
     def evicted(self, slots: Iterable[int]) -> None:
-        """Count victims, by the time since they were used. Call it before their slots are touched again."""
+        """Count victims by the time since their last use. Call it before their slots are touched again."""
         rows = list(slots)
         if rows:
             now = int(time.monotonic() - self._start)
@@ -196,6 +176,6 @@ class SlotAges:
 
 
 def _expect(name: str, kind: Kind) -> str:
-    assert name in CATALOG, f"{name} is not in series.CATALOG"
+    assert name in CATALOG, f"{name} is not in catalog.CATALOG"
     assert CATALOG[name].kind == kind, f"{name} is a {CATALOG[name].kind}, not a {kind}"
     return name

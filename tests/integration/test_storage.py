@@ -79,7 +79,7 @@ def test_hits_and_durations_are_counted_per_call(storage: FlexKVStorage) -> None
     calls = {name: sum(item.counts) for name, item in histograms.items()}
     assert (calls["exists_seconds"], calls["get_seconds"], calls["put_seconds"]) == (1, 1, 1)
     assert storage.metrics.gauges()["running_gets", ""] == 0
-    assert storage.metrics.exporter is None  # SGLang's metrics are off
+    assert storage.metrics.export is None  # SGLang's metrics are off
 
 
 def test_answers_have_one_entry_per_key_whatever_is_asked(storage: FlexKVStorage) -> None:
@@ -186,7 +186,7 @@ def test_after_close_everything_misses_and_close_again_is_fine(tmp_path: Path) -
     again.close()
 
 
-def test_a_pool_without_page_buffers_misses_and_says_so(
+def test_a_pool_without_page_buffers_misses_and_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Logical(KVPool):

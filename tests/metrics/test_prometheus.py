@@ -22,7 +22,7 @@ from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.metrics.prometheus import export
 off = Metrics()
 export(off, SimpleNamespace(enable_storage_metrics=False))
-assert off.exporter is None
+assert off.export is None
 assert "prometheus_client" not in sys.modules, "imported although metrics are off"
 config = SimpleNamespace(
     enable_storage_metrics=True, model_name="tiny", tp_rank=int(sys.argv[1]), pp_rank=0, dp_rank=None
@@ -34,11 +34,11 @@ for attached in range(2):  # the second time is detach and attach
     metrics.gauge("breaker_state", 2, "/nvme0")
     metrics.gauge("slots_used", 7 + attached, "0")
     metrics.observe_all("get_seconds", [0.002, 0.002, 99.0])
-    metrics.exporter.update()
+    metrics.export()
     metrics.count("corrupt_pages", 1)
     metrics.observe("get_seconds", 0.002)
-    metrics.exporter.update()
-    metrics.exporter.update()
+    metrics.export()
+    metrics.export()
 """
 
 READER = """

@@ -159,5 +159,5 @@ def test_without_the_client_there_is_a_warning_and_no_exporter(
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     metrics = Metrics()
     prometheus.export(metrics, SimpleNamespace(enable_storage_metrics=True))
-    assert metrics.exporter is None
+    assert metrics.export is None
     assert "no Prometheus series" in caplog.text

@@ -1,4 +1,4 @@
-"""Seeded bugs in the membership replica. ``scripts/mutants replica:`` applies them."""
+"""Seeded bugs in the sets of other nodes, for ``run.py``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "replica: a half written record counts in a search of many",
         SET,
-        "(words == low | self._checks(found[:, 0], low)) & (numbers < limits)",
+        "(words == low | self._checks(records[:, 0], low)) & (numbers < limits)",
         "(words == words) & (numbers < limits)",
         OF_SET,
     ),
@@ -55,7 +55,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "replica: holes before the end of a run are not looked for",
         READER,
-        "        return len(fingerprints) if held.all() else int(held.argmin())\n",
+        "        return len(fingerprints) if found.all() else int(found.argmin())\n",
         "        return len(fingerprints)\n",
         OF_REPLICA,
     ),
@@ -118,7 +118,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "replica: a full disk keeps pages that were cleared",
         WRITER,
-        "            space.hide(entry.peer.slot)  # also if the empty set cannot be written\n",
+        "            space.hide(entry.peer.slot)  # also when the disk is too full for the empty set\n",
         "",
         OF_REPLICA,
     ),

@@ -52,7 +52,7 @@ MUTANTS = (
     ),
     (
         "sharing: garbage is a node's mark",
-        RUN,
+        "flexkv_sglang/sharing/node_identity.py",
         'return text if len(text) == 8 and all(c in "0123456789abcdef" for c in text) else ""',
         "return text",
         RUNS,
@@ -60,7 +60,7 @@ MUTANTS = (
     (
         "sharing: a removed run directory is not created again",
         "flexkv_sglang/sharing/agent_launcher.py",
-        "            self._come_back()\n",
+        "            self._recreate_run_dir()\n",
         "",
         REMOVED,
     ),
@@ -130,7 +130,7 @@ MUTANTS = (
     (
         "sharing: pages of a departed owner stay published",
         "backends/slots/neighbours.py",
-        "            self._departed += replica.keys()\n",
+        "            self._departed += journal.keys()\n",
         "            pass\n",
         SERVES,
     ),

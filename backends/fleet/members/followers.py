@@ -80,6 +80,10 @@ class Followers:
         """Add to a metric."""
         self._metrics(name, amount)
 
+    def thread_failed(self) -> None:
+        """Count a step of a thread that raised."""
+        self.count("share_thread_errors")
+
     @property
     def node_id(self) -> NodeId:
         """This node's name now."""

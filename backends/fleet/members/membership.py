@@ -50,18 +50,20 @@ class Membership:
         ]
         if share.redis_url:
             self._feeds.append(RedisFeed(share, self.followers, logs))
+        failed = self.followers.thread_failed
         self._fetchers = [
-            PeriodicThread(f"flexkv-snapshot-{number}", self._fetch, self._failed)
+            PeriodicThread(f"flexkv-snapshot-{number}", self._fetch, failed)
             for number in range(SNAPSHOTS_AT_ONCE)
         ]
-        upkeep = PeriodicThread("flexkv-membership", self._upkeep, self._failed)
-        self._parts = (*self._feeds, upkeep, *self._fetchers)
+        upkeep = PeriodicThread("flexkv-membership", self._upkeep, failed)
+        feeding = [thread for feed in self._feeds for thread in feed.threads]
+        self._threads = [*feeding, upkeep, *self._fetchers]
         self._closed = threading.Event()
 
     def start(self) -> None:
         """Begin to follow and, with Redis, to publish."""
-        for part in self._parts:
-            part.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """End within 2 seconds, whatever hangs. Idempotent. A thread that still hangs changes nothing any more."""
@@ -70,10 +72,12 @@ class Membership:
         self._closed.set()
         self.followers.close()
         deadline = time.monotonic() + CLOSE_S
-        for part in self._parts:
-            part.stop()
-        ended = [part.join(deadline) for part in self._parts]
-        if not all(ended):
+        for thread in self._threads:
+            thread.stop()
+        for feed in self._feeds:
+            if all(thread.join(deadline) for thread in feed.threads):
+                feed.close(deadline)
+        if not all(thread.join(deadline) for thread in self._threads):
             logger.warning("flexkv: a thread of sharing has not ended in %.1f s", CLOSE_S)
 
     def status(self) -> dict[str, object]:
@@ -87,9 +91,6 @@ class Membership:
     def _wake_fetchers(self) -> None:
         for fetcher in self._fetchers:
             fetcher.event.set()
-
-    def _failed(self) -> None:
-        self.followers.count("share_thread_errors")
 
     def _upkeep(self) -> float:
         self.followers.upkeep()

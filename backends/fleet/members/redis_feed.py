@@ -122,41 +122,24 @@ class RedisFeed:
         self._heard_at: dict[bytes, float] = {}
         self._emptied = 0  # how often Redis had lost our entry; the writing thread counts
         self._read_since = 0
-        self._threads = [
-            PeriodicThread(
-                "flexkv-redis-beat", self._write, lambda: followers.count("share_thread_errors")
-            ),
-            PeriodicThread(
-                "flexkv-redis-read", self._read, lambda: followers.count("share_thread_errors")
-            ),
+        self.threads = [
+            PeriodicThread("flexkv-redis-beat", self._write, followers.thread_failed),
+            PeriodicThread("flexkv-redis-read", self._read, followers.thread_failed),
         ]
-
-    def start(self) -> None:
-        """Begin to write and read."""
-        for thread in self._threads:
-            thread.start()
 
     def wake(self) -> None:
         """Read and write soon: the followed nodes or the own entry have changed."""
         self._next_heartbeat = 0.0
-        for thread in self._threads:
+        for thread in self.threads:
             thread.event.set()
 
-    def stop(self) -> None:
-        """Ask the threads to end."""
-        for thread in self._threads:
-            thread.stop()
-
-    def join(self, deadline: float) -> bool:
-        """Wait for their end, then leave the list of members, so that others need not wait for this node's expiry."""
-        ended = [thread.join(deadline) for thread in self._threads]
-        if all(ended):
-            time_left = deadline - time.monotonic() > 2 * LEAVE_S
-            if time_left and self._write_outage.connected and self._registered_as is not None:
-                self._leave(self._registered_as)
-            self._writing.close()
-            self._reading.close()
-        return all(ended)
+    def close(self, deadline: float) -> None:
+        """Leave the list of members, so that others need not wait for this node's expiry. After the threads' end."""
+        time_left = deadline - time.monotonic() > 2 * LEAVE_S
+        if time_left and self._write_outage.connected and self._registered_as is not None:
+            self._leave(self._registered_as)
+        self._writing.close()
+        self._reading.close()
 
     def status(self) -> dict[str, object]:
         """State for ``flexkv nodes``, without the password."""
@@ -173,7 +156,7 @@ class RedisFeed:
     def _write(self) -> float:
         now = time.monotonic()
         if now < self._retry_at:
-            self._threads[0].pause(self._retry_at - now)
+            self.threads[0].pause(self._retry_at - now)
             return 0.0
         try:
             if now >= self._next_heartbeat:
@@ -226,11 +209,11 @@ class RedisFeed:
         own = self._followers.own_info()
         logs = [(name, log) for name in own.namespaces if (log := self._logs(name)) is not None]
         for _name, log in logs:
-            log.listen(self._threads[0].event.set)
+            log.listen(self.threads[0].event.set)
         batches = [(name, log, log.pending(_BATCH_CHANGES)) for name, log in logs]
         batches = [batch for batch in batches if batch[2]]
         if batches and pause > 0:
-            self._threads[0].pause(pause)
+            self.threads[0].pause(pause)
             return True
         for name, log, changes in batches:
             self._append(name, own.node_id, changes)
@@ -298,7 +281,7 @@ class RedisFeed:
             self._followers.count("share_redis_errors")
             self._reading.connection_pool.disconnect()
             self._read_since = -1
-            self._threads[1].pause(self._read_outage.failed(error))
+            self.threads[1].pause(self._read_outage.failed(error))
             return 0.0
         self._read_outage.worked()
         for key, entries in streams_of(answer):
@@ -314,7 +297,7 @@ class RedisFeed:
                 self._followers.count("share_bad_entries", len(changes) - len(sound))
             self._followers.changed(*feed, sound)
         if len(feeds) > _FEW_NODES:  # XREAD lists every stream: the request outweighs the answer
-            self._threads[1].pause(self._flush_s())
+            self.threads[1].pause(self._flush_s())
         return 0.0
 
     def _update_cursors(self, keys: list[bytes]) -> None:

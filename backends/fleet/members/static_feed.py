@@ -43,26 +43,16 @@ class StaticFeed:
         self._next_hello = 0.0
         self._answered_at = time.monotonic()
         self._thread = PeriodicThread(
-            f"flexkv-peer-{address}"[:40],
-            self._step,
-            lambda: followers.count("share_thread_errors"),
+            f"flexkv-peer-{address}"[:40], self._step, followers.thread_failed
         )
-
-    def start(self) -> None:
-        """Begin to ask."""
-        self._thread.start()
+        self.threads = [self._thread]
 
     def wake(self) -> None:
         """Ask soon: the followed nodes have changed."""
         self._thread.event.set()
 
-    def stop(self) -> None:
-        """Ask the thread to end."""
-        self._thread.stop()
-
-    def join(self, deadline: float) -> bool:
-        """Wait for its end."""
-        return self._thread.join(deadline)
+    def close(self, deadline: float) -> None:
+        """Nothing to release."""
 
     def status(self) -> dict[str, object]:
         """State for ``flexkv nodes``."""

@@ -1,13 +1,13 @@
-"""Files of the membership replica: what other nodes hold, written by the agent, mapped by the rank processes.
+"""Files with the sets of pages of other nodes: written by the agent, mapped by the rank processes.
 
-    <run_dir>/peers.tbl               the nodes, when the agent last lived, how many namespaces there are
-    <run_dir>/<namespace>/index       which set file is current, per node
+    <run_dir>/peers.tbl               the nodes, the agent's last heartbeat, the number of namespaces
+    <run_dir>/<namespace>/index       the current set file of each node
     <run_dir>/<namespace>/p<slot>.<generation>.set
 
-A node has a *slot* of the table, and a *tenancy* for as long as it keeps it: a set names the tenancy it is for,
-so a slot that changes hands never lends one node's pages to another. Files appear by rename, whole. What
-changes afterwards in a mapped file are single aligned words, or entries with a checksum that is looked at. All
-space is allocated before it is mapped: a full disk is an error of the writer, never a fault of a reader.
+A node has a *slot* of the table, and a *tenancy* for as long as it keeps it. A set names its tenancy, so a slot that
+changes hands never gives one node the pages of another. Files appear by rename, whole. Later changes in a mapped file
+are single aligned words, or entries with a checksum that readers verify. All space is allocated before it is mapped:
+a full disk is an error of the writer, never a fault of a reader.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from flexkv_sglang.backends.safe_files import remove_temporaries, replacing
 from flexkv_sglang.types import U64, round_up
 
 SLOTS = 1024
-"""Nodes one replica follows at most."""
+"""Limit of nodes in the table."""
 
 NID_BYTES, ADDRESS_BYTES = 200, 280
-"""Longest name and longest "host:port" of a node, as UTF-8."""
+"""Limits of a node's name and "host:port", as UTF-8."""
 
 FREE, UP, DOWN = range(3)
 """States of a slot of the table."""
@@ -74,7 +74,7 @@ _WRITER, _HEARTBEAT, _RETIRED, _NAMESPACES, _PID = (
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A node as the replica knows it. ``slot``: a small number that is its own until it is removed."""
+    """A node of the table. ``slot``: its own until the node is removed."""
 
     slot: int
     node_id: NodeId
@@ -84,7 +84,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the table says of one slot. ``version`` counts the changes of the slot, ``tenancy`` who has it."""
+    """Entry of one slot of the table. ``version`` counts the changes of the slot, ``tenancy`` its owners."""
 
     version: int
     tenancy: int
@@ -92,7 +92,7 @@ class Entry:
     peer: Peer
 
     def pack(self) -> bytes:
-        """The bytes in the table."""
+        """Encode as bytes of the table."""
         node_id, address = self.peer.node_id.encode(), self.peer.address.encode()
         assert len(node_id) <= NID_BYTES, self.peer
         assert len(address) <= ADDRESS_BYTES, self.peer
@@ -110,7 +110,7 @@ class Entry:
 
     @classmethod
     def unpack(cls, slot: int, data: bytes) -> Entry | None:
-        """The entry, or None while it is being written."""
+        """Decode an entry; None while it is being written."""
         crc, version, tenancy, epoch, state, nid_bytes, address_bytes = _ENTRY.unpack_from(data)
         if crc != zlib.crc32(data[4:]):
             return None
@@ -121,7 +121,7 @@ class Entry:
 
 
 def _map(path: Path, *, writable: bool) -> mmap.mmap | None:
-    """The whole file, or None: there is none, or it is empty."""
+    """Map the whole file; None if it is missing or empty."""
     try:
         fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError:
@@ -136,7 +136,7 @@ def _map(path: Path, *, writable: bool) -> mmap.mmap | None:
 
 @contextmanager
 def _new_file(path: Path, size: int) -> Iterator[mmap.mmap]:
-    """``size`` zeros to write to, all allocated; in the place of ``path`` when the block ends. Raises ``OSError``."""
+    """Yield ``size`` allocated zeros to write to; its end puts them at ``path``. Raises ``OSError``."""
     with replacing(path.parent, path.name) as fd:
         os.posix_fallocate(fd, 0, size)
         yield mmap.mmap(fd, size)
@@ -145,22 +145,21 @@ def _new_file(path: Path, size: int) -> Iterator[mmap.mmap]:
 
 
 class PeersTable:
-    """``peers.tbl``, mapped. One process writes; any reads."""
+    """``peers.tbl``, mapped. One process writes, any process reads."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
         self._words = memoryview(memory).cast("Q")
         self._versions = memoryview(memory)[_PAGE : _PAGE + 4 * SLOTS].cast("I")
-        self._inode = -1
 
     @staticmethod
     def path(run_dir: Path) -> Path:
-        """Where it lies."""
+        """Path of the table."""
         return run_dir / "peers.tbl"
 
     @classmethod
     def create(cls, run_dir: Path, writer: int) -> PeersTable:
-        """A new, empty table in the place of the one that is there; that one says that it is retired."""
+        """Replace the table by an empty one, and mark the old one as retired."""
         path = cls.path(run_dir)
         old = cls.open(run_dir, writable=True)
         with _new_file(path, _TABLE_BYTES) as memory:
@@ -173,7 +172,7 @@ class PeersTable:
 
     @classmethod
     def open(cls, run_dir: Path, *, writable: bool = False) -> PeersTable | None:
-        """The table that is there; None: there is none, or it is of another version."""
+        """Map the table; None if it is missing or of another version."""
         path = cls.path(run_dir)
         memory = _map(path, writable=writable)
         if memory is None or len(memory) != _TABLE_BYTES:
@@ -184,12 +183,12 @@ class PeersTable:
 
     @property
     def writer(self) -> int:
-        """Who writes it: random for each ``PeerSetsWriter``."""
+        """Random number of the ``PeerSetsWriter`` that writes it."""
         return int(self._words[_WRITER])
 
     @property
     def heartbeat_ns(self) -> int:
-        """CLOCK_MONOTONIC of the last sign of life; 0: none yet."""
+        """CLOCK_MONOTONIC of the last heartbeat; 0: none yet."""
         return int(self._words[_HEARTBEAT])
 
     @heartbeat_ns.setter
@@ -198,12 +197,12 @@ class PeersTable:
 
     @property
     def retired(self) -> bool:
-        """Is there a newer table in its place?"""
+        """Has a newer table replaced it?"""
         return bool(self._words[_RETIRED])
 
     @property
     def namespaces(self) -> int:
-        """How many namespaces have an index."""
+        """Number of namespaces with an index."""
         return int(self._words[_NAMESPACES])
 
     @namespaces.setter
@@ -211,23 +210,23 @@ class PeersTable:
         self._words[_NAMESPACES] = count
 
     def versions(self) -> bytes:
-        """Changes whenever an entry does; four bytes per slot."""
+        """Return four bytes per slot, which change with each entry."""
         return self._memory[_PAGE : _PAGE + 4 * SLOTS]
 
     def entry(self, slot: int) -> Entry | None:
-        """The entry of a slot, or None while it is being written."""
+        """Return the entry of a slot; None while it is being written."""
         at = _ENTRIES_AT + slot * _ENTRY_BYTES
         return Entry.unpack(slot, self._memory[at : at + _ENTRY_BYTES])
 
     def put(self, entry: Entry) -> None:
-        """Write an entry, then say so."""
+        """Write an entry, then its version."""
         at = _ENTRIES_AT + entry.peer.slot * _ENTRY_BYTES
         self._memory[at : at + _ENTRY_BYTES] = entry.pack()
         self._versions[entry.peer.slot] = entry.version
 
 
 class SetIndex:
-    """``index`` of one namespace, mapped: per slot of the table the current generation, and its pages."""
+    """``index`` of one namespace, mapped: per slot of the table the current generation and its page count."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
@@ -237,7 +236,7 @@ class SetIndex:
 
     @classmethod
     def create(cls, directory: Path, writer: int) -> SetIndex:
-        """A new one, without sets. Raises ``OSError``."""
+        """Make one without sets. Raises ``OSError``."""
         directory.mkdir(mode=0o700, exist_ok=True)
         with _new_file(directory / "index", _INDEX_BYTES) as memory:
             memory[: _START.size] = _START.pack(_INDEX_MAGIC, VERSION, SLOTS, writer)
@@ -245,7 +244,7 @@ class SetIndex:
 
     @classmethod
     def open(cls, directory: Path, writer: int) -> SetIndex | None:
-        """The index that ``writer`` made; None: it has made none."""
+        """Map the index that ``writer`` made; None if it has made none."""
         memory = _map(directory / "index", writable=False)
         if memory is None or len(memory) != _INDEX_BYTES:
             return None
@@ -254,13 +253,13 @@ class SetIndex:
         return cls(memory)
 
     def generations(self) -> bytes:
-        """Changes whenever a slot gets another set; eight bytes per slot."""
+        """Return eight bytes per slot, which change when the slot gets another set."""
         return self._memory[_PAGE : _PAGE + 8 * SLOTS]
 
 
 @dataclass(frozen=True, slots=True)
 class SetPlace:
-    """Which set: the namespace's directory, the slot, the tenancy of the slot, the generation of the set."""
+    """Identifies a set: directory of the namespace, slot, tenancy of the slot, generation of the set."""
 
     directory: Path
     slot: int
@@ -269,18 +268,18 @@ class SetPlace:
 
     @property
     def path(self) -> Path:
-        """Of the file."""
+        """Path of the file."""
         return self.directory / f"p{self.slot}.{self.generation}.set"
 
     def header(self, count: int, buckets: int, records: int) -> bytes:
-        """First bytes of the file, their checksum last."""
+        """Encode the first bytes of the file, with their checksum at the end."""
         fields = (self.slot, self.generation, self.tenancy, count, buckets, records)
         data = _SET_HEADER.pack(_SET_MAGIC, VERSION, *fields)
         return data + struct.pack("<I", zlib.crc32(data))
 
 
 def _set_layout(count: int, buckets: int, records: int) -> tuple[int, int, int, int]:
-    """Where fingerprints, chains and records begin, and where the file ends."""
+    """Return the offsets of fingerprints, chains and records, and of the file's end."""
     fps_at = round_up(_SET_HEADER_BYTES + 4 * (buckets + 1), 64)
     heads_at = round_up(fps_at + 8 * count, 64)
     records_at = heads_at + 4 * HEADS_PER_RECORD * records
@@ -298,7 +297,7 @@ def _set_parts(memory: mmap.mmap, place: SetPlace, sizes: tuple[int, int, int]) 
 
 
 def write_set(place: SetPlace, fingerprints: U64) -> Parts:
-    """A new set file with sorted, distinct ``fingerprints`` and no changes; mapped. Raises ``OSError``."""
+    """Write a set file of sorted, distinct ``fingerprints`` without changes; return it mapped. Raises ``OSError``."""
     sizes = len(fingerprints), bucket_count(len(fingerprints)), record_count(len(fingerprints))
     fps_at, heads_at, _, end = _set_layout(*sizes)
     with _new_file(place.path, end) as memory:
@@ -307,13 +306,13 @@ def write_set(place: SetPlace, fingerprints: U64) -> Parts:
         starts = np.frombuffer(memory, np.uint32, sizes[1] + 1, _SET_HEADER_BYTES)
         starts[:] = bucket_starts(fingerprints)
         np.frombuffer(memory, np.uint64, sizes[0], fps_at)[:] = fingerprints
-        # else it is no memory yet, which readers cannot map at once
+        # touches each page, so that readers can map it at once
         memory[heads_at:] = bytes(end - heads_at)
     return _set_parts(memory, place, sizes)
 
 
 def open_set(place: SetPlace) -> Parts | None:
-    """The set, mapped to read; None: there is no such file, or it is of another tenancy."""
+    """Map a set to read; None if there is no such file, or it is of another tenancy."""
     memory = _map(place.path, writable=False)
     if memory is None or len(memory) < _SET_HEADER_BYTES:
         return None
@@ -326,7 +325,7 @@ def open_set(place: SetPlace) -> Parts | None:
 
 
 def _touch(memory: mmap.mmap) -> None:
-    """Have all of it mapped now: bit by bit it would cost many look-ups to come 100 us and more each."""
+    """Map all pages now: page by page it would cost many later lookups 100 us and more each."""
     try:
         memory.madvise(_MADV_POPULATE_READ)
     except OSError:  # before Linux 5.14
@@ -334,7 +333,7 @@ def _touch(memory: mmap.mmap) -> None:
 
 
 def remove_sets(run_dir: Path) -> None:
-    """Remove what an earlier writer left: indexes and sets of all namespaces. Files of others stay."""
+    """Remove the indexes and sets of an earlier writer, of all namespaces. Other files stay."""
     remove_temporaries(run_dir, PeersTable.path(run_dir).name + ".")
     for directory in run_dir.iterdir():
         if not _NAMESPACE.match(directory.name) or not directory.is_dir():

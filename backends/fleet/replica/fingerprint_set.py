@@ -1,11 +1,11 @@
-"""Sets of page fingerprints that many may ask while one changes them: a sorted array and a small log of changes.
+"""FingerprintSet: a set of page fingerprints with one writer and many readers: a sorted array and a log of changes.
 
-Fingerprints come from SHA-256, so they are spread evenly: the top bits of one say nearly where it lies in the
-sorted array (``SortedBase``), its low bits choose a chain of the log (``ChangeTable``). Both are plain memory,
-in this process or in files that other processes map: a look-up is array work, whoever wrote it.
+Fingerprints come from SHA-256, so they are spread evenly: the top bits of one nearly give its place in the sorted
+array (``SortedBase``), its low bits choose a chain of the log (``ChangeTable``). Both are plain memory, in this
+process or in files that other processes map. A lookup is work on arrays.
 
-Invariant: whoever asks while another appends sees a change whole or not at all. A record is complete before
-a chain leads to it, and carries a check for CPUs that show writes in another order.
+Invariant: a lookup during an append sees each change whole or not at all. A record is complete before a chain
+leads to it, and carries a check for CPUs that show writes in another order.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from flexkv_sglang.types import U32, U64, BoolArray
 EMPTY: U64 = np.empty(0, np.uint64)
 
 HEADS_PER_RECORD = 8
-"""Chains of a change table per record it can hold: most look-ups then meet an empty chain."""
+"""Chains of a change table per record of its capacity: most lookups then meet an empty chain."""
 
 _MIN_BUCKETS, _BUCKET_PAGES = 16, 2
 _MIN_RECORDS, _MAX_RECORDS = 1024, 1 << 22
 _PAGES_PER_RECORD = 16
 _WIDEST_WINDOW = 32  # fingerprints that are not spread evenly are searched the usual way
-_FEW = 24  # so many chains are quicker followed one by one
+_FEW = 24  # up to this many chains are followed one by one, which is quicker
 _MASK = (1 << 64) - 1
 _STIR = 0xC2B2AE3D27D4EB4F
 _STIR_U64, _CHECK_AT, _OP_AT = np.uint64(_STIR), np.uint64(34), np.uint64(32)
@@ -35,21 +35,21 @@ _NUMBER, _NOT_CHECK = np.uint64(0xFFFFFFFF), np.uint64(0x3FFFFFFFF)
 
 
 def bucket_count(count: int) -> int:
-    """Buckets of a base of ``count`` fingerprints, a power of two: two to four fingerprints in each."""
+    """Number of buckets of a base of ``count`` fingerprints, a power of two: two to four fingerprints in each."""
     return max(_MIN_BUCKETS, 1 << max(count // _BUCKET_PAGES, 1).bit_length() - 1)
 
 
 def record_count(count: int) -> int:
-    """Records that the change table of a base of ``count`` fingerprints holds, a power of two.
+    """Capacity of the change table of a base of ``count`` fingerprints, in records, a power of two.
 
-    In proportion, so that folding them into the base costs the same per change whatever its size.
+    It is in proportion, so that merging the records into the base costs the same per change for every size.
     """
     records = 1 << max(count // _PAGES_PER_RECORD, 1).bit_length() - 1
     return min(max(records, _MIN_RECORDS), _MAX_RECORDS)
 
 
 def bucket_starts(fingerprints: U64) -> U32:
-    """uint32 ``[buckets + 1]``: where in sorted ``fingerprints`` each value of the top bits begins."""
+    """uint32 ``[buckets + 1]``: index in sorted ``fingerprints`` at which each value of the top bits begins."""
     buckets = bucket_count(len(fingerprints))
     shift = np.uint64(65 - buckets.bit_length())
     sizes = np.bincount((fingerprints >> shift).astype(np.intp), minlength=buckets)
@@ -59,12 +59,12 @@ def bucket_starts(fingerprints: U64) -> U32:
 
 
 def words(array: U64 | U32) -> memoryview[int]:
-    """An array's memory for reading single elements: three times as quick as through numpy."""
+    """View an array's memory to read single elements: three times as quick as through numpy."""
     return array.data
 
 
 class SortedBase:
-    """Sorted, distinct fingerprints with the table that says where to look. Immutable; any thread."""
+    """Sorted, distinct fingerprints with a table of bucket starts. Immutable; any thread."""
 
     def __init__(self, fingerprints: U64, starts: U32 | None = None) -> None:
         """``fingerprints``: uint64 ``[n]``, sorted, distinct. ``starts``: its ``bucket_starts``, if known."""
@@ -93,10 +93,10 @@ class SortedBase:
             return np.zeros(len(fingerprints), np.bool_)
         if self._offsets is None:
             rows = np.searchsorted(self.fingerprints, fingerprints)
-            held: BoolArray = self.fingerprints.take(rows, mode="clip") == fingerprints
-            return held
+            equal: BoolArray = self.fingerprints.take(rows, mode="clip") == fingerprints
+            return equal
         starts = self.starts.take((fingerprints >> self._shift_u64).view(np.int64))
-        # what a window holds beyond its bucket is in the base as well: equal is equal
+        # a window may reach beyond its bucket: those fingerprints are in the base as well
         window = self.fingerprints.take(self._offsets + starts, mode="clip")
         found: BoolArray = np.logical_or.reduce(window == fingerprints, axis=0)
         return found
@@ -109,8 +109,8 @@ class ChangeTable:
     none), the operation (2 bits: 1 added, 2 dropped), a check over all of it and ``salt`` (30 bits). ``heads``
     has the number of the newest record of each chain. Records are numbered from 1.
 
-    One thread of one process appends; any thread of any process asks. What another process damaged costs
-    wrong answers, never an endless chain or an access beyond the arrays.
+    One thread of one process appends, any thread of any process reads. Damage by another process causes wrong
+    answers, never an endless chain or an access beyond the arrays.
     """
 
     def __init__(self, heads: U32, records: U64, salt: int) -> None:
@@ -124,7 +124,7 @@ class ChangeTable:
 
     @property
     def room(self) -> int:
-        """How many records still fit."""
+        """Number of records that still fit."""
         return len(self._records) - self._used
 
     def append(self, op: Op, fingerprints: U64) -> None:
@@ -144,11 +144,11 @@ class ChangeTable:
         self._used += len(fingerprints)
 
     def _checks(self, fingerprints: U64, low: U64) -> U64:
-        """The check bits of records, in place."""
+        """Compute the check bits of records, at their place in the word."""
         return (fingerprints ^ low ^ self._salt_u64) * _STIR_U64 >> _CHECK_AT << _CHECK_AT
 
     def latest_one(self, fp: int) -> int:
-        """0: nothing is said of ``fp``; else the newest operation on it."""
+        """Return the newest operation on ``fp``; 0: no record of it."""
         number, words, limit = (
             self._heads_view[fp & self._mask],
             self._words,
@@ -164,54 +164,54 @@ class ChangeTable:
             limit, number = number, word & 0xFFFFFFFF
         return 0
 
-    def amend(self, fingerprints: U64, held: BoolArray) -> None:
-        """Correct ``held``, what the base says of ``fingerprints``, by what was changed since."""
+    def amend(self, fingerprints: U64, found: BoolArray) -> None:
+        """Correct ``found``, the answer of the base for ``fingerprints``, by the changes since."""
         numbers = self._heads.take((fingerprints & self._mask_u64).view(np.int64))
         rows = np.flatnonzero(numbers)
         numbers, limit = numbers[rows].astype(np.int64), len(self._records) + 1
         limits = np.full(len(rows), limit)
         while len(rows) > _FEW:
-            found = self._records.take(numbers - 1, axis=0, mode="clip")
-            words = found[:, 1]
+            records = self._records.take(numbers - 1, axis=0, mode="clip")
+            words = records[:, 1]
             low = words & _NOT_CHECK
-            whole = (words == low | self._checks(found[:, 0], low)) & (numbers < limits)
-            hit = whole & (found[:, 0] == fingerprints[rows])
-            held[rows[hit]] = low[hit] >> _OP_AT == Op.ADD
+            whole = (words == low | self._checks(records[:, 0], low)) & (numbers < limits)
+            hit = whole & (records[:, 0] == fingerprints[rows])
+            found[rows[hit]] = low[hit] >> _OP_AT == Op.ADD
             earlier = (words & _NUMBER).view(np.int64)
             on = whole & ~hit & (earlier > 0)
             limits, numbers, rows = numbers[on], earlier[on], rows[on]
         for row in rows.tolist():
             latest = self.latest_one(int(fingerprints[row]))
             if latest:
-                held[row] = latest == Op.ADD
+                found[row] = latest == Op.ADD
 
     def written(self) -> tuple[U64, BoolArray]:
-        """What this object appended, in order: fingerprints, and whether each was added (else dropped)."""
+        """Return what this object appended, in order: fingerprints, and True for each added one (else dropped)."""
         records = self._records[: self._used]
         return records[:, 0], records[:, 1] >> _OP_AT & np.uint64(3) == Op.ADD
 
 
 Parts = tuple[SortedBase, ChangeTable]
-"""Of a set. One object, so that whoever asks never sees a new base with old changes."""
+"""Memory of a set. One object, so that a lookup never sees a new base with old changes."""
 
 
 def parts_hold(parts: Parts, fingerprints: U64) -> BoolArray:
     """For each of ``fingerprints``: is it in the set?"""
     base, changes = parts
-    held = base.holds(fingerprints)
-    changes.amend(fingerprints, held)
-    return held
+    found = base.holds(fingerprints)
+    changes.amend(fingerprints, found)
+    return found
 
 
 def in_memory(fingerprints: U64) -> Parts:
-    """Sorted, distinct ``fingerprints`` as a set in this process."""
+    """Make a set of sorted, distinct ``fingerprints`` in this process's memory."""
     records = record_count(len(fingerprints))
     heads = np.zeros(records * HEADS_PER_RECORD, np.uint32)
     return SortedBase(fingerprints), ChangeTable(heads, np.zeros((records, 2), np.uint64), 0)
 
 
 def merged(base: U64, fingerprints: U64, added: BoolArray) -> U64:
-    """Sorted ``base`` after changes in order. 64 Ki of them and a million pages: some 15 ms.
+    """Apply changes in order to sorted ``base``. 64 Ki changes of a million pages take about 15 ms.
 
     ``np.union1d`` would sort everything again, and take a second.
     """
@@ -220,21 +220,19 @@ def merged(base: U64, fingerprints: U64, added: BoolArray) -> U64:
     last[:-1] = fingerprints[order[1:]] != fingerprints[order[:-1]]
     fingerprints, added = fingerprints[order[last]], added[order[last]]
     rows = np.searchsorted(base, fingerprints)
-    held = (
-        base.take(rows, mode="clip") == fingerprints
-        if len(base)
-        else np.zeros(len(fingerprints), np.bool_)
-    )
-    kept = np.delete(base, rows[held & ~added])
-    new = fingerprints[added & ~held]
+    present = np.zeros(len(fingerprints), np.bool_)
+    if len(base):
+        present = base.take(rows, mode="clip") == fingerprints
+    kept = np.delete(base, rows[present & ~added])
+    new = fingerprints[added & ~present]
     return np.insert(kept, np.searchsorted(kept, new), new)
 
 
 class FingerprintSet:
-    """A set of uint64 fingerprints: 11 to 13 bytes each. One thread at a time changes it; any thread may ask.
+    """A set of uint64 fingerprints: 11 to 13 bytes each. One thread at a time changes it; any thread may read.
 
-    ``make`` turns sorted, distinct fingerprints into the memory the set lives in; it is called at the start
-    and whenever the changes no longer fit beside the base.
+    ``make`` turns sorted, distinct fingerprints into the memory of the set. It is called at the start, and when the
+    changes no longer fit beside the base.
     """
 
     def __init__(self, fingerprints: U64 = EMPTY, make: Callable[[U64], Parts] = in_memory) -> None:
@@ -251,14 +249,14 @@ class FingerprintSet:
         return parts_hold(self._parts, fingerprints)
 
     def add(self, fingerprints: U64) -> U64:
-        """Add ``fingerprints``. The answer: those that were not in it, each once, in order."""
-        new = self._chosen(fingerprints, held=False)
+        """Add ``fingerprints``. Returns those that were not in the set, each once, in order."""
+        new = self._select(fingerprints, present=False)
         self._change(Op.ADD, new)
         return new
 
     def drop(self, fingerprints: U64) -> U64:
-        """Remove ``fingerprints``. The answer: those that were in it, each once, in order."""
-        gone = self._chosen(fingerprints, held=True)
+        """Remove ``fingerprints``. Returns those that were in the set, each once, in order."""
+        gone = self._select(fingerprints, present=True)
         self._change(Op.DROP, gone)
         return gone
 
@@ -267,22 +265,20 @@ class FingerprintSet:
         self._parts, self._count = self._make(EMPTY), 0
 
     def snapshot(self) -> U64:
-        """Everything, sorted: an array nobody changes later. The thread that changes the set only."""
+        """Return all fingerprints, sorted, in an array that never changes. Only for the changing thread."""
         base, changes = self._parts
         fingerprints, added = changes.written()
-        return (
-            merged(base.fingerprints, fingerprints, added)
-            if len(fingerprints)
-            else base.fingerprints
-        )
+        if not len(fingerprints):
+            return base.fingerprints
+        return merged(base.fingerprints, fingerprints, added)
 
     def rebase(self) -> None:
-        """Make the set's memory anew."""
+        """Move the set to new memory."""
         self._parts = self._make(self.snapshot())
 
-    def _chosen(self, fingerprints: U64, *, held: bool) -> U64:
-        """Those of ``fingerprints`` that are (not) in the set, each once, in order."""
-        chosen = fingerprints[self.holds(fingerprints) == held]
+    def _select(self, fingerprints: U64, *, present: bool) -> U64:
+        """Return the ``fingerprints`` that are (not) in the set, each once, in order."""
+        chosen = fingerprints[self.holds(fingerprints) == present]
         first = np.unique(chosen, return_index=True)[1]
         distinct: U64 = chosen if len(first) == len(chosen) else chosen[np.sort(first)]
         return distinct

@@ -1,10 +1,10 @@
-"""PeerSetsReader: a rank process's view of what other nodes hold. Memory only; no lock shared with the writer.
+"""PeerSetsReader: a rank process's view of the pages of other nodes. Memory only; no lock shared with the writer.
 
-``refresh`` takes in what changed of nodes and sets; changes of a set's pages need no refresh: they are in
-memory that is shared with the agent. Everything found here is a hint: the read at the peer decides.
+``refresh`` takes in changes of nodes and sets. Changes of a set's pages need no refresh: they are in memory that is
+shared with the agent. A result is a hint: the read at the peer decides.
 
-Threads: any. One lock serialises ``refresh``; look-ups take the view of the last one and need none. Call
-``refresh`` at least once a second, also when idle: a view keeps the memory of sets that have been replaced.
+Threads: any. One lock serialises ``refresh``; lookups use the view of the last one without a lock. Call ``refresh``
+at least once a second, also when idle: a view keeps the memory of replaced sets.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from flexkv_sglang.backends.fleet.vocabulary import Op
 from flexkv_sglang.types import U64, BoolArray
 
 _OPENED_PER_REFRESH, _PAGES_PER_REFRESH = 16, 1_000_000
-"""Sets, and pages in them, after which ``refresh`` maps no more: a million take some 1 ms. The others at the next."""
+"""Limit of sets, and of their pages, mapped per ``refresh`` (a million pages take 1 ms). The next maps the others."""
 
-_LOOK_NS = 100_000_000  # how often files are looked for that were not there
-_RETRY_NS = 10_000_000  # and something that was being changed
-_QUIET_NS = 1_000_000_000  # a table that is silent for so long may have been replaced
-_AHEAD_NS = 1_000_000_000  # a beat of the future is of another boot
+_LOOK_NS = 100_000_000  # pause before another look for missing files
+_RETRY_NS = 10_000_000  # pause before another look at a set that was being changed
+_QUIET_NS = 1_000_000_000  # a table without heartbeats for this long may have been replaced
+_AHEAD_NS = 1_000_000_000  # a heartbeat of the future is of another boot
 _NO_VERSIONS, _NO_GENERATIONS = bytes(4 * SLOTS), bytes(8 * SLOTS)
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _PeerPages:
     """A node that is up, and its pages."""
 
     peer: Peer
@@ -54,16 +54,16 @@ class _Held:
         return latest == Op.ADD or (not latest and base.holds_one(fp))
 
     def leading(self, fingerprints: U64) -> int:
-        """How many of ``fingerprints`` it holds before the first it does not hold."""
-        held = parts_hold(self.parts, fingerprints)
-        return len(fingerprints) if held.all() else int(held.argmin())
+        """Number of leading ``fingerprints`` that are in the set."""
+        found = parts_hold(self.parts, fingerprints)
+        return len(fingerprints) if found.all() else int(found.argmin())
 
 
 class PeerSetsReader:
-    """What other nodes hold in one namespace, as the agent of this node last said.
+    """Pages of other nodes in one namespace, as this node's agent wrote them.
 
-    Without ``run_dir``, a table in it, or a sign of life of the agent in the last ``ttl_s`` seconds there are no
-    peers; they come back by themselves.
+    There are no peers while ``run_dir`` or its table is missing, or the agent's last heartbeat is more than ``ttl_s``
+    seconds ago.
     """
 
     def __init__(self, run_dir: Path | str, namespace: str, ttl_s: float) -> None:
@@ -77,14 +77,14 @@ class PeerSetsReader:
         self._entries: dict[int, Entry] = {}
         self._sets: dict[int, tuple[SetPlace, Parts]] = {}
         self._peers: tuple[Peer, ...] = ()
-        self._view: tuple[_Held, ...] = ()
+        self._view: tuple[_PeerPages, ...] = ()
         self._look_at_ns = 0
         self._retry_at_ns = 0
         self._forget()
-        self._last_slot = -1  # who answered last; a hint, written by any thread
+        self._last_slot = -1  # of the last answer; a hint, written by any thread
 
     def refresh(self) -> None:
-        """Take in which nodes there are and which sets they have now. A few us if nothing changed, a few ms at most."""
+        """Take in new nodes and sets. A few us if nothing changed, a few ms at most."""
         with self._lock:
             now = time.monotonic_ns()
             self._follow_table(now)
@@ -96,7 +96,7 @@ class PeerSetsReader:
 
     @property
     def alive(self) -> bool:
-        """Is there a replica, and has its agent shown a sign of life within ``ttl_s``?"""
+        """Was there a heartbeat of the agent within ``ttl_s``?"""
         table = self._table
         if table is None:
             return False
@@ -108,24 +108,24 @@ class PeerSetsReader:
         return self._peers if self.alive else ()
 
     def run(self, fingerprints: U64, skip: Callable[[Peer], bool]) -> tuple[Peer, int] | None:
-        """The peer that holds the longest leading run of ``fingerprints`` (uint64 ``[n]``), and how long that is.
+        """Return the peer with the longest leading run of ``fingerprints`` (uint64 ``[n]``), and the run's length.
 
-        None: nobody holds the first. Of equals the one that was answered last. ``skip`` is asked of nodes that
-        hold the first page only.
+        None: no peer has the first. Of equal peers it is the last answer again. ``skip`` is called only for nodes
+        that have the first page.
         """
         if not len(fingerprints) or not self.alive:
             return None
         first = int(fingerprints[0])
-        holders = [held for held in self._view if held.holds_one(first)]
+        holders = [pages for pages in self._view if pages.holds_one(first)]
         if len(holders) > 1:
-            holders.sort(key=lambda held: held.peer.slot != self._last_slot)
+            holders.sort(key=lambda pages: pages.peer.slot != self._last_slot)
         best, length = None, 0
-        for held in holders:
-            if (length and not held.holds_one(int(fingerprints[length]))) or skip(held.peer):
+        for pages in holders:
+            if (length and not pages.holds_one(int(fingerprints[length]))) or skip(pages.peer):
                 continue
-            leading = held.leading(fingerprints)
+            leading = pages.leading(fingerprints)
             if leading > length:
-                best, length = held.peer, leading
+                best, length = pages.peer, leading
             if length == len(fingerprints):
                 break
         if best is None:
@@ -134,39 +134,39 @@ class PeerSetsReader:
         return best, length
 
     def holds(self, fingerprints: U64, skip: Callable[[Peer], bool]) -> BoolArray:
-        """For each of ``fingerprints`` (uint64 ``[n]``): does any peer hold it?"""
+        """For each of ``fingerprints`` (uint64 ``[n]``): does any peer have it?"""
         answer = np.zeros(len(fingerprints), np.bool_)
-        for held in self._view if self.alive else ():
-            if skip(held.peer):
+        for pages in self._view if self.alive else ():
+            if skip(pages.peer):
                 continue
             open_rows = np.flatnonzero(~answer)
             if not len(open_rows):
                 break
-            answer[open_rows] = parts_hold(held.parts, fingerprints[open_rows])
+            answer[open_rows] = parts_hold(pages.parts, fingerprints[open_rows])
         return answer
 
     def page_count(self) -> int:
-        """Pages of all peers in this namespace; one that two hold counts twice."""
+        """Number of pages of all peers in this namespace; a page of two peers counts twice."""
         index = self._index
         if index is None or not self.alive:
             return 0
-        return sum(index.pages[held.peer.slot] for held in self._view)
+        return sum(index.pages[pages.peer.slot] for pages in self._view)
 
     def close(self) -> None:
-        """Let go of all maps. ``refresh`` would open them again."""
+        """Release all maps. ``refresh`` would open them again."""
         with self._lock:
             self._table = None
             self._forget()
 
     def _forget(self) -> None:
-        """Of what a table says nothing is known yet."""
+        """Forget the contents of a table."""
         self._index, self._namespaces = None, -1
         self._versions, self._generations = _NO_VERSIONS, _NO_GENERATIONS
         self._entries, self._sets = {}, {}
         self._peers, self._view = (), ()
 
     def _follow_table(self, now: int) -> None:
-        """Open the table, or the one that has taken its place."""
+        """Open the table, or the one that has replaced it."""
         table = self._table
         retired = table is not None and table.retired
         if table is not None and not retired and now - table.heartbeat_ns < _QUIET_NS:
@@ -180,7 +180,7 @@ class PeerSetsReader:
             self._table = found
 
     def _follow_entries(self, table: PeersTable) -> bool:
-        """Take in entries that changed. Those being written keep their old version, and are looked at again."""
+        """Take in changed entries. An entry that is being written is read again at the next refresh."""
         versions = table.versions()
         if versions == self._versions:
             return False
@@ -196,12 +196,12 @@ class PeerSetsReader:
                 self._entries[slot] = entry
             else:
                 self._entries.pop(slot, None)
-            self._generations = _NO_GENERATIONS  # sets of other tenancies go, of this one come
+            self._generations = _NO_GENERATIONS  # the tenancy may be new: look at all sets again
         self._versions = seen.tobytes()
         return True
 
     def _follow_sets(self, table: PeersTable, now: int) -> bool:
-        """Map sets that are new, drop those that are gone. What is not there yet is looked at again."""
+        """Map new sets and drop removed ones. A missing set is looked for again."""
         namespaces = table.namespaces
         if self._index is None and self._namespaces != namespaces:
             self._index = SetIndex.open(self._directory, table.writer)
@@ -225,7 +225,7 @@ class PeerSetsReader:
             opened += 1
             parts = open_set(place)
             pages += len(parts[0]) if parts is not None else 0
-            if parts is None:  # replaced meanwhile, or of a tenancy we have not read of yet
+            if parts is None:  # replaced meanwhile, or its entry is newer than ours
                 missing = True
             else:
                 self._sets[slot] = place, parts
@@ -242,5 +242,5 @@ class PeerSetsReader:
         for entry in entries:
             known = self._sets.get(entry.peer.slot)
             if known is not None and known[0].tenancy == entry.tenancy:
-                view.append(_Held(entry.peer, known[1]))
+                view.append(_PeerPages(entry.peer, known[1]))
         self._view = tuple(view)

@@ -1,11 +1,10 @@
-"""PeerSetsWriter: the agent's side of the membership replica (``replica_files`` says what lies where).
+"""PeerSetsWriter: the agent's side of the sets of other nodes (``files`` describes the format).
 
-Whatever moment it is killed at, readers see for every node either what was true before or what is true after.
-The next writer starts with no nodes, puts its table in the place of the old one and removes the old sets;
-readers follow. A full disk freezes a set as readers see it: the true one goes on in this process's memory, and
-is written when there is space again.
+It may be killed at any moment: readers see each node's set as it was before or after a change. The next writer starts
+without nodes, replaces the table and removes the old sets; readers follow. On a full disk readers keep the old set;
+the new one goes on in this process's memory and is written when there is space again.
 
-Threads: one at a time. Nothing here waits for a reader.
+Threads: one at a time. No call waits for a reader.
 """
 
 from __future__ import annotations
@@ -45,18 +44,18 @@ logger = logging.getLogger(__name__)
 
 
 class PeerSetsWriter:
-    """Keeps what other nodes hold in ``run_dir``. The only one that does: the caller holds the agent's lock.
+    """Keeps the sets of other nodes in ``run_dir``. There is one per directory: the caller has the agent's lock.
 
-    Nothing but the constructor fails for the disk. Calls about nodes or sets it does not know do nothing.
+    Only the constructor raises on disk errors. Calls for unknown nodes or sets do nothing.
     """
 
     def __init__(self, run_dir: Path | str) -> None:
-        """Make ``run_dir`` (mode 0700) and take over what is in it. Raises ``PeerError`` if it cannot."""
+        """Make ``run_dir`` (mode 0700) and replace its contents. Raises ``PeerError`` if it cannot."""
         self._run_dir = Path(run_dir)
         self._id = secrets.randbits(63) + 1
         self._entries: dict[NodeId, Entry] = {}
         self._versions = [0] * SLOTS
-        self._tenancies = secrets.randbits(62)  # a set of an earlier writer is never taken for ours
+        self._tenancies = secrets.randbits(62)  # differs from those of earlier writers
         self._namespaces: dict[str, _Namespace] = {}
         self._full = False
         try:
@@ -64,16 +63,18 @@ class PeerSetsWriter:
             self._table = PeersTable.create(self._run_dir, self._id)
             remove_sets(self._run_dir)
         except OSError as exc:
-            raise PeerError(f"cannot keep the replica in {self._run_dir}: {exc}") from exc
+            raise PeerError(
+                f"cannot keep the sets of other nodes in {self._run_dir}: {exc}"
+            ) from exc
         self.heartbeat()
 
     @property
     def frozen(self) -> bool:
-        """Do readers see something old because ``run_dir`` is full?"""
+        """Do readers see an old set because ``run_dir`` is full?"""
         return any(space.frozen for space in self._namespaces.values())
 
     def pages(self, node_id: NodeId) -> int:
-        """Pages of a node, over all namespaces."""
+        """Number of pages of a node, over all namespaces."""
         entry = self._entries.get(node_id)
         if entry is None:
             return 0
@@ -81,11 +82,11 @@ class PeerSetsWriter:
         return sum(len(pages) for pages in sets)
 
     def heartbeat(self) -> None:
-        """The agent lives."""
+        """Show readers that the agent lives. At least every second."""
         self._table.heartbeat_ns = time.monotonic_ns()
 
     def set_peer(self, node_id: NodeId, epoch: int, address: str, up: bool) -> None:
-        """Make a node known, or what is new of it. ``up`` False: look-ups pass it over, its sets stay.
+        """Add or change a node. ``up`` False: lookups skip it, its sets stay.
 
         Raises ``PeerError`` for a name beyond 200 bytes, an address beyond 280, and the 1025th node.
         """
@@ -128,7 +129,7 @@ class PeerSetsWriter:
         space.sets[entry.peer.slot] = FingerprintSet(fingerprints, make)
 
     def apply(self, namespace: str, node_id: NodeId, op: Op, fingerprints: U64) -> None:
-        """Change the set of a node; readers see it at their next look-up."""
+        """Change the set of a node; readers see it at their next lookup."""
         entry, space = self._entries.get(node_id), self._namespaces.get(namespace)
         pages = space.sets.get(entry.peer.slot) if entry and space else None
         if entry is None or space is None or pages is None:
@@ -138,7 +139,7 @@ class PeerSetsWriter:
         elif op is Op.DROP:
             pages.drop(fingerprints)
         elif op is Op.CLEAR:
-            space.hide(entry.peer.slot)  # also if the empty set cannot be written
+            space.hide(entry.peer.slot)  # also when the disk is too full for the empty set
             pages.clear()
         space.count(entry.peer.slot)
 
@@ -149,7 +150,7 @@ class PeerSetsWriter:
             space.drop(entry.peer.slot)
 
     def tick(self) -> None:
-        """Remove files nobody needs any more; write what could not be written. Once a second."""
+        """Remove replaced files; write the sets that found no space before. Once a second."""
         for space in self._namespaces.values():
             space.sweep()
             while space.frozen:
@@ -160,10 +161,12 @@ class PeerSetsWriter:
                 space.count(slot)
         if self._full:
             self._full = False
-            logger.info("there is space in %s again: the replica is up to date", self._run_dir)
+            logger.info(
+                "there is space in %s again: the sets of other nodes are up to date", self._run_dir
+            )
 
     def close(self) -> None:
-        """Let go of everything. The files stay: readers use them until they are too old."""
+        """Release everything. The files stay: readers use them until they are too old."""
         self._entries.clear()
         self._namespaces.clear()
 
@@ -179,7 +182,7 @@ class PeerSetsWriter:
         self._table.put(entry)
 
     def _make(self, space: _Namespace, entry: Entry, fingerprints: U64) -> Parts:
-        """Write a set and make it the current one. No space: in memory, and readers keep the one they have."""
+        """Write a set and make it the current one. Without space it is in memory, and readers keep the old one."""
         try:
             if space.index is None:
                 space.index = SetIndex.create(space.directory, self._id)
@@ -192,13 +195,13 @@ class PeerSetsWriter:
         except OSError as exc:
             space.frozen.add(entry.peer.slot)
             if not self._full:
-                logger.warning("the replica in %s is frozen: %s", self._run_dir, exc)
+                logger.warning("the sets of other nodes in %s are frozen: %s", self._run_dir, exc)
             self._full = True
             return in_memory(fingerprints)
 
 
 class _Namespace:
-    """The sets of one namespace. ``frozen``: slots whose set is newer than what readers see."""
+    """The sets of one namespace. ``frozen``: slots whose set is newer than the one that readers see."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -225,7 +228,7 @@ class _Namespace:
         return parts
 
     def hide(self, slot: int) -> None:
-        """From now on readers find no set."""
+        """Hide the set from readers."""
         if self.index is not None:
             self.index.generation[slot] = 0
             self.index.pages[slot] = 0
@@ -238,12 +241,12 @@ class _Namespace:
         self.frozen.discard(slot)
 
     def count(self, slot: int) -> None:
-        """Say how many pages the set has."""
+        """Publish the size of the set."""
         if self.index is not None and slot not in self.frozen:
             self.index.pages[slot] = len(self.sets[slot])
 
     def sweep(self) -> None:
-        """Remove files that are not current. Who has one mapped keeps it; who comes too late looks again."""
+        """Remove replaced files. A reader that has one mapped keeps it; one that comes too late looks again."""
         for path in self._unused:
             path.unlink(missing_ok=True)
         self._unused.clear()

@@ -263,6 +263,17 @@ def test_the_next_writer_takes_over(shm_path: Path) -> None:
     assert not reader.holds(before, nobody).any()
 
 
+def test_a_new_writer_removes_what_a_crash_left_of_new_files(shm_path: Path) -> None:
+    fill(PeerSetsWriter(shm_path), A, pages(5))
+    hexes = "0123456789abcdef"
+    stale = [shm_path / f"peers.tbl.{hexes}.tmp", shm_path / SPACE / f"index.{hexes}.tmp"]
+    stale.append(shm_path / SPACE / f"p0.1.set.{hexes}.tmp")
+    for path in stale:
+        path.write_bytes(b"half")
+    PeerSetsWriter(shm_path)
+    assert not [path for path in stale if path.exists()]
+
+
 def test_a_table_that_was_put_there_anew_is_found(shm_path: Path) -> None:
     """The old one cannot say that it is retired: somebody removed the directory."""
     old = PeerSetsWriter(shm_path / "run")
@@ -326,5 +337,5 @@ def test_a_look_up_opens_nothing_and_talks_to_nobody(
 
 def test_a_place_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(PeerError, match="cannot keep the replica"):
+    with pytest.raises(PeerError, match="cannot keep the sets of other nodes"):
         PeerSetsWriter(tmp_path / "file" / "run")
