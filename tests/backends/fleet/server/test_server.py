@@ -15,7 +15,7 @@ from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome
 from flexkv_sglang.backends.fleet.server.queue import Reader, Request, ServeQueue
 from flexkv_sglang.backends.fleet.server.server import PageServer
-from flexkv_sglang.backends.fleet.slabs import ServeSlabs
+from flexkv_sglang.backends.fleet.slabs import StagingSlab
 from flexkv_sglang.backends.fleet.vocabulary import PageSource, PageStatus, Snapshot, namespace_name
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
 from flexkv_sglang.config.share import ShareConfig
@@ -351,7 +351,7 @@ def test_a_taken_port_is_a_config_error() -> None:
 
 
 def test_slabs_are_joined_again() -> None:
-    slabs = ServeSlabs(1 << 20)
+    slabs = StagingSlab(1 << 20)
     rng = random.Random(1)
     held: list[tuple[int, int]] = []
     for _ in range(3000):
