@@ -11,7 +11,7 @@ from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.types import SECTOR
 
 
-class ServeSlabs:
+class StagingSlab:
     """``byte_count`` bytes at ``address`` (4096-aligned). ``free_bytes`` may lie in several runs."""
 
     def __init__(self, byte_count: int) -> None:

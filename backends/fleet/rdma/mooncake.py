@@ -76,9 +76,7 @@ class MooncakeTransfer:
     def __init__(self, engine: Any, target: str, moves: Sequence[Move]) -> None:
         self._engine, self._target, self._moves = engine, target, moves
         self._made = time.monotonic()
-        self._batches: deque[int] = (
-            deque()
-        )  # filled by the transport's thread, emptied by the caller
+        self._batches: deque[int] = deque()  # that thread appends, the caller removes
         self._whole = False  # Mooncake has taken every page
         self._started = False  # Mooncake gets no more pages
         self._failed = False

@@ -13,7 +13,8 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+import zmq
 
 from flexkv_sglang.backends.fleet.reader.channel import Count, Out, PeerChannel
 from flexkv_sglang.backends.fleet.reader.health import PeerHealth
@@ -24,9 +25,6 @@ from flexkv_sglang.backends.fleet.vocabulary import PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link
 from flexkv_sglang.backoff import Backoff
-
-if TYPE_CHECKING:
-    import zmq
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexkv_sglang.backends.fleet.slabs import ServeSlabs
+from flexkv_sglang.backends.fleet.slabs import StagingSlab
 from flexkv_sglang.backends.fleet.transport import (
     Move,
     RdmaError,
@@ -66,7 +66,7 @@ class RdmaMemory:
     def __init__(self, transport: RdmaTransport, slab_bytes: int = SLAB_BYTES) -> None:
         self.name = transport.name
         self._transport = transport
-        self._slab = ServeSlabs(slab_bytes)
+        self._slab = StagingSlab(slab_bytes)
         self._quarantine: list[tuple[Fetch, float]] = []  # and the time of its failure
         try:
             transport.register(self._slab.address, self._slab.byte_count)
@@ -83,7 +83,7 @@ class RdmaMemory:
 
     @property
     def free_bytes(self) -> int:
-        """Of the slab."""
+        """Free bytes of the slab."""
         return self._slab.free_bytes
 
     def take(self, pages: int, page_bytes: int) -> Fetch | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.server.queue import Reader, Request, Send
-from flexkv_sglang.backends.fleet.slabs import ServeSlabs
+from flexkv_sglang.backends.fleet.slabs import StagingSlab
 from flexkv_sglang.backends.fleet.transport import RdmaTransport
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus, ServedPage
 from flexkv_sglang.backends.fleet.wire import answers
@@ -43,7 +43,7 @@ class Offers:
     def __init__(
         self,
         transport: RdmaTransport,
-        slabs: ServeSlabs,
+        slabs: StagingSlab,
         send: Send,
         release: Callable[[Request, int], None],
         counts: Counter[str],

@@ -19,7 +19,7 @@ import zmq
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.server.offers import Offers, take_offsets
 from flexkv_sglang.backends.fleet.server.queue import Reader, Request, Send, ServeQueue, Turn
-from flexkv_sglang.backends.fleet.slabs import ServeSlabs
+from flexkv_sglang.backends.fleet.slabs import StagingSlab
 from flexkv_sglang.backends.fleet.transport import RdmaTransport
 from flexkv_sglang.backends.fleet.vocabulary import (
     MISSING,
@@ -49,17 +49,12 @@ class ServePages:
         transport: RdmaTransport | None = None,
     ) -> None:
         self._node, self._disk, self._send, self.counts = node, disk, send, counts
-        self._slabs = ServeSlabs(share.serve_inflight)
+        self._slabs = StagingSlab(share.serve_inflight)
         self._queue = ServeQueue(share.serve_inflight, share.serve_inflight_peer)
         self._offers = None
         if transport is not None:
             self._offers = Offers(transport, self._slabs, send, self._release, counts)
         self._leaving: dict[Reader, deque[tuple[zmq.MessageTracker, Request, int, int]]] = {}
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Slab bytes of accepted pages that have not left yet."""
-        return self._queue.reserved
 
     @property
     def is_sending(self) -> bool:

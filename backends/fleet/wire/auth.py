@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hmac
-from typing import TYPE_CHECKING
+
+import zmq
+from zmq.utils import z85
 
 from flexkv_sglang.backends.fleet.wire.curve import ZAP_DOMAIN, Secret
-
-if TYPE_CHECKING:
-    import zmq
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
@@ -21,8 +20,6 @@ class ZapAuthenticator:
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], secret: Secret) -> None:
-        import zmq
-        from zmq.utils import z85
 
         self._allowed = z85.decode(secret.client_public)
         self.refused = 0
