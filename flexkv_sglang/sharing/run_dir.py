@@ -6,7 +6,7 @@
     status.json         what ``flexkv nodes`` shows, written every second
     places/<digest>     a list of directories that some rank process uses: the agent serves them all
     ranks/<name>.lock   held by a rank process as long as it lives
-    peers.tbl, <namespace>/...   the replica of other nodes' pages (``backends.replica_files``)
+    peers.tbl, <namespace>/...   the sets of other nodes (``backends.fleet.replica.files``)
 
 It lies on tmpfs: nothing in it is worth a disk write, and everything in it is made anew after a reboot.
 """
