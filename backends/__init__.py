@@ -1,1 +1,4 @@
-"""Bytes on media: slot files, journals, rings. Knows nothing of SGLang, of keys' meaning, or of eviction."""
+"""Bytes outside of the process: on disks and in memory (``io``, ``slots``), and on other machines (``fleet``).
+
+Knows nothing of SGLang, of models, or of eviction. Imported as ``flexkv_sglang.backends``, through a symlink.
+"""

@@ -32,10 +32,13 @@ def open_directory(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def replacing(directory: Path, name: str, mode: int = PRIVATE) -> Iterator[int]:
+def replacing(
+    directory: Path, name: str, mode: int = PRIVATE, *, replace: bool = True
+) -> Iterator[int]:
     """A descriptor to write the new ``name`` to; it is in place when the block ends. Raises ``OSError``.
 
-    If anything is raised, ``name`` is as it was and the temporary is removed.
+    If anything is raised, ``name`` is as it was and the temporary is removed. ``replace=False``: an existing ``name``
+    stays, and ``FileExistsError`` is raised.
     """
     with open_directory(directory) as folder:
         temporary = f"{name}.{secrets.token_hex(8)}.tmp"
@@ -45,7 +48,11 @@ def replacing(directory: Path, name: str, mode: int = PRIVATE) -> Iterator[int]:
                 yield fd
             finally:
                 os.close(fd)
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+            if replace:
+                os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+            else:
+                os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+                os.unlink(temporary, dir_fd=folder)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
@@ -59,12 +66,13 @@ def publish(
     *,
     sync: bool = False,
     mode: int = PRIVATE,
+    replace: bool = True,
 ) -> None:
     """Write ``parts`` to a new file and put it in the place of ``name``. ``sync``: flush it to the medium before.
 
-    Raises ``OSError``.
+    ``replace``: as for ``replacing``. Raises ``OSError``.
     """
-    with replacing(directory, name, mode) as fd:
+    with replacing(directory, name, mode, replace=replace) as fd:
         write_all(fd, parts, sync=sync)
 
 

@@ -1,4 +1,4 @@
-"""Adapter-level SSD speed beside its peers, for the committed results; ``flexkv_sglang.bench.ssd`` measures.
+"""SSD speed of the storage backend beside its peers, for the committed results (``flexkv_sglang.bench.ssd`` measures).
 
     .venv/bin/python benchmarks/ssd.py --dir DIR [--page-bytes 1048576 ...] [--against fio,file,nixl]
         [--reps 7] [--seconds S] [--out NAME.csv] [--plot NAME.svg] [--beside busy]
@@ -13,10 +13,12 @@ import argparse
 import csv
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from flexkv_sglang.bench.ssd import AGAINST, PAGE_BYTES, BenchOptions, measure, table
+from ssd_beside import beside_busy
 from ssd_plot import plot
 
 FIELDS = (
@@ -69,9 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.seconds,
             given.against,
             given.verify,
-            bool(given.beside),
         )
     )
+    if given.beside:
+        with tempfile.TemporaryDirectory(dir=given.dir, prefix="flexkv-bench-") as place:
+            summary["beside_busy"] = beside_busy(Path(place), given.reps)
     about = summary["about"]
     if given.out:
         with given.out.open("w", newline="") as file:

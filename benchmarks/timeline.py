@@ -22,7 +22,7 @@ from flexkv_sglang.backends.io import mover, operations, ring, transfer
 from flexkv_sglang.bench.contenders import BATCH, BenchPool, FlexKVContender
 from flexkv_sglang.bench.memory import HostMemory
 from flexkv_sglang.bench.ssd import environment
-from flexkv_sglang.cache import engine, local_pages, plan
+from flexkv_sglang.cache import engine, local_pages
 from flexkv_sglang.integration import storage as adapter
 from flexkv_sglang.pools import host_pages
 
@@ -33,7 +33,7 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("  keys", adapter, "page_keys"),
     ("  engine", engine.CacheEngine, "get"),
     ("  engine", engine.CacheEngine, "put"),
-    ("    plan", plan.GetPlan, "__init__"),
+    ("    plan", engine.GetPlan, "__init__"),
     ("    plan", local_pages.LocalPages, "reserve"),
     ("    move", mover.PageMover, "move"),
     ("      operations", operations.Operations, "__init__"),

@@ -1,4 +1,4 @@
-"""FlexKV for SGLang: an L3 storage backend for HiCache on local SSDs, shared between replicas.
+"""FlexKV for SGLang: an L3 storage backend for HiCache, on local SSDs and on other machines.
 
 Public names are imported lazily: ``sglang.srt.plugins`` loads this package in processes that must not
 pay for (or fail on) torch.

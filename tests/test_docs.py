@@ -527,3 +527,20 @@ def test_every_folder_of_the_product_says_what_belongs_there() -> None:
     assert not silent
     assert not (ROOT / "triton_kernels" / "__init__.py").exists()
     assert "`__init__.py`" in (ROOT / "triton_kernels" / "README.md").read_text()
+
+
+def test_tests_mirror_the_folders_of_the_product() -> None:
+    text = section(DOCS / "TESTING.md", "## Where tests lie")
+    apart = {
+        name for name in re.findall(r"`tests/(\w+)`", text) if (ROOT / "tests" / name).is_dir()
+    }
+    assert {"kernels", "fleet", "crash", "e2e", "contract", "support"} <= apart
+    folders = {file.parent.relative_to(ROOT / "tests") for file in ROOT.glob("tests/**/test_*.py")}
+    lost = [
+        str(place)
+        for place in folders
+        if not {*place.parts} & apart
+        and not (ROOT / "flexkv_sglang" / place).is_dir()
+        and not (ROOT / place).is_dir()
+    ]
+    assert not lost

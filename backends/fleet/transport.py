@@ -1,8 +1,8 @@
 """RDMA transports: the interface, and how the one that ``share.engine`` names is opened.
 
 A transport fetches bytes out of another process's registered memory without its CPU. Both sides register *staging
-slabs* of their own and nothing else, never SGLang's host pool: a transport may write late, and then it writes where
-nobody looks. It neither authenticates nor encrypts, so it is for trusted fabrics (decision 018).
+slabs* of their own and nothing else, never SGLang's host pool: a transport may write late, and then no
+one reads that memory. It neither authenticates nor encrypts, so it is for trusted fabrics (decision 018).
 The implementations (``rdma/``) are loaded by ``open_transport`` and imported by no other module.
 """
 

@@ -1,4 +1,4 @@
-"""Breaker: one directory's health. Opens on repeated failures, closes by itself after a probe.
+"""Breaker: one directory's health. Opens on repeated failures, closes after a successful probe.
 
 While it is open nothing is read from or written to the directory: a dead disk costs each call nothing,
 instead of a timeout. A journal that takes no more records (a full disk) stops writes only. A call counts
@@ -59,7 +59,7 @@ class Breaker:
             return self._trip(reason, readable=readable)
 
     def begin_probe(self) -> bool:
-        """True if it is open, its pause is over and nobody else probes: the caller must now end the probe."""
+        """True if it is open, its pause is over and no other thread probes: the caller must then end the probe."""
         with self._lock:
             if not self._open or self._probing or not self._backoff.due:
                 return False

@@ -145,7 +145,7 @@ class JournalWriter:
         """
         if self._broken:
             raise JournalError(f"{self.path} was given up after a failed write")
-        data = seal_records(records, self.header.epoch, self._seq)
+        data = seal_records(records, self.header.crc_seed, self._seq)
         reach(Failpoint.APPEND_BEFORE, self._fd, data)
         try:
             written = os.write(self._fd, data)
@@ -321,7 +321,7 @@ def _recover_generation(directory: Path, owner: str, namespace: str, generation:
     if header.namespace != namespace or header.owner != owner or header.generation != generation:
         raise JournalError(f"belongs to {header.namespace}/{header.owner}.{header.generation}")
     parts = [read_snapshot(directory, header)] if generation else []
-    journal = valid_prefix(raw, header.epoch, header.base_seq)
+    journal = valid_prefix(raw, header.crc_seed, header.base_seq)
     parts.append(journal)
     parts = [part for part in parts if len(part)] or [journal]
     # One part alone is not copied: 64 bytes per page that are never touched.
@@ -343,7 +343,7 @@ def read_snapshot(directory: Path, journal_header: Header) -> Records:
     raw = snapshot_path(directory, journal_header.owner, journal_header.generation).read_bytes()
     header = Header.unpack(raw[:HEADER_BYTES], SNAPSHOT_MAGIC)
     body = raw[HEADER_BYTES:]
-    if header.epoch != journal_header.epoch or header.namespace != journal_header.namespace:
+    if header.crc_seed != journal_header.crc_seed or header.namespace != journal_header.namespace:
         raise JournalError("the snapshot belongs to another owner")
     if len(body) != header.record_count * RECORD_BYTES or zlib.crc32(body) != header.body_crc:
         raise JournalError("the snapshot's checksum does not match")

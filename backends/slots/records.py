@@ -1,4 +1,4 @@
-"""The 64-byte journal record and the 4096-byte header: the format, and nothing but the format.
+"""The format of the 64-byte journal record and of the 4096-byte header.
 
 docs/DATA_FILE.md describes every byte; ``tests/backends/slots/test_records.py`` holds golden bytes. All
 integers are little-endian. ``op`` 0 is never valid, so zeros are not a record.
@@ -34,14 +34,12 @@ _HEAD = struct.Struct("<8sIII")  # magic, version, length of the JSON, CRC-32 of
 
 
 class RecordOp(IntEnum):
-    """What a record says."""
+    """Meaning of a record."""
 
     PUT = 1  # ``slot`` of ``file`` holds ``key``: ``len`` payload bytes with checksum ``sum``
     DEL = 2  # ``slot`` holds nothing any more; appended before the slot is rewritten
     CLEAR = 3  # all slots of this owner hold nothing
-    SEAL = (
-        4  # this journal ends; go on in generation ``slot``, whose first record has the next number
-    )
+    SEAL = 4  # this journal ends; generation ``slot`` goes on with the next number
     CLOSE = 5  # clean end: data and journal were flushed to the medium
 
 
@@ -78,14 +76,15 @@ class SlotClass:
 class Header:
     """First 4096 bytes of a journal or snapshot.
 
-    ``namespace``: digest the pages belong to. ``epoch``: 64 random bits per owner, seed of every record's
-    CRC. ``base_seq``: number before the first record. ``record_count`` / ``body_crc``: snapshots only.
-    ``boot_id``: boot of the kernel that wrote it. ``files``: slot files, a record's ``file`` is the index.
+    ``namespace``: digest the pages belong to. ``crc_seed``: 63 random bits per owner, seed of every record's
+    CRC, named ``epoch`` on disk. ``base_seq``: number before the first record. ``record_count``, ``body_crc``:
+    snapshots only. ``boot_id``: boot of the kernel that wrote it. ``files``: slot files, a record's ``file`` is
+    the index.
     """
 
     namespace: str
     owner: str
-    epoch: int
+    crc_seed: int
     generation: int
     base_seq: int
     boot_id: str
@@ -95,7 +94,9 @@ class Header:
 
     def pack(self, magic: bytes) -> bytes:
         """4096 bytes."""
-        body = json.dumps(asdict(self), sort_keys=True).encode()
+        fields = asdict(self)
+        fields["epoch"] = fields.pop("crc_seed")
+        body = json.dumps(fields, sort_keys=True).encode()
         if _HEAD.size + len(body) > HEADER_BYTES:
             raise JournalError(f"header of {len(body)} bytes does not fit into {HEADER_BYTES}")
         head = _HEAD.pack(magic, FORMAT_VERSION, len(body), zlib.crc32(body))
@@ -117,6 +118,7 @@ class Header:
         try:
             fields = json.loads(body)
             fields["files"] = tuple(SlotClass(**item) for item in fields["files"])
+            fields["crc_seed"] = fields.pop("epoch")
             return cls(**fields)
         except (TypeError, KeyError, ValueError) as exc:
             raise JournalError(
@@ -124,30 +126,30 @@ class Header:
             ) from exc
 
 
-def seal_records(records: Records, epoch: int, previous_seq: int) -> bytes:
+def seal_records(records: Records, crc_seed: int, previous_seq: int) -> bytes:
     """Number ``records`` from ``previous_seq + 1``, fill in their CRCs, return the bytes to append."""
     count = len(records)
     records["seq"] = (np.uint64(previous_seq + 1) + np.arange(count, dtype=np.uint64)) & np.uint64(
         0xFFFFFFFF
     )
-    records["crc"] = _record_crcs(memoryview(records.tobytes()), count, epoch)
+    records["crc"] = _record_crcs(memoryview(records.tobytes()), count, crc_seed)
     return records.tobytes()
 
 
-def valid_prefix(raw: bytes, epoch: int, previous_seq: int) -> Records:
+def valid_prefix(raw: bytes, crc_seed: int, previous_seq: int) -> Records:
     """The leading records of ``raw`` whose CRC and running number are right. A torn tail is not an error."""
     usable = len(raw) // RECORD_BYTES
     records = np.frombuffer(raw, RECORD, count=usable)
     expected = np.uint64(previous_seq + 1) + np.arange(usable, dtype=np.uint64)
     wrong = records["seq"] != (expected & np.uint64(0xFFFFFFFF))
     usable = int(wrong.argmax()) if wrong.any() else usable
-    wrong = records["crc"][:usable] != _record_crcs(memoryview(raw), usable, epoch)
+    wrong = records["crc"][:usable] != _record_crcs(memoryview(raw), usable, crc_seed)
     return records[: int(wrong.argmax()) if wrong.any() else usable]
 
 
-def _record_crcs(view: memoryview, count: int, epoch: int) -> U32:
-    """CRC-32 of bytes 4..63 of each of ``count`` records, started with the low half of ``epoch``."""
-    seed = epoch & 0xFFFFFFFF
+def _record_crcs(view: memoryview, count: int, crc_seed: int) -> U32:
+    """CRC-32 of bytes 4..63 of each of ``count`` records, started with the low half of ``crc_seed``."""
+    seed = crc_seed & 0xFFFFFFFF
     sums = np.empty(count, np.uint32)
     for start in range(0, count, _CRC_CHUNK):
         part = min(_CRC_CHUNK, count - start)
@@ -175,7 +177,7 @@ def _crc_by_column(words: U32, seed: int) -> U32:
 
 @cache
 def _crc_tables() -> tuple[U32, U32]:
-    """What the low and the high half of a 32-bit word contribute, uint32 ``[65536]`` each."""
+    """Contribution of the low and the high half of a 32-bit word, uint32 ``[65536]`` each."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = (table >> np.uint32(1)) ^ (table & np.uint32(1)) * np.uint32(0xEDB88320)

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.bench.beside import beside_busy
 from flexkv_sglang.bench.contenders import (
     BATCH,
     BenchPool,
@@ -57,7 +56,6 @@ class BenchOptions:
     seconds: float | None = None
     against: Sequence[str] = AGAINST
     verify: Sequence[str] = ("full",)
-    beside: bool = False
 
 
 def make_contenders(
@@ -233,18 +231,14 @@ def say(text: str) -> None:
 
 
 def measure(options: BenchOptions) -> tuple[list[Row], dict[str, Any]]:
-    """(rows of all passes, their summary: ``ratio``, ``cases``, ``about`` and, if asked for, ``beside_busy``)."""
+    """(rows of all passes, their summary: ``ratio``, ``cases`` and ``about``)."""
     logging.disable(logging.WARNING)
     started = time.monotonic()
     rows: list[Row] = []
     options.directory.mkdir(parents=True, exist_ok=True)
-    beside: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="flexkv-bench-") as place:
         for number, page_bytes in enumerate(options.page_bytes, 1):
             until = float("inf") if options.seconds is None else started + options.seconds * number
             rows += run_size(Path(place), page_bytes, options, until)
-        if options.beside:
-            say("beside a busy Python thread")
-            beside = {"beside_busy": beside_busy(Path(place), options.reps)}
     say(f"took {time.monotonic() - started:.0f} s")
-    return rows, summarise(rows) | beside | {"about": environment()}
+    return rows, summarise(rows) | {"about": environment()}

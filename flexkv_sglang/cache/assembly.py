@@ -37,9 +37,9 @@ _MANY_PAGES = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What one process may take of a tier for one namespace.
+    """The space that one process may take of a tier for one namespace.
 
-    ``byte_count``: 0: it never writes there; None: what an earlier run left, else this ``part`` of the size
+    ``byte_count``: 0: it never writes there; None: the size of an earlier run's files, else ``part`` of the size
     that is chosen when none is configured.
     """
 
@@ -49,11 +49,11 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class TierRequest:
-    """What a tier is opened from.
+    """The facts that a tier is opened with.
 
     ``number``: its place in ``config.tiers``, 0 is the fastest. ``modes``: its directories, proven by I/O.
-    ``fields``: what ``namespace`` stands for, for people. ``payload_bytes``: of one page. ``quota``: what this
-    process may take.
+    ``fields``: the meaning of ``namespace``, for people. ``payload_bytes``: of one page. ``quota``: the space that
+    this process may take.
     """
 
     config: FlexKVConfig
@@ -67,10 +67,10 @@ class TierRequest:
 
 
 def prepare_tiers(config: FlexKVConfig) -> list[dict[str, IoMode]]:
-    """Per tier: its directories and how I/O works there, proven by real I/O.
+    """Per tier: its directories and the I/O mode of each, proven by real I/O.
 
-    Raises ``ConfigError``. Of several directories of a tier, those that fail are left out, as long as
-    one works: a lost disk does not keep a server from starting.
+    Raises ``ConfigError``. Directories that fail are left out as long as one directory of the tier works:
+    a lost disk does not keep a server from starting.
     """
     prepared = []
     for tier in config.tiers:
@@ -90,7 +90,7 @@ def prepare_tiers(config: FlexKVConfig) -> list[dict[str, IoMode]]:
 
 
 def check_capacity(config: FlexKVConfig, prepared: Sequence[Mapping[str, IoMode]]) -> None:
-    """Raises ``ConfigError`` if a size is more than its disks could ever hold; opening files says more, but later."""
+    """Raises ``ConfigError`` if a size is more than its whole disks hold. Opening the files checks more, but later."""
     for number, (tier, modes) in enumerate(zip(config.tiers, prepared, strict=True)):
         for path in modes:
             whole = total_bytes(Path(path).expanduser())
@@ -115,9 +115,9 @@ def open_tiers(  # noqa: PLR0913 - one call, spelled out
     metrics: Metrics,
     sharing: Sharing | None = None,
 ) -> Tiers:
-    """Open ``namespace`` in every tier and recover what is there.
+    """Open ``namespace`` in every tier and recover its pages.
 
-    ``fields``: what the namespace stands for, for people. ``shares``: per tier, what this process may take.
+    ``fields``: the meaning of the namespace, for people. ``shares``: per tier, the quota of this process.
     ``sharing``: with other nodes. Raises ``ConfigError``.
     """
     for path in {path for modes in prepared for path in modes}:
@@ -145,14 +145,14 @@ def open_tiers(  # noqa: PLR0913 - one call, spelled out
 
 
 def _give_back_memory() -> None:
-    """glibc keeps what was used for loading, 60 bytes per page, unless it is asked (malloc_trim(3))."""
+    """Make glibc free the memory that loading used, 60 bytes per page; see malloc_trim(3)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def reclaim(left: Tiers, prepared: Sequence[Mapping[str, IoMode]], old: Identity) -> None:
-    """Delete what ``left``, which is closed and released, kept in ``old``, a namespace it will not be opened in again.
+    """Delete the files of ``left``, which is closed and released, in the namespace ``old``, which is not used again.
 
     Raises ``OSError``.
     """
@@ -218,11 +218,11 @@ def _open_slots(request: TierRequest) -> Tier:
 
 
 OPENERS: dict[str, Callable[[TierRequest], Tier]] = {"slots": _open_slots}
-"""What opens a tier, per value of ``tiers[].type``. ``config.settings.TIER_TYPES`` lists the same names."""
+"""Per value of ``tiers[].type``, the function that opens it. ``config.settings.TIER_TYPES`` lists the same names."""
 
 
 def remembered(prepared: Sequence[Mapping[str, IoMode]], namespace: str, name: str) -> object:
-    """What ``remember`` left under this name in any directory; None if there is nothing."""
+    """The fact that ``remember`` noted under this name in any directory; None if there is none."""
     for modes in prepared:
         for path in modes:
             found = noted(Path(path).expanduser() / namespace, name)
@@ -234,8 +234,8 @@ def remembered(prepared: Sequence[Mapping[str, IoMode]], namespace: str, name: s
 def remember(
     prepared: Sequence[Mapping[str, IoMode]], namespace: str, facts: Mapping[str, object]
 ) -> None:
-    """Add ``facts`` to the namespace's NAMESPACE.json, for the next start and for people. What is empty and was not
-    there stays away."""
+    """Add ``facts`` to the namespace's NAMESPACE.json, for the next start and for people. A fact that is empty and
+    was not noted before is not noted."""
     for modes in prepared:
         for path in modes:
             directory = Path(path).expanduser() / namespace

@@ -1,8 +1,8 @@
-"""CacheEngine: plan, move, commit for one tier. The only place that knows index, slot files, neighbours and mover.
+"""CacheEngine: a tier in slot files. It plans a call, moves the bytes, and commits the result.
 
 Bytes move under no lock: pins, WRITING slots and the second look at a neighbour's journal protect them.
-The two locks are explained in ``local_pages``. Failures of the world end here: they are counted, reported
-to the directory's breaker, and become misses.
+``local_pages`` explains the two locks. Failures of the disk end here: they are counted, reported to the
+directory's breaker, and become misses.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from types import TracebackType
 
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.transfer import Extents, Outcome, PageTransfer
 from flexkv_sglang.backends.slots.breaker import Breaker
-from flexkv_sglang.backends.slots.neighbours import NeighbourStore
+from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStore
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.cache.local_pages import LocalPages
-from flexkv_sglang.cache.plan import GetPlan
+from flexkv_sglang.cache.local_pages import LOCK_SPAN, LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
 from flexkv_sglang.cache.tier import Tier
-from flexkv_sglang.cache.upkeep import Upkeep
-from flexkv_sglang.cache.watch import CallWatch
+from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
 from flexkv_sglang.errors import TierError, TierUnavailableError
 from flexkv_sglang.metrics.registry import Metrics, SlotAges
 from flexkv_sglang.prefix import cut_after_first_failure
@@ -32,16 +31,82 @@ from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
 logger = logging.getLogger(__name__)
 
-_LOCK_SPAN = 512  # keys looked up under one hold of the lock
-_PUBLISH_S = 2.0  # for what has no deadline of its own
+_PUBLISH_S = 2.0  # for journal records of calls that have no deadline
+
+
+class GetPlan:
+    """The leading run of a request that can be read. Its pages are pinned until the ``with`` block ends.
+
+    Columns, no object per own page. ``keys``, ``kinds``, ``sums``: per page of the run, its key and the checksum
+    that its bytes must have. ``own`` and ``slots``: positions of own pages and their slots. ``foreign`` and
+    ``claims``: positions of neighbours' pages and their claims.
+    """
+
+    def __init__(
+        self, pages: LocalPages, neighbours: NeighbourStore, keys: Sequence[PageKey]
+    ) -> None:
+        self._pages = pages
+        self._neighbours = neighbours
+        self.keys: Sequence[PageKey] = ()
+        self.kinds: list[ChecksumKind] = []
+        self.sums: list[int] = []
+        self.own: list[int] = []
+        self.slots: list[SlotId] = []
+        self.foreign: list[int] = []
+        self.claims: list[NeighbourPage] = []
+        try:
+            self._collect(keys)
+        except BaseException:
+            self._release()
+            raise
+        self.keys = keys[: len(self.sums)]
+
+    def __enter__(self) -> GetPlan:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self.slots:
+            self._pages.unpin(self.slots)
+        if self.claims:
+            self._neighbours.release(self.claims)
+
+    def _collect(self, keys: Sequence[PageKey]) -> None:
+        """Alternate between own pages and neighbours' pages until neither has the next one."""
+        count = 0
+        while count < len(keys):
+            start = count
+            slots = self._pages.pin(keys[start : start + LOCK_SPAN])
+            self.slots += slots
+            kinds, sums = self._pages.tier.checksums(slots)
+            self.kinds += kinds
+            self.sums += sums
+            count += len(slots)
+            self.own += range(start, count)
+            if count < len(keys):
+                claims = self._neighbours.find(keys[count:])
+                self.claims += claims
+                self.kinds += [claim.kind for claim in claims]
+                self.sums += [claim.checksum for claim in claims]
+                self.foreign += range(count, count + len(claims))
+                count += len(claims)
+            if count == start:
+                return
 
 
 class CacheEngine(Tier):
-    """Look up, get, put and clear pages of one namespace in one tier. Thread-safe.
+    """Pages of one namespace in slot files. Threads: any.
 
-    ``verify``: "full" (every byte of every read), "sampled" or "off". Tier and neighbours know no page that
-    was written with less than is asked for. ``min_free``: bytes left to other users of each disk. ``level``:
-    number of the tier, the fastest is 0. Owns everything it is given and closes it.
+    ``verify``: "full" (every byte of every read), "sampled" or "off". ``tier`` and ``neighbours`` know no page that
+    was written with a weaker checksum. ``min_free``: bytes left to other users of each disk. ``level``: number of
+    the tier, the fastest is 0. The engine owns all that it is given and closes it.
     """
 
     def __init__(  # noqa: PLR0913 - one call, spelled out
@@ -74,12 +139,12 @@ class CacheEngine(Tier):
     def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:
         """Length of the leading run of pages that are here or at a neighbour. Memory only.
 
-        With ``promise`` what is here stays until it is read, for a short time: see ``promises``.
+        ``promise``: own pages stay until they are read, for a short time; see ``LookupPins``.
         """
         count = 0
         while count < len(keys):
             start = count
-            count += self._pages.prefix(keys[count : count + _LOCK_SPAN], promise=promise)
+            count += self._pages.prefix(keys[count : count + LOCK_SPAN], promise=promise)
             if count < len(keys):
                 count += self._neighbours.prefix(keys[count:])
             if count == start:
@@ -89,8 +154,8 @@ class CacheEngine(Tier):
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
         """Per key: can this page be read here or at a neighbour? Memory only."""
         flags: list[bool] = []
-        for start in range(0, len(keys), _LOCK_SPAN):
-            flags += self._pages.holds(keys[start : start + _LOCK_SPAN])
+        for start in range(0, len(keys), LOCK_SPAN):
+            flags += self._pages.holds(keys[start : start + LOCK_SPAN])
         if not all(flags):
             flags = [a or b for a, b in zip(flags, self._neighbours.holds(keys), strict=True)]
         return flags
@@ -106,12 +171,11 @@ class CacheEngine(Tier):
 
     @property
     def slot_count(self) -> int:
-        """Slots of this process, those of directories that are bypassed included."""
+        """Slots of this process, including those of directories that are bypassed."""
         return self._tier.slot_count
 
     def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
-        """Read pages into ``targets``. One bool per key; False from the first page that was not there,
-        not right, or not in time (``time.monotonic()`` seconds)."""
+        """Read pages. False from the first page on that was absent, damaged, or late."""
         assert len(keys) == len(targets), (len(keys), len(targets))
         started = time.monotonic()
         with GetPlan(self._pages, self._neighbours, keys) as plan:
@@ -148,7 +212,7 @@ class CacheEngine(Tier):
         results: list[bool],
         bad: list[int],
     ) -> None:
-        """``own_slots``: the slots of ``rows``, or nothing if those are neighbours' pages."""
+        """``own_slots``: the slots of ``rows``; empty if these are neighbours' pages."""
         keys, kinds, sums = plan.keys, plan.kinds, plan.sums
         unchecked = self._written_kind is ChecksumKind.NONE
 
@@ -175,7 +239,7 @@ class CacheEngine(Tier):
             self._count_failures(rows, outcomes, results, bad)
         if own_slots:
             healthy = self._report_health(breakers, outcomes, "read")
-            bad += [  # one bad spot on a disk that works: this page will not get better either
+            bad += [  # a bad spot on a disk that works: another read of it fails as well
                 row
                 for row, outcome, breaker in zip(rows, outcomes, breakers, strict=True)
                 if outcome is Outcome.FAILED and breaker in healthy
@@ -190,7 +254,7 @@ class CacheEngine(Tier):
     ) -> None:
         for row, outcome in zip(rows, outcomes, strict=True):
             results[row] = outcome is Outcome.DONE
-            if outcome in (Outcome.REFUSED, Outcome.SHORT):  # asking again does not help
+            if outcome in (Outcome.REFUSED, Outcome.SHORT):  # another read does not help
                 bad.append(row)
         self._metrics.count("read_failed_pages", outcomes.count(Outcome.FAILED))
         self._metrics.count("read_late_pages", outcomes.count(Outcome.LATE))
@@ -198,7 +262,7 @@ class CacheEngine(Tier):
     def _report_health(
         self, breakers: Sequence[Breaker], outcomes: Sequence[Outcome], what: str
     ) -> set[Breaker]:
-        """Tell each directory's breaker how its pages fared. Returns those where some page moved."""
+        """Report the outcomes to each directory's breaker. Returns the breakers of directories where a page moved."""
         working, opened = set(), False
         distinct = set(breakers)
         for breaker in distinct:
@@ -215,7 +279,7 @@ class CacheEngine(Tier):
         return working
 
     def _recheck_neighbours(self, plan: GetPlan, results: list[bool], bad: list[int]) -> None:
-        """The owner may have rewritten a slot while we read it: its journal says so by now."""
+        """Drop pages whose owner rewrote the slot during the read: its journal says so by now."""
         for row, valid in zip(plan.foreign, self._neighbours.still_valid(plan.claims), strict=True):
             if not valid:
                 self._metrics.count("neighbour_lost_pages", int(results[row]))
@@ -225,7 +289,7 @@ class CacheEngine(Tier):
         self._metrics.count("neighbour_read_pages", sum(results[i] for i in plan.foreign))
 
     def _drop_corrupt(self, plan: GetPlan, bad: frozenset[int]) -> None:
-        """Refuse the pages at these positions from now on, here and for the neighbours."""
+        """Forget the pages at these positions, here and for the neighbours."""
         self._metrics.count("corrupt_pages", len(bad))
         logger.error(
             "flexkv: %d pages failed their checksum and are dropped (first: %s)",
@@ -258,10 +322,9 @@ class CacheEngine(Tier):
     ) -> list[bool]:
         """Write the pages that are neither here nor, unless ``own``, at a neighbour. Per key: is it stored now?
 
-        True also for a page that was declined: it is worth less than what is cached, and answered as if
-        it had been written and evicted at once. SGLang drops the rest of an operation at a False.
-        ``keys`` is one chain; ``parent`` the page before it, if known. Returns after the data is complete
-        on the medium and its commit records are on the journal; the caller's memory is not read after.
+        True also for a declined page, which is worth less than the cached ones: it counts as written and evicted at
+        once, because SGLang drops the rest of an operation at a False. Returns after the bytes are complete on the
+        medium and their commit records are in the journal.
         """
         assert len(keys) == len(sources), (len(keys), len(sources))
         started = time.monotonic()
@@ -301,7 +364,7 @@ class CacheEngine(Tier):
         sources: PageBuffers,
         deadline: float,
     ) -> list[bool]:
-        """Tombstones, bytes, records, index. Slots that did not make it are free again when this returns."""
+        """Tombstones, bytes, records, index, in this order. Slots whose write failed are free when this returns."""
         sums = [0] * len(keys)
         kind = self._written_kind
 
@@ -336,7 +399,7 @@ class CacheEngine(Tier):
     def _commit(
         self, keys: list[PageKey], slots: list[SlotId], sums: list[int], moved: list[bool]
     ) -> list[bool]:
-        """Journal records, then the index; under ``publish`` so that CLEAR cannot come in between."""
+        """Journal records, then the index; under ``publish``, so that no CLEAR comes between the two."""
         pages = self._pages
         recorded = [False] * len(slots)
         try:
@@ -378,7 +441,7 @@ class CacheEngine(Tier):
                 self._tier.publish_clear()
                 self._pages.clear()
         except TierUnavailableError as exc:
-            # Its journals are brought in line with the empty index when they answer again.
+            # The probe writes the empty index to its journals when they answer again.
             for store in self._tier.stores:
                 store.breaker.trip("a journal does not answer")
             self._pages.clear()
@@ -391,7 +454,7 @@ class CacheEngine(Tier):
         self._upkeep.stop()
         self._reporter.close()
         if not self._mover.close():
-            # A disk hangs. Whoever adopted the files now could be overwritten by what is in flight: they stay ours.
+            # Writes are still in flight. Keep the locks, or these writes would land in an adopter's slots.
             logger.error("flexkv: transfers are still in flight; the files stay locked")
             return
         self._neighbours.close()

@@ -20,7 +20,7 @@ from flexkv_sglang.cache.index.lookup_pins import LookupPins
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.types import PageKey, Reserved, SlotId
 
-_SPAN = 512  # keys looked up under one hold of the lock
+LOCK_SPAN = 512  # keys looked up under one hold of the lock
 
 
 class LocalPages:
@@ -78,9 +78,9 @@ class LocalPages:
     def pin_each(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
         """Pin the READY pages among ``keys``, which is no use of them. Per key its slot; ``unpin`` each once."""
         slots: list[SlotId | None] = []
-        for start in range(0, len(keys), _SPAN):
+        for start in range(0, len(keys), LOCK_SPAN):
             with self.lock:
-                found = [self.index.find(key) for key in keys[start : start + _SPAN]]
+                found = [self.index.find(key) for key in keys[start : start + LOCK_SPAN]]
                 self.index.pin([slot for slot in found if slot is not None])
             slots += found
         return slots
@@ -88,10 +88,10 @@ class LocalPages:
     def is_valid(self, pages: Sequence[tuple[PageKey, SlotId]]) -> list[bool]:
         """Per pinned page: is it still READY in its slot? A pin keeps a slot, not a page that turned out to be bad."""
         flags: list[bool] = []
-        for start in range(0, len(pages), _SPAN):
+        for start in range(0, len(pages), LOCK_SPAN):
             with self.lock:
                 find = self.index.find
-                flags += [find(key) == slot for key, slot in pages[start : start + _SPAN]]
+                flags += [find(key) == slot for key, slot in pages[start : start + LOCK_SPAN]]
         return flags
 
     def unpin(self, slots: Sequence[SlotId]) -> None:

@@ -1,7 +1,7 @@
-"""Publishes the metrics of one engine: gauges, ``<owner>.stats.json`` in each directory, and Prometheus.
+"""Publish the metrics of one engine: gauges, ``<owner>.stats.json`` in each directory, and Prometheus.
 
-Runs on the engine's upkeep thread, so that nothing SGLang waits for is slowed down by it. A failure is counted and
-the engine goes on. The stats files are hints for people; nothing reads them back.
+It runs on the engine's upkeep thread, so it slows no call of SGLang. A failure is counted and the engine goes on.
+``flexkv stats`` and ``flexkv doctor`` read the files; the engine never does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flexkv_sglang.backends.slots.slot_file import SlotFileTier
 from flexkv_sglang.metrics.registry import Metrics
 
 INTERVAL_S = 2.0
-"""Between two looks at the metrics; files are written only when something changed."""
+"""Between two looks at the metrics. Files are written only when a metric changed."""
 
 
 class Reporter:
@@ -59,18 +59,18 @@ class Reporter:
             metrics.gauge(name, ask, key)
 
     def tick(self) -> None:
-        """Publish if it is time to."""
+        """Publish if ``INTERVAL_S`` has passed."""
         if time.monotonic() >= self._due and not self._closed:
             self._due = time.monotonic() + INTERVAL_S
             self._publish()
 
     def close(self) -> None:
-        """Publish a last time. The owners' locks are still held: afterwards the files may be another's. Idempotent."""
+        """Publish a last time, while the owners' locks are held: later the files may be another's. Idempotent."""
         if self._closed:
             return
         self._closed = True
         self._publish()
-        for name, key in self._gauges:  # what is closed has no slots, and must not be kept alive
+        for name, key in self._gauges:  # a gauge would keep a closed engine alive
             self._metrics.gauge(name, 0, key)
         self._export()
 

@@ -1,8 +1,8 @@
-"""Upkeep: what a tier needs done beside its calls. One thread per engine.
+"""Upkeep: the background work of a tier. One thread per engine.
 
-Follows the neighbours' journals; bypasses a directory that fails or hangs and brings it back after a
-probe; gives space back when others need the disk; starts new journal generations. A probe runs in a
-thread of its own, because the disk it asks may never answer.
+It follows the neighbours' journals, bypasses a directory that fails or hangs and brings it back after a
+probe, gives space back when others need the disk, and starts new journal generations. A probe runs in a
+thread of its own, because the disk may never answer it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import probe_directory
@@ -19,7 +21,6 @@ from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.slot_file import OwnedStore
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
-from flexkv_sglang.cache.watch import CallWatch
 from flexkv_sglang.errors import JournalError, TierError
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.threads import PeriodicThread
@@ -30,7 +31,35 @@ _ROUND_S = 0.25
 _FLOOR_ROUND_S = 5.0
 _JOIN_TIMEOUT_S = 2.0
 _PUBLISH_S = 2.0
-_SHRINK_PARTS = 32  # what is given back at once is at least one part of so many
+_OVERDUE_S = 1.0  # past its deadline a call only drains what is in flight: tens of milliseconds
+_SHRINK_PARTS = 32  # at least one slot in 32 is given back at once
+
+
+class CallWatch:
+    """Running transfers, with their deadlines and the directories that they use. Threads: any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held for dict work
+        self._calls: dict[int, tuple[float, frozenset[Breaker]]] = {}
+        self._next = 0
+
+    @contextmanager
+    def call(self, deadline: float, breakers: frozenset[Breaker]) -> Iterator[None]:
+        """Around a transfer. ``deadline``: ``time.monotonic()`` seconds."""
+        with self._lock:
+            number, self._next = self._next, self._next + 1
+            self._calls[number] = deadline, breakers
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._calls[number]
+
+    def overdue(self) -> set[Breaker]:
+        """Directories of transfers that should have ended ``_OVERDUE_S`` ago."""
+        limit = time.monotonic() - _OVERDUE_S
+        with self._lock:
+            return {b for deadline, used in self._calls.values() if deadline < limit for b in used}
 
 
 class Upkeep:
@@ -96,7 +125,7 @@ class Upkeep:
             self.keep_floor()
 
     def bypass_failed(self) -> None:
-        """Suspend what lies in directories whose breaker has opened. Any thread, after a failed call."""
+        """Suspend the pages in directories whose breaker has opened. Any thread, after a failed call."""
         for region, store in enumerate(self._pages.tier.stores):
             if store.breaker.is_open and self._suspended.get(region) != store.breaker.is_readable:
                 self._bypass(region, store)
@@ -120,7 +149,7 @@ class Upkeep:
         return {store.breaker for store in self._pages.tier.stores}
 
     def _probe(self, breaker: Breaker) -> None:
-        """Try the directory with real I/O; on success its pages are back."""
+        """Try the directory with real I/O; after a success its pages can be read again."""
         mine = [s for s in self._pages.tier.stores if s.breaker is breaker]
         healthy = False
         try:
@@ -156,7 +185,7 @@ class Upkeep:
                 self._suspended.pop(region, None)
 
     def keep_floor(self) -> None:
-        """Give slots back while the disk has less free space than is left to others."""
+        """Give slots back while the disk has less free space than the reserve for others."""
         for region, store in enumerate(self._pages.tier.stores):
             if store.failed or not store.slots.slot_class.slot_count:
                 continue
@@ -191,7 +220,7 @@ class Upkeep:
         )
 
     def rotate_if_due(self) -> None:
-        """Start a new journal generation where most of the old one is history. Called after a put."""
+        """Start a new journal generation where most records of the old one are outdated. Called after a put."""
         pages = self._pages
         for region, store in enumerate(pages.tier.stores):
             if store.failed or not store.journal.should_rotate(store.slots.slot_class.slot_count):

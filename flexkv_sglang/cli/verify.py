@@ -132,11 +132,11 @@ def _shape(report: OwnerReport) -> list[Damage]:
 def _tail(owner: Owner, state: LiveState) -> list[Damage]:
     raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
     rest = raw[state.end :]
-    rest = rest[len(valid_prefix(rest, state.header.epoch, state.seq)) * RECORD_BYTES :]
+    rest = rest[len(valid_prefix(rest, state.header.crc_seed, state.seq)) * RECORD_BYTES :]
     if not rest:
         return []
     whole = sum(
-        zlib.crc32(rest[at + 4 : at + RECORD_BYTES], state.header.epoch & 0xFFFFFFFF)
+        zlib.crc32(rest[at + 4 : at + RECORD_BYTES], state.header.crc_seed & 0xFFFFFFFF)
         == int.from_bytes(rest[at : at + 4], "little")
         for at in range(0, len(rest) - RECORD_BYTES + 1, RECORD_BYTES)
     )
@@ -149,7 +149,9 @@ def _tail(owner: Owner, state: LiveState) -> list[Damage]:
 def _dropped(owner: Owner, state: LiveState) -> list[Damage]:
     """Finds valid PUTs of a file or slot that does not exist."""
     raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
-    records = valid_prefix(raw[HEADER_BYTES : state.end], state.header.epoch, state.header.base_seq)
+    records = valid_prefix(
+        raw[HEADER_BYTES : state.end], state.header.crc_seed, state.header.base_seq
+    )
     puts = records[records["op"] == RecordOp.PUT]
     outside = (puts["file"] > 0) | (puts["slot"] >= slot_class_of(state).slot_count)
     count = int(outside.sum())

@@ -48,8 +48,8 @@ TIER_TYPES = ("slots",)
 
 @dataclass(frozen=True, slots=True)
 class TierConfig:
-    """One tier. ``path``: directories, striped evenly. ``size``: bytes one server may take over all of them
-    and all its rank processes, or None (what an earlier run left, else a quarter of the free space, at
+    """One tier. ``path``: directories, striped evenly. ``size``: bytes that one server may take in all of them,
+    with all its rank processes, or None (the size of an earlier run's files, else a quarter of the free space, at
     most 64 GB per rank process and directory). ``type``: one of ``TIER_TYPES``."""
 
     path: tuple[str, ...] = ("~/.cache/flexkv-sglang",)

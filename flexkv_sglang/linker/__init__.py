@@ -1,4 +1,7 @@
-"""SGLang's external linker: pages between device pools and tiers without a host cache."""
+"""SGLang's external linker: moves pages between device pools and the tiers without a host cache.
+
+It uses the stores of ``pools/`` as the storage backend does; code that both need does not belong here.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """``FlexKVLinker``, by the module path that SGLang's ``dynamic`` linker is given; lazily, for torch."""
+    """``FlexKVLinker``, for SGLang's ``linker_module_path``; imported late, because it imports torch."""
     if name != "FlexKVLinker":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module("flexkv_sglang.linker.linker").FlexKVLinker

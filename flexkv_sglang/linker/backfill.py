@@ -52,9 +52,8 @@ class LinkerBackfill:
     def request(self, pool: str, keys: list[PageKey], parent: PageKey | None) -> None:
         """Read and store ``keys``, a chain after ``parent``, unless that is under way. A full queue ignores them."""
         first, now = (pool, keys[0]), time.monotonic()
-        if first in self._wanted or len(self._wanted) + len(keys) > _WAITING_MAX:
-            return
-        if self._tried.get(first, 0.0) > now:
+        full = len(self._wanted) + len(keys) > _WAITING_MAX
+        if full or first in self._wanted or self._tried.get(first, 0.0) > now:
             return
         if len(self._tried) > _WAITING_MAX:
             self._tried = {name: until for name, until in self._tried.items() if until > now}
@@ -63,10 +62,6 @@ class LinkerBackfill:
         self._wanted.update((pool, key) for key in fresh)
         if not self._worker.put(_ReadJob(pool, fresh, parent)):
             self._wanted.clear()
-
-    def wait_idle(self, seconds: float) -> bool:
-        """Wait until nothing is under way; for tests."""
-        return self._worker.wait_idle(seconds)
 
     def stop(self, seconds: float) -> bool:
         """Begin no further job; False if one still runs after ``seconds``."""
@@ -78,19 +73,19 @@ class LinkerBackfill:
         try:
             with self._stores.in_use():
                 pool = self._stores.get(job.pool)
+                if pool is None:
+                    return
                 for part, rows, _ in chunks(len(job.keys), staging.halves("backfill")):
                     keys = job.keys[part]
-                    batch = (
-                        None if pool is None else pool.pages.incoming(staging.tokens(rows), keys)
-                    )
-                    if pool is None or batch is None:
+                    batch = pool.pages.incoming(staging.tokens(rows), keys)
+                    if batch is None:
                         return
                     got = sum(fetch(pool, keys, batch, time.monotonic() + CHUNK_S))
                     if got:
-                        part_of = pool.pages.outgoing(staging.tokens(rows[:got]), keys[:got])
-                        assert part_of is not None
+                        sources = pool.pages.outgoing(staging.tokens(rows[:got]), keys[:got])
+                        assert sources is not None
                         end = time.monotonic() + CHUNK_S
-                        stored = store_own(pool, keys[:got], part_of, parent, end)
+                        stored = store_own(pool, keys[:got], sources, parent, end)
                         pool.spec.metrics.count("linker_promoted_pages", sum(stored))
                     if got < len(keys):
                         return

@@ -42,7 +42,7 @@ COPIES_END_S = 5.0
 """Seconds that ``finish`` waits for the last copies of a batch that is over."""
 
 
-class Counter(Protocol):
+class LayerCounter(Protocol):
     """SGLang's ``LayerWiseLoadCounter``: one future per layer of a batch."""
 
     def update_producer(self) -> int: ...
@@ -96,7 +96,7 @@ class Loader:
         self,
         stores: PoolStores,
         staging: Mapping[str, StagingRows],
-        counter: Counter,
+        counter: LayerCounter,
         layers: int,
         device: torch.device,
         metrics: Metrics,

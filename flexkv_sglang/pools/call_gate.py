@@ -20,13 +20,13 @@ class CallGate:
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards the two below; held for an addition
         self._inside = 0
-        self._shut = False
+        self._taken = False
 
     @contextmanager
     def shared(self, seconds: float) -> Iterator[None]:
         """The time of one call. Raises ``TierUnavailableError`` if another thread is alone for ``seconds``."""
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._shut, seconds):
+            if not self._changed.wait_for(lambda: not self._taken, seconds):
                 raise TierUnavailableError("files are being exchanged")
             self._inside += 1
         try:
@@ -34,7 +34,7 @@ class CallGate:
         finally:
             with self._changed:
                 self._inside -= 1
-                if self._shut:
+                if self._taken:
                     self._changed.notify_all()
 
     @contextmanager
@@ -42,9 +42,9 @@ class CallGate:
         """Keep new calls out and wait for those inside. Yields False if that takes longer; then new calls may enter."""
         end = time.monotonic() + seconds
         with self._changed:
-            alone = self._changed.wait_for(lambda: not self._shut, seconds)
+            alone = self._changed.wait_for(lambda: not self._taken, seconds)
             if alone:
-                self._shut = True
+                self._taken = True
                 alone = self._changed.wait_for(lambda: not self._inside, end - time.monotonic())
                 if not alone:
                     self._reopen()
@@ -56,5 +56,5 @@ class CallGate:
                     self._reopen()
 
     def _reopen(self) -> None:
-        self._shut = False
+        self._taken = False
         self._changed.notify_all()

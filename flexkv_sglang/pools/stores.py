@@ -104,9 +104,7 @@ class PoolStores:
             self._state.start(State.PENDING if expects_more else State.OPEN)
         if kv is None:
             return
-        if (
-            kv.is_marker or not opens
-        ):  # a marker pool needs little space: the other pools decide the division
+        if kv.is_marker or not opens:  # a marker pool needs little space: wait for the others
             check_capacity(self._config, self.prepared)
             return
         try:

@@ -28,8 +28,8 @@ EXISTS_SPAN = 512
 """Keys converted and looked up at a time."""
 
 
-def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int, list[PageKey]]:
-    """(leading run of stored KV pages, their keys). Most runs are short: keys are converted in parts."""
+def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> list[PageKey]:
+    """Keys of the leading run of stored KV pages. Most runs are short: keys are converted in parts."""
     found: list[PageKey] = []
     for start in range(0, len(texts), EXISTS_SPAN):
         span = page_keys(texts[start : start + EXISTS_SPAN])
@@ -37,15 +37,15 @@ def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> tuple[int
         found += span[:count]
         if count < len(span):
             break
-    return len(found), found
+    return found
 
 
 def usable(
     stores: PoolStores, kv: Pool, texts: Sequence[str], requirements: Sequence[PoolRequirement]
 ) -> RestorablePrefixes:
     """Prefixes that can be restored from all pools. The pages of the longest are protected in each pool."""
-    kv_pages, keys = leading_pages(kv, texts, promise=not requirements)
-    result = usable_prefixes(kv_pages, _held(stores, keys, requirements))
+    keys = leading_pages(kv, texts, promise=not requirements)
+    result = usable_prefixes(len(keys), _held(stores, keys, requirements))
     if requirements and result.pages:
         leading_run(kv, keys[: result.pages], promise=True)
         for requirement in requirements:

@@ -1,11 +1,11 @@
 """Agent: the one process per node that shares the node's pages with other nodes.
 
-It follows the journals of the node's rank processes, tells other nodes what is here (``Membership``), keeps the
-replica of what is there (``PeerSetsWriter``) for the rank processes, and serves pages (``PageServer``). It owns no
-page and holds no state that could be lost: killed at any moment, it starts again from the journals.
+It follows the journals of the node's rank processes, announces their pages to other nodes (``Membership``), writes the
+sets of other nodes' pages for the rank processes (``PeerSetsWriter``), and serves pages (``PageServer``). It owns no
+page and has no state that could be lost: killed at any moment, it starts again from the journals.
 
-Threads: ``run`` is the process's main thread: it follows journals, and everything periodic; the parts have
-their own. A part that fails is logged, counted, and tried again; nothing but ``ConfigError`` at start ends it.
+Threads: ``run`` is the process's main thread, for the journals and everything periodic; the parts have their own.
+A part that fails is logged, counted and tried again; only ``ConfigError`` at start ends the agent.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
 from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.sharing.node_identity import node_name
 from flexkv_sglang.sharing.node_pages import NodePages, is_shareable, payload_bytes_of
-from flexkv_sglang.sharing.run_dir import RunDir, node_name
+from flexkv_sglang.sharing.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ _VERSION = _version()
 
 
 class Agent:
-    """Opens everything at construction (``ConfigError``); ``close`` is idempotent.
+    """Opens everything at construction; raises ``ConfigError``.
 
     ``by_hand``: started by a person, so it stays when no rank process is left.
     """
@@ -63,7 +64,7 @@ class Agent:
         self._config = config
         self.metrics = Metrics()
         self._modes: dict[Path, IoMode] = {}
-        self._refused: dict[str, str] = {}  # directory -> why
+        self._refused: dict[str, str] = {}  # directory -> reason
         self._pages: dict[str, NodePages] = {}  # replaced, never changed: other threads read it
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
@@ -107,7 +108,7 @@ class Agent:
         )
 
     def run(self, stop: threading.Event, in_place: Callable[[], bool] = lambda: True) -> None:
-        """Until ``stop`` is set, or no rank process has lived for ``agent_linger_s``, or it is not ``in_place``.
+        """Run until ``stop`` is set, no rank process has lived for ``agent_linger_s``, or it is not ``in_place``.
 
         ``in_place``: can rank processes still find this agent?
         """
@@ -124,13 +125,13 @@ class Agent:
                     logger.warning("flexkv: %s was removed", self._run_dir.path)
                     return
                 self._round("scan", self._scan)
-                # right after the look at the rank processes, else a short linger_s ends it beside living ones
+                # right after the scan counted rank processes: else a short linger_s ends it beside living ones
                 if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
                     logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
                     return
 
     def close(self) -> None:
-        """Leave the others' lists, stop serving. Bounded, idempotent."""
+        """Leave the membership and stop serving. Bounded, idempotent."""
         ends: list[Callable[[], object]] = [self._membership.close, self._server.close]
         ends += [self._control.close, self._replica.close]
         for end in (*ends, *(pages.close for pages in self._pages.values())):
@@ -150,7 +151,7 @@ class Agent:
         self._changes = sum(pages.changes for pages in self._pages.values())
 
     def _scan(self) -> None:
-        """New directories, namespaces and owners; those that are gone; what ``flexkv nodes`` shows."""
+        """Find new and removed directories, namespaces and owners; write the status for ``flexkv nodes``."""
         if self._run_dir.ranks():
             self._needed_at = time.monotonic()
         for path, io_engine in self._run_dir.places().items():
@@ -164,24 +165,24 @@ class Agent:
         for pages in self._pages.values():
             pages.scan()
         self._membership.followers.wanted_namespaces(set(self._pages))
-        self._round("doubts", self._hear_doubts)
+        self._round("doubts", self._read_doubts)
         self._run_dir.write_status(self._status())
 
-    def _hear_doubts(self) -> None:
-        """Rank processes whose reads miss time after time at a node: the replica of it may be wrong."""
-        heard: dict[tuple[str, str, str], int] = {}
-        for rank, said in self._run_dir.reports().items():
-            for namespace, nodes in said.get("doubts", {}).items():
-                heard |= {
+    def _read_doubts(self) -> None:
+        """Rank processes report nodes where reads miss again and again: the set of such a node may be wrong."""
+        reported: dict[tuple[str, str, str], int] = {}
+        for rank, report in self._run_dir.reports().items():
+            for namespace, nodes in report.get("doubts", {}).items():
+                reported |= {
                     (rank, namespace, node_id): int(count) for node_id, count in nodes.items()
                 }
-        new = {(key[1], key[2]) for key, n in heard.items() if n > self._doubts.get(key, 0)}
-        self._doubts = heard
+        new = {(key[1], key[2]) for key, n in reported.items() if n > self._doubts.get(key, 0)}
+        self._doubts = reported
         for namespace, node_id in new:
             self._membership.followers.set_suspect(namespace, NodeId(node_id))
 
     def _prepare(self, path: str, io_engine: str) -> None:
-        """Prove a directory with real I/O, once. A directory that is lost is tried again at every scan."""
+        """Probe a directory with real I/O, once. A directory that fails is tried again at every scan."""
         directory = Path(path)
         if directory in self._modes or not directory.is_dir():
             return
@@ -193,16 +194,16 @@ class Agent:
                 logger.error("flexkv: a directory is not served: %s", exc)
             return
         self._refused.pop(path, None)
-        for namespace in tuple(self._pages):  # their pages may lie in the new directory as well
+        for namespace in tuple(self._pages):  # they may have pages in the new directory too
             self._forget(namespace)
 
     def _namespaces(self) -> dict[str, int]:
-        """Namespace -> bytes of its pages, of all that have pages to share in some directory."""
+        """Namespace -> bytes of a page, of all namespaces with pages to share in any directory."""
         found: dict[str, int] = {}
         for directory in self._modes:
             try:
                 folders = list(directory.glob("?" * 26))
-            except OSError as exc:  # one disk that fails does not take the others' pages along
+            except OSError as exc:  # a disk that fails does not hide the pages of others
                 self._refused[str(directory)] = f"cannot be listed: {exc.strerror or exc}"
                 continue
             self._refused.pop(str(directory), None)
@@ -221,7 +222,7 @@ class Agent:
 
     def _forget(self, namespace: str) -> None:
         pages = self._pages[namespace]
-        self._pages = {name: held for name, held in self._pages.items() if name != namespace}
+        self._pages = {name: kept for name, kept in self._pages.items() if name != namespace}
         self._logs.remove(namespace)
         pages.close()
 

@@ -1,7 +1,7 @@
-"""Keeping: pages that came from other nodes are stored here as well, after the call that read them.
+"""Backfill: stores pages that came from other nodes in the written tiers, after the call that read them.
 
-The host pages are SGLang's again when its call returns, so the bytes are copied once, into a bounded buffer,
-and one thread puts them into the local tiers while nothing else waits for it. A full buffer drops pages.
+The host pages belong to SGLang again when its call returns. So their bytes are copied once, into a bounded buffer,
+and one thread puts them into the tiers; no call waits for it. A full buffer drops pages.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class _BackfillJob:
 
 
 class Backfill:
-    """``put`` stores pages, as ``Tiers.put``. ``lengths``: bytes of a page's buffers, learned at first use.
+    """``put`` stores pages, as ``Tiers.put``. Buffer and thread are made at the first ``add``.
 
-    Threads: ``keep`` any; ``close`` once nobody calls ``keep``.
+    Threads: ``add`` any; ``close`` when no thread calls ``add`` any more.
     """
 
     def __init__(self, payload_bytes: int, put: Put, metrics: Metrics) -> None:
@@ -56,7 +56,7 @@ class Backfill:
         self._lengths = np.zeros(0, np.uint64)
 
     def add(self, keys: Sequence[PageKey], parent: PageKey | None, pages: PageBuffers) -> None:
-        """Copy these pages, one chain, and store them later. Those that find no room are dropped."""
+        """Copy these pages, one chain, and store them later. Pages for which the buffer has no room are dropped."""
         with self._lock:
             if self._closed:
                 return
@@ -74,7 +74,7 @@ class Backfill:
         thread.put(_BackfillJob(keys[:count], parent, rows))
 
     def close(self) -> None:
-        """Drop what waits, end the thread. Idempotent; bounded by one put."""
+        """Drop the waiting pages and end the thread. Idempotent; takes no longer than one put."""
         with self._lock:
             self._closed = True
         if self._thread is not None:

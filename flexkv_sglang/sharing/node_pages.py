@@ -1,8 +1,7 @@
 """NodePages: the pages of one namespace on this node, as its agent serves them to other nodes.
 
-They belong to rank processes, alive or dead; the agent finds them as any neighbour does, by tailing
-journals, and reads their slots with the same second look. Whatever appears or vanishes goes to the node's
-change log. Threads: any.
+They belong to rank processes, alive or dead. The agent finds them as any neighbour does, by tailing journals, and
+looks at the journal again after a read. Pages that appear or vanish go to the node's change log. Threads: any.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from flexkv_sglang.backends.io.ring import Ring
 from flexkv_sglang.backends.io.transfer import IoEngine, Outcome, PageTransfer
 from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.backends.slots.journal import generations, journal_path
-from flexkv_sglang.backends.slots.neighbour import NeighbourPage
-from flexkv_sglang.backends.slots.neighbours import NeighbourStore
+from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStore
 from flexkv_sglang.backends.slots.opening import noted
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.backends.slots.records import HEADER_BYTES, JOURNAL_MAGIC, Header
@@ -40,7 +38,7 @@ _VERIFY_S = 5.0
 
 
 class NodePages:
-    """``PageSource`` of one namespace; ``log`` is told of its pages. ``depth``: reads in flight at the disk."""
+    """``PageSource`` of one namespace; ``log`` gets its changes. ``depth``: reads in flight at the disk."""
 
     def __init__(
         self,
@@ -54,7 +52,7 @@ class NodePages:
         self.payload_bytes = payload_bytes
         self.namespace = namespace
         self._log = log
-        self.changes = 0  # how often something was told; for whoever polls
+        self.changes = 0  # calls of ``_changed``; the poller compares
         self._metrics = metrics
         self._hidden: dict[PageKey, None] = {}  # the oldest first
         self._store = NeighbourStore(
@@ -69,7 +67,7 @@ class NodePages:
         def make(kind: str, traffic: ReadPriority) -> IoEngine:
             return Ring(depth, traffic) if kind == "io_uring" else make_engine(kind, traffic)
 
-        # Whole slots, padding and all: so that aligned memory takes them without a copy.
+        # Whole slots with their padding: aligned memory takes them without a copy.
         self._row_bytes = round_up(payload_bytes, SECTOR)
         self._mover = PageMover(self._row_bytes, metrics, make)
 
@@ -77,7 +75,7 @@ class NodePages:
         return len(self._store)
 
     def scan(self) -> None:
-        """Look for owners that came or went."""
+        """Find new and removed owners."""
         self._store.scan()
 
     def poll(self) -> None:
@@ -88,43 +86,6 @@ class NodePages:
         self, keys: Sequence[PageKey], addresses: Sequence[int], deadline: float
     ) -> list[ServedPage]:
         """As ``PageSource.read``: the leading run of ``keys`` that is here, MISS after it."""
-        return self._read(keys, addresses, deadline)
-
-    def reported_bad(self, keys: Sequence[PageKey]) -> None:
-        """As ``PageSource.reported_bad``. Reads the pages again, one by one."""
-        memory = AlignedMemory(self._row_bytes)
-        address = memory.address
-        for key in keys:
-            if key in self._hidden:
-                continue
-            (page,) = self._read([key], [address], time.monotonic() + _VERIFY_S)
-            if page.status is not PageStatus.OK or page.kind is ChecksumKind.NONE:
-                continue
-            if page_checksum(page.kind, key, [(address, self.payload_bytes)]) != page.checksum:
-                logger.error("flexkv: page %s is bad on disk; it is served no more", key.hex())
-                self._metrics.count("corrupt_pages")
-                self._hidden[key] = None
-                if len(self._hidden) > _HIDDEN_MAX:
-                    self._hidden.pop(next(iter(self._hidden), key), None)
-                self._log.drop(fingerprints_of([key]))
-
-    def close(self) -> None:
-        """Wait a bounded time for running reads, close descriptors. Idempotent."""
-        self._mover.close()
-        self._store.close()
-
-    def _changed(self, present: bool, keys: list[PageKey]) -> None:
-        self.changes += 1
-        if present:
-            for key in keys:
-                self._hidden.pop(key, None)  # written anew
-            self._log.add(fingerprints_of(keys))
-        else:
-            self._log.drop(fingerprints_of(keys))
-
-    def _read(
-        self, keys: Sequence[PageKey], addresses: Sequence[int], deadline: float
-    ) -> list[ServedPage]:
         answer = [MISSING] * len(keys)
         claims = self._store.find(self._visible(keys))
         if not claims:
@@ -140,6 +101,38 @@ class NodePages:
             elif outcome is Outcome.DONE and same:
                 answer[row] = ServedPage(PageStatus.OK, claim.kind, claim.checksum)
         return answer
+
+    def reported_bad(self, keys: Sequence[PageKey]) -> None:
+        """As ``PageSource.reported_bad``. Reads the pages again, one by one."""
+        memory = AlignedMemory(self._row_bytes)
+        address = memory.address
+        for key in keys:
+            if key in self._hidden:
+                continue
+            (page,) = self.read([key], [address], time.monotonic() + _VERIFY_S)
+            if page.status is not PageStatus.OK or page.kind is ChecksumKind.NONE:
+                continue
+            if page_checksum(page.kind, key, [(address, self.payload_bytes)]) != page.checksum:
+                logger.error("flexkv: page %s is bad on disk; it is served no more", key.hex())
+                self._metrics.count("corrupt_pages")
+                self._hidden[key] = None
+                if len(self._hidden) > _HIDDEN_MAX:
+                    self._hidden.pop(next(iter(self._hidden), key), None)
+                self._log.drop(fingerprints_of([key]))
+
+    def close(self) -> None:
+        """Close descriptors after a bounded wait for running reads. Idempotent."""
+        self._mover.close()
+        self._store.close()
+
+    def _changed(self, present: bool, keys: list[PageKey]) -> None:
+        self.changes += 1
+        if present:
+            for key in keys:
+                self._hidden.pop(key, None)  # written again
+            self._log.add(fingerprints_of(keys))
+        else:
+            self._log.drop(fingerprints_of(keys))
 
     def _visible(self, keys: Sequence[PageKey]) -> Sequence[PageKey]:
         for count, key in enumerate(keys):
@@ -165,7 +158,7 @@ class NodePages:
 
 
 def payload_bytes_of(directory: Path) -> int | None:
-    """Bytes of a page in a namespace's directory, as its journals say; None if there is none to ask."""
+    """Bytes of a page in a namespace's directory, from a journal; None if there is no readable one."""
     try:
         for owner in owners(directory):
             for generation in generations(directory, owner):
@@ -182,5 +175,5 @@ def payload_bytes_of(directory: Path) -> int | None:
 
 
 def is_shareable(directory: Path) -> bool:
-    """False for pages of weights that have no name outside one server: nobody else can ask for them."""
+    """False if only one server knows the weights of these pages, so that no other can ask for them."""
     return directory.is_dir() and not noted(directory, "epoch")

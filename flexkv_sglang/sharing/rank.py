@@ -1,4 +1,4 @@
-"""Sharing: what one rank process has for sharing with other nodes; made once per attach, for all host pools."""
+"""Sharing: a rank process's side of sharing with other nodes; made once per attach, for all host pools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flexkv_sglang.sharing.run_dir import RunDir
 
 
 def check_settings(share: ShareConfig) -> None:
-    """Refuse what the agent would refuse: its log is read by few. Raises ``ConfigError``."""
+    """Refuse settings that the agent would refuse only in its own log. Raises ``ConfigError``."""
     if share.redis_url is not None:
         RedisLink(parse_redis_url(share.redis_url, share.redis_password_file, share.redis_ca_file))
     if share.listen != "auto":
@@ -37,19 +37,21 @@ class Sharing:
         self, config: FlexKVConfig, metrics: Metrics, flexkv: Sequence[str] = FLEXKV
     ) -> None:
         self._config = config
-        self._opened: list[RemoteTier] = []  # replaced, never changed: the keeper's thread reads it
+        self._opened: list[
+            RemoteTier
+        ] = []  # replaced, never changed: the launcher's thread reads it
         check_settings(config.share)
         self._run_dir = RunDir.of(config)
         self._client = PeerClient(config.share, metrics.count)
-        keeper = None
+        launcher = None
         try:
-            keeper = self._keeper = AgentLauncher(
+            launcher = self._launcher = AgentLauncher(
                 config, self._run_dir, self._follow, flexkv=flexkv
             )
-            keeper.start()
+            launcher.start()
         except OSError as exc:
-            if keeper is not None:
-                keeper.close()
+            if launcher is not None:
+                launcher.close()
             self._client.close()
             raise ConfigError(
                 f"share.run_dir: cannot use {str(self._run_dir.path)!r}: {exc.strerror or exc}"
@@ -57,13 +59,13 @@ class Sharing:
 
     @classmethod
     def of(cls, config: FlexKVConfig, metrics: Metrics) -> Sharing | None:
-        """None if nothing is to be shared."""
+        """None if sharing is not configured."""
         return cls(config, metrics) if config.share.wanted else None
 
     def pages(
         self, namespace: str, fields: Mapping[str, object], payload_bytes: int, metrics: Metrics
     ) -> RemoteTier | None:
-        """Other nodes' pages of a namespace; None for weights that have no name outside this server."""
+        """Other nodes' pages of a namespace; None if only this server knows its weights."""
         if fields.get("epoch"):
             return None
         tokens = fields.get("page_size", 0)
@@ -76,24 +78,24 @@ class Sharing:
             self._config.share,
             metrics,
             page_tokens=tokens if isinstance(tokens, int) else 0,
-            usable=lambda: self._keeper.usable,
+            usable=lambda: self._launcher.usable,
         )
         self._opened = [*(held for held in self._opened if not held.closed), pages]
         return pages
 
     def _follow(self) -> None:
-        """Let go of files that the agent has replaced, also while nobody looks anything up; report on other nodes."""
+        """Release files that the agent has replaced, also between lookups; report on other nodes."""
         states: dict[str, str] = {}
         for pages in self._opened:
             pages.follow()
             states |= {peer.node_id: self._client.is_open(peer.node_id) for peer in pages.peers()}
-        open_ones = {node_id: why for node_id, why in states.items() if why}
+        open_ones = {node_id: reason for node_id, reason in states.items() if reason}
         doubts = {pages.namespace: doubts for pages in self._opened if (doubts := pages.doubts())}
-        self._keeper.report(
-            {"breakers": open_ones, "usable": self._keeper.usable, "doubts": doubts}
+        self._launcher.report(
+            {"breakers": open_ones, "usable": self._launcher.usable, "doubts": doubts}
         )
 
     def close(self) -> None:
         """The agent stays. Idempotent."""
-        self._keeper.close()
+        self._launcher.close()
         self._client.close()

@@ -135,6 +135,23 @@ def test_a_directory_that_is_replaced_meanwhile_gets_nothing(folder: Path, victi
     assert not (victim.parent / "name").exists()
 
 
+@pytest.mark.parametrize("dangling", [False, True])
+def test_without_replace_the_first_file_stays_and_a_planted_link_is_not_followed(
+    folder: Path, victim: Path, dangling: bool
+) -> None:
+    publish(folder, "name", [b"first"], replace=False)
+    with pytest.raises(FileExistsError):
+        publish(folder, "name", [b"second"], replace=False)
+    assert (folder / "name").read_bytes() == b"first"
+    if dangling:
+        victim.unlink()
+    (folder / "planted").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        publish(folder, "planted", [b"text"], replace=False)
+    assert dangling != victim.exists()
+    assert names(folder) == ["name", "planted"]
+
+
 def test_only_temporaries_of_the_prefix_are_removed(folder: Path, victim: Path) -> None:
     stay = [
         "name",

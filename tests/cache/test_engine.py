@@ -1,4 +1,4 @@
-"""The engine over real files: put, get, restart, neighbours, failures, clear. Both I/O engines where it matters."""
+"""The engine over real files: restart, neighbours, verification, failures, clear. ``test_tier_suite`` has the rest."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_pages_come_back_from_this_process_a_neighbour_and_a_restart(
     assert len(list(tmp_path.rglob("*.slots"))) == 2
 
 
-def test_a_page_a_neighbour_holds_is_not_written_again(tmp_path: Path) -> None:
+def test_a_page_that_a_neighbour_has_is_not_written(tmp_path: Path) -> None:
     first, second = open_engine(tmp_path, PAGE, SIZE), open_engine(tmp_path, PAGE, SIZE)
     fill(first, 10)
     fill(second, 10)
@@ -121,7 +121,7 @@ def test_two_slots_that_changed_places_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_page_found_under_another_pages_name_is_refused(tmp_path: Path) -> None:
-    """Payload and checksum of the slot agree; only the key in the checksum says that it is not this page."""
+    """Payload and checksum of the slot agree; only the key in the checksum differs."""
     engine = open_engine(tmp_path, PAGE, SIZE)
     fill(engine, 2)
     table, (first, second) = engine._pages.index._keys, keys(2)
@@ -161,15 +161,13 @@ def test_the_checksum_does_not_depend_on_whether_a_page_was_copied(
     engine.close()
 
 
-def test_pages_written_with_less_verification_do_not_exist_for_a_stricter_process(
+def test_a_stricter_process_finds_no_page_that_was_verified_less(
     tmp_path: Path,
 ) -> None:
     relaxed = open_engine(tmp_path, PAGE, SIZE, verify="off")
     fill(relaxed, 4)
     strict = open_engine(tmp_path, PAGE, SIZE, verify="full")
-    assert (
-        strict.prefix(keys(4)) == 0
-    )  # a claim it could never redeem would be asked for again and again
+    assert strict.prefix(keys(4)) == 0
     assert served(strict, 4)[0] == [False] * 4
     assert all(served(relaxed, 4)[0])
     strict.close()
@@ -314,7 +312,7 @@ def test_a_failed_journal_stops_writes_and_keeps_reads(
     engine.close()
 
 
-def test_a_page_whose_file_was_cut_is_not_promised_again_but_one_behind_an_io_error_is(
+def test_a_page_is_forgotten_after_its_file_was_cut_and_kept_after_an_io_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine(tmp_path, PAGE, SIZE)
@@ -341,7 +339,7 @@ def test_a_read_past_its_deadline_is_a_miss_and_the_pages_stay(tmp_path: Path) -
 
 
 def test_close_is_idempotent_and_leaves_no_descriptor_open(tmp_path: Path) -> None:
-    gc.collect()  # what earlier tests left
+    gc.collect()  # leftovers of earlier tests
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         engine, neighbour = open_engine(tmp_path, PAGE, SIZE), open_engine(tmp_path, PAGE, SIZE)
@@ -353,7 +351,7 @@ def test_close_is_idempotent_and_leaves_no_descriptor_open(tmp_path: Path) -> No
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("flexkv")]
 
 
-def test_a_journal_full_of_history_is_rotated_and_neighbours_follow(
+def test_a_journal_of_outdated_records_is_rotated_and_neighbours_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexkv_sglang.backends.slots.journal._MIN_ROTATE_BYTES", 0)
@@ -389,7 +387,7 @@ def test_a_smaller_size_cuts_the_file_and_a_larger_one_adds_to_it(tmp_path: Path
     engine.close()
 
 
-def test_sizes_that_cannot_work_are_errors_that_name_the_key(tmp_path: Path) -> None:
+def test_an_impossible_size_is_an_error_that_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"size: .* less than one page .* Valid:"):
         open_engine(tmp_path, PAGE, PAGE - 1)
     with pytest.raises(ConfigError, match=r"size: .* are free.* Valid:"):

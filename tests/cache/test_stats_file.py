@@ -1,4 +1,4 @@
-"""Live statistics: written by the engine, private, whole, gone with the owner, of no concern to adoption."""
+"""Live statistics: the engine writes them whole and private; they go with their owner and do not hinder adoption."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_counters_and_gauges_are_on_disk_while_the_engine_runs_and_after(
     assert engine._metrics.gauges()["slots_used", "0"] == 0
 
 
-def test_breaker_state_says_what_a_directory_is_good_for(tmp_path: Path) -> None:
+def test_the_state_of_a_breaker_is_a_gauge(tmp_path: Path) -> None:
     engine = open_engine(tmp_path, PAGE, 16 * PAGE)
     (store,) = engine._tier.stores
     seen = [engine._metrics.gauges()["breaker_state", str(tmp_path)]]
@@ -88,7 +88,7 @@ def test_a_stats_file_is_adopted_and_removed_with_its_owner(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "ns").iterdir()] == ["NAMESPACE.json"]
 
 
-def test_a_report_that_cannot_be_written_is_counted_and_nothing_else(
+def test_a_report_that_cannot_be_written_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine(tmp_path, PAGE, 16 * PAGE)

@@ -53,7 +53,7 @@ class TestSlotFiles(TierSuite):
             file.write(bytes([byte[0] ^ 1]))
 
     def broken_medium(self, tier: Tier) -> AbstractContextManager[object]:
-        return mock.patch.object(PageMover, "_move", side_effect=OSError(5, "planted"))
+        return mock.patch.object(PageMover, "move", side_effect=OSError(5, "planted"))
 
 
 def test_every_type_of_tier_has_an_opener() -> None:

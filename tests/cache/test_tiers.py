@@ -1,4 +1,4 @@
-"""Two tiers as one: written through, read from the fastest, promoted on the second hit, kept over restarts."""
+"""Several tiers as one: slot files in two tiers, and tiers of every kind of traits (all in memory)."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def place(tmp_path: Path, shm_path: Path) -> list[tuple[Path, int]]:
 
 @pytest.fixture
 def both(place: list[tuple[Path, int]]) -> Iterator[Tiers]:
-    hierarchy = open_hierarchy_on(place, PAGE)
-    yield hierarchy
-    hierarchy.check()
-    hierarchy.close()
+    tiers = open_hierarchy_on(place, PAGE)
+    yield tiers
+    tiers.check()
+    tiers.close()
 
 
-def put(hierarchy: Tiers, count: int, seed: int) -> Any:
+def put(tiers: Tiers, count: int, seed: int) -> Any:
     source, buffers = page_memory(count, PAGE, seed=seed)
-    assert hierarchy.put(keys(count, seed), buffers, None, soon()) == [True] * count
+    assert tiers.put(keys(count, seed), buffers, None, soon()) == [True] * count
     return source
 
 
-def get(hierarchy: Tiers, count: int, seed: int) -> tuple[list[bool], Any]:
+def get(tiers: Tiers, count: int, seed: int) -> tuple[list[bool], Any]:
     target, buffers = page_memory(count, PAGE)
-    return hierarchy.get(keys(count, seed), buffers, soon()), target
+    return tiers.get(keys(count, seed), buffers, soon()), target
 
 
-def hits(hierarchy: Tiers) -> tuple[int, int]:
-    counters = hierarchy._metrics.snapshot()
+def hits(tiers: Tiers) -> tuple[int, int]:
+    counters = tiers._metrics.snapshot()
     return counters.get("tier0_hit_pages", 0), counters.get("tier1_hit_pages", 0)
 
 
@@ -59,7 +59,7 @@ def test_pages_are_written_to_both_and_read_from_memory(both: Tiers) -> None:
     assert hits(both) == (10, 0)
 
 
-def test_what_memory_evicted_comes_from_the_disk_and_is_promoted_on_its_second_hit(
+def test_a_page_that_memory_evicted_is_promoted_on_its_second_hit(
     both: Tiers,
 ) -> None:
     source = put(both, 8, seed=1)
@@ -154,7 +154,7 @@ class Nothing:
 
 
 class Slow(Far):
-    """It gives itself until ``limit`` for each call."""
+    """It allows itself half a second per call; ``deadlines`` of its reads."""
 
     limit = 0.0
     deadlines: tuple[float, ...] = ()

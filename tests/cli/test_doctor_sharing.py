@@ -153,14 +153,17 @@ def test_of_a_real_agent(node: Node) -> None:
     def look() -> tuple[Fleet, ...]:
         return look_at_fleets([node.pages_dir], config, time.time())
 
-    assert wait_until(lambda: "redis_down" in found(*look()))
+    def evidence() -> str:
+        return json.dumps([finding.evidence for finding in found(*look()).values()])
+
+    # Before Redis has refused the password, the evidence of redis_down is "no answer yet".
+    assert wait_until(lambda: "AuthenticationError" in evidence())
+    assert "redis_down" in found(*look())
     said = [{"usable": True, "breakers": {}, "doubts": {}}]
     assert wait_until(lambda: list(look()[0].ranks.values()) == said)
     (fleet,) = look()
     assert fleet.reports
-    text = json.dumps([finding.evidence for finding in found(fleet).values()]) + str(fleet)
-    assert "wrong-one" not in text
-    assert "AuthenticationError" in text
+    assert "wrong-one" not in evidence() + str(fleet)
     other = FlexKVConfig.parse({**node.config, "share": {**node.config["share"], "pod": "x"}})
     assert look_at_fleets([node.pages_dir], other, time.time())[0].differs
     node.signal_agent(signal.SIGKILL)

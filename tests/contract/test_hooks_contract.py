@@ -47,7 +47,7 @@ def test_the_command_line_accepts_the_name(seen: dict[str, Any]) -> None:
     assert seen["parsed"] == "flexkv"
 
 
-def test_what_does_not_fit_is_said_while_arguments_are_resolved(seen: dict[str, Any]) -> None:
+def test_wrong_settings_are_refused_while_arguments_are_resolved(seen: dict[str, Any]) -> None:
     assert "planted" in seen["refused"]
     assert "sise: unknown key" in seen["wrong_setting"]
 

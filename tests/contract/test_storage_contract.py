@@ -76,7 +76,7 @@ def test_this_is_the_release_that_was_asked_for(request: pytest.FixtureRequest) 
         assert asked in str(sglang.__file__), "the wheel's files are not first on the path"
 
 
-def test_what_a_release_has_is_what_is_written_down() -> None:
+def test_the_parts_of_a_release_are_those_that_are_written_down() -> None:
     """Otherwise the tests below would check nothing."""
     result = {field.name for field in dataclasses.fields(PoolTransferResult)}
     fields = {field.name for field in dataclasses.fields(HiCacheStorageConfig)}

@@ -1,4 +1,4 @@
-"""Adoption that is interrupted, and the traces it must not leave. Each was found by ``scripts/crash``."""
+"""Interrupted adoptions must leave no traces. ``scripts/crash`` found each of these."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADOPTING.remove(Failpoint.ADOPT_UNLINK)  # passed only where two generations are
 
 
 class _Died(BaseException):
-    """Stands for a kill: no handler of ours catches it."""
+    """Stands for a kill: the product does not catch it."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_dying_in_a_rotation_leaves_nothing_that_the_next_owner_does_not_remove(
     assert len(recover(directory, owner, "ns").records) == 12
 
 
-def test_an_owner_that_died_while_it_was_made_is_removed_also_when_nothing_more_is_needed(
+def test_an_owner_that_died_during_its_creation_is_removed_even_if_no_slot_is_needed(
     tmp_path: Path,
 ) -> None:
     stored(tmp_path, 4)
@@ -131,7 +131,7 @@ def test_dying_while_a_directory_is_brought_back_loses_nothing(
     engine.close()
 
 
-def test_who_tails_a_dead_owner_does_not_go_on_from_what_it_believed(tmp_path: Path) -> None:
+def test_a_neighbour_does_not_trust_its_old_view_of_a_dead_owner(tmp_path: Path) -> None:
     """A kill between a rotation and the tombstone of a victim that the snapshot no longer had."""
     owner, directory = stored(tmp_path, 2), tmp_path / "ns"
     mode = probe_directory(str(directory))
@@ -152,10 +152,10 @@ def test_who_tails_a_dead_owner_does_not_go_on_from_what_it_believed(tmp_path: P
     tail.close()
 
 
-def test_a_page_found_in_two_adopted_stores_is_given_up_in_one_and_the_journal_says_so(
+def test_a_page_found_in_two_adopted_stores_gets_a_tombstone_in_one(
     tmp_path: Path,
 ) -> None:
-    """Else the slot is rewritten without a tombstone, and neighbours trust the record that is left."""
+    """Without the tombstone the slot is rewritten while neighbours trust the old record."""
     for name in ("a", "b"):
         stored(tmp_path / name, 10)
     for path in (tmp_path / "b" / "ns").iterdir():

@@ -35,8 +35,8 @@ def alone(script: str, *words: str) -> dict[str, Any]:
 @pytest.mark.crash
 @pytest.mark.slow
 @pytest.mark.parametrize("scene", ["roomy", "tight", "resize", "pair"])
-def test_killed_again_and_again_nothing_is_wrong_or_lost(tmp_path: Path, scene: str) -> None:
-    """In an interpreter of its own: children are forked from it, and it must not have any threads."""
+def test_repeated_kills_make_no_page_wrong_or_lost(tmp_path: Path, scene: str) -> None:
+    """The campaign forks children, so it needs an interpreter without threads."""
     result = alone("crash.py", "--kills", "20", "--scene", scene, "--dir", str(tmp_path))
     assert result["kills"] >= 20
     assert result["checked"] > 0

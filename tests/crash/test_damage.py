@@ -1,4 +1,4 @@
-"""Damaged, foreign and mixed-up files: a miss and a line in the log, never other bytes, and the store goes on."""
+"""Damaged, foreign and swapped files cause misses and a log line, never wrong bytes; the store goes on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stored(directory: Path, count: int = 12, seed: int = 0, namespace: str = "ns
 
 
 def served_right(engine: CacheEngine, source: Bytes, seed: int = 0) -> int:
-    """Pages of ``source`` that are served; every one is compared."""
+    """Number of pages of ``source`` that are served, after comparing each."""
     count = 0
     for i, key in enumerate(keys(len(source), seed)):
         target, buffers = page_memory(1, PAGE)

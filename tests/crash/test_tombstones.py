@@ -1,4 +1,4 @@
-"""A slot is not rewritten before its tombstone is on the journal, whichever thread appends it."""
+"""A slot is not rewritten before a thread has appended its tombstone to the journal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _unarmed() -> Iterator[None]:
 
 
 class _SlowLeave:
-    """The engine's lock; the first thread named "first" stops right after it gave the lock back."""
+    """The engine's lock; the first thread named "first" stops just after releasing it."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner

@@ -1,6 +1,6 @@
 """The failure table's rows about the network: hosts in network namespaces, cables that are cut and healed.
 
-A cut cable is silence: nobody is refused, nobody is told. Needs root and iproute2, else skipped with the reason.
+A cut cable is silence: no process gets an error. Needs root and iproute2, else skipped with the reason.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield found
 
 
-def told_address(node: Node) -> str:
+def advertised_address(node: Node) -> str:
     return str(node.status().get("address"))
 
 
 def test_an_agent_listens_where_others_can_reach_it(hosts: Hosts) -> None:
-    assert told_address(hosts.a).startswith(hosts.cluster.address("a") + ":")
+    assert advertised_address(hosts.a).startswith(hosts.cluster.address("a") + ":")
 
 
 def test_the_owners_cable_is_cut_and_healed(hosts: Hosts) -> None:
@@ -94,7 +94,7 @@ def test_the_owners_cable_is_cut_and_healed(hosts: Hosts) -> None:
 
 
 def test_late_packets_write_nowhere(hosts: Hosts) -> None:
-    """What was on its way when the deadline came may still arrive; not in SGLang's pages."""
+    """Bytes on their way at the deadline may still arrive, but not in SGLang's pages."""
     for _ in range(4):
         hosts.cluster.cut("a")
         hosts.reader.get(1, PAGES)
@@ -105,7 +105,7 @@ def test_late_packets_write_nowhere(hosts: Hosts) -> None:
 
 
 def test_redis_is_cut_off(hosts: Hosts) -> None:
-    """Packets to it vanish: what is known stays in use, and what was written meanwhile is told afterwards."""
+    """Packets to it vanish: known pages stay in use, and changes of that time are sent afterwards."""
     hosts.cluster.cut("redis")
     time.sleep(2 * 1.5)  # longer than a node may be silent
     for _ in range(3):
@@ -116,7 +116,7 @@ def test_redis_is_cut_off(hosts: Hosts) -> None:
 
 
 def test_one_way(hosts: Hosts) -> None:
-    """b's packets to a vanish, a's to b do not; both reach Redis. Only b is without the other's pages."""
+    """b's packets to a vanish, a's to b do not; both reach Redis. Only b loses the other's pages."""
     hosts.reader.put(5, PAGES)
     assert eventually(lambda: hosts.writer.prefix(5, PAGES) == PAGES)
     blackhole(hosts.cluster, "b", "a", on=True)

@@ -1,4 +1,4 @@
-"""The failure table: whatever breaks, ranks go on, in time, with right pages or none; and it heals by itself.
+"""The failure table: after any failure ranks go on in time, with right pages or none, and everything recovers.
 
 A rank process dies of any exception, so each answer it gives is also a proof that nothing was raised.
 """
@@ -20,15 +20,15 @@ from nodes.redis_server import ACL, RedisServer
 MakeNode = Callable[..., Node]
 PAGES = 24
 DEADLINE_S = 0.25 + PAGES * (64 << 10) / 100e6
-"""What a remote read of ``PAGES`` pages is given."""
+"""Deadline of a remote read of ``PAGES`` pages."""
 
 GRACE_S = 0.6
-"""For a machine with two cores that does other things: the figure is in benchmarks, a hang is what is looked for."""
+"""Slack for a busy machine with two cores. The tests look for hangs; benchmarks measure."""
 
 
 @pytest.fixture
 def pair(redis_server: RedisServer, make_node: MakeNode) -> tuple[Node, Rank, Node, Rank]:
-    """Node a with pages 1 that node b knows of; b keeps nothing."""
+    """Node a has pages that node b knows; b stores nothing."""
     a, b = (make_node(name, redis_url=redis_server.url, promote=False) for name in "ab")
     writer, reader = a.rank(), b.rank()
     writer.put(1, PAGES)
@@ -60,7 +60,7 @@ def test_redis_goes_away(
         redis_server.kill()
     else:
         redis_server.signal(signal.SIGSTOP)
-    for _ in range(3):  # what was known stays known
+    for _ in range(3):  # known pages stay known
         assert reads_all(reader)
     assert writer.put(2, PAGES) == PAGES
     if how == "killed":
@@ -99,9 +99,9 @@ def test_wrong_password(tmp_path: Path, make_node: MakeNode) -> None:
         assert other.prefix(1, PAGES) == 0
         assert eventually(lambda: not c.status().get("feeds", [{}])[0].get("connected", True))
         for node in (a, b, c):
-            told = node.agent_log() + str(node.status())
-            assert "right-one" not in told
-            assert "wrong-one" not in told
+            said = node.agent_log() + str(node.status())
+            assert "right-one" not in said
+            assert "wrong-one" not in said
 
 
 def test_the_owners_agent_is_killed(pair: tuple[Node, Rank, Node, Rank]) -> None:
@@ -156,7 +156,7 @@ def test_the_owner_forgets(pair: tuple[Node, Rank, Node, Rank]) -> None:
 
 
 def test_the_owner_evicts_under_the_reader(redis_server: RedisServer, make_node: MakeNode) -> None:
-    """A store of 16 pages that is written over and over: most reads fail, none is wrong."""
+    """A store of 16 pages is overwritten all the time: most reads fail, none is wrong."""
     a = make_node("a", redis_url=redis_server.url, size=1 << 20)
     b = make_node("b", redis_url=redis_server.url, promote=False)
     writer, reader = a.rank(), b.rank()
@@ -201,7 +201,7 @@ def test_this_nodes_agent_hangs(redis_server: RedisServer, make_node: MakeNode) 
     assert eventually(lambda: reads_all(reader))
     b.signal_agent(signal.SIGSTOP)
     assert reads_all(reader)
-    assert eventually(lambda: reader.prefix(1, PAGES) == 0, 10)  # nobody keeps it true any more
+    assert eventually(lambda: reader.prefix(1, PAGES) == 0, 10)  # nothing updates it any more
     assert reader.put(2, 4) == 4
     b.signal_agent(signal.SIGCONT)
     assert eventually(lambda: reads_all(reader))
@@ -222,7 +222,7 @@ def test_two_nodes_of_one_name(redis_server: RedisServer, make_node: MakeNode) -
 
 
 def test_the_run_directory_is_removed(pair: tuple[Node, Rank, Node, Rank]) -> None:
-    """As systemd does at a logout. The agent and the ranks make it anew, and find each other."""
+    """As systemd does at a logout. The agent and the ranks create it again, and find each other."""
     _, writer, b, reader = pair
     shutil.rmtree(b.run_dir.path)
     assert reads_all(reader)
@@ -233,7 +233,7 @@ def test_the_run_directory_is_removed(pair: tuple[Node, Rank, Node, Rank]) -> No
 
 
 def test_the_namespace_is_removed_under_the_agent(pair: tuple[Node, Rank, Node, Rank]) -> None:
-    """``flexkv gc`` or ``rm``: no page of it is promised any more, and the next server's pages are."""
+    """After ``flexkv gc`` or ``rm`` its pages are not offered any more; those of the next server are."""
     a, writer, b, reader = pair
     writer.stop()
     (namespace,) = (path for path in a.pages_dir.iterdir() if path.is_dir())
@@ -248,7 +248,7 @@ def test_the_namespace_is_removed_under_the_agent(pair: tuple[Node, Rank, Node, 
 def test_a_server_ends_while_everything_hangs(
     pair: tuple[Node, Rank, Node, Rank], redis_server: RedisServer
 ) -> None:
-    """Agents here and there and Redis are stopped: ending waits for none of them."""
+    """Both agents and Redis are stopped; the rank's end waits for none of them."""
     a, _, b, reader = pair
     assert reader.get(1, PAGES)["pages"] == PAGES
     for node in (a, b):

@@ -1,4 +1,4 @@
-"""Two nodes, one cache: what one wrote the other reads, right or not at all, whoever has stopped meanwhile."""
+"""Two nodes, one cache: each reads the other's pages, right or not at all, also after a process has stopped."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ def test_pages_of_another_node(redis_server: RedisServer, make_node: MakeNode) -
     assert not any(counters.get(name) for name in NO_TROUBLE)
 
 
-def test_a_set_that_lies_is_asked_for_again(redis_server: RedisServer, make_node: MakeNode) -> None:
-    """A rank process says so in its lock file; its agent takes the other node's snapshot once for it."""
+def test_a_wrong_set_is_requested_again(redis_server: RedisServer, make_node: MakeNode) -> None:
+    """A rank process reports it in its lock file; its agent takes the other node's snapshot again, once."""
     a, b = (make_node(name, redis_url=redis_server.url) for name in "ab")
     writer, reader = a.rank(), b.rank()
     writer.put(1, PAGES)
     assert eventually(lambda: reader.prefix(1, PAGES) == PAGES)
     namespace = next(iter(b.status()["served_pages"]))
-    told = b.run_dir.take_rank_lock()
+    lock = b.run_dir.take_rank_lock()
     before = b.status()["sharing"].get("share_snapshots", 0)
-    told.write(json.dumps({"doubts": {namespace: {"a": 1, "nobody": 3}}}))
+    lock.write(json.dumps({"doubts": {namespace: {"a": 1, "nobody": 3}}}))
     assert eventually(lambda: b.status()["sharing"].get("share_distrusted") == 1)
     assert eventually(lambda: b.status()["sharing"]["share_snapshots"] > before, 20)
     assert eventually(lambda: reader.prefix(1, PAGES) == PAGES)
     scanned = b.status()["written_at"]
     assert eventually(lambda: b.status()["written_at"] > scanned + 2)  # the report stays as it is
     assert b.status()["sharing"]["share_distrusted"] == 1
-    told.close()
+    lock.close()
 
 
-def test_they_are_kept_here_as_well(redis_server: RedisServer, make_node: MakeNode) -> None:
+def test_pages_read_from_another_node_are_stored_here_too(
+    redis_server: RedisServer, make_node: MakeNode
+) -> None:
     a, b = (make_node(name, redis_url=redis_server.url) for name in "ab")
     writer, reader = a.rank(), b.rank()
     writer.put(1, PAGES)
@@ -148,7 +150,7 @@ def test_one_agent_for_many_ranks(redis_server: RedisServer, make_node: MakeNode
     assert a.agent_pid == pid
 
 
-def test_an_agent_nobody_needs_ends(redis_server: RedisServer, make_node: MakeNode) -> None:
+def test_an_unused_agent_ends(redis_server: RedisServer, make_node: MakeNode) -> None:
     a = make_node("a", redis_url=redis_server.url, times={"agent_linger_s": 0})
     rank = a.rank()
     assert eventually(lambda: a.agent_pid is not None)
@@ -187,7 +189,7 @@ def test_two_clusters_on_one_redis(redis_server: RedisServer, make_node: MakeNod
 
 
 def test_a_page_is_visible_soon(redis_server: RedisServer, make_node: MakeNode) -> None:
-    """No figure here (benchmarks/fleet_feed.py has it), only that nobody waits for a scan or a heartbeat."""
+    """Publishing waits for no scan and no heartbeat. Benchmarks measure the time."""
     slow = {"heartbeat_s": 30, "node_ttl_s": 90}
     a, b = (make_node(name, redis_url=redis_server.url, times=slow) for name in "ab")
     writer, reader = a.rank(), b.rank()

@@ -1,4 +1,4 @@
-"""What an agent serves: every tier, also one in memory; and tools that meet a node's files."""
+"""An agent serves every tier, also one in memory; tools understand a node's files."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_nodes_shows_all_that_an_agent_counts(
     assert "b" in [peer["nid"] for peer in agent["status"]["peers"]]
     manual = (Path(__file__).resolve().parents[2] / "docs" / "OPERATING.md").read_text()
     for node in (a, b):
-        told = node.status()
-        names = {*told["sharing"], *told["served"], *told["counters"]}
+        status = node.status()
+        names = {*status["sharing"], *status["served"], *status["counters"]}
         assert not [name for name in names if f"`{name}`" not in manual]
     text = run_nodes(b.run_dir.path, as_json=False)
     assert text == 0

@@ -49,7 +49,7 @@ class Request:
 
 
 @pytest.mark.parametrize("stride", [PAGE, 48])
-def test_what_decode_stored_continues_the_prompt(
+def test_pages_of_decode_continue_the_prompt(
     tmp_path: Path, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.srt.disaggregation.decode_kvcache_offload_manager import (

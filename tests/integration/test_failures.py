@@ -135,7 +135,7 @@ def _breaker_of(engine: CacheEngine, position: int) -> Any:
     return engine._tier.breakers([slot])[0]
 
 
-def test_what_changed_while_a_disk_was_bypassed_holds_after_a_restart(tmp_path: Path) -> None:
+def test_changes_during_a_bypass_hold_after_a_restart(tmp_path: Path) -> None:
     """Pages put elsewhere meanwhile, and a clear: the disk's journal must not bring the old state back."""
     store = two_disks(tmp_path)
     put(store, 16, seed=1)
@@ -156,7 +156,7 @@ def test_what_changed_while_a_disk_was_bypassed_holds_after_a_restart(tmp_path: 
     store.close()
 
 
-def test_a_disk_that_hangs_holds_up_one_call_and_nobody_else(store: Tiers, tmp_path: Path) -> None:
+def test_a_disk_that_hangs_holds_up_one_call_only(store: Tiers, tmp_path: Path) -> None:
     put(store, 16, seed=1)
     engine = store.tiers[0]
     disk = spoil(engine, tmp_path / "a", "read")

@@ -95,7 +95,7 @@ def test_a_misfit_is_one_clear_error_never_silence(monkeypatch: pytest.MonkeyPat
         ("[1]", r"Valid: a JSON object"),
     ],
 )
-def test_a_wrong_setting_is_said_before_a_model_is_loaded(
+def test_a_wrong_setting_is_refused_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, message: str
 ) -> None:
     fits(monkeypatch)

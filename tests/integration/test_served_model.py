@@ -117,7 +117,7 @@ def test_all_parts_of_a_split_gguf_file_count(model: Path) -> None:
     assert model_identity(None, Epoch()) != before
 
 
-def test_weights_are_looked_at_where_sglang_downloads_them(
+def test_weights_are_read_where_sglang_downloads_them(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The usual cache may hold another commit."""
@@ -197,7 +197,7 @@ def test_arguments_that_change_activations_count(model: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["speculative_draft_sink_size", "speculative_draft_window_size"])
-def test_what_a_draft_attends_to_counts_for_its_pages_only(model: Path, name: str) -> None:
+def test_settings_of_a_draft_count_for_its_pages_only(model: Path, name: str) -> None:
     resolved_to(model, **{name: 64})
     assert kv_settings(draft=True)[name] == "64"
     assert name not in kv_settings()

@@ -186,7 +186,7 @@ def test_after_close_everything_misses_and_close_again_is_fine(tmp_path: Path) -
     again.close()
 
 
-def test_a_pool_without_page_buffers_misses_and_says_so(
+def test_a_pool_without_page_buffers_misses_and_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Logical(KVPool):

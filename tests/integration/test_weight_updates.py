@@ -173,7 +173,7 @@ def test_requests_outside_of_a_session_are_refused_and_keep_everything(updates: 
     assert not hit(updates.rig, 1)
 
 
-def test_an_update_that_failed_half_way_is_shared_with_nobody(
+def test_an_update_that_failed_half_way_is_not_shared(
     updates: Updates, tmp_path: Path, checkpoints: tuple[Path, Path]
 ) -> None:
     write_pages(updates.rig, TOKENS, seed=1)
@@ -190,7 +190,7 @@ def test_an_update_that_failed_half_way_is_shared_with_nobody(
             assert not hit(other, 9)
 
 
-def test_a_checkpoint_rewritten_while_it_is_loaded_is_shared_with_nobody(
+def test_a_checkpoint_rewritten_while_it_is_loaded_is_not_shared(
     updates: Updates, checkpoints: tuple[Path, Path]
 ) -> None:
     updates.runner.meanwhile = lambda: _rewrite(checkpoints[1])
@@ -238,7 +238,7 @@ def test_trainers_that_flush_before_they_send_the_weights_need_no_second_flush(
 
 
 @pytest.mark.parametrize("kind", ["tensor", "ipc", "release"])
-def test_weights_that_nothing_names_are_never_met_again(
+def test_weights_without_a_name_are_never_found_again(
     updates: Updates, tmp_path: Path, kind: str
 ) -> None:
     rig, seen = updates.rig, set()

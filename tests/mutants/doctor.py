@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-USE = "tests/cli/test_doctor_use.py"
+TRAFFIC = "tests/cli/test_doctor_traffic.py"
 SETUP = "tests/cli/test_doctor_setup.py"
 
 MUTANTS = (
@@ -11,35 +11,35 @@ MUTANTS = (
         "flexkv_sglang/cli/doctor/facts.py",
         "counts = item.live and (item.owner.alive or not self.alive)",
         "counts = item.live and not item.owner.alive",
-        USE,
+        TRAFFIC,
     ),
     (
         "doctor: ranks of one server are other namespaces",
         "flexkv_sglang/cli/doctor/namespace_diff.py",
         "kept[name] = kept[name][1]",
         "pass",
-        USE,
+        TRAFFIC,
     ),
     (
         "doctor: the farthest pair comes first",
         "flexkv_sglang/cli/doctor/namespace_diff.py",
         "key=lambda pair: len(pair.fields))",
         "key=lambda pair: -len(pair.fields))",
-        USE,
+        TRAFFIC,
     ),
     (
         "doctor: a server's own verify level is not looked at",
         "flexkv_sglang/cli/doctor/traffic.py",
         'ACCEPTED_KINDS[config.verify] if config else ACCEPTED_KINDS["full"]',
         'ACCEPTED_KINDS["full"]',
-        USE,
+        TRAFFIC,
     ),
     (
         "doctor: pages served by device memory are not looked at",
         "flexkv_sglang/cli/doctor/traffic.py",
         "if _above(server) < _SERVED_ABOVE * max(1.0, _prompt_tokens(server)):",
         "if _above(server) >= 0:",
-        USE,
+        TRAFFIC,
     ),
     (
         "doctor: a run-time detach is not seen",

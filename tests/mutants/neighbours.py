@@ -37,8 +37,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "the second look does not read the journal",
         NEIGHBOURS,
-        "            self._poll_locked()\n            return [page.replica.confirms",
-        "            return [page.replica.confirms",
+        "            self._poll_locked()\n            return [page.journal.confirms",
+        "            return [page.journal.confirms",
         STRESS,
     ),
     (

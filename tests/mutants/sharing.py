@@ -11,12 +11,12 @@ SERVES = "tests/sharing/test_node_pages.py"
 KEEPS = "tests/sharing/test_backfill.py"
 SETTINGS = "tests/config/test_share.py"
 DOCTOR = "tests/cli/test_doctor_sharing.py"
-FLEET = "tests/fleet/test_sharing.py::test_an_agent_nobody_needs_ends"
+FLEET = "tests/fleet/test_sharing.py::test_an_unused_agent_ends"
 REMOVED = "tests/fleet/test_failures.py::test_the_run_directory_is_removed"
 
 MUTANTS = (
     (
-        "sharing: pages that came do not end a row of misses",
+        "sharing: pages that arrived do not end a row of misses",
         REMOTE,
         "                self._misses.pop(node_id, None)",
         "                pass",
@@ -27,7 +27,7 @@ MUTANTS = (
         "flexkv_sglang/sharing/agent.py",
         "if n > self._doubts.get(key, 0)}",
         "if n > 0}",
-        "tests/fleet/test_sharing.py::test_a_set_that_lies_is_asked_for_again",
+        "tests/fleet/test_sharing.py::test_a_wrong_set_is_requested_again",
     ),
     (
         "sharing: a rank's lock is seen before it is held",
@@ -51,16 +51,16 @@ MUTANTS = (
         RUNS,
     ),
     (
-        "sharing: rubbish is a node's mark",
-        RUN,
+        "sharing: garbage is a node's mark",
+        "flexkv_sglang/sharing/node_identity.py",
         'return text if len(text) == 8 and all(c in "0123456789abcdef" for c in text) else ""',
         "return text",
         RUNS,
     ),
     (
-        "sharing: a removed run directory is not made anew",
+        "sharing: a removed run directory is not created again",
         "flexkv_sglang/sharing/agent_launcher.py",
-        "            self._come_back()\n",
+        "            self._recreate_run_dir()\n",
         "",
         REMOVED,
     ),
@@ -79,35 +79,35 @@ MUTANTS = (
         READS,
     ),
     (
-        "sharing: a read nobody waits for writes",
+        "sharing: an abandoned read writes",
         REMOTE,
         "                pending.cut(0)\n                pending.wait()\n",
         "                pass\n",
         READS,
     ),
     (
-        "sharing: what was not there is asked for again",
+        "sharing: a missing page is requested again",
         REMOTE,
         "            self._remember_miss(run.peer, lost)\n",
         "            pass\n",
         READS,
     ),
     (
-        "sharing: an agent with other settings is believed",
+        "sharing: an agent with other settings is trusted",
         REMOTE,
         "return self._usable() and self._refresh() and self._reader.alive",
         "return self._refresh() and self._reader.alive",
         READS,
     ),
     (
-        "sharing: what is computed sooner is fetched",
+        "sharing: a prefix that is computed sooner is fetched",
         REMOTE,
         "seconds > pages * self._page_tokens / speed:",
         "seconds < 0:",
         READS,
     ),
     (
-        "sharing: each turn takes its time anew",
+        "sharing: each turn gets the whole deadline",
         "flexkv_sglang/cache/tiers.py",
         "begin_get(keys, part, limits[number])",
         "begin_get(keys, part, time.monotonic() + 20)",
@@ -128,9 +128,9 @@ MUTANTS = (
         SERVES,
     ),
     (
-        "sharing: pages of an owner that went stay told",
+        "sharing: pages of a departed owner stay published",
         "backends/slots/neighbours.py",
-        "            self._departed += replica.keys()\n",
+        "            self._departed += journal.keys()\n",
         "            pass\n",
         SERVES,
     ),

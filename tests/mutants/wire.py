@@ -24,7 +24,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CLIENT}::test_a_corrupt_page_is_never_delivered_and_reported",
     ),
     (
-        "wire: any kind of checksum will do",
+        "wire: any kind of checksum is accepted",
         READ,
         "if pages.kind not in self.read.accepted:",
         "if not self.read.accepted:",
@@ -45,7 +45,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CLIENT}::test_pages_of_another_size_are_not_taken",
     ),
     (
-        "wire: what was in the slab is sent between pages",
+        "wire: old bytes of the slab are sent between pages",
         PAGES,
         "if length < stride:",
         "if length > stride:",
@@ -54,8 +54,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "wire: pages of a message lie without a gap",
         READ,
-        "source + place * stride",
-        "source + place * self.page_bytes",
+        "address + place * stride",
+        "address + place * self.page_bytes",
         f"{CLIENT}::test_pages_that_are_not_a_multiple_of_4096_arrive",
     ),
     (
@@ -73,11 +73,11 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CLIENT}::test_a_stopped_server_costs_one_deadline_and_comes_back",
     ),
     (
-        "wire: nobody looks whether the peer is there",
+        "wire: an absent peer is not noticed",
         CHANNEL,
         "                link.watch()  # only",
         "                pass  # only",
-        f"{CLIENT}::test_nobody_there_fails_at_once",
+        f"{CLIENT}::test_an_absent_server_fails_at_once",
     ),
     (
         "wire: corrupt pages are not reported",
@@ -87,7 +87,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CLIENT}::test_a_corrupt_page_is_never_delivered_and_reported",
     ),
     (
-        "wire: the breaker closes by itself",
+        "wire: the breaker closes without a greeting",
         "backends/fleet/reader/health.py",
         "return not self._open and now >= self._busy_until",
         "return (not self._open or self._backoff.due) and now >= self._busy_until",
@@ -98,7 +98,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         PAGES,
         "            while frames and frames[0][0].done:",
         "            while frames:",
-        f"{SERVER}::test_memory_that_has_not_left_is_not_used_again",
+        f"{SERVER}::test_memory_is_not_reused_before_its_bytes_have_left",
     ),
     (
         "wire: the budget is in seconds",
@@ -112,10 +112,10 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         QUEUE,
         "min(self._limit_per_reader - reader.reserved, free) // slot_bytes",
         "free // slot_bytes",
-        f"{SERVER}::test_a_reader_beyond_its_share_is_told_busy_at_once",
+        f"{SERVER}::test_pages_beyond_a_readers_limit_are_busy_at_once",
     ),
     (
-        "wire: queues without an end",
+        "wire: queues without a limit",
         QUEUE,
         "if len(reader.requests) >= QUEUE_MAX:",
         "if len(reader.requests) < 0:",
@@ -136,25 +136,25 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         f"{CURVE}::test_hmac_takes_one_proof_for_one_challenge",
     ),
     (
-        "wire: any proof will do",
+        "wire: any proof is accepted",
         "backends/fleet/server/server.py",
         "if hmac.compare_digest(ask.proof, self._proof(",
         "if ask.proof and len(self._proof(",
         f"{CURVE}::test_hmac_takes_one_proof_for_one_challenge",
     ),
     (
-        "wire: any key opens the door",
+        "wire: any key is admitted",
         "backends/fleet/wire/auth.py",
         "and hmac.compare_digest(credentials[0], self._allowed)",
         "and len(credentials[0]) == len(self._allowed)",
         f"{CURVE}::test_curve_lets_in_the_derived_key_only",
     ),
     (
-        "wire: an open place without a secret",
+        "wire: an open address without a secret",
         "backends/fleet/wire/addresses.py",
         "if secret is None and not share.insecure:",
         "if secret is None and share.insecure is None:",
-        f"{CURVE}::test_an_open_place_needs_a_secret",
+        f"{CURVE}::test_an_address_that_strangers_can_reach_needs_a_secret",
     ),
     (
         "wire: the group may read the secret",
@@ -168,21 +168,21 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         PROTOCOL,
         "if len(frame) != layout.size + rest:",
         "if len(frame) < layout.size + rest:",
-        f"{WIRE}::test_what_is_no_request_is_refused",
+        f"{WIRE}::test_invalid_requests_are_refused",
     ),
     (
         "wire: snapshots of any size",
         ANSWERS,
         "or count > SNAPSHOT_KEYS_MAX:",
         "or count < 0:",
-        f"{WIRE}::test_what_is_no_answer_is_refused",
+        f"{WIRE}::test_invalid_answers_are_refused",
     ),
     (
         "wire: a part's checksum is not compared",
         ANSWERS,
         "if xxhash.xxh3_64_intdigest(data) != checksum:",
         "if xxhash.xxh3_64_intdigest(data) < 0:",
-        f"{WIRE}::test_what_is_no_answer_is_refused",
+        f"{WIRE}::test_invalid_answers_are_refused",
     ),
 )
 """(name, file, old, new, tests); ``old`` occurs exactly once."""

@@ -81,7 +81,7 @@ def test_one_is_alone_after_the_last_call_and_new_calls_wait() -> None:
     with inside(gate):
         closer = threading.Thread(target=close)
         closer.start()
-        assert wait_until(lambda: gate._shut)
+        assert wait_until(lambda: gate._taken)
         caller = threading.Thread(target=call)
         caller.start()
         assert order == []

@@ -32,12 +32,6 @@ PAGES = 6
 SIZES = (1, 2, 4)
 
 
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about being late."""
-    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 5.0)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _booted(tmp_path_factory: pytest.TempPathFactory) -> None:
     boot(write_config(tmp_path_factory.mktemp("model")), page_size=PAGE)
@@ -143,7 +137,7 @@ def test_written_by_one_size_read_by_another(
     assert len(list(tmp_path.glob("*/NAMESPACE.json"))) == 1
 
 
-def test_what_another_size_has_stored_is_not_stored_again(tmp_path: Path) -> None:
+def test_pages_of_another_size_are_not_stored_again(tmp_path: Path) -> None:
     whole, keys = whole_model(), names(PAGES)
     with server(tmp_path, 2) as first, server(tmp_path, 1) as second:
         write(first, whole, keys)

@@ -68,13 +68,6 @@ def written(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[s
     return storage
 
 
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about being late."""
-    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 8.0)
-    monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
-
-
 @pytest.fixture
 def booted(model: Path) -> None:
     boot(model)

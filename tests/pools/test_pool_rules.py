@@ -59,7 +59,7 @@ def test_a_dtype_that_a_flag_changes_alone_is_part_of_the_identity() -> None:
     assert element_types("kv", state) == "bf16"  # plain models keep their namespace
 
 
-def test_who_writes() -> None:
+def test_the_ranks_that_write() -> None:
     assert written_by_every_rank("kv", mla=False)
     assert written_by_every_rank("mamba", mla=True)
     assert not written_by_every_rank("indexer", mla=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,6 @@ from models.plain_pools import (
 pytestmark = pytest.mark.sglang
 
 BEFORE_A_CALL_S = pools._OPEN_S + pools._EXCHANGE_S
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here is about time limits."""
-    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 8.0)
-    monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
-    made = hybrid(tmp_path)
-    yield made
-    made.close()
 
 
 class Exploding(Pool):
@@ -86,7 +71,7 @@ def unstored(place: Path) -> dict[str, str]:
     return found
 
 
-def test_a_pool_that_is_stored_again_is_no_longer_said_not_to_be(tmp_path: Path) -> None:
+def test_a_pool_that_is_stored_again_is_not_reported_any_more(tmp_path: Path) -> None:
     hybrid(tmp_path, size=3 * 4096).close()
     assert unstored(tmp_path).keys() == {"mamba"}
     assert unstored(tmp_path)["mamba"].startswith("size: ")
@@ -94,7 +79,7 @@ def test_a_pool_that_is_stored_again_is_no_longer_said_not_to_be(tmp_path: Path)
     assert unstored(tmp_path) == {}
 
 
-def test_a_hit_policy_of_tomorrow_is_said(
+def test_an_unknown_hit_policy_is_logged_once(
     storage: FlexKVStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = names(2)
@@ -107,7 +92,7 @@ def test_a_hit_policy_of_tomorrow_is_said(
     assert caplog.text.count("indexer: hit policy 'every_other_page' is not known") == 1
 
 
-def test_a_size_too_small_for_all_pools_is_said_and_misses(
+def test_a_size_too_small_for_all_pools_is_logged_and_misses(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR):
@@ -223,7 +208,7 @@ def test_nonsense_is_answered_in_the_right_shape(storage: FlexKVStorage, keys: A
         assert storage.batch_set_v2(transfers) == answer  # type: ignore[arg-type]
 
 
-def test_a_call_and_what_is_around_it_fit_into_the_time_a_detach_is_given() -> None:
+def test_a_call_and_its_waits_fit_into_the_time_of_a_detach() -> None:
     """SGLang joins its threads for 10 s."""
     assert BEFORE_A_CALL_S + CALL_SECONDS_MAX + engine._PUBLISH_S < 10
     assert CALL_SECONDS_MAX + engine._PUBLISH_S < pools._SUSPEND_S < 10

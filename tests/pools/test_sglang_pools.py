@@ -39,12 +39,6 @@ COPIED_THOUGH_ALIGNED = {
 }  # 160 bytes per layer: no buffer starts on a sector
 
 
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about being late."""
-    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 5.0)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(tmp_path_factory.mktemp("model"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,20 +27,6 @@ from models.plain_pools import (
 )
 
 pytestmark = pytest.mark.sglang
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here is about time limits."""
-    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 8.0)
-    monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
-    made = hybrid(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("fires", [True, False])

@@ -1,9 +1,8 @@
-"""Looking up, reading and writing the pools of hybrid models at the adapter: every shape of answer."""
+"""Lookups, reads and writes of the pools of hybrid models: each shape of answer of the storage backend."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,20 +32,6 @@ from models.plain_pools import (
 )
 
 pytestmark = pytest.mark.sglang
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about being late."""
-    monkeypatch.setattr("flexkv_sglang.integration.storage.READ_SECONDS_MIN", 8.0)
-    monkeypatch.setattr("flexkv_sglang.pools.stores._OPEN_S", 20.0)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FlexKVStorage]:
-    made = hybrid(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("kind", [Pool, FlatPool])
@@ -145,7 +130,7 @@ def test_thousands_of_keys_in_one_call(storage: FlexKVStorage) -> None:
     assert ask(storage, [*names(1, 7), *keys]).kv_hit_pages == 0
 
 
-def test_what_is_announced_is_kept_in_every_pool(tmp_path: Path) -> None:
+def test_announced_pages_are_protected_in_every_pool(tmp_path: Path) -> None:
     """There is room for a few states only: the oldest would be the next victim if it were not protected."""
     storage = hybrid(tmp_path, size="2MB", pool_density={"mamba": 0.05})
     state = store_of(storage, "mamba")
@@ -163,7 +148,7 @@ def test_what_is_announced_is_kept_in_every_pool(tmp_path: Path) -> None:
     storage.close()
 
 
-def test_nothing_is_promised_beyond_the_fold(storage: FlexKVStorage) -> None:
+def test_no_page_beyond_the_fold_is_protected(storage: FlexKVStorage) -> None:
     keys = names(6)
     put(storage, keys, but="mamba")
     assert ask(storage, keys).kv_hit_pages == 0

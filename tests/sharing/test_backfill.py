@@ -1,4 +1,4 @@
-"""Pages of other nodes that are kept: copied before the caller's memory changes, bounded, never in anyone's way."""
+"""Backfill: pages are copied before the caller's memory changes, in a bounded buffer, and no call waits for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.sharing import backfill as keeping
+from flexkv_sglang.sharing import backfill
 from flexkv_sglang.sharing.backfill import Backfill
 from flexkv_sglang.types import PageBuffers, PageKey
 
@@ -18,7 +18,7 @@ LENGTHS = np.array([5000, 3000], np.uint64)
 
 
 class Store:
-    """Takes pages as a hierarchy does, and waits at a gate."""
+    """Take pages as ``Tiers`` does, once the gate ``open`` is open."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -46,7 +46,7 @@ def key(number: int) -> PageKey:
     return PageKey(number.to_bytes(32, "little"))
 
 
-def test_bytes_are_those_of_the_moment_of_the_call() -> None:
+def test_the_bytes_of_the_call_are_stored() -> None:
     store, metrics = Store(), Metrics()
     keeper = Backfill(8000, store.put, metrics)
     memory, buffers = pages(3)
@@ -60,7 +60,7 @@ def test_bytes_are_those_of_the_moment_of_the_call() -> None:
     assert metrics.snapshot()["remote_kept_pages"] == 3
 
 
-def test_what_finds_no_room_is_dropped_and_room_comes_back() -> None:
+def test_pages_without_room_are_dropped_and_room_comes_back() -> None:
     store, metrics = Store(), Metrics()
     keeper = Backfill(8000, store.put, metrics)
     keeper._free = keeper._free[:4]  # a buffer of four pages
@@ -113,7 +113,7 @@ def test_a_store_that_fails_does_not_end_the_thread() -> None:
 
 def test_nothing_is_made_before_it_is_needed() -> None:
     before = threading.active_count()
-    keeper = Backfill(keeping._BUFFER_BYTES, lambda *_: [], Metrics())
+    keeper = Backfill(backfill._BUFFER_BYTES, lambda *_: [], Metrics())
     assert threading.active_count() == before
     assert keeper._memory is None
     keeper.close()

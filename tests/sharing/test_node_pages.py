@@ -100,7 +100,7 @@ def test_a_directory_without_the_namespace_is_no_news(
 
 
 def told(logs: ChangeLogs) -> list[int]:
-    """What other nodes believe, in the order of ``keys``."""
+    """Per key: do other nodes think that it is here?"""
     log = logs.find("ns")
     assert log is not None
     held = set(log.snapshot().fingerprints.tolist())

@@ -14,8 +14,9 @@ import pytest
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.sharing.node_identity import node_name
 from flexkv_sglang.sharing.rank import Sharing
-from flexkv_sglang.sharing.run_dir import RunDir, node_name
+from flexkv_sglang.sharing.run_dir import RunDir
 from stores.engines import wait_until
 
 NAMESPACE = "a" * 26

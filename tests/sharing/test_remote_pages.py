@@ -32,7 +32,7 @@ NODES = ("a", "b")
 
 
 class Client(PeerClient):
-    """The real one; ``deadlines`` of its reads, and the number of the read that cannot begin."""
+    """The real client. ``deadlines``: of its reads; ``fails_at``: number of the read that cannot begin."""
 
     def __init__(self, share: ShareConfig, metrics: Metrics) -> None:
         super().__init__(share, metrics.count)
@@ -48,7 +48,7 @@ class Client(PeerClient):
 
 @dataclass
 class Bed:
-    """Sources of two other nodes, the replica that knows of them, and this process's view."""
+    """Sources of two other nodes, the replica that lists them, and this process's tiers."""
 
     writer: PeerSetsWriter
     pages: RemoteTier
@@ -59,7 +59,7 @@ class Bed:
     memory: list[PageMemory] = field(default_factory=list)
 
     def holds(self, node: str, keys: Sequence[PageKey]) -> None:
-        """A node has these pages, and this one knows."""
+        """Give a node these pages, and list them in the replica."""
         source = MemorySource(keys, PAGE, self.sources[node].before)
         self.sources[node].pages = source.pages
         fingerprints = np.sort(fingerprints_of(keys))
@@ -122,11 +122,11 @@ def test_turns_share_one_time_limit(bed: Bed, monkeypatch: pytest.MonkeyPatch) -
     limits: list[float] = []
     latest = bed.pages.get_deadline
 
-    def told(page_count: int, deadline: float) -> float:
+    def noted(page_count: int, deadline: float) -> float:
         limits.append(latest(page_count, deadline))
         return limits[-1]
 
-    monkeypatch.setattr(bed.pages, "get_deadline", told)
+    monkeypatch.setattr(bed.pages, "get_deadline", noted)
     never = threading.Event()
     bed.sources["a"].before = lambda _keys: bool(never.wait(0.01))  # type: ignore[assignment,return-value]
     memory = PageMemory(12, [PAGE])
@@ -136,7 +136,7 @@ def test_turns_share_one_time_limit(bed: Bed, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_read_that_cannot_begin_leaves_none_behind(bed: Bed) -> None:
-    """The first run is under way when the second fails: its pages are the caller's again when that is raised."""
+    """The second run fails while the first is being read: no target is touched after the error is raised."""
     keys, gate = keys_of(8), threading.Event()
     bed.holds("a", keys[:4])
     bed.holds("b", keys[4:])
@@ -146,13 +146,13 @@ def test_a_read_that_cannot_begin_leaves_none_behind(bed: Bed) -> None:
     with pytest.raises(RuntimeError, match="thread"):
         bed.store.get(keys, memory.buffers, soon())
     gate.set()
-    probe = PageMemory(4, [PAGE])  # over the same connection, so behind what was given up
+    probe = PageMemory(4, [PAGE])  # over the same connection, so behind the cancelled read
     bed.client.fails_at = -1
     assert all(bed.store.get(keys[:4], probe.buffers, soon()))
     assert all(memory.untouched(row) for row in range(8))
 
 
-def test_a_page_that_was_not_there_is_not_believed_in_again(bed: Bed) -> None:
+def test_a_page_that_a_node_missed_is_not_asked_for_there_again(bed: Bed) -> None:
     keys = keys_of(6)
     bed.holds("a", keys)
     del bed.sources["a"].pages[keys[3]]
@@ -177,7 +177,7 @@ def test_a_node_that_misses_time_after_time_is_doubted(bed: Bed) -> None:
 
     read(range(1, 16))
     assert bed.pages.doubts() == {}
-    read(range(1))  # it has that one: the count begins anew
+    read(range(1))  # it has that one, so the count starts again
     read(range(16, 31))
     assert bed.pages.doubts() == {}
     read(range(31, 32))
@@ -187,7 +187,7 @@ def test_a_node_that_misses_time_after_time_is_doubted(bed: Bed) -> None:
 
 
 def test_a_hole_in_the_first_run_ends_it(bed: Bed) -> None:
-    """Pages of the second run came, and do not count: there is none before them."""
+    """Pages of the second run arrive and do not count, because a page before them is missing."""
     keys = keys_of(8)
     bed.holds("a", keys[:4])
     bed.holds("b", keys[4:])
@@ -207,8 +207,8 @@ def test_a_wrong_page_does_not_count(bed: Bed) -> None:
     assert bed.store.prefix(keys) == 2
 
 
-def test_other_pages_than_ours_are_no_pages(bed: Bed, tmp_path: Path) -> None:
-    """A node whose pages have another size, which no namespace should allow: nothing is copied."""
+def test_pages_of_another_size_are_misses(bed: Bed, tmp_path: Path) -> None:
+    """A node serves pages of another size, which its namespace forbids: nothing is copied."""
     keys = keys_of(4)
     bed.holds("a", keys)
     for key in keys:
@@ -219,7 +219,7 @@ def test_other_pages_than_ours_are_no_pages(bed: Bed, tmp_path: Path) -> None:
     assert all(memory.untouched(row) for row in range(4))
 
 
-def test_what_is_computed_sooner_is_left(bed: Bed, tmp_path: Path) -> None:
+def test_pages_that_are_computed_sooner_are_not_fetched(bed: Bed, tmp_path: Path) -> None:
     keys = keys_of(4)
     bed.holds("a", keys)
     memory = PageMemory(4, [PAGE])

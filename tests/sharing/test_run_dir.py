@@ -1,4 +1,4 @@
-"""The run directory: one agent per directory, rank locks, the node's name; all of it among several processes."""
+"""The run directory: one agent per directory, rank locks; all of it among several processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.sharing.run_dir import RunDir, node_name, settings_digest
+from flexkv_sglang.sharing.run_dir import RunDir, settings_digest
 
 
 @pytest.fixture
@@ -72,30 +72,11 @@ def test_places_of_all_configurations(config: FlexKVConfig, tmp_path: Path) -> N
     }
 
 
-def test_what_an_agent_is_started_with_is_what_was_given(config: FlexKVConfig) -> None:
+def test_an_agent_starts_with_the_given_configuration(config: FlexKVConfig) -> None:
     run_dir = RunDir.of(config)
     run_dir.write_config(config)
     assert run_dir.config_path.stat().st_mode & 0o77 == 0  # there may be a password in it
     assert FlexKVConfig.parse(json.loads(run_dir.config_path.read_text())) == config
-
-
-def test_eight_processes_that_start_at_once_agree_on_the_nodes_name(tmp_path: Path) -> None:
-    code = (
-        "import sys; from flexkv_sglang.config.settings import FlexKVConfig\n"
-        "from flexkv_sglang.sharing.run_dir import node_name\n"
-        "print(node_name(FlexKVConfig.parse({'path': sys.argv[1]})))"
-    )
-    command = [sys.executable, "-P", "-c", code, str(tmp_path / "new")]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    names = {child.communicate()[0] for child in children}
-    assert len(names) == 1
-    assert names != {""}
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["node-id"]
-
-
-def test_other_nodes_have_other_names(tmp_path: Path) -> None:
-    names = {node_name(FlexKVConfig.parse({"path": str(tmp_path / which)})) for which in "ab"}
-    assert len(names) == 2
 
 
 def test_settings_that_differ_without_harm() -> None:
@@ -117,7 +98,7 @@ def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_rank_lock_appears_held(config: FlexKVConfig) -> None:
-    """The agent looks at all locks every second, and removes those that nobody holds."""
+    """The agent looks at all locks every second, and removes those without a holder."""
     run_dir = RunDir.of(config)
     done = threading.Event()
 
@@ -157,18 +138,10 @@ def test_a_lock_whose_file_was_removed_is_not_in_place(config: FlexKVConfig) -> 
     assert other.in_place
 
 
-@pytest.mark.parametrize("rubbish", [b"", b"../../tmp", b"\xff\xfe\x00", b"ABCDEFGH"])
-def test_a_node_id_that_is_no_mark_is_replaced(tmp_path: Path, rubbish: bytes) -> None:
-    (tmp_path / "node-id").write_bytes(rubbish)
-    config = FlexKVConfig.parse({"path": str(tmp_path)})
-    assert node_name(config) == node_name(config)
-    assert len((tmp_path / "node-id").read_text().strip()) == 8
-
-
 def test_a_run_directory_that_others_can_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/dev/shm is everybody's: whoever owns what lies above could exchange it, and read the password in agent.json."""
+    """/dev/shm is open to all users: the owner of the directory above ours could read the password in agent.json."""
     monkeypatch.setattr("flexkv_sglang.sharing.run_dir._MEMORY", tmp_path / "shm")
     above = tmp_path / "shm" / f"flexkv-{os.getuid()}"
     above.mkdir(parents=True)

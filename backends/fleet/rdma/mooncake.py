@@ -195,6 +195,7 @@ class MooncakeTransport:
         return transfer
 
     def _start_thread(self) -> threading.Thread:
+        # no JobThread: its ``stop`` drops jobs, and a transfer that was accepted must end
         thread = threading.Thread(target=self._run, name="flexkv-mooncake", daemon=True)
         try:
             thread.start()

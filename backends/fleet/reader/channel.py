@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.reader.health import REFUSED_S, PeerHealth
-from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, Arrived, PageOutcome, Pending
+from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, PageOutcome, Pending
 from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link, LinkState
+from flexkv_sglang.backends.fleet.wire.protocol import Bytes
 
 if TYPE_CHECKING:
     import zmq
@@ -176,11 +177,11 @@ class PeerChannel:
             out.pending.fail(place, PageOutcome.FAILED)
             link.fail(f"wire: pages of {pages.length} bytes, not {out.pending.page_bytes}")
             return
-        self._deliver(link, pages, out, frame)
+        self._deliver(link, pages, out, frame.buffer)
         out.pending.arrived(len(pages.checksums) * pages.length, self.heard_at)
         self._cancel_unwanted(out.pending)
 
-    def _deliver(self, link: Link, pages: answers.PagesHeader, out: Out, data: Arrived) -> None:
+    def _deliver(self, link: Link, pages: answers.PagesHeader, out: Out, data: Bytes) -> None:
         place = out.first + pages.index
         delivered, failure = out.pending.deliver(place, pages, data)
         if delivered:

@@ -37,13 +37,6 @@ FALLBACK_S = 60.0
 """After an error of the transport a peer is read over ZeroMQ for this long."""
 
 
-@dataclass(frozen=True, slots=True)
-class FetchedPage:
-    """A page's bytes in the slab; has the shape of a ZeroMQ frame."""
-
-    buffer: memoryview
-
-
 @dataclass(eq=False, slots=True)
 class Fetch:
     """One OFFER: a run of the slab, ``slot_bytes`` for each page of ``page_bytes``.
@@ -114,10 +107,10 @@ class RdmaMemory:
             ],
         )
 
-    def fetched(self, fetch: Fetch, place: int) -> FetchedPage:
+    def fetched(self, fetch: Fetch, place: int) -> memoryview:
         """The bytes of page ``place``. Its transfer must be DONE."""
         start = fetch.offset + place * fetch.slot_bytes
-        return FetchedPage(self._slab.memory[start : start + fetch.page_bytes])
+        return self._slab.memory[start : start + fetch.page_bytes]
 
     def give_back(self, fetch: Fetch) -> None:
         """The caller no longer uses this memory. It is reused when the transport does not use it either."""

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
 
 import numpy as np
 
@@ -77,15 +76,6 @@ class RemoteRead:
         assert len(self.keys) == len(self.targets), (len(self.keys), len(self.targets))
 
 
-class Arrived(Protocol):
-    """Bytes of pages: a ZeroMQ frame, or a ``FetchedPage``."""
-
-    @property
-    def buffer(self) -> Bytes:
-        """Laid out as ``PagesHeader`` says."""
-        ...
-
-
 class Pending:
     """A read under way. The memory of its targets must stay until ``wait`` has returned."""
 
@@ -129,18 +119,18 @@ class Pending:
         return outcomes
 
     def deliver(
-        self, first: int, pages: PagesHeader, frame: Arrived
+        self, first: int, pages: PagesHeader, source: Bytes
     ) -> tuple[int, PageOutcome | None]:
-        """Verify and copy the pages from ``first`` on.
+        """Verify and copy the pages from ``first`` on. ``source``: laid out as ``PagesHeader`` says.
 
         Returns the number of OK pages, and the outcome of the next one; None: there is none, or it is not wanted.
         """
-        data = np.frombuffer(frame.buffer, np.uint8)
-        source, stride = data.ctypes.data, stride_of(self.page_bytes)
+        address = int(np.frombuffer(source, np.uint8).ctypes.data)
+        stride = stride_of(self.page_bytes)
         targets = self.read.targets.addresses[first : first + len(pages.checksums)].tolist()
         lengths = self.read.targets.lengths.tolist()
         for place, checksum in enumerate(pages.checksums):
-            index, start = first + place, source + place * stride
+            index, start = first + place, address + place * stride
             with self._lock:
                 if self._closed or index >= self._end or self._outcomes[index] is not None:
                     return place, None

@@ -12,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import zmq
 
 from flexkv_sglang.backends.fleet.server.queue import Reader
 from flexkv_sglang.backends.fleet.vocabulary import ServedNode, Snapshot, namespace_name
@@ -20,14 +21,11 @@ from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.answers import UnavailableReason
 from flexkv_sglang.threads import JobPool, PoolJob
 
-if TYPE_CHECKING:
-    import zmq
-
 SNAPSHOT_KEPT_S = 1.0
 SENDING_MAX = 64
 PARTS_IN_FLIGHT = 2
 
-SendTracked = Callable[[Reader, "list[bytes]"], "zmq.MessageTracker | None"]
+SendTracked = Callable[[Reader, list[bytes]], zmq.MessageTracker | None]
 """Sends frames. None: the reader is gone."""
 
 
@@ -70,7 +68,11 @@ class ServeFeeds:
                     UnavailableReason.UNKNOWN_NAMESPACE if log is None else UnavailableReason.LOST
                 )
                 frames = answers.pack_unavailable(ask.request_id, reason)
-            return lambda: _ignore(self._send(reader, frames))
+
+            def send() -> None:
+                self._send(reader, frames)
+
+            return send
 
         self._ask(reader, ask.request_id, build)
 
@@ -122,7 +124,3 @@ class ServeFeeds:
             self._send(reader, answers.pack_unavailable(request_id, reason))
         else:
             self._sending.append(_Sending(reader, request_id, snapshot))
-
-
-def _ignore(_: object) -> None:
-    pass

@@ -13,7 +13,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+
+import zmq
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.fleet.server.offers import Offers, take_offsets
@@ -30,9 +31,6 @@ from flexkv_sglang.backends.fleet.vocabulary import (
 from flexkv_sglang.backends.fleet.wire import answers, protocol, requests
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.threads import JobPool
-
-if TYPE_CHECKING:
-    import zmq
 
 
 class ServePages:
@@ -190,8 +188,6 @@ class ServePages:
         self, request: Request, index: int, pages: Sequence[ServedPage], offset: int
     ) -> None:
         """Send OK pages of one kind of checksum that lie side by side from ``offset`` on."""
-        import zmq
-
         count, length, stride = len(pages), request.page_bytes, request.slot_bytes
         request.sent += count
         if request.offered is not None:

@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import zmq
 
 from flexkv_sglang.backends.fleet.vocabulary import PageSource, ServedPage
 from flexkv_sglang.backends.fleet.wire import protocol, requests
-
-if TYPE_CHECKING:
-    import zmq
 
 QUEUE_MAX = 32
 """Unanswered requests of one reader, at most."""
@@ -74,7 +72,7 @@ class Request:
         return bool(self.read.flags & requests.STOP_AT_FIRST)
 
 
-Send = Callable[[Reader, "Sequence[bytes | zmq.Frame]"], bool]
+Send = Callable[[Reader, Sequence[bytes | zmq.Frame]], bool]
 """Sends frames. False: the reader is gone, and its requests are over."""
 
 

@@ -17,7 +17,8 @@ import secrets
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+import zmq
 
 from flexkv_sglang.backends.fleet.server.feeds import ServeFeeds
 from flexkv_sglang.backends.fleet.server.pages import ServePages
@@ -39,9 +40,6 @@ from flexkv_sglang.backends.fleet.wire.auth import ZapAuthenticator
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.threads import JobPool
-
-if TYPE_CHECKING:
-    import zmq
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +82,6 @@ class PageServer:
 
     def start(self) -> str:
         """Listen. Returns the address to advertise, "host:port". Raises ``ConfigError``."""
-        import zmq
-
         assert self._thread is None, "started twice"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         self._authenticator: ZapAuthenticator | None = None
@@ -114,8 +110,6 @@ class PageServer:
 
     def _bind(self) -> None:
         """Take another port if the default port is in use; other nodes cannot know it without Redis."""
-        import zmq
-
         try:
             self._router.bind(f"tcp://{addresses.join_address(self._host, self._port)}")
         except zmq.ZMQError as error:
@@ -141,8 +135,6 @@ class PageServer:
             ) from exc
 
     def _open_router(self) -> zmq.Socket[bytes]:
-        import zmq
-
         router = self._context.socket(zmq.ROUTER)
         router.linger = 0
         router.router_mandatory = 1
@@ -170,8 +162,6 @@ class PageServer:
     # ---- the loop's thread, from here on ----
 
     def _run(self) -> None:
-        import zmq
-
         poller = zmq.Poller()
         for entry in (self._router, self._disk.fd, self._control.fd, self._stop_fd):
             poller.register(entry, zmq.POLLIN)
@@ -209,8 +199,6 @@ class PageServer:
         return _SENDING_MS if self._pages.is_sending else _IDLE_MS
 
     def _take_messages(self) -> None:
-        import zmq
-
         for _ in range(MESSAGES_PER_ROUND):
             try:
                 routing, *frames = self._router.recv_multipart(zmq.NOBLOCK)
@@ -315,8 +303,6 @@ class PageServer:
 
     def _send(self, reader: Reader, frames: Sequence[bytes | zmq.Frame]) -> bool:
         """As ``Send``."""
-        import zmq
-
         if reader.gone:
             return False
         try:
@@ -330,8 +316,6 @@ class PageServer:
         return True
 
     def _send_tracked(self, reader: Reader, frames: list[bytes]) -> zmq.MessageTracker | None:
-        import zmq
-
         *heads, last = frames
         data = zmq.Frame(last, track=True, copy=False)
         return data.tracker if self._send(reader, [*heads, data]) else None

@@ -42,7 +42,8 @@ def listen_address(share: ShareConfig, secret: Secret | None) -> tuple[str, int]
         )
     if secret is None:
         logger.warning(
-            "pages are served at %s without a secret: whoever can reach it may read them", host
+            "pages are served at %s without a secret: any machine that can reach them may read them",
+            host,
         )
     return host, port
 

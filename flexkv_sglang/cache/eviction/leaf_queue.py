@@ -1,8 +1,8 @@
 """LeafQueue: leaves of one class, least recently used first. Pure, not thread-safe.
 
-A use appends; nothing is taken out when a page is used again, forgotten or gets a child: its entry is
-stale then, because the slot's last use is another. Parents that become leaves late are older than the
-end of the queue and wait in a heap beside it. Entries are u64: tick << 32 | slot, the tick modulo 2^32.
+A use appends an entry. A page that is used again, forgotten or gains a child leaves a stale entry behind: the slot has
+another last use then. Parents that become leaves late are older than the end of the queue and wait in a heap.
+Entries are u64: tick << 32 | slot, the tick modulo 2^32.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from flexkv_sglang.types import I64, U64
 
 _BITS = 32
 _MASK = (1 << _BITS) - 1
-_SLACK = 1024  # stale entries that are not worth a clean-up
+_SLACK = 1024  # so few stale entries are not worth a clean-up
 
 
 class LeafQueue:
     """``last_use``: the policy's column, ticks by slot.
 
-    8 B per entry. Stale ones are thrown out when they may be a third of what was there last time.
+    8 B per entry. Stale ones are removed when they may be a third of all.
     """
 
     def __init__(self, last_use: array[int]) -> None:
         self._last_use = last_use
         self._line = array("Q")
-        self._first = 0  # of ``_line``: what is before has been taken
+        self._first = 0  # of ``_line``: entries before it are taken
         self._late: list[int] = []
         self._room = _SLACK
-        self.passed_over = False  # what ``oldest`` found last is not the oldest of all
+        self.passed_over = False  # the leaf that ``oldest`` found last is not the oldest of all
 
     def append(self, slot: int, tick: int) -> None:
         """The leaf in ``slot`` was used at ``tick``, after everything else in here."""
@@ -47,7 +47,7 @@ class LeafQueue:
             self.tidy()
 
     def oldest(self, may_go: Callable[[int], bool]) -> int | None:
-        """The least recently used leaf that may go, or None. It stays until its last use changes."""
+        """The least recently used leaf that may go, or None. Its entry stays until its last use changes."""
         refused: list[int] = []
         found = None
         while (entry := self._head()) is not None:
@@ -89,12 +89,12 @@ class LeafQueue:
         self._start(np.sort(ticks << np.uint64(_BITS) | leaves.astype(np.uint64)))
 
     def retain(self, keep: Callable[[int], bool]) -> None:
-        """Throw out the slots that ``keep`` refuses."""
+        """Remove the slots that ``keep`` refuses."""
         entries = [entry for entry in self._alive().tolist() if keep(entry & _MASK)]
         self._start(np.sort(np.array(entries, np.uint64)))
 
     def clear(self) -> None:
-        """Nothing is left."""
+        """Remove all leaves."""
         self._start(np.empty(0, np.uint64))
 
     def slots(self) -> set[int]:
@@ -115,7 +115,7 @@ class LeafQueue:
         return alive
 
     def tidy(self) -> None:
-        """Throw the stale entries out."""
+        """Remove the stale entries."""
         self._start(np.sort(self._alive()))
 
     def _start(self, entries: U64) -> None:

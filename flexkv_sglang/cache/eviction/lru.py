@@ -27,7 +27,7 @@ class Lru:
         # and no queue is asked. Most victims are found so, as chains go from the tail.
         self._next = -1
         self._next_tick = 0  # its last use; if that has changed, the shortcut is stale
-        self._victim = -1  # the leaf found last, if it is the oldest of all of its class
+        self._victim = -1  # the leaf found last, if it is the oldest of its class
         self._after = 0  # the tick after its last use, from ``forget`` to the next ``offer``
         self._chain_left = 0  # pages that may go before the classes are compared again
         self._victim_value = 0.0  # of the last victim

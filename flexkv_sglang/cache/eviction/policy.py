@@ -23,7 +23,7 @@ class KeyOf(Protocol):
 
 
 class EvictionPolicy(Protocol):
-    """What ``TierIndex`` asks. A slot is known from its first ``used`` to ``forget``."""
+    """Interface to ``TierIndex``. A slot is known from its first ``used`` to ``forget``."""
 
     last_use: array[int]  # per slot: tick of the last use, 0 if unknown
 

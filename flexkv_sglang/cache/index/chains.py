@@ -1,8 +1,8 @@
-"""ChainLinks: which slot holds the page before this one. Pure: no I/O, no lock, no clock.
+"""ChainLinks: the slot of the page before each page. Pure: no I/O, no lock, no clock.
 
-A page key stands for its whole prefix, so a page has one parent for ever; links only order eviction
-(leaves first) and never decide what is found. A link names the parent's slot and its generation, so it
-dies by itself when that slot gets another page.
+A page key stands for its whole prefix, so a page has one parent for ever. Links only order eviction (leaves first);
+no lookup depends on them. A link names the parent's slot and its generation, so it is void when that slot gets
+another page.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""FreeSlots: slots that hold nothing, per region. Pure: no I/O, no lock, no clock.
+"""FreeSlots: the free slots of each region. Pure: no I/O, no lock, no clock.
 
-A *region* is the range of slots that lies in one slot file. Slots are handed out as runs of consecutive
-numbers where there are any, so that the pages of one call can be moved by few large operations, and the
-runs of a call are spread over the regions, so that several disks work at once.
+A *region* is the range of slots in one slot file. Slots are given as runs of consecutive numbers where possible, so
+that few large operations move the pages of a call; its runs are spread over the regions, so that several disks work.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class FreeSlots:
         return bisect_right(self._bases, slot) - 1
 
     def is_free(self, slot: int) -> bool:
-        """True if nobody has the slot."""
+        """Is the slot free?"""
         return bool(self._free[slot])
 
     def is_open(self, slot: int) -> bool:
@@ -44,7 +43,7 @@ class FreeSlots:
         return self._open[self.region_of(slot)]
 
     def give(self, slot: int) -> None:
-        """The slot holds nothing any more."""
+        """Make a slot free."""
         assert not self._free[slot], f"slot {slot} is free twice"
         self._free[slot] = 1
         self._left[self.region_of(slot)] += 1
@@ -61,19 +60,19 @@ class FreeSlots:
             if len(taken) < count:
                 share = -(-(count - len(taken)) // (len(regions) - asked))
                 taken += self._take_from(region, min(share, self._left[region]))
-        for region in regions:  # where one had too little, the others make up for it
+        for region in regions:  # where one had too few, the others give more
             if len(taken) < count and self._left[region]:
                 taken += self._take_from(region, min(count - len(taken), self._left[region]))
         return taken
 
     def remove(self, slot: int) -> None:
-        """Take one particular free slot away."""
+        """Take this free slot."""
         assert self._free[slot], f"slot {slot} is not free"
         self._free[slot] = 0
         self._left[self.region_of(slot)] -= 1
 
     def close(self, region: int) -> None:
-        """Hand out nothing of this region until ``reopen``."""
+        """Give no slot of this region until ``reopen``."""
         self._open[region] = False
 
     def reopen(self, region: int) -> None:
@@ -81,14 +80,14 @@ class FreeSlots:
         self._open[region] = True
 
     def load(self, free: BoolArray) -> None:
-        """Start anew: ``free[slot]`` says which ones hold nothing."""
+        """Begin with the slots that are ``free``: bool ``[slots]``."""
         self._free[:] = free.astype(np.uint8).tobytes()
         for region in range(len(self._left)):
             low, high = self.span(region)
             self._left[region] = int(free[low:high].sum())
 
     def _take_from(self, region: int, count: int) -> list[int]:
-        """Exactly ``count``, which are there: the longest runs that a few searches find."""
+        """Exactly ``count`` slots, which exist, in the longest runs that a few searches find."""
         taken: list[int] = []
         length = count
         while len(taken) < count:

@@ -1,18 +1,18 @@
-"""TierIndex: which page is in which slot, and which one goes next. Pure: no I/O, no lock, no clock.
+"""TierIndex: the slot of each page, and the next victim. Pure: no I/O, no lock, no clock.
 
 States of a slot::
 
     free --reserve--> WRITING --commit--> READY --(victim of reserve | discard | clear)--> free
                          |                  |
                          +---- abort ---> free
-                         +---- clear ---> DOOMED  (still written to, found by nobody)
+                         +---- clear ---> DOOMED  (still written to, cannot be found)
                                             READY and pinned --discard/clear--> DOOMED
     DOOMED --abort, or the last unpin--> free
-    READY --suspend--> SUSPENDED --resume--> READY   (its directory does not answer: found by nobody)
+    READY --suspend--> SUSPENDED --resume--> READY   (its directory does not answer: cannot be found)
     free or READY --retire--> RETIRED                (given back to the disk for good)
 
-The one invariant: **a key found here names a slot whose bytes are complete, or is WRITING and then
-found by nobody but ``reserve``**. Victims are leaves only: READY, unpinned, and with no cached child,
+The one invariant: **a key found here names a slot with complete bytes, or a WRITING one that only ``reserve``
+sees**. Victims are leaves only: READY, unpinned, and with no cached child,
 because a page whose parent is gone can never be hit again (page keys chain over the whole prefix).
 
 Not thread-safe: the engine holds its lock around every call. Columns are arrays and a slot's number is

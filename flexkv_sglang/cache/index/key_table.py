@@ -9,7 +9,7 @@ One key alone costs more: 0.5 us to find, 1 us to put or remove, where a dict ta
 is stored in place of another costs 3 us more than with a dict, beside the tens of us that writing it takes.
 
 Keys are SHA-256 already. The bucket multiplies eight of their bytes with an odd number that is random per
-process (Dietzfelbinger et al., J. Algorithms 1997), so nobody can choose tokens whose pages share a bucket.
+process (Dietzfelbinger et al., J. Algorithms 1997), so an attacker cannot choose tokens whose pages share a bucket.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class KeyTable:
         self._u_shift = np.uint64(self._shift)
 
     def __len__(self) -> int:
-        """Keys that can be found."""
+        """Number of keys."""
         return self._count
 
     def __contains__(self, key: PageKey) -> bool:
         return self.get(key) != NO_SLOT
 
     def __getitem__(self, slot: int) -> PageKey:
-        """What was put into ``slot`` last."""
+        """Key that was put into ``slot`` last."""
         return PageKey(bytes(self._keys[slot * KEY_BYTES : (slot + 1) * KEY_BYTES]))
 
     def get(self, key: PageKey) -> int:
@@ -94,16 +94,16 @@ class KeyTable:
         return slots
 
     def _buckets(self, words: U64) -> I64:
-        """Where keys that begin with ``words`` are."""
+        """Buckets of keys that begin with ``words``."""
         return (words * _U_FACTOR >> self._u_shift).view(np.int64)
 
     def _are_others(self, slots: I64, words: U64) -> BoolArray:
-        """Per slot, or -1: is there a key that does not begin with this word?"""
+        """Per slot, or -1: does its key begin with another word than this one?"""
         flags: BoolArray = self._words.take(slots * _WORDS, mode="clip") != words
         return flags & (slots >= 0)
 
     def put(self, key: PageKey, slot: int) -> None:
-        """``key``, which is not here, is in ``slot`` now."""
+        """Put ``key``, which is absent, into ``slot``."""
         assert len(key) == KEY_BYTES, key
         self._keys[slot * KEY_BYTES : (slot + 1) * KEY_BYTES] = key
         bucket = _word_of(key)[0] * _FACTOR >> self._shift & self._mask
@@ -112,7 +112,7 @@ class KeyTable:
         self._count += 1
 
     def remove(self, slot: int) -> PageKey:
-        """The key of ``slot``, which is here, is not any more. Returns it."""
+        """Remove the key of ``slot``, which is present. Returns it."""
         key = self[slot]
         following = self._next
         bucket = _word_of(key)[0] * _FACTOR >> self._shift & self._mask
@@ -128,7 +128,7 @@ class KeyTable:
         return key
 
     def clear(self) -> None:
-        """Nothing is left."""
+        """Remove all keys."""
         self._firsts[:] = 0
         self._count = 0
 
@@ -170,12 +170,12 @@ class KeyTable:
         return np.concatenate([np.zeros(0, np.int64), *found])
 
     def column(self) -> KeyArray:
-        """Keys by slot: a copy. Slots that hold nothing have what was there last."""
+        """Keys by slot: a copy. An empty slot has the key that was there last."""
         return np.frombuffer(self._keys, KEY)[: self._slot_count].copy()
 
 
 def _repeated(keys: KeyArray, order: U64) -> list[int]:
-    """Positions of keys that are there before. ``order``: hash, position in the low half; ascending."""
+    """Positions of keys that occur before them. ``order``: hash with the position in its low half, ascending."""
     same = np.flatnonzero(order[1:] >> _U_32 == order[:-1] >> _U_32)
     suspects = np.unique(order[np.concatenate([same, same + 1])] & _U_ROW)
     first: dict[bytes, int] = {}

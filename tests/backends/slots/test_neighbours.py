@@ -84,7 +84,7 @@ def test_a_store_dropped_while_it_is_read_keeps_its_descriptor_until_the_lease_e
     engine.put(keys(2), buffers, None, soon())
     store = look(tmp_path)
     claims = store.find(keys(2))
-    fd = claims[0].replica.slots.fd
+    fd = claims[0].journal.slots.fd
     engine.close()
     for path in (tmp_path / "ns").glob("*.journal"):
         path.unlink()

@@ -82,6 +82,20 @@ def test_two_processes_never_own_the_same_files(tmp_path: Path) -> None:
     lock.close()
 
 
+def test_adoption_removes_what_a_crash_left_of_new_files(tmp_path: Path) -> None:
+    open_engine(tmp_path, PAGE, SIZE).close()
+    (owner,) = owners(tmp_path / "ns")
+    stale = tmp_path / "ns" / f"{owner}.7.snap.0123456789abcdef.tmp"
+    other = tmp_path / "ns" / "NAMESPACE.json.0123456789abcdef.tmp"  # may be being written
+    for path in (stale, other):
+        path.write_bytes(b"half")
+    engine = open_engine(tmp_path, PAGE, SIZE)
+    assert engine._tier.stores[0].lock.owner == owner
+    assert not stale.exists()
+    assert other.exists()
+    engine.close()
+
+
 def test_files_of_an_owner_that_died_while_it_was_made_are_removed(tmp_path: Path) -> None:
     open_engine(tmp_path, PAGE, SIZE).close()
     with OwnerLock.create(tmp_path / "ns") as half_made:

@@ -54,7 +54,7 @@ def documents(seed: int) -> Trace:
 
 
 def shifting(seed: int) -> Trace:
-    """What was popular is never asked for again from the middle on."""
+    """Pages that were popular are never asked for again from the middle on."""
     later = [[one + 10_000_000 for one in request] for request in documents(seed + 1)]
     return documents(seed) + later
 
@@ -155,7 +155,7 @@ def test_a_ghost_remembers_when_its_page_was_used(slot_count: int) -> None:
     assert counted in ([bucket_of(age)] for age in range(waited - unit, waited + unit + 1))
 
 
-def test_lru_evicts_in_the_order_of_use_whatever_is_pinned_and_whoever_gets_a_child() -> None:
+def test_lru_evicts_in_the_order_of_use_with_pinned_pages_and_new_children() -> None:
     """Against a plain list. Six chains of up to ten pages, page ``p`` of chain ``c`` in slot 10 c + p."""
     rng, policy = random.Random(8), Lru(60)
     order: list[int] = []  # slots, least recently used first
@@ -295,7 +295,7 @@ def test_buckets_of_ages_are_the_same_one_by_one_and_all_at_once(age: int) -> No
 
 
 def test_a_new_chain_is_declined_where_every_leaf_is_worth_more() -> None:
-    """A loop over three times the capacity: LRU never hits; what is cached must stay to be of use."""
+    """A loop over three times the capacity: LRU never hits; cached pages must stay to be of use."""
     index = TierIndex(1000, ReuseDensity(1000))
     loop = [
         [PageKey((100 * chain + page).to_bytes(4, "big") * 8) for page in range(10)]

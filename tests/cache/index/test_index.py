@@ -34,7 +34,7 @@ def load(index: TierIndex, chain: list[PageKey], slots: list[int], parents: list
     return index.load(keys_field(chain), np.array(slots), np.array(parents))
 
 
-def test_a_page_being_written_is_held_but_found_by_nobody() -> None:
+def test_a_page_being_written_is_known_but_not_found() -> None:
     index = TierIndex(4, Lru(4))
     (key,) = keys(1)
     index.reserve([key], None)
@@ -106,7 +106,7 @@ def test_a_page_being_written_protects_its_parent() -> None:
     assert index.reserve(keys(1, seed=9), None).refused == [0]
 
 
-def test_a_page_with_a_child_is_offered_no_more_though_nobody_has_used_it() -> None:
+def test_a_page_with_a_child_is_offered_no_more_though_it_was_not_used() -> None:
     old, young = keys(2, seed=1), keys(1, seed=2)
     index = filled(3, old[:1], young)
     store(index, old[1:], old[0])  # the child of what was the oldest leaf, and more recent than all
@@ -183,7 +183,7 @@ def test_links_to_nonsense_are_dropped_when_loading() -> None:
 
 
 def test_after_a_directory_came_back_the_oldest_leaf_goes_first_again() -> None:
-    """The page used right after the last victim is not the oldest when leaves are offered anew."""
+    """The page used right after the last victim is not the oldest when leaves are offered again."""
     chain = keys(4)
     index = TierIndex(3, Lru(3))
     granted = index.reserve(chain, None, frozenset([2])).granted

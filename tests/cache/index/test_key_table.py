@@ -92,7 +92,7 @@ def test_load_gives_what_puts_give_and_drops_repeated_keys(kind: str, count: int
 
 
 def test_a_key_that_begins_like_another_ones_is_not_found() -> None:
-    """Candidates come from the first eight bytes; what is given out is decided by all 32."""
+    """Candidates come from the first eight bytes; all 32 decide the answer."""
     rng = random.Random(1)
     here, other = key_of(77, rng), key_of(77, rng)
     twin = PageKey(here[:31] + bytes([here[31] ^ 1]))

@@ -1,4 +1,4 @@
-"""LookupPins: what an exists-check announced is there when it is read, and nobody can own the cache that way."""
+"""LookupPins: announced pages are there when they are read, and no client can own the cache that way."""
 
 from __future__ import annotations
 

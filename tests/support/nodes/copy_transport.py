@@ -1,4 +1,4 @@
-"""An RDMA transport between a server and a client of this process: it copies memory, when and how a test wants."""
+"""An RDMA transport between a server and a client of this process: it copies memory when a test says so."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ RUNNING, DONE, FAILED = TransferState.RUNNING, TransferState.DONE, TransferState
 
 
 class CopyTransfer:
-    """Moves that are carried out by ``finish``."""
+    """Moves that ``finish`` carries out."""
 
     def __init__(self, moves: Sequence[Move]) -> None:
         self.moves = list(moves)
         self.state = RUNNING
 
     def finish(self, state: TransferState = DONE) -> None:
-        """Write to the targets, now; and end as ``state``."""
+        """Write to the targets now, and end as ``state``."""
         for move in self.moves:
             ctypes.memmove(move.target, move.source, move.byte_count)
         self.state = state
@@ -31,7 +31,7 @@ class CopyTransfer:
 class CopyTransport:
     """``behaviour``: "copy" at once, "hang", "fail", "refuse" or "no memory". ``transfers``: all of them.
 
-    ``before``: called when a read is to start. ``settle_s``: not that of any real one.
+    ``before``: called at the start of a read.
     """
 
     name = "nixl"

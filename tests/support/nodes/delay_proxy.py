@@ -1,4 +1,4 @@
-"""A TCP proxy in this process that delays, limits, or swallows: a bad network without root or network namespaces.
+"""A TCP proxy in this process that delays, limits or swallows bytes: a bad network without root.
 
     with DelayProxy(target) as proxy:      # target and proxy.address: "host:port"
         proxy.cut()                        # a black hole: bytes wait, nothing is refused, no reset
@@ -32,11 +32,11 @@ class DelayProxy:
         assert self._ready.wait(10)
 
     def cut(self) -> None:
-        """From now on nothing passes."""
+        """Let no more bytes pass."""
         self._call(self._open.clear)
 
     def heal(self) -> None:
-        """What waited goes on, and all that follows."""
+        """Let waiting and later bytes pass again."""
         self._call(self._open.set)
 
     def close(self) -> None:

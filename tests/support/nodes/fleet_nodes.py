@@ -1,4 +1,4 @@
-"""Nodes of a fleet for tests: each a directory, a run directory, an agent, and rank processes that come and go.
+"""Nodes of a fleet for tests: each has a directory, a run directory, an agent and rank processes.
 
 On loopback, or on a host of a ``flexkv_bed.netns.Cluster``. Everything is a real process: agents are the ones that
 rank processes start.
@@ -25,7 +25,7 @@ _SUPPORT = Path(__file__).resolve().parent
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Poll until it holds. False: it did not in time."""
+    """Poll until it is true. False: the time is over."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
@@ -68,14 +68,14 @@ class Rank:
         return dict(self.ask("counters")["counters"])
 
     def stop(self) -> None:
-        """The orderly end."""
+        """End the process normally."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(timeout=30) == 0, self.log_text()
         self._close()
 
     def kill(self) -> None:
-        """SIGKILL; harmless when it is dead."""
+        """SIGKILL. A dead process is ignored."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
@@ -101,7 +101,7 @@ class Rank:
 
 
 class Node:
-    """One node. ``share``: settings beside those that every test wants; ``prefix``: a command that runs others there.
+    """One node. ``share``: settings added to the tests' defaults. ``prefix``: a command that runs others there.
 
     ``times``: fields of ``ShareConfig`` that are no settings, of the agent and the rank processes.
     """
@@ -137,7 +137,7 @@ class Node:
         self.write_config()
 
     def write_config(self) -> None:
-        """After a change of ``config``."""
+        """Write the changed ``config``."""
         self.config_path.write_text(json.dumps(self.config))
 
     def rank(self) -> Rank:
@@ -150,12 +150,12 @@ class Node:
 
     @property
     def agent_pid(self) -> int | None:
-        """Of the living agent."""
+        """Process id of the living agent."""
         agent = self.run_dir.agent() if self.run_dir.path.exists() else None
         return agent.get("pid") if agent else None
 
     def status(self) -> dict[str, Any]:
-        """What the agent last reported."""
+        """The agent's last report."""
         try:
             return dict(json.loads(self.run_dir.status_path.read_text()))
         except (OSError, ValueError):
@@ -166,7 +166,7 @@ class Node:
         return {peer["nid"]: peer for peer in self.status().get("peers", [])}
 
     def sees(self, other: str, pages: int) -> bool:
-        """Is ``other`` up, with so many pages?"""
+        """True if ``other`` is up with ``pages`` pages."""
         peer = self.peers().get(other, {})
         return peer.get("state") == "up" and peer.get("pages", -1) == pages
 

@@ -32,7 +32,7 @@ _FLEET_AGENT = Path(__file__).with_name("fleet_agent.py")
 
 
 def identity(payload_bytes: int) -> Identity:
-    """The same on every node."""
+    """Identity of the model, the same on every node."""
     whole = (0, 1)
     return Identity(
         model="fleet-test",
@@ -56,7 +56,7 @@ def identity(payload_bytes: int) -> Identity:
 
 
 def key(seed: int, number: int) -> PageKey:
-    """Of page ``number`` of chain ``seed``."""
+    """Key of page ``number`` of chain ``seed``."""
     return PageKey(hashlib.sha256(f"{seed}:{number}".encode()).digest())
 
 
@@ -65,7 +65,7 @@ def chain(seed: int, count: int) -> list[PageKey]:
 
 
 def content(page: PageKey, payload_bytes: int) -> npt.NDArray[np.uint8]:
-    """Bytes that belong to a key."""
+    """Bytes of a key's page."""
     return np.random.default_rng(list(page[:16])).integers(0, 256, payload_bytes, np.uint8)
 
 
@@ -91,13 +91,13 @@ class Rank:
         flexkv = [sys.executable, "-P", str(_FLEET_AGENT), json.dumps(times)]
         self._payload_bytes = payload_bytes
         self._metrics = Metrics()
-        told = identity(payload_bytes)
+        spec = identity(payload_bytes)
         self._sharing = Sharing(config, self._metrics, flexkv) if config.share.wanted else None
         self.store: Tiers = open_tiers(
             config,
             prepare_tiers(config),
-            told.namespace,
-            told.fields(),
+            spec.namespace,
+            spec.fields(),
             payload_bytes,
             [Quota(tier.size) for tier in config.tiers],
             self._metrics,
@@ -116,11 +116,11 @@ class Rank:
         return {"done": done, "at": time.monotonic()}
 
     def prefix(self, seed: int, pages: int) -> dict[str, Any]:
-        """How many pages can be had?"""
+        """Length of the prefix that a read would find."""
         return {"pages": self.store.prefix(chain(seed, pages))}
 
     def await_prefix(self, seed: int, pages: int, seconds: float = 10.0) -> dict[str, Any]:
-        """Wait until so many pages can be had; ``at``: when that was seen, ``time.monotonic()`` s."""
+        """Wait for a prefix of ``pages`` pages. ``at``: its time, ``time.monotonic()`` seconds."""
         keys, until = chain(seed, pages), time.monotonic() + seconds
         while self.store.prefix(keys) < pages:
             if time.monotonic() > until:
@@ -147,7 +147,7 @@ class Rank:
         }
 
     def unchanged(self) -> dict[str, Any]:
-        """Has anybody written into the pages of the last ``get`` since it returned?"""
+        """``unchanged``: nothing was written to the targets of the last ``get`` after it returned."""
         assert self._last is not None
         memory, before = self._last
         return {"unchanged": bool(np.array_equal(memory.rows, before))}
@@ -156,7 +156,7 @@ class Rank:
         return {"counters": {name: n for name, n in self._metrics.snapshot().items() if n}}
 
     def clear(self) -> dict[str, Any]:
-        """Forget own pages."""
+        """Clear the own pages."""
         self.store.clear()
         return {}
 

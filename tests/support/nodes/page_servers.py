@@ -1,4 +1,4 @@
-"""Page servers for tests: in this process, or in one of its own that can be killed and stopped."""
+"""Page servers for tests: in this process, or in a process of their own that can be killed and stopped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FULL = frozenset({ChecksumKind.XXH3_64})
 
 
 def write_secret(path: Path, content: bytes = b"") -> str:
-    """A secret file that nobody else may read."""
+    """Write a secret file that only its owner may read."""
     path.write_bytes(content or os.urandom(48))
     path.chmod(0o600)
     return str(path)
@@ -88,7 +88,7 @@ def reading(
     transport: RdmaTransport | None = None,
     count: Count = lambda name, amount: None,
 ) -> Iterator[PeerClient]:
-    """A client."""
+    """A client, closed at the end."""
     client = PeerClient(share or ShareConfig(), count, transport)
     try:
         yield client
@@ -115,7 +115,7 @@ def begin(
 
 
 def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait for something to become true."""
+    """Wait until ``true()``."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not become true"

@@ -1,4 +1,4 @@
-"""Page sources and change logs for tests of the wire: pages are a function of their key; some go wrong on purpose."""
+"""Page sources and change logs for tests of the wire. A page is a function of its key; faults can be added."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class PageMemory:
         )
 
     def page(self, index: int) -> bytes:
-        """What lies in page ``index``."""
+        """The bytes of page ``index``."""
         return self.bytes[index].tobytes()
 
     def untouched(self, index: int) -> bool:
-        """Has nothing been written to page ``index``?"""
+        """True if page ``index`` was never written."""
         return bool((self.bytes[index] == 0xEE).all())
 
 
@@ -96,14 +96,14 @@ class ListedChanges:
     """A change log with a fixed list of changes and a fixed snapshot."""
 
     def __init__(self, changes: Sequence[Change], snapshot: Snapshot) -> None:
-        self.changes, self.told = list(changes), snapshot
+        self.changes, self.fixed = list(changes), snapshot
 
     def since(self, epoch: int, last: int) -> list[Change] | None:
         """As ``ChangeLog``."""
-        if epoch != self.told.epoch:
+        if epoch != self.fixed.epoch:
             return None
         return [change for change in self.changes if change.first + change.numbers - 1 > last]
 
     def snapshot(self) -> Snapshot:
         """As ``ChangeLog``."""
-        return self.told
+        return self.fixed

@@ -1,4 +1,4 @@
-"""``mooncake.engine`` as measured (decision 022), played in this process: what it copies, when, and what it answers.
+"""A stand-in for ``mooncake.engine`` as measured (decision 022), in this process.
 
 ``TransferEngine`` has the calls that ours makes. Batches end when a test says so, or at once with ``at_once``.
 """
@@ -15,7 +15,7 @@ WAITING, COMPLETED, FAILED, TIMEOUT = 0, 1, -1, -2
 
 class TransferEngine:
     """``batches``: number -> (target, source, bytes, status) of those that are not freed. ``hold``: cleared, the next
-    call that starts a batch hangs in it; ``entered`` says that it has come. ``answers``: instead of a batch's number.
+    call that starts a batch hangs; ``entered`` is set when that call begins. ``answers``: instead of a batch's number.
     """
 
     at_once: ClassVar[bool] = False
@@ -39,18 +39,18 @@ class TransferEngine:
         return self.status
 
     def get_rpc_port(self) -> int:
-        """Where others ask for its memory."""
+        """The port for remote access to its memory."""
         return 15000
 
     def register_memory(self, address: int, byte_count: int) -> int:
-        """0, or what it says of memory that overlaps."""
+        """0, or its error for memory that overlaps."""
         if address in self.memory:
             return -7
         self.memory[address] = byte_count
         return 0
 
     def unregister_memory(self, address: int) -> int:
-        """0, or what it says of memory it does not know."""
+        """0, or its error for unknown memory."""
         return 0 if self.memory.pop(address, 0) else -3
 
     def batch_transfer_async_read(
@@ -70,13 +70,13 @@ class TransferEngine:
         return number
 
     def finish(self, number: int, status: int = COMPLETED) -> None:
-        """A batch ends like this; its bytes are there."""
+        """End a batch with ``status``, after copying its bytes."""
         target, source, length, _ = self.batches[number]
         ctypes.memmove(target, source, length)
         self.batches[number] = (target, source, length, status)
 
     def transfer_check_status(self, number: int) -> int:
-        """What has become of a batch; one that has ended is freed, and to ask again would end the process."""
+        """The status of a batch. An ended batch is freed; asking again would crash the real Mooncake."""
         status = self.batches[number][3]
         if status in (COMPLETED, FAILED):
             del self.batches[number]

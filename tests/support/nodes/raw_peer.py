@@ -1,4 +1,4 @@
-"""A peer made by hand: a bare DEALER that says exactly what a test wants."""
+"""A peer that a test controls: a bare DEALER that sends exactly the given messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexkv_sglang.backends.fleet.wire import answers, requests
 
 
 class RawPeer:
-    """Connected to ``address``; greets unless told otherwise. ``queue``: messages it takes unread, 0: all."""
+    """Connected to ``address``. ``greet``: send HELLO first. ``queue``: unread messages it accepts, 0: all."""
 
     def __init__(
         self, address: str, *, greet: bool = True, cluster_id: str = "default", queue: int = 0
@@ -30,7 +30,7 @@ class RawPeer:
         self.sock.send_multipart(frames)
 
     def hear(self, seconds: float = 10.0) -> answers.Answer | None:
-        """The next answer; None: there is none in time."""
+        """The next answer; None: none came in time."""
         if not self.sock.poll(int(seconds * 1000)):
             return None
         return answers.decode_answer(self.sock.recv_multipart())
@@ -57,7 +57,7 @@ class RawPeer:
 
 
 def one_by_one(pages: answers.PagesHeader) -> list[answers.PagesHeader]:
-    """As if each had come in a message of its own."""
+    """Split one message into messages of one page."""
     return [
         replace(pages, index=pages.index + place, checksums=(checksum,))
         for place, checksum in enumerate(pages.checksums)

@@ -2,10 +2,10 @@
 
 ``rdma_node.py ENGINE serve COUNT BYTES``: a page server; ``{"op": "counts"}`` on stdin answers its counts.
 ``rdma_node.py ENGINE read``: a client; ``{"op": "read", "address": a, "count": n, "bytes": b, "seconds": s}`` answers
-outcomes, whether every OK page is right, and seconds; with ``"pid"`` and ``"signal"`` that process gets that signal
-when the pages lie there and before they are fetched, with ``"behind"`` when the fetch has begun. ``{"op": "touched"}``:
-which pages of the last read that are not OK were written to. ``{"op": "state"}``: free bytes of its slab, and what it
-has counted. Ends at the end of input.
+outcomes, ``right`` (every OK page is), and seconds; with ``"pid"`` and ``"signal"`` that process gets that signal
+after the offer and before the fetch, with ``"behind"`` after the fetch has begun. ``{"op": "touched"}``: the pages of
+the last read that are not OK and were written to. ``{"op": "state"}``: free bytes of its slab, and its counters. Ends
+at the end of input.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Reader:
         return {"free": transport.free_bytes, **self.counts}
 
     def _harm(self, pid: int, number: int, behind: bool) -> None:
-        """The next fetch, and only that, finds the server like this; ``behind``: once it has begun."""
+        """Signal the server before the next fetch, or with ``behind`` just after its start."""
         transport = self.client._rdma
         assert transport is not None
         start = transport.start

@@ -17,7 +17,7 @@ SLAB = 64 << 20
 
 
 def python_of(transport: str) -> Path:
-    """The interpreter of its environment, whether it is there or not."""
+    """The interpreter of its environment; it may be missing."""
     return ROOT / f".venv-{transport}/bin/python"
 
 
@@ -35,7 +35,7 @@ class Node:
         self.first: dict[str, Any] = {}
 
     def hear(self) -> dict[str, Any]:
-        """The next line it says."""
+        """The next line of its output."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.end()
@@ -43,7 +43,7 @@ class Node:
         return heard
 
     def ask(self, **what: Any) -> dict[str, Any]:
-        """Say one line, hear one."""
+        """Send one line, read one."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
@@ -57,7 +57,7 @@ class Node:
         )
 
     def until(self, name: str, value: int) -> dict[str, Any]:
-        """Ask for its state or counts until one number in it is as given."""
+        """Ask for its state or counts until ``name`` has ``value``."""
         end = time.monotonic() + 20
         while (state := self.ask(op="state")).get(name, 0) != value:
             assert time.monotonic() < end, state
@@ -65,7 +65,7 @@ class Node:
         return state
 
     def end(self) -> tuple[int, str]:
-        """Let it end by itself: its status, and what it said on stderr."""
+        """Close its input and wait: (exit status, stderr)."""
         _, said = self.process.communicate(timeout=30)
         return self.process.returncode, said
 

@@ -1,4 +1,4 @@
-"""Messages that nobody would send: noise, and valid ones with something wrong; for decoders and a real server."""
+"""Fuzzed messages: noise, and valid messages with errors; for decoders and a real server."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def valid_answers() -> list[Frames]:
 
 
 def spoiled(valid: list[Frames], rng: random.Random) -> Frames:
-    """A valid message with something wrong, or noise."""
+    """A valid message with an error, or noise."""
     if rng.random() < 0.1:
         return [rng.randbytes(rng.randrange(300)) for _ in range(rng.randrange(1, 4))]
     frames = list(rng.choice(valid))
@@ -104,12 +104,12 @@ def spoiled(valid: list[Frames], rng: random.Random) -> Frames:
 
 
 def fuzz_decoders(count: int, seed: int) -> dict[str, int]:
-    """Feed ``count`` messages to both decoders: a value or ``WireError`` each; anything else is raised."""
+    """Feed ``count`` messages to both decoders. Each gives a value or ``WireError``; other errors are raised."""
     rng = random.Random(seed)
-    asked, told = valid_requests(), valid_answers()
+    asked, answered = valid_requests(), valid_answers()
     understood = refused = 0
     for _ in range(count):
-        for decode, valid in ((requests.decode_request, asked), (answers.decode_answer, told)):
+        for decode, valid in ((requests.decode_request, asked), (answers.decode_answer, answered)):
             frames = spoiled(valid, rng)
             try:
                 decode(frames)
@@ -175,13 +175,15 @@ def _connect(context: zmq.Context, address: str) -> zmq.Socket:
 
 def _drain(sock: zmq.Socket) -> None:
     while sock.poll(0):
-        answer = answers.decode_answer(sock.recv_multipart())  # the server itself talks sense
+        answer = answers.decode_answer(
+            sock.recv_multipart()
+        )  # the server sends only valid messages
         if isinstance(answer, answers.Offered):
             sock.send_multipart(requests.pack_done(answer.lease))
 
 
 def _honest(client: object, address: str) -> int:
-    """Reads until it is served; pages served."""
+    """Read until all pages are served; their count."""
     end = time.monotonic() + 30
     while True:
         memory = PageMemory(8, [4096])

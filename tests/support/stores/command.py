@@ -27,7 +27,7 @@ os._exit(0)
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a command said."""
+    """Output of a command."""
 
     code: int
     text: str

@@ -1,4 +1,4 @@
-"""Starts children, kills them, has the ledger judged. ``scripts/crash`` is its command line.
+"""Starts children, kills them, and judges their ledger. ``scripts/crash`` is its command line.
 
 Children are forked from this process, which has everything imported and no thread and no engine: a life
 costs milliseconds, not an interpreter start. Each life first verifies what the last kill left.
@@ -52,7 +52,7 @@ _FOR_EVER = 10**6
 
 @dataclass(frozen=True)
 class Scene:
-    """How a piece of the campaign is set. ``sizes``: quotas in slots that lives alternate between."""
+    """Settings of a piece of the campaign. ``sizes``: quotas in slots, one per life in turn."""
 
     name: str
     sizes: tuple[int, ...]
@@ -148,7 +148,7 @@ class Piece:
         )
 
     def run(self, kills: int) -> None:
-        """Kill ``kills`` lives, then let one end in peace."""
+        """Kill ``kills`` lives, then let one end normally."""
         reader = self._start_reader() if self._scene.reader else None
         lives = [self._start(index) for index in range(len(self._judges))]
         for turn in range(kills):
@@ -199,7 +199,7 @@ class Piece:
         return fork(live), order, time.monotonic() + patience
 
     def _make_reachable(self, order: Order) -> None:
-        """Owners are made in an empty directory, and removed when one was left half made."""
+        """Owners are created in an empty directory; a half-created one is removed."""
         directory = self._setting.directory / NAMESPACE
         shutil.rmtree(directory)
         open_places(self._modes, NAMESPACE, {})
@@ -210,7 +210,7 @@ class Piece:
             (directory / f"0123456789ab.{self._setting.slot_bytes}.slots").write_bytes(b"half")
 
     def _end(self, index: int, pid: int, order: Order, deadline: float) -> None:
-        """Wait for the child to die at its point; at the deadline it is killed wherever it is."""
+        """Wait until the child dies at its failpoint; kill it at the deadline."""
         by = order.point.name if order.point is not None else "random moment"
         if order.cut is not None:
             by += " (torn)"

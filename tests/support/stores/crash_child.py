@@ -1,4 +1,4 @@
-"""The process that is killed: adopts what the last one left, looks at every page, then puts, gets and clears.
+"""The process that is killed: adopts the files of the last one, checks every page, then puts, gets and clears.
 
 Pages are a function of their key, so any process can say whether bytes are right. Keys come in chains of
 ``CHAIN``, as prefixes do. Each thread puts chains of its own: a page that another thread is writing is
@@ -47,7 +47,7 @@ class Setting:
     chains: int
     verify: str
     durable: bool
-    alone: bool  # nobody else owns files here, so every file can be accounted for
+    alone: bool  # no other process owns files here, so every file can be accounted for
 
     @property
     def key_count(self) -> int:
@@ -60,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Order:
-    """What one life is to do. ``steps``: per thread, then close properly; killed before that, mostly."""
+    """The work of one life. ``steps``: per thread, before a normal close; most lives are killed earlier."""
 
     seed: int
     slots: int
@@ -77,7 +77,7 @@ def make_content(count: int, payload: int) -> Bytes:
 
 
 def open_here(setting: Setting, slots: int) -> CacheEngine:
-    """An engine as the adapter assembles it, less the probe; 0 slots: it only reads its neighbours."""
+    """An engine as the product assembles it, but without the probe. 0 slots: it only reads its neighbours."""
     return open_engine(
         setting.directory,
         setting.payload,
@@ -101,7 +101,7 @@ class Life:
         self._refused = 0
 
     def run(self) -> None:
-        """Until the order is done. Runs in the child alone."""
+        """Carry out the order. Runs only in the child."""
         order = self._order
         JournalWriter.should_rotate = rotate_often  # type: ignore[method-assign]
         if order.point is not None:
@@ -123,7 +123,7 @@ class Life:
         self._ledger.note(Kind.CLOSED)
 
     def read_for_ever(self) -> None:
-        """A neighbour without files of its own: reads whatever the others claim to hold."""
+        """Read the pages of all journals as a neighbour without files of its own."""
         engine = open_here(self._setting, 0)
         rng = random.Random(self._order.seed)
         served = 0
@@ -169,7 +169,7 @@ class Life:
         self._ledger.note(Kind.PUT_END, first, count, mask, thread=index)
 
     def _get(self, engine: CacheEngine, first: int, count: int) -> list[int]:
-        """Keys served of a run; each is compared."""
+        """Keys served of a run, after comparing each."""
         memory, buffers = page_memory(count, self._setting.payload)
         done = engine.get(self._keys[first : first + count], buffers, soon())
         served = [first + i for i, flag in enumerate(done) if flag]
@@ -184,7 +184,7 @@ class Life:
         return served
 
     def _look_at_all(self, engine: CacheEngine) -> None:
-        """Every page that is here, also those behind one that is not."""
+        """All stored pages, also those behind a missing one."""
         checked = 0
         for first in range(0, self._setting.key_count, CHAIN):
             served: list[int] = []
@@ -228,5 +228,5 @@ def _idle_owners(names: set[str], engine: CacheEngine) -> set[str]:
 
 
 def rotate_often(journal: JournalWriter, live_count: int) -> bool:
-    """Instead of ``JournalWriter.should_rotate``: a new generation every ``ROTATE_RECORDS`` records."""
+    """Replaces ``JournalWriter.should_rotate``: a new generation every ``ROTATE_RECORDS`` records."""
     return journal.size > 4096 + ROTATE_RECORDS * 64

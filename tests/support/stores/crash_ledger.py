@@ -1,4 +1,4 @@
-"""What a child process acknowledged before it was killed, and what that obliges the next one to find.
+"""Events that a child acknowledged before it was killed, and the pages that its successor must find.
 
 The ledger is an append-only file of 16-byte events, one ``write`` each, made before an operation begins
 and after it returned; SIGKILL cannot take back what is in the page cache. ``Judge`` reads it between two
@@ -17,7 +17,7 @@ EVENT = struct.Struct("<BBHIQ")  # kind, thread, count, first key, mask or numbe
 
 
 class Kind(IntEnum):
-    """What happened."""
+    """Kind of an event."""
 
     READY = 1  # adopted and open; number: READY pages
     SEEN = 2  # mask: which of ``count`` keys from ``first`` on were served right after the start
@@ -28,7 +28,7 @@ class Kind(IntEnum):
     CLEAR_END = 7
     WRONG = 8  # first: a key that was served with other bytes
     REFUSED = 9  # number: pages that failed their checksum
-    LITTER = 10  # number: files that nobody will ever use or remove
+    LITTER = 10  # number: files that no process will ever use or remove
     OVERSIZE = 11  # number: bytes of slot files beyond the quota
     CLOSED = 12
 
@@ -62,7 +62,7 @@ class Verdict:
     clears: int = 0
     lost: int = 0  # acknowledged, nothing removed it, not found
     wrong: int = 0  # other bytes than were put
-    undead: int = 0  # found after an acknowledged clear, and nobody put it since
+    undead: int = 0  # found after an acknowledged clear without a later put
     refused: int = 0  # a commit record whose bytes do not match
     litter: int = 0
     oversize: int = 0
@@ -103,7 +103,7 @@ class Judge:
         self.gone.clear()
 
     def read(self, path: Path) -> None:
-        """Judge what was appended since the last look; the writer is dead."""
+        """Judge the events since the last call. The writer must be dead."""
         with path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()

@@ -1,7 +1,7 @@
-"""Single-bit flips in every file of a store, and what each costs: refused by whom, or harmless, never wrong.
+"""Single-bit flips in every file of a store: each is refused or harmless, and never gives wrong bytes.
 
 A golden store is built once by the real engine: several generations, evictions, a snapshot and a journal
-behind it, not closed (a crash image) or closed. For each flip the files are laid out anew with one bit
+behind it, not closed (a crash image) or closed. For each flip the files are written again with one bit
 changed, an engine adopts them, and every key is asked for. What must still be served is computed from the
 golden journal by a replay that shares no code with ``journal.recover``.
 """
@@ -29,7 +29,7 @@ _PUT, _DEL, _CLEAR = 1, 2, 3
 
 @dataclass
 class Damage:
-    """Tally over flips. ``by``: file kind and what refused or absorbed the flip -> count."""
+    """Tally over flips. ``by``: (file kind, check that refused or absorbed the flip) -> count."""
 
     flips: int = 0
     wrong: int = 0
@@ -49,7 +49,7 @@ class Golden:
     snapshot: str
 
     def replay(self, records: int) -> dict[int, bytes]:
-        """slot -> key after the snapshot and the first ``records`` journal records; by hand, from the format."""
+        """slot -> key after the snapshot and the first ``records`` journal records, parsed here from the format."""
         held: dict[int, bytes] = {}
         body = self.files[self.snapshot][_HEADER:]
         tail = self.files[self.journal][_HEADER : _HEADER + records * _RECORD]
@@ -94,7 +94,7 @@ class FlipTest:
         assert all(engine.put(self._keys[first : first + count], buffers, None, soon()))  # type: ignore[attr-defined]
 
     def _build(self) -> Golden:
-        """Fill, rotate, evict: a snapshot with records behind it that contradict some of it."""
+        """Fill, rotate, evict: a snapshot, and records behind it that change some of it."""
         engine = open_here(self._setting, SLOTS)
         for chain in range(4):
             self._put(engine, chain, CHAIN)

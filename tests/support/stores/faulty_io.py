@@ -1,4 +1,4 @@
-"""FaultyIo: an ``IoEngine`` around a real one that fails on request, the ways a disk and a kernel do.
+"""FaultyIo: an ``IoEngine`` around a real one. On request it fails as disks and kernels do.
 
 It never breaks the contract of an engine itself: results are per page, nothing is in flight when a call
 returns, ``verify`` sees the bytes the caller will keep.
@@ -22,7 +22,7 @@ from flexkv_sglang.types import I64, PageBuffers
 
 
 class Fault(Enum):
-    """What happens to one call."""
+    """Fault of one call."""
 
     EIO = auto()  # some pages: -EIO, not moved
     NO_SPACE = auto()  # some pages: -ENOSPC (writes)
@@ -65,7 +65,7 @@ class Faults:
     injected: dict[str, int] = field(default_factory=dict)
 
     def take(self, direction: str) -> Fault | None:
-        """The fault for a call that begins now; it is used up."""
+        """Take the fault for a call that begins now."""
         fault, self.next = self.next, None
         if fault is not None:
             name = f"{direction} {fault.name}"

@@ -1,4 +1,4 @@
-"""What TierIndex must do, said again in the plainest way: whole-table scans, objects, no links by number."""
+"""An independent, simple model of TierIndex: whole-table scans, objects, no links by number."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Oracle:
 
     @property
     def free(self) -> int:
-        """Slots that may be given away; a page that has none yet (-1) is about to get one of them."""
+        """Slots that may be taken; a page without one yet (-1) is about to get one of them."""
         room = sum(n for region, n in enumerate(self.counts) if region not in self.closed)
         busy = [page.slot for page in [*self.pages.values(), *self.ghosts]]
         return room - sum(slot < 0 or self.region_of(slot) not in self.closed for slot in busy)

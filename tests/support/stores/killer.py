@@ -1,4 +1,4 @@
-"""Hooks for failpoints: die by SIGKILL at the n-th pass of a point, or stop there until told to go on."""
+"""Hooks for failpoints: die by SIGKILL at the n-th pass of a point, or wait there for an event."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Random life of two engines on one directory, with faults in every I/O path and races on purpose.
+"""Random calls on two engines of one directory, with injected faults in every I/O path and injected races.
 
 The model is a set of keys per engine: what it may hold. Page content is a function of the key. From that:
 
 - bytes are right whenever a get says True, whatever was injected;
-- nothing is served that nobody put since the last clear;
+- no page is served without a put since the last clear;
 - without a fault, what a put answered with True is served right after, unless pages of it were declined, and
   so is what prefix counted;
 - no call takes longer than its deadline and the injected delay (plus ``slack_s``);
@@ -42,7 +42,7 @@ SETTINGS = (("io_uring", 4096), ("threads", 6144), ("buffered", 4096), ("io_urin
 
 @dataclass
 class Report:
-    """What happened. ``problems`` must stay empty."""
+    """Result of a run. ``problems`` must stay empty."""
 
     steps: int = 0
     calls: Counter[str] = field(default_factory=Counter)
@@ -173,7 +173,7 @@ class Segment:
         return done
 
     def get(self, member: Member, run: range, fault: Fault | None) -> list[bool]:
-        """Get ``run``, compare what is served, and that it may be there at all."""
+        """Get ``run``; compare the served pages, and check that each may exist."""
         memory, buffers = page_memory(len(run), self._payload)
         names = self._keys[run.start : run.stop]
         done = self._timed(lambda end: member.engine.get(names, buffers, end), fault)
@@ -184,11 +184,11 @@ class Segment:
             if not np.array_equal(memory[i], self._content[key]):
                 self._problem(f"wrong bytes for key {key}, fault {fault}")
             if not any(key in each.may for each in self._members):
-                self._problem(f"key {key} is served and nobody put it")
+                self._problem(f"key {key} is served without a put")
         return done
 
     def _settle(self) -> None:
-        """Neighbours look at a journal at most once a millisecond: an answer may be that old."""
+        """Wait a millisecond: neighbours read a journal at most once in that time."""
         time.sleep(0.0015)
 
     def _certain(self, run: range) -> bool:
@@ -199,7 +199,9 @@ class Segment:
         if self._rng.random() < 0.7 or fault is not None:
             self.put(member, run, fault)
             return
-        sure = self._certain(run)  # before: a directory that comes back meanwhile is loaded anew
+        sure = self._certain(
+            run
+        )  # before the call: a directory that returns meanwhile is loaded again
         self._settle()
         before = self._declined(member)
         done = self.put(member, run, None)
@@ -243,7 +245,7 @@ class Segment:
         member.engine.check()
 
     def _fill(self, member: Member) -> None:
-        """Every slot can be used: nothing has leaked."""
+        """Check that every slot can be used: none has leaked."""
         if not all(each.healthy for each in self._members):
             return
         for each in self._members:
@@ -259,7 +261,7 @@ class Segment:
         member.engine.check()
 
     def _storm(self, member: Member) -> None:
-        """Failures in a row: the directory is bypassed, and comes back by itself."""
+        """After failures in a row the directory is bypassed, and used again later."""
         before = member.healthy
         for _ in range(8):
             run, direction = self._run_of_keys(), self._rng.random() < 0.5
@@ -285,7 +287,7 @@ class Segment:
         races: tuple[tuple[str, str, Callable[[], object], Callable[[], object]], ...] = (
             # its slots are doomed: nothing of it may be found, every slot comes back
             ("put x clear", "write", lambda: self._put_raw(member, run), lambda: self._clear(member)),
-            # WRITING pages are visible to nobody
+            # no reader sees WRITING pages
             ("put x get", "write", lambda: self._put_raw(member, run),
              lambda: self._get_raw(member, run)),
             # the second one must not write the same slots
@@ -372,7 +374,7 @@ class Segment:
 def soak(
     directory: Path, steps: int, seed: int, *, segment_steps: int = 2500, slack_s: float = 2.0
 ) -> Report:
-    """``steps`` steps over as many segments as that takes; stops at the first problem."""
+    """Run ``steps`` steps in segments; stop at the first problem."""
     report = Report()
     saved = breaker._PAUSE_S, upkeep._ROUND_S
     breaker._PAUSE_S, upkeep._ROUND_S = 0.02, 0.02  # type: ignore[misc]  # bypassed for a few steps only

@@ -82,7 +82,7 @@ _FROM_METRICS = {
 
 @dataclass(frozen=True)
 class StressOrder:
-    """What one life is to do. ``puts``: then it closes and opens again; killed before that, mostly."""
+    """The work of one life. ``puts``: before it closes and opens again; most lives are killed earlier."""
 
     seed: int
     slots: int
@@ -126,7 +126,7 @@ class Member:
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Open, work, close, again and again. Ends by SIGKILL only."""
+        """Open, work and close in a loop. Only SIGKILL ends it."""
         JournalWriter.should_rotate = rotate_often  # type: ignore[method-assign]
         order = self._order
         if order.point is not None:
@@ -175,7 +175,7 @@ class Member:
             os._exit(3)
 
     def _write_step(self, engine: CacheEngine, rng: random.Random) -> None:
-        """Only the main thread puts: what stands in the own index before and after a put is its doing."""
+        """Put a run. Only the main thread puts, so every change of the own index is its own."""
         if rng.random() < 0.004:
             engine.clear()
             self._count(clears=1)

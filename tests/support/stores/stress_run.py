@@ -1,4 +1,4 @@
-"""Four and more processes on one directory, all of which read each other's pages while they are killed.
+"""Four and more processes on one directory that read each other's pages while they are killed.
 
 ``scripts/stress`` is its command line; ``stress_member`` is one process, and says what is judged. Phases
 alternate between stores with and without checksums: with ``verify`` off the second look at the
@@ -45,7 +45,7 @@ _FOR_EVER = 10**9
 
 @dataclass(frozen=True)
 class Phase:
-    """How the store is set for a while. ``payload``: bytes of a page."""
+    """Settings of one phase. ``payload``: bytes of a page."""
 
     name: str
     verify: str
@@ -63,7 +63,7 @@ PHASES = (
 
 @dataclass
 class Report:
-    """What happened. ``problems`` and every counter of ``FINDINGS`` must stay empty."""
+    """Result of a run. ``problems`` and every counter of ``FINDINGS`` must stay empty."""
 
     rows: np.ndarray[tuple[int, int], np.dtype[np.int64]]
     seconds: float = 0.0
@@ -79,7 +79,7 @@ class Report:
         return int(self.rows[:, COUNTERS.index(name)].sum())
 
     def bad(self) -> bool:
-        """Was anything found?"""
+        """True if there are findings."""
         return bool(self.problems) or any(self.total(name) for name in FINDINGS)
 
     def summary(self) -> dict[str, object]:
@@ -108,7 +108,7 @@ def _share(part: int, whole: int) -> float:
 
 @dataclass
 class _Life:
-    """A member's process: ``deadline`` is when it is killed wherever it is."""
+    """A member's process. At ``deadline`` it is killed."""
 
     pid: int
     order: StressOrder
@@ -140,7 +140,7 @@ class Stage:
         report.phases[f"{phase.name} ({mode.engine})"] += 1
 
     def run(self, seconds: float, tick: Callable[[], None]) -> None:
-        """Until the time is over or something was found; leaves no process behind."""
+        """Run until the time is over or there is a finding. Leaves no process behind."""
         end = time.monotonic() + seconds
         lives = [self._start(number) for number in range(len(self._report.rows))]
         census_at = time.monotonic() + _CENSUS_S
@@ -196,7 +196,7 @@ class Stage:
         return True
 
     def _watch(self, number: int) -> None:
-        """A member that gets nothing done through many lives is stuck."""
+        """Report a member without progress through many lives as stuck."""
         row = self._report.rows[number]
         work = int(row[COUNTERS.index("puts")] + row[COUNTERS.index("gets")])
         since, before = self._moved[number]
@@ -206,7 +206,7 @@ class Stage:
             self._report.problems.append(f"member {number} does nothing for {_STUCK_S:.0f} s")
 
     def _census(self) -> None:
-        """Pages that lie in the directory, and how many of them more than once."""
+        """(pages in the directory, pages that lie there more than once)."""
         seen: Counter[bytes] = Counter()
         for owner in owners(self._folder):
             try:

@@ -33,12 +33,12 @@ def pair() -> Iterator[tuple[Node, Node]]:
     reader.kill()
 
 
-def test_pages_are_read_one_sided_and_both_sides_end_well(pair: tuple[Node, Node]) -> None:
+def test_pages_come_through_rdma_and_both_processes_end_cleanly(pair: tuple[Node, Node]) -> None:
     server, reader = pair
     assert server.first["engines"] == ["zmq", "mooncake"]
     for number in (1, 2):
-        told = reader.read(server)
-        assert (told["outcomes"], told["right"]) == (["OK"] * COUNT, True)
+        result = reader.read(server)
+        assert (result["outcomes"], result["right"]) == (["OK"] * COUNT, True)
         assert "pages_sent" not in server.until("pages_offered", number * COUNT)
     state = reader.until("free", SLAB)
     assert "remote_engine_failures" not in state
@@ -50,8 +50,8 @@ def test_pages_are_read_one_sided_and_both_sides_end_well(pair: tuple[Node, Node
 def test_a_server_that_stops_before_the_fetch_costs_one_deadline(pair: tuple[Node, Node]) -> None:
     server, reader = pair
     assert reader.read(server)["outcomes"] == ["OK"] * COUNT
-    told = reader.read(server, 0.3, pid=server.process.pid, signal=signal.SIGSTOP)
-    assert told["outcomes"] == ["LATE"] * COUNT
+    result = reader.read(server, 0.3, pid=server.process.pid, signal=signal.SIGSTOP)
+    assert result["outcomes"] == ["LATE"] * COUNT
     state = reader.until("remote_engine_failures", 1)  # behind the read's deadline
     assert state["free"] == SLAB - COUNT * BYTES
     server.process.send_signal(signal.SIGCONT)
@@ -65,17 +65,17 @@ def test_a_server_that_stops_before_the_fetch_costs_one_deadline(pair: tuple[Nod
     assert (counts["pages_offered"], counts["pages_sent"] > 0) == (2 * COUNT, True)
 
 
-def test_a_server_that_stops_before_the_first_contact_holds_up_nobody_else(
+def test_a_server_that_stops_before_the_first_contact_delays_no_other_read(
     pair: tuple[Node, Node],
 ) -> None:
     stopped, reader = pair
-    told = reader.read(stopped, 0.3, pid=stopped.process.pid, signal=signal.SIGSTOP)
-    assert told["outcomes"] == ["LATE"] * COUNT
+    result = reader.read(stopped, 0.3, pid=stopped.process.pid, signal=signal.SIGSTOP)
+    assert result["outcomes"] == ["LATE"] * COUNT
     other = server_node()
     try:
-        told = reader.read(other)  # Mooncake's lock is held for a minute: over zmq
-        assert (told["outcomes"], told["right"]) == (["OK"] * COUNT, True)
-        assert told["seconds"] < 10
+        result = reader.read(other)  # Mooncake's lock is held for a minute: over zmq
+        assert (result["outcomes"], result["right"]) == (["OK"] * COUNT, True)
+        assert result["seconds"] < 10
         other.until("pages_sent", COUNT)
     finally:
         other.kill()
@@ -86,19 +86,19 @@ def test_a_server_that_stops_before_the_first_contact_holds_up_nobody_else(
 
 
 @pytest.mark.parametrize("behind", [0, 1])
-def test_a_server_that_dies_is_never_wrong_and_its_successor_is_read_one_sided(
+def test_a_server_that_dies_is_never_wrong_and_its_successor_is_read_through_rdma(
     pair: tuple[Node, Node], behind: int
 ) -> None:
     server, reader = pair
-    told = reader.read(server, pid=server.process.pid, signal=signal.SIGKILL, behind=behind)
-    assert told["right"]  # what came before it died
-    assert told["seconds"] < 10
+    result = reader.read(server, pid=server.process.pid, signal=signal.SIGKILL, behind=behind)
+    assert result["right"]  # the pages that came before it died
+    assert result["seconds"] < 10
     assert reader.ask(op="touched") == {"touched": []}
-    assert behind or "OK" not in told["outcomes"]
+    assert behind or "OK" not in result["outcomes"]
     successor = server_node()
     try:
-        told = reader.read(successor)  # another address: a new start for its breaker
-        assert (told["outcomes"], told["right"]) == (["OK"] * COUNT, True)
+        result = reader.read(successor)  # another address: a new start for its breaker
+        assert (result["outcomes"], result["right"]) == (["OK"] * COUNT, True)
         assert "pages_sent" not in successor.until("pages_offered", COUNT)
         if not behind:  # that memory rests for minutes
             reader.until("free", SLAB - COUNT * BYTES)

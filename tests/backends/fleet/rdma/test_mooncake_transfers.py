@@ -1,4 +1,4 @@
-"""What we make of Mooncake's answers, with Mooncake played (``tests/support/nodes/played_mooncake.py``)."""
+"""``MooncakeTransport`` with a stand-in for Mooncake (``tests/support/nodes/played_mooncake.py``)."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def mooncake() -> TransferEngine:
 
 
 def pages(count: int) -> list[Move]:
-    """Moves of 100 bytes, all the same."""
+    """``count`` equal moves of 100 bytes."""
     return [Move(ctypes.addressof(SOURCE), ctypes.addressof(TARGET), 100)] * count
 
 
 def started(count: int) -> list[int]:
-    """The numbers of so many batches, once they are there."""
+    """The numbers of ``count`` batches, once they exist."""
     until(lambda: len(mooncake().batches) == count)
     return list(mooncake().batches)
 
@@ -141,7 +141,7 @@ def test_a_hanging_call_delays_no_read_from_another_node(
     assert mooncake().entered.wait(10)
     with pytest.raises(RdmaError, match="stuck"):
         transport.read(STRANGER, pages(1))
-    assert time.monotonic() - began < 10  # and no call of ours has waited
+    assert time.monotonic() - began < 10  # none of our calls has waited
     mooncake().hold.set()
     mooncake().finish(*started(1))
     until(lambda: stuck.poll() is DONE)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def node(*arguments: str) -> Node:
-    """TCP as between two machines: through shared memory a stopped server's pages are read all the same."""
+    """Uses TCP as between two machines: shared memory would still deliver a stopped server's pages."""
     return Node("nixl", *arguments, UCX_TLS="tcp", NIXL_LOG_LEVEL="FATAL")
 
 
@@ -30,12 +30,12 @@ def pair() -> Iterator[tuple[Node, Node]]:
     reader.kill()
 
 
-def test_pages_are_read_one_sided_and_both_sides_end_well(pair: tuple[Node, Node]) -> None:
+def test_pages_come_through_rdma_and_both_processes_end_cleanly(pair: tuple[Node, Node]) -> None:
     server, reader = pair
     assert server.first["engines"] == ["zmq", "nixl"]
     for number in (1, 2):
-        told = reader.read(server)
-        assert (told["outcomes"], told["right"]) == (["OK"] * COUNT, True)
+        result = reader.read(server)
+        assert (result["outcomes"], result["right"]) == (["OK"] * COUNT, True)
         assert "pages_sent" not in server.until("pages_offered", number * COUNT)
     state = reader.until("free", SLAB)
     assert "remote_engine_failures" not in state
@@ -47,9 +47,9 @@ def test_pages_are_read_one_sided_and_both_sides_end_well(pair: tuple[Node, Node
 def test_a_server_that_stops_before_the_fetch_costs_one_deadline(pair: tuple[Node, Node]) -> None:
     server, reader = pair
     assert reader.read(server)["outcomes"] == ["OK"] * COUNT
-    told = reader.read(server, 0.3, pid=server.process.pid, signal=signal.SIGSTOP)
-    assert told["outcomes"] == ["LATE"] * COUNT
-    assert told["seconds"] < 1.0
+    result = reader.read(server, 0.3, pid=server.process.pid, signal=signal.SIGSTOP)
+    assert result["outcomes"] == ["LATE"] * COUNT
+    assert result["seconds"] < 1.0
     state = reader.until("remote_engine_failures", 1)  # behind the read's deadline
     assert state["free"] == SLAB - COUNT * BYTES
     server.process.send_signal(signal.SIGCONT)
@@ -63,28 +63,28 @@ def test_a_server_that_stops_before_the_fetch_costs_one_deadline(pair: tuple[Nod
     assert (counts["pages_offered"], counts["pages_sent"] > 0) == (2 * COUNT, True)
 
 
-def test_a_reader_that_ends_during_a_transfer_ends_well(pair: tuple[Node, Node]) -> None:
+def test_a_reader_that_ends_during_a_transfer_ends_cleanly(pair: tuple[Node, Node]) -> None:
     server, reader = pair
-    told = reader.read(server, 0.3, pid=server.process.pid, signal=signal.SIGSTOP)
-    assert told["outcomes"] == ["LATE"] * COUNT
+    result = reader.read(server, 0.3, pid=server.process.pid, signal=signal.SIGSTOP)
+    assert result["outcomes"] == ["LATE"] * COUNT
     status, said = reader.end()
     assert status == 0, said
     assert "its memory is kept" in said
 
 
-def test_a_server_that_dies_before_the_fetch_fails_at_once_and_its_successor_is_read_one_sided(
+def test_a_server_that_dies_before_the_fetch_fails_at_once_and_its_successor_is_read_through_rdma(
     pair: tuple[Node, Node],
 ) -> None:
     server, reader = pair
-    told = reader.read(server, pid=server.process.pid, signal=signal.SIGKILL)
-    assert "OK" not in told["outcomes"]
-    assert told["seconds"] < 10
+    result = reader.read(server, pid=server.process.pid, signal=signal.SIGKILL)
+    assert "OK" not in result["outcomes"]
+    assert result["seconds"] < 10
     assert reader.ask(op="touched") == {"touched": []}
     successor = node("serve", str(COUNT), str(BYTES))
     try:
         successor.first = successor.hear()
-        told = reader.read(successor)  # another address: a new start for its breaker
-        assert (told["outcomes"], told["right"]) == (["OK"] * COUNT, True)
+        result = reader.read(successor)  # another address: a new start for its breaker
+        assert (result["outcomes"], result["right"]) == (["OK"] * COUNT, True)
         successor.until("pages_offered", COUNT)
     finally:
         successor.kill()

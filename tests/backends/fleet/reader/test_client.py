@@ -61,7 +61,7 @@ def test_the_first_missing_page_ends_the_read() -> None:
         assert client.usable(NID, EPOCH, address)  # a miss is no fault
 
 
-def test_a_source_that_evicts_meanwhile_cuts_the_prefix() -> None:
+def test_a_page_evicted_during_the_read_cuts_the_prefix() -> None:
     keys = keys_of(128)
     source = MemorySource(keys, 256 << 10)
 
@@ -162,7 +162,7 @@ def test_two_reads_of_one_client_share_a_peer() -> None:
             assert all(memory.page(i) == source.pages[key] for i, key in enumerate(keys))
 
 
-def test_nobody_there_fails_at_once() -> None:
+def test_an_absent_server_fails_at_once() -> None:
     with reading() as client:
         begun = time.monotonic()
         outcomes = begin(client, "127.0.0.1:1", keys_of(3), PageMemory(3, [4096]), 60).wait()
@@ -200,7 +200,7 @@ def test_a_stopped_server_costs_one_deadline_and_comes_back() -> None:
         outcomes = begin(client, server.address, keys, PageMemory(4, [4096]), 30).wait()
         assert outcomes[0] is FAILED  # from memory, not after 30 s
         server.go_on()
-        until(lambda: client.usable(NID, EPOCH, server.address), 20)  # nobody has read meanwhile
+        until(lambda: client.usable(NID, EPOCH, server.address), 20)  # without a read in between
         assert begin(client, server.address, keys, PageMemory(4, [4096])).wait() == [OK] * 4
 
 
@@ -232,7 +232,7 @@ def test_nothing_is_written_after_the_read_has_returned() -> None:
         assert all(memory.untouched(i) for i in range(got, 64))
 
 
-def test_late_answers_of_a_slow_peer_touch_nothing() -> None:
+def test_late_answers_of_a_slow_peer_write_nothing() -> None:
     """It answers all the time, so it is slow and not silent: no breaker, and nothing written late."""
     keys = keys_of(64)
     source = MemorySource(keys, 64 << 10)
@@ -281,7 +281,7 @@ def test_closing_ends_reads() -> None:
             assert again.wait() == [FAILED] + [SKIPPED] * 3
 
 
-def test_another_cluster_is_left_alone_for_a_minute() -> None:
+def test_a_node_of_another_cluster_is_not_asked_for_a_minute() -> None:
     with (
         serving(MemorySource(keys_of(1), 4096)) as (_, address),
         reading(ShareConfig(cluster_id="other")) as client,

@@ -1,6 +1,6 @@
-"""RDMA transports: offers, holds, quarantine, and that ZeroMQ takes over whatever the transport does.
+"""RDMA transports: offers, leases, quarantine, and the fallback to ZeroMQ after any failure.
 
-The transport here copies memory inside this process and fails on command; the real ones are in test_nixl.py.
+``CopyTransport`` copies memory inside this process and fails on command; test_nixl.py uses a real transport.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def slab(client: PeerClient) -> RdmaMemory:
 
 
 def whole(source: MemorySource, memory: PageMemory, count: int = 20) -> bool:
-    """Do the first ``count`` pages hold what they should?"""
+    """True if the first ``count`` pages hold their bytes."""
     return all(memory.page(i) == source.pages[key] for i, key in enumerate(KEYS[:count]))
 
 
@@ -57,7 +57,7 @@ def test_pages_come_through_the_transport(lengths: list[int]) -> None:
     ):
         assert begin(client, address, KEYS, memory).wait() == [OK] * 20
         assert whole(source, memory)
-        until(lambda: not reserved(server))  # DONE has come, long before the end of the hold
+        until(lambda: not reserved(server))  # DONE has come, long before the end of the lease
         assert (server.counts["pages_offered"], server.counts["pages_sent"]) == (20, 0)
         assert server.counts["holds_expired"] == 0
         until(lambda: slab(client).free_bytes == rdma_memory.SLAB_BYTES)
@@ -221,7 +221,7 @@ def test_a_hanging_transfer_ends_at_the_deadline_and_its_memory_is_not_reused() 
         until(lambda: not reserved(server))
         taken = rdma_memory.SLAB_BYTES - slab(client).free_bytes
         assert taken == 20 * 8192
-        # the peer itself was not silent: it is read over zmq, and the late bytes land in no page
+        # the peer was not silent: it is read over zmq, and the late bytes reach no page
         again = PageMemory(20, [SIZE])
         assert begin(client, address, KEYS, again).wait() == [OK] * 20
         assert slab(client).free_bytes == rdma_memory.SLAB_BYTES - taken

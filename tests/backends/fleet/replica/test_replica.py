@@ -263,6 +263,17 @@ def test_the_next_writer_takes_over(shm_path: Path) -> None:
     assert not reader.holds(before, no_peer).any()
 
 
+def test_a_new_writer_removes_what_a_crash_left_of_new_files(shm_path: Path) -> None:
+    fill(PeerSetsWriter(shm_path), A, pages(5))
+    hexes = "0123456789abcdef"
+    stale = [shm_path / f"peers.tbl.{hexes}.tmp", shm_path / SPACE / f"index.{hexes}.tmp"]
+    stale.append(shm_path / SPACE / f"p0.1.set.{hexes}.tmp")
+    for path in stale:
+        path.write_bytes(b"half")
+    PeerSetsWriter(shm_path)
+    assert not [path for path in stale if path.exists()]
+
+
 def test_a_table_in_a_new_directory_is_found(shm_path: Path) -> None:
     """The old table cannot be marked as retired: the directory was removed."""
     old = PeerSetsWriter(shm_path / "run")

@@ -1,4 +1,4 @@
-"""The server's side of OFFER, asked by hand: what is held, for whom, and until when."""
+"""The server's side of OFFER: which pages it leases, to which reader, and for how long."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_a_lease_lasts_until_done_of_the_same_reader() -> None:
         peer.say(requests.pack_done(offered.lease + 1))
         peer.say(read(3))
         assert len(peer.hear_all()) == 21
-        until(lambda: not server._pages.is_sending)  # what was read
+        until(lambda: not server._pages.is_sending)  # the pages of READ
         assert reserved(server) == 20 * 8192
         peer.say(requests.pack_done(offered.lease))
         until(lambda: not reserved(server))
-        peer.say(requests.pack_done(offered.lease))  # twice does no harm
+        peer.say(requests.pack_done(offered.lease))  # a second DONE does no harm
         peer.say(read(4))
         assert len(peer.hear_all()) == 21
 
@@ -86,7 +86,7 @@ def test_leased_memory_is_not_reused_before_the_lease_expires(
             busy = other.hear()
             assert isinstance(busy, answers.PagesHeader)
             assert busy.status is PageStatus.BUSY
-        # both are gone, but a transport may still be reading
+        # both are gone, but a transport may still read
         assert reserved(server) == 20 * 8192
         until(lambda: not reserved(server))
         assert server.counts["holds_expired"] == 1

@@ -1,4 +1,4 @@
-"""How pages of a READ are put into messages."""
+"""Pages of a READ in messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OK = PageStatus.OK
 
 
 def test_small_pages_travel_together_with_zeros_between_them() -> None:
-    """The gap must not hold what was in the slab before."""
+    """The gap must not contain old bytes of the slab."""
     keys = keys_of(20)
     source = MemorySource(keys, 5000)
     share = ShareConfig(listen="127.0.0.1:0", serve_inflight=1 << 20)
@@ -26,24 +26,24 @@ def test_small_pages_travel_together_with_zeros_between_them() -> None:
         missing = keys_of(1, seed=9)
         asked = (*keys[:12], *missing, *keys[12:])
         peer.say(requests.pack_read(requests.Read(1, SPACE, 5000, 0, asked)))
-        told, sizes = [], []
+        headers, sizes = [], []
         while len(frames := peer.sock.recv_multipart()) == 2 or frames[0][3] != protocol.Kind.END:
             head = answers.decode_answer(frames)
             assert isinstance(head, answers.PagesHeader)
-            told.append((head.index, head.status, len(head.checksums)))
+            headers.append((head.index, head.status, len(head.checksums)))
             for place in range(len(frames) > 1 and len(head.checksums)):
                 page = frames[1][8192 * place : 8192 * (place + 1)]
                 key = keys[head.index + place - (head.index > 12)]
                 assert page[:5000] == source.pages[key]
                 assert not any(page[5000:])
                 sizes.append(len(page))
-        assert told == [(0, OK, 1), (1, OK, 11), (12, PageStatus.MISS, 1), (13, OK, 8)]
-        assert sizes.count(5000) == 3  # nothing is sent behind the last page of a message
+        assert headers == [(0, OK, 1), (1, OK, 11), (12, PageStatus.MISS, 1), (13, OK, 8)]
+        assert sizes.count(5000) == 3  # a message ends with the bytes of its last page
         until(lambda: server._pages.reserved_bytes == 0)
 
 
 class ShortSource(MemorySource):
-    """Forgets to answer for the last page."""
+    """Gives no answer for the last page."""
 
     def read(
         self, keys: Sequence[PageKey], addresses: Sequence[int], deadline: float

@@ -1,4 +1,4 @@
-"""The page server: limits, turns, memory that is used again only when it is free, followers' questions."""
+"""The page server: limits, turns, reuse of memory, requests of followers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OK, BUSY, LATE = PageStatus.OK, PageStatus.BUSY, PageStatus.LATE
 
 
 def small(total: int, per_reader: int) -> ShareConfig:
-    """Limits in bytes."""
+    """Settings with these limits in bytes."""
     return ShareConfig(listen="127.0.0.1:0", serve_inflight=total, serve_inflight_peer=per_reader)
 
 
@@ -52,7 +52,7 @@ class Valve:
         assert self.open.wait(30)
 
 
-def test_a_reader_beyond_its_share_is_told_busy_at_once() -> None:
+def test_pages_beyond_a_readers_limit_are_busy_at_once() -> None:
     keys = keys_of(20)
     valve = Valve()
     source = MemorySource(keys, 4096, valve)
@@ -182,7 +182,7 @@ def test_slow_readers_never_get_another_pages_bytes() -> None:
         assert good >= 40
 
 
-def test_memory_that_has_not_left_is_not_used_again() -> None:
+def test_memory_is_not_reused_before_its_bytes_have_left() -> None:
     """A reader takes nothing from its socket; another asks for as much as there is meanwhile."""
     keys = keys_of(48)
     size = 1 << 20
@@ -211,12 +211,12 @@ def _take_slowly(peer: RawPeer, keys: list[PageKey], source: MemorySource) -> in
         if len(frames) == 1 and frames[0][3] == protocol.Kind.END:
             return good
         if len(frames) == 2:
-            told = answers.decode_answer(frames)
-            assert isinstance(told, answers.PagesHeader)
-            for place in range(len(told.checksums)):
-                start = place * protocol.stride_of(told.length)
-                assert frames[1][start : start + told.length] in pages
-            good += len(told.checksums)
+            header = answers.decode_answer(frames)
+            assert isinstance(header, answers.PagesHeader)
+            for place in range(len(header.checksums)):
+                start = place * protocol.stride_of(header.length)
+                assert frames[1][start : start + header.length] in pages
+            good += len(header.checksums)
     raise AssertionError("no end")
 
 
@@ -236,7 +236,7 @@ def test_a_reader_that_goes_away_gives_its_memory_back() -> None:
             assert begin(client, address, keys, memory).wait() == [PageOutcome.OK] * 16
 
 
-def test_without_a_greeting_nothing_is_answered_but_a_refusal() -> None:
+def test_requests_before_a_greeting_are_refused() -> None:
     keys = keys_of(1)
     with serving(MemorySource(keys, 4096)) as (_, address), RawPeer(address, greet=False) as peer:
         for frames in (
@@ -292,7 +292,7 @@ def test_a_failing_node_costs_one_message() -> None:
 
 
 def test_checksums_are_those_of_the_source() -> None:
-    """They are not computed anew: that would hide damage on the medium."""
+    """A new checksum would hide damage on the medium."""
     keys = keys_of(1)
     source = MemorySource(keys, 4096)
     source.damage.add(keys[0])
@@ -305,11 +305,11 @@ def test_checksums_are_those_of_the_source() -> None:
         assert answers.pack_pages(pages) == head
         right = np.frombuffer(source.pages[keys[0]], np.uint8).copy()
         assert data != right.tobytes()
-        told = page_checksum(source.kind, keys[0], [(right.ctypes.data, 4096)])
-        assert checksum == told
+        expected = page_checksum(source.kind, keys[0], [(right.ctypes.data, 4096)])
+        assert checksum == expected
 
 
-def test_followers_get_what_they_ask_for() -> None:
+def test_followers_get_snapshots_and_changes() -> None:
     fingerprints = np.unique(np.random.default_rng(3).integers(0, 1 << 63, 400_000, np.uint64))
     log = ListedChanges(CHANGES, Snapshot(EPOCH, 8, fingerprints))
     share = ShareConfig(listen="127.0.0.1:0")
@@ -332,7 +332,7 @@ def test_followers_get_what_they_ask_for() -> None:
             control.close()
 
 
-def test_questions_end_in_time() -> None:
+def test_requests_of_followers_end_in_time() -> None:
     control = PeerControl(ShareConfig(), None)
     with pytest.raises(PeerError):
         control.hello("127.0.0.1:1", 5)
@@ -377,7 +377,7 @@ def test_a_page_larger_than_a_readers_share_is_still_served() -> None:
     assert (request.accepted, queue.reserved) == (1, 1 << 20)
 
 
-def test_the_usual_port_may_be_in_use(caplog: pytest.LogCaptureFixture) -> None:
+def test_another_port_is_taken_if_the_default_is_in_use(caplog: pytest.LogCaptureFixture) -> None:
     share = ShareConfig(peers=("127.0.0.1:1",))
     servers = [PageServer(share, None, FixedNode()) for _ in range(2)]
     try:

@@ -1,4 +1,4 @@
-"""Secrets: who is let in and who gets nothing, what a secret file must be, where a server may listen."""
+"""Secrets: members are admitted and strangers get nothing; valid secret files; where a server may listen."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _curve_client(
 
 
 def test_curve_lets_in_the_derived_key_only(tmp_path: Path) -> None:
-    """A client that knows the server's public key but not the secret, and one that mistakes the server's key."""
+    """Rejects a client with the server's public key but without the secret, and one with a wrong server key."""
     share = config(tmp_path, "curve")
     secret = curve.load_secret(share)
     assert secret is not None
@@ -109,8 +109,8 @@ def test_hmac_takes_one_proof_for_one_challenge(tmp_path: Path) -> None:
         assert peer.hear() == answers.Refused(answers.Refusal.NO_HELLO)
 
 
-def test_hmac_wants_a_proof_of_the_server_too(tmp_path: Path) -> None:
-    """A server without a secret welcomes everybody; a client with one does not believe it."""
+def test_hmac_requires_a_proof_of_the_server_too(tmp_path: Path) -> None:
+    """A server without a secret welcomes all clients; a client with a secret rejects that server."""
     memory = PageMemory(3, [8192])
     with (
         serving(MemorySource(KEYS, 8192)) as (_, address),
@@ -158,7 +158,7 @@ def test_keys_are_a_function_of_the_secret() -> None:
 
 
 @pytest.mark.parametrize("listen", ["10.1.2.3:5", "0.0.0.0:5", "[::]:5", "some-host:5", "*:5"])
-def test_an_open_place_needs_a_secret(listen: str) -> None:
+def test_an_address_that_strangers_can_reach_needs_a_secret(listen: str) -> None:
     with pytest.raises(ConfigError, match=r"share\.listen"):
         addresses.listen_address(ShareConfig(listen=listen, advertise="h:1"), None)
 
@@ -182,12 +182,12 @@ def test_where_servers_listen(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:x", ":5", "127.0.0.1:70000"])
-def test_what_is_no_address(address: str) -> None:
+def test_invalid_addresses(address: str) -> None:
     with pytest.raises(ConfigError, match=r"share\.listen"):
         addresses.listen_address(ShareConfig(listen=address), None)
 
 
-def test_what_others_are_told() -> None:
+def test_the_advertised_address() -> None:
     assert addresses.advertised(ShareConfig(), "::1", 5) == "[::1]:5"
     assert addresses.advertised(ShareConfig(advertise="node7"), "0.0.0.0", 5) == "node7:5"
     assert addresses.advertised(ShareConfig(advertise="node7:9"), "0.0.0.0", 5) == "node7:9"
@@ -198,7 +198,7 @@ def test_what_others_are_told() -> None:
     ("advertise", "host"),
     [(None, "10.0.0.5"), ("node7", "node7"), ("node7:9", "node7"), ("[fd00::1]:9", "fd00::1")],
 )
-def test_the_host_that_others_are_told(advertise: str | None, host: str) -> None:
+def test_the_advertised_host(advertise: str | None, host: str) -> None:
     assert addresses.advertised_host(ShareConfig(advertise=advertise), "10.0.0.5") == host
 
 

@@ -1,4 +1,4 @@
-"""Messages between nodes: they survive the wire, their bytes are fixed, and no other bytes do any harm."""
+"""Messages between nodes: they survive the wire, their bytes are fixed, and invalid bytes do no harm."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_answers_survive() -> None:
     assert answers.decode_answer(answers.pack_offered(most)) == most
     changes = answers.decode_answer(answers.pack_changes(4, CHANGES))
     assert isinstance(changes, answers.Changes)
-    for told, sent in zip(changes.changes, CHANGES, strict=True):
-        assert (told.epoch, told.first, told.op) == (sent.epoch, sent.first, sent.op)
-        assert told.fingerprints.tolist() == sent.fingerprints.tolist()
+    for decoded, sent in zip(changes.changes, CHANGES, strict=True):
+        assert (decoded.epoch, decoded.first, decoded.op) == (sent.epoch, sent.first, sent.op)
+        assert decoded.fingerprints.tolist() == sent.fingerprints.tolist()
 
 
 @pytest.mark.parametrize("count", [0, 1, 131_072, 131_073, 300_000])
@@ -93,14 +93,14 @@ def test_many_changes_are_cut_to_one_message() -> None:
     many = [Change(1, 1 + 512 * i, Op.ADD, np.arange(512, dtype=np.uint64)) for i in range(1000)]
     frames = answers.pack_changes(1, many)
     assert len(frames[1]) <= answers.CHANGES_BYTES_MAX
-    told = answers.decode_answer(frames)
-    assert isinstance(told, answers.Changes)
-    assert 200 < len(told.changes) < 1000
-    assert told.changes[-1].first == 1 + 512 * (len(told.changes) - 1)
+    decoded = answers.decode_answer(frames)
+    assert isinstance(decoded, answers.Changes)
+    assert 200 < len(decoded.changes) < 1000
+    assert decoded.changes[-1].first == 1 + 512 * (len(decoded.changes) - 1)
 
 
 def test_golden_bytes() -> None:
-    """Nodes of one protocol version understand each other: whoever changes these changes the version."""
+    """Nodes of one protocol version understand each other. A change of these bytes needs another version."""
     read = requests.pack_read(requests.Read(0x0102030405060708, SPACE, 250, 1, KEYS[:1]))
     assert read[0].hex() == (
         "666b020601000100fa0000000807060504030201" + SPACE.hex() + KEYS[0].hex()
@@ -145,7 +145,7 @@ def test_golden_bytes() -> None:
         [b"fk\x01\x01" + bytes(16) + struct.pack("<HH", 1, 0) + b"\xff"],
     ],
 )
-def test_what_is_no_request_is_refused(frames: list[bytes]) -> None:
+def test_invalid_requests_are_refused(frames: list[bytes]) -> None:
     with pytest.raises(protocol.WireError):
         requests.decode_request(frames)
 
@@ -161,8 +161,8 @@ def _pages(
     index: int, length: int, count: int, checksums: int | None = None, status: int = 0
 ) -> bytes:
     """The head of PAGES; what it says need not be true."""
-    told = bytes(8 * (count if checksums is None else checksums))
-    return struct.pack("<2sBBHBBIIQ", b"fk", 2, 7, index, status, 2, length, count, 1) + told
+    decoded = bytes(8 * (count if checksums is None else checksums))
+    return struct.pack("<2sBBHBBIIQ", b"fk", 2, 7, index, status, 2, length, count, 1) + decoded
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def _pages(
         [*answers.pack_offered(OFFERED), b""],
     ],
 )
-def test_what_is_no_answer_is_refused(frames: list[bytes]) -> None:
+def test_invalid_answers_are_refused(frames: list[bytes]) -> None:
     with pytest.raises(protocol.WireError):
         answers.decode_answer(frames)
 
