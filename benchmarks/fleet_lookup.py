@@ -39,7 +39,7 @@ CHAINS = 150
 ROUNDS, CALLS = 30, 60
 
 
-def nobody(_: Peer) -> bool:
+def no_peer(_: Peer) -> bool:
     """Pass over none."""
     return False
 
@@ -67,7 +67,7 @@ class Fleet:
             begin = time.perf_counter()
             self.writer.reset(NAMESPACE, node_id, Snapshot(number, 0, fingerprints))
             self.reader.refresh()
-            self.reader.run(self.common[:BATCH_PAGES], nobody)
+            self.reader.run(self.common[:BATCH_PAGES], no_peer)
             self.reset_s.append(time.perf_counter() - begin)
         self.writer.tick()
         self.chains: list[U64] = []
@@ -109,7 +109,7 @@ class Fleet:
         self.reader.refresh()
         done = 0
         while done < len(fingerprints):
-            answer = self.reader.run(fingerprints[done:], nobody)
+            answer = self.reader.run(fingerprints[done:], no_peer)
             if answer is None:
                 break
             done += answer[1]
@@ -156,7 +156,7 @@ def watch(run_dir: Path, pipe: Connection) -> None:
     reader = PeerSetsReader(run_dir, NAMESPACE, 1e9)
     reader.refresh()
     private = private_bytes()
-    reader.run(np.zeros(1, np.uint64), nobody)
+    reader.run(np.zeros(1, np.uint64), no_peer)
     for _ in range(100):
         reader.refresh()
     pipe.send(private_bytes() - private)
@@ -165,7 +165,7 @@ def watch(run_dir: Path, pipe: Connection) -> None:
         pipe.send(None)
         while True:
             reader.refresh()
-            if reader.run(wanted, nobody):
+            if reader.run(wanted, no_peer):
                 break
         pipe.send(time.monotonic_ns())
 

@@ -1,4 +1,4 @@
-"""Settings: what is accepted, and that everything else is refused with key, value and what is valid."""
+"""Settings: valid ones are parsed; an error names the key, the value and the valid values."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ def test_one_directory_or_several() -> None:
         ({"pool_density": {"swa": "half"}}, "pool_density.swa: 'half'"),
     ],
 )
-def test_wrong_settings_name_key_value_and_what_is_valid(
-    given_: dict[str, Any], named: str
-) -> None:
+def test_an_error_names_key_value_and_valid_values(given_: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError) as error:
         FlexKVConfig.parse(given_)
     assert named in str(error.value)
@@ -105,7 +103,7 @@ def test_densities_of_pools() -> None:
     assert "{'mamba': 0.05" in config.describe()
 
 
-def test_keys_that_belong_to_sglang_are_none_of_our_business() -> None:
+def test_keys_of_sglang_are_ignored() -> None:
     assert FlexKVConfig.parse(dict.fromkeys(SGLANG_KEYS, object())) == FlexKVConfig()
 
 

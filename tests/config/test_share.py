@@ -1,4 +1,4 @@
-"""Settings of sharing: what is accepted; everything else is refused with key, value and what is valid."""
+"""Settings of sharing: valid ones are parsed; an error names the key, the value and the valid values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def share(**given: Any) -> Any:
     return FlexKVConfig.parse({"share": given}).share
 
 
-def test_nothing_is_shared_unless_asked_for() -> None:
+def test_nothing_is_shared_by_default() -> None:
     assert not FlexKVConfig.parse({}).share.wanted
     assert not share(cluster_id="blue").wanted
 
@@ -105,7 +105,7 @@ def test_the_json_sets_only_settings() -> None:
         ({"serve_inflight_mb": "8"}, ["share.serve_inflight_mb", "MiB"]),
     ],
 )
-def test_errors_name_key_value_and_what_is_valid(given: dict[str, Any], names: list[str]) -> None:
+def test_an_error_names_key_value_and_valid_values(given: dict[str, Any], names: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         share(**given)
     for name in names:

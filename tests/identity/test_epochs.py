@@ -1,4 +1,4 @@
-"""When stores leave and enter, whatever the order of updates, sessions and flushes."""
+"""Stores leave and enter at the right time, for all orders of updates, sessions and flushes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flexkv_sglang.identity.epochs import Epoch, Weights
 
 
 class Store:
-    """Notes what it is told, and with which epoch."""
+    """Records the calls, with the epoch of each."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -44,7 +44,7 @@ def test_an_update_with_a_flush_in_it_opens_the_next_namespace(
 ) -> None:
     weights.begin()
     assert store.open is None
-    weights.flushed()  # inside the update: the weights are not named yet
+    weights.flushed()  # inside the update: the weights have no fingerprint yet
     assert store.open is None
     weights.finish(KNOWN, clean=False)
     assert store.open == KNOWN
@@ -93,7 +93,7 @@ def test_inside_a_session_nothing_opens(weights: Weights, store: Store) -> None:
     assert store.open == Epoch(nonce="c")
 
 
-def test_while_weights_change_nobody_knows_them(weights: Weights, store: Store) -> None:
+def test_changing_weights_have_no_fingerprint(weights: Weights, store: Store) -> None:
     before = weights.epoch
     weights.begin()
     first = weights.epoch
@@ -102,7 +102,7 @@ def test_while_weights_change_nobody_knows_them(weights: Weights, store: Store) 
     assert not weights.epoch.agreed
 
 
-def test_a_refused_update_goes_back_to_where_it_was(weights: Weights, store: Store) -> None:
+def test_a_refused_update_restores_the_former_state(weights: Weights, store: Store) -> None:
     weights.begin()
     weights.finish(KNOWN, clean=True)
     weights.begin()
@@ -128,7 +128,7 @@ def test_a_refused_update_in_a_session_leaves_the_weights_unknown(
     assert weights.epoch.nonce not in ("", "a")
 
 
-def test_stores_that_are_gone_are_not_told(weights: Weights, store: Store) -> None:
+def test_removed_stores_are_not_called(weights: Weights, store: Store) -> None:
     other = Store(weights)
     weights.attach(other)
     weights.detach(store)
@@ -141,7 +141,7 @@ def test_stores_that_are_gone_are_not_told(weights: Weights, store: Store) -> No
     assert not weights._stores
 
 
-def test_a_flush_of_a_settled_process_tells_stores_that_could_not_open_earlier(
+def test_a_flush_of_a_settled_process_lets_stores_try_again_to_open(
     weights: Weights, store: Store
 ) -> None:
     store.open = None

@@ -1,4 +1,4 @@
-"""The model fingerprint tells checkpoints apart by content, not by where they lie, and costs little."""
+"""The model fingerprint depends on the content of a checkpoint, not on its place, and costs little."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def test_a_directory_without_a_model_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\x00" * 8, b"\xff" * 100, b"\x10" + b"\x00" * 7 + b"x" * 90]
 )
-def test_a_file_that_only_claims_to_be_safetensors_is_sampled_all_the_same(
-    tmp_path: Path, content: bytes
-) -> None:
+def test_a_file_with_a_false_safetensors_name_is_sampled(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)
     before = checkpoint(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(content + b"more")
@@ -104,7 +102,7 @@ def test_dense_tensors_are_sampled_before_experts(tmp_path: Path) -> None:
 def test_a_checkpoint_of_100_gb_costs_a_bounded_number_of_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, tensors: int
 ) -> None:
-    """As large models come: 20 files of a dense one; 163 files with 90,000 tensors, most of them experts."""
+    """Two large models: 20 files of a dense one; 163 files with 90,000 tensors, most of them experts."""
     each = 100 * 10**9 // files // tensors
     for number in range(files):
         kind = "experts" if files > 100 else "attn"

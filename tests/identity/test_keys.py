@@ -1,4 +1,4 @@
-"""Every field of an identity separates; the digest of a given one never changes (it names directories on disk)."""
+"""Every field of an identity changes its digest; the digest of a given identity is fixed (it names directories)."""
 
 from __future__ import annotations
 

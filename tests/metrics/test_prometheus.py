@@ -1,4 +1,4 @@
-"""A real scrape in multiprocess mode, as SGLang does it: writers in one process, the reader in another."""
+"""A real scrape in multiprocess mode, as in SGLang: writers in one process, the reader in another."""
 
 from __future__ import annotations
 

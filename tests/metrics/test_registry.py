@@ -1,4 +1,4 @@
-"""Metrics: one catalogue of names, buckets that add up, ages of victims, exact counts under threads."""
+"""Metrics: one catalog of names, exact buckets, ages of victims, exact counts with many threads."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_call_of_exists_is_counted_as_asked_and_found() -> None:
     assert metrics.histograms()["exists_seconds"].counts[SECONDS.index(0.003)] == 2
 
 
-def test_gauges_are_asked_when_they_are_read() -> None:
+def test_gauge_functions_are_called_when_gauges_are_read() -> None:
     metrics = Metrics()
     level = [3]
     metrics.gauge("slots_used", lambda: level[0], "0")

@@ -115,7 +115,7 @@ MUTANTS = (
         REPAIR,
     ),
     (
-        "feed: the heartbeat forgets who is silent never",
+        "feed: the heartbeat never removes silent nodes",
         FEED,
         "    redis.call('ZREMRANGEBYSCORE', live, from, to)\n    redis.call('HDEL', nodes, unpack(gone))\n",
         "",

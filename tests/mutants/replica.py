@@ -74,7 +74,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
         OF_REPLICA,
     ),
     (
-        "replica: a node gets the set of who had its slot",
+        "replica: a node gets the set of its slot's former node",
         READER,
         "if known is not None and known[0].tenancy == entry.tenancy:",
         "if known is not None:",

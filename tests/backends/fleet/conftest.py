@@ -1,4 +1,4 @@
-"""What tests of the feed between nodes share: a real redis-server, short waits."""
+"""Fixtures of the feed between nodes: a real redis-server, short waits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nodes.redis_server import RedisServer
 
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing depends on how long they are."""
+    """Shorten the waits; no behaviour depends on their length."""
     monkeypatch.setattr(redis_feed, "BLOCK_S", 0.1)
     monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.JITTER_S", 0.05)
 

@@ -1,4 +1,4 @@
-"""The words of sharing: namespaces and fingerprints on the wire, how many numbers a change takes."""
+"""Vocabulary: namespaces and fingerprints on the wire, numbers of a change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_namespace_survives_the_wire() -> None:
 @pytest.mark.parametrize(
     "name", ["", "abc", "a" * 25, "a" * 27, "A" * 26, "!" * 26, "a" * 25 + "b"]
 )
-def test_what_is_no_namespace_is_refused(name: str) -> None:
+def test_other_text_than_a_namespace_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"namespace|base32|padding|digit"):
         namespace_bytes(name)
 

@@ -1,6 +1,6 @@
-"""A node in a process of its own, told by lines of JSON what to do: ``feed_node.py SHARE NID``.
+"""A node in a process of its own, controlled by lines of JSON: ``feed_node.py SHARE NID``.
 
-Answers each line with one: what it holds of a peer, and when (CLOCK_MONOTONIC, common to all processes).
+It answers each line with the size of its copy of a peer's set and the time each page came (CLOCK_MONOTONIC).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nodes.fleet_bed import NS, MemorySets, WireNode, fingerprints
 
 
 class Stamped(MemorySets):
-    """Notes when each page came."""
+    """Records when each page came."""
 
     def apply(self, namespace: str, node_id: NodeId, op: Op, keys: U64) -> None:
         super().apply(namespace, node_id, op, keys)

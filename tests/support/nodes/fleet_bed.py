@@ -43,7 +43,7 @@ OTHER_NS = namespace_name(bytes(range(1, 17)))
 
 
 def fingerprints(*numbers: int) -> U64:
-    """Fingerprints."""
+    """Make fingerprints."""
     return np.array(numbers, np.uint64)
 
 
@@ -184,7 +184,7 @@ class Node:
         return self
 
     def knows(self, other: Node, namespace: str = NS) -> bool:
-        """Is the replica of ``other`` what it has?"""
+        """Is the copy of ``other``'s set right?"""
         log = other.logs.find(namespace)
         assert log is not None
         mine = self.peer_sets.sets.get((namespace, other.membership.followers.node_id))
@@ -250,7 +250,7 @@ class WireNode:
         self.counts[name] += amount
 
     def holds(self, node_id: str) -> set[int] | None:
-        """The replica of a node that is up."""
+        """Return the copy of the set of a node that is up."""
         up = self.peer_sets.peers.get(NodeId(node_id), (0, "", False))[2]
         return self.peer_sets.sets.get((NS, NodeId(node_id))) if up else None
 
@@ -262,7 +262,7 @@ class WireNode:
 
 
 class HandNode:
-    """A node that a test plays by hand: its entry and its stream in Redis say what the test wants."""
+    """A node that a test plays by hand: the test writes its entry and its stream in Redis."""
 
     def __init__(
         self, client: redis.Redis, wires: Wires, node_id: str, cluster_id: str = "default"
@@ -279,7 +279,7 @@ class HandNode:
         return NodeInfo(self.node_id, self.logs.epoch, f"{self.node_id}:1", "", (NS,))
 
     def heartbeat(self, entry: bytes | None = None, ahead_s: float = 0.0) -> None:
-        """Be in the list until the expiry, as if it were ``ahead_s`` seconds later."""
+        """Join the list until the expiry, as if it were ``ahead_s`` seconds later."""
         live, nodes, version = member_keys(self._cluster_id)
         self.client.zadd(live, {self.node_id: (time.time() + ahead_s) * 1000})
         self.client.hset(nodes, self.node_id, entry or encode_info(self.own_info()))
@@ -292,14 +292,14 @@ class HandNode:
             self.client.xadd(key, cast(Any, encode_change(change)), id=entry_id)
 
     def take(self) -> list[Change]:
-        """What is to be written; whether the test does so is up to it."""
+        """Return the changes to write; the test may write them or not."""
         found = self.log.pending(1000)
         if found:
             self.log.published(found[-1].epoch, found[-1].first + found[-1].numbers - 1)
         return found
 
     def added(self, *numbers: int) -> Change:
-        """Have more pages; the change that says so."""
+        """Add pages; return the change."""
         self.log.add(fingerprints(*numbers))
         (change,) = self.take()
         return change

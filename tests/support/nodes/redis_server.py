@@ -17,18 +17,18 @@ ACL = (
     "user fk on >{password} resetchannels ~fk1:* -@all +ping +hello +auth +eval +evalsha +script|load"
     " +time +zadd +zrange +zscore +zremrangebyscore +hset +hget +hmget +hdel +get +set +xadd +xread +pexpire"
 )
-"""The rule of docs/OPERATING.md, to the letter."""
+"""The rule of docs/OPERATING.md."""
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses now."""
+    """Return a TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class RedisServer:
-    """One server on loopback. ``arguments``: further lines of its configuration. Does not start by itself."""
+    """One server on loopback. ``arguments``: further lines of its configuration. Not started by the constructor."""
 
     def __init__(
         self, directory: Path, *arguments: str, port: int = 0, sentinel: bool = False
@@ -42,7 +42,7 @@ class RedisServer:
         self._clients: list[redis.Redis] = []
 
     def start(self) -> RedisServer:
-        """Start, and wait until it answers (or refuses, which is an answer)."""
+        """Start, and wait until it answers; a refusal is an answer."""
         self.directory.mkdir(parents=True, exist_ok=True)
         lines = [
             f"bind 127.0.0.1\ndir {self.directory}\n",

@@ -1,6 +1,6 @@
-"""Processes of the replica's crash test: a writer that is killed, readers that judge what they see.
+"""Processes of the crash test of other nodes' sets: a writer that is killed, readers that check each lookup.
 
-Each node has pages of its own, and there are fingerprints nobody ever holds, in the same buckets and chains as
+Each node has pages of its own, and there are fingerprints that no node ever has, in the same buckets and chains as
 those. While the writer lives and dies a reader may see any set of a node's own pages there, and nothing else;
 after that, exactly what the last writer said.
 """
@@ -32,22 +32,22 @@ NODES, PAGES = 6, 4000
 
 
 def pages_of(node: int) -> U64:
-    """uint64 ``[PAGES]``, in the order of their numbers: what this node may ever hold."""
+    """uint64 ``[PAGES]``, in the order of their numbers: all pages that this node may have."""
     return np.random.default_rng(node).integers(0, 1 << 64, PAGES, dtype=np.uint64)
 
 
 def never_added() -> U64:
-    """uint64: what nobody ever holds, but of the same buckets and chains."""
+    """uint64: fingerprints that no node ever has, of the same buckets and chains."""
     return np.concatenate([pages_of(node) ^ np.uint64(1 << 40) for node in range(NODES)])
 
 
-def nobody(peer: Peer) -> bool:
-    """Pass over none."""
+def no_peer(peer: Peer) -> bool:
+    """Skip no peer."""
     return False
 
 
 def write(run_dir: str, seed: int, point: Failpoint | None) -> None:
-    """Change everything at random for a while: whoever calls this is to be killed meanwhile, or at ``point``."""
+    """Change everything at random for a while, until the process is killed, or at ``point``."""
     draw = random.Random(seed)
     if point is not None:
         set_hook(KillAt(point, draw.randrange(1, 8)))
@@ -72,7 +72,7 @@ def write(run_dir: str, seed: int, point: Failpoint | None) -> None:
 
 
 def settle(run_dir: str, seed: int) -> dict[str, list[int]]:
-    """Take over from the one that was killed; what each node holds from then on, by number of page."""
+    """Take over from a killed writer; return the page numbers that each node has from then on."""
     draw, writer, held = random.Random(seed), PeerSetsWriter(run_dir), dict[str, list[int]]()
     for number in draw.sample(range(NODES), NODES - 1):
         node, fingerprints = NodeId(f"node-{number}"), pages_of(number)
@@ -117,20 +117,20 @@ def look(
     draw: random.Random,
     wrong: list[str],
 ) -> int:
-    """One look-up of each kind; what is impossible goes to ``wrong``. How many pages were found."""
+    """Do one lookup of each kind; add impossible results to ``wrong``. Returns the number of pages found."""
     number = draw.randrange(NODES)
     some = pages[number][draw.sample(range(PAGES), 128)]
     at = draw.randrange(len(foreign) - 128)
-    if reader.holds(foreign[at : at + 128], nobody).any():
+    if reader.holds(foreign[at : at + 128], no_peer).any():
         wrong.append("holds says yes to what was never added")
-    if reader.run(foreign[at : at + 128], nobody) is not None:
+    if reader.run(foreign[at : at + 128], no_peer) is not None:
         wrong.append("run found what was never added")
     halves = [p for p in reader.peers() if p.address != f"host-{p.node_id[5:]}:{p.node_id[5:]}"]
     wrong.extend(f"peer of two halves: {peer}" for peer in halves)
-    answer = reader.run(some, nobody)
+    answer = reader.run(some, no_peer)
     if answer is not None and answer[0].node_id != f"node-{number}":
         wrong.append(f"page of node {number} at {answer[0].node_id}")
-    return int(reader.holds(some, nobody).sum())
+    return int(reader.holds(some, no_peer).sum())
 
 
 def settled(reader: PeerSetsReader, held: dict[str, list[int]]) -> bool:
@@ -146,7 +146,7 @@ def settled(reader: PeerSetsReader, held: dict[str, list[int]]) -> bool:
 
 
 def sees_exactly(reader: PeerSetsReader, node_id: NodeId, numbers: list[int]) -> bool:
-    """Is what this node holds, as far as the reader sees, what it should hold?"""
+    """Does the reader see exactly these pages of this node?"""
     seen = reader.holds(pages_of(int(node_id[5:])), lambda peer: peer.node_id != node_id)
     return np.flatnonzero(seen).tolist() == numbers
 

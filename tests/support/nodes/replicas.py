@@ -1,4 +1,4 @@
-"""Replicas on real files: nodes with random pages, readers that have looked once."""
+"""Sets of other nodes on real files: nodes with random pages, readers after one refresh."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def pages(count: int) -> U64:
     return np.unique(RNG.integers(0, 1 << 64, count, dtype=np.uint64))
 
 
-def nobody(peer: Peer) -> bool:
-    """Pass over none."""
+def no_peer(peer: Peer) -> bool:
+    """Skip no peer."""
     return False
 
 

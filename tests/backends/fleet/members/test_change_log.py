@@ -1,4 +1,4 @@
-"""A node's own changes: numbers without holes, what is kept for whom, and nothing that grows for ever."""
+"""A node's own changes: numbers without holes, limits of the ring and the outbox."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def logs() -> ChangeLogs:
 
 
 def sent(log: OwnChanges) -> list[tuple[Op, int, list[int]]]:
-    """What waits to be published."""
+    """Return the changes that wait to be published."""
     return [(change.op, change.first, change.fingerprints.tolist()) for change in log.pending(1000)]
 
 
@@ -49,7 +49,7 @@ def test_a_change_has_at_most_512_keys(logs: ChangeLogs) -> None:
     assert sizes == [512, 101]
 
 
-def test_what_was_published_is_gone_even_from_a_change_that_grew(logs: ChangeLogs) -> None:
+def test_published_numbers_leave_the_outbox_also_from_a_change_that_grew(logs: ChangeLogs) -> None:
     log = logs.log(NS)
     log.add(fingerprints(1, 2))
     log.pending(10)
@@ -87,7 +87,7 @@ def test_without_redis_nothing_piles_up() -> None:
     assert logs.overflows == 0
 
 
-def test_since_gives_what_is_kept_and_says_when_it_is_not(logs: ChangeLogs) -> None:
+def test_since_returns_kept_changes_or_none(logs: ChangeLogs) -> None:
     log = logs.log(NS)
     assert log.since(logs.epoch, 0) == []
     log.add(fingerprints(1, 2, 3))

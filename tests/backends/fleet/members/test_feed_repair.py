@@ -1,4 +1,4 @@
-"""One node follows another that the test plays by hand: entries lost, repeated, out of order, or not entries at all."""
+"""A node follows one that the test plays by hand: entries are lost, repeated, out of order, or not valid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("short_waits")
 
 @pytest.fixture
 def scene(server: RedisServer, share: ShareConfig) -> Iterator[tuple[Node, HandNode]]:
-    """A node that follows one that is played by hand, which has pages 1, 2, 3."""
+    """Yield a node and the hand-played node that it follows, which has pages 1, 2, 3."""
     share = replace(share, node_ttl_s=1000.0)
     wires = Wires()
     hand = HandNode(server.client(), wires, "h")
@@ -63,12 +63,12 @@ def test_a_lost_entry_is_a_gap(
     assert node.counts["share_snapshots"] >= 2
 
 
-def test_a_lost_tail_is_revealed_by_a_keep_alive(
+def test_a_heartbeat_reveals_lost_last_entries(
     scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.ASK_AGAIN_S", 0.1)
     node, hand = scene
-    hand.added(4)  # never arrives, and nothing comes after it
+    hand.added(4)  # never arrives, as the last entry
     keep = hand.log.heartbeat()
     assert keep is not None
     hand.write(keep)
@@ -82,11 +82,11 @@ def test_a_stream_whose_ids_went_back_is_read_again(
     node, hand = scene
     assert eventually(lambda: node.counts["share_changes_in"] > 0)
     hand.client.delete(stream_key("default", NS, hand.node_id))
-    hand.write(hand.added(9), entry_id="1-1")  # far below what was read
+    hand.write(hand.added(9), entry_id="1-1")  # far below the ids read so far
     assert knows(node, hand)
 
 
-def test_another_epoch_is_ignored_until_a_beat_tells_of_it(
+def test_another_epoch_is_ignored_until_the_node_announces_it(
     scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.NEW_EPOCH_S", 0.1)
@@ -141,7 +141,7 @@ def test_rubbish_in_redis_is_counted_and_skipped(scene: tuple[Node, HandNode]) -
     assert node.peer_sets.peers[hand.node_id][2]
 
 
-def test_sets_that_lie_are_asked_for_again(
+def test_suspect_sets_are_fetched_again(
     scene: tuple[Node, HandNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexkv_sglang.backends.fleet.members.follower.ASK_AGAIN_S", 0.1)

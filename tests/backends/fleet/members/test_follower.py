@@ -1,4 +1,4 @@
-"""A follower against a model: whatever the feed does, it settles on exactly what the peer has."""
+"""A follower against a model: for every behaviour of the feed it ends with exactly the peer's set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = st.lists(st.integers(0, 20), min_size=1, max_size=6)
 
 
 class Replica:
-    """What the steps of a follower make of a set; None: there is none."""
+    """The copy that results from a follower's steps; None: there is none."""
 
     def __init__(self) -> None:
         self.pages: set[int] | None = None
@@ -155,7 +155,7 @@ class FeedMachine(RuleBasedStateMachine):
 
     @rule()
     def catch_up(self) -> None:
-        """Beat and a fresh snapshot in one, or the interesting states are seldom reached."""
+        """Do a heartbeat and a fresh snapshot in one rule, or the interesting states are seldom reached."""
         self.heartbeat()
         if self.follower.wants_snapshot:
             self.replica.take(self.follower.answered(self.log.snapshot()))
@@ -194,7 +194,7 @@ class FeedMachine(RuleBasedStateMachine):
             assert self.replica.pages == self.truth
 
     def teardown(self) -> None:
-        """Nothing is lost from now on: a beat, a keep-alive, a snapshot if one is wanted; then it is right."""
+        """Lose nothing from now on: after both heartbeats, and a snapshot if wanted, the copy is right."""
         self.publish(1 << 20)
         self.deliver(1 << 20)
         self.heartbeat()
@@ -233,7 +233,7 @@ def test_a_snapshot_of_another_epoch_is_no_use() -> None:
     assert follower.wants_snapshot
 
 
-def test_a_keep_alive_tells_how_much_is_missing() -> None:
+def test_a_heartbeat_shows_how_many_changes_are_missing() -> None:
     follower = followed(3)
     follower.changed(Change(7, 4, Op.HEARTBEAT, fingerprints()))
     assert not follower.wants_snapshot

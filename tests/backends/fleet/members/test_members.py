@@ -1,4 +1,4 @@
-"""Who is there: silence is no news, absence is; and when snapshots are asked for."""
+"""Members: a silent source changes nothing, a missing node is down. Snapshots: when they are asked for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def up(members: Members) -> set[str]:
     return {node_id for node_id, member in members.known.items() if member.up}
 
 
-def test_who_is_not_listed_is_down_and_gone_after_a_minute() -> None:
+def test_a_missing_node_is_down_and_removed_after_a_minute() -> None:
     members = Members()
     members.update_members("redis", [A, B], 0.0)
     members.update_members("redis", [B], 10.0)
@@ -34,7 +34,7 @@ def test_who_is_not_listed_is_down_and_gone_after_a_minute() -> None:
     assert set(members.known) == {"b"}
 
 
-def test_who_comes_back_is_up_again() -> None:
+def test_a_node_that_comes_back_is_up_again() -> None:
     members = Members()
     members.update_members("redis", [A], 0.0)
     members.update_members("redis", [], 1.0)
@@ -43,14 +43,14 @@ def test_who_comes_back_is_up_again() -> None:
     assert members.tick(1000.0) == []
 
 
-def test_silence_changes_nothing() -> None:
+def test_a_silent_source_changes_nothing() -> None:
     members = Members()
     members.update_members("redis", [A], 0.0)
     assert members.tick(1e6) == []
     assert up(members) == {"a"}
 
 
-def test_a_list_that_lost_members_takes_nobody_down_for_a_while() -> None:
+def test_a_list_that_lost_members_takes_no_node_down_for_a_while() -> None:
     members = Members()
     members.update_members("redis", [A, B], 0.0)
     members.update_members("redis", [B], 10.0, grace_s=5.0)
@@ -60,7 +60,7 @@ def test_a_list_that_lost_members_takes_nobody_down_for_a_while() -> None:
     assert up(members) == {"b"}
 
 
-def test_one_source_is_enough_and_its_own_word_counts_more() -> None:
+def test_one_source_is_enough_and_a_nodes_own_answer_counts_more() -> None:
     members = Members()
     members.update_members("redis", [A], 0.0)
     members.update_members("peer x", [replace(A, epoch=5)], 1.0)
@@ -95,7 +95,7 @@ def test_a_snapshot_is_asked_for_once_at_a_time(queue: SnapshotQueue) -> None:
     assert queue.take(ASK_AGAIN_S) == FEED
 
 
-def test_who_does_not_answer_is_asked_less_often(queue: SnapshotQueue) -> None:
+def test_a_peer_that_does_not_answer_is_asked_less_often(queue: SnapshotQueue) -> None:
     now, pauses = 0.0, []
     for _ in range(5):
         queue.want(FEED, now)

@@ -1,4 +1,4 @@
-"""Bytes in Redis, to the letter of docs/DATA_FILE.md; and whatever else lies there does no harm."""
+"""Bytes in Redis are those of docs/DATA_FILE.md; other bytes do no harm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rosters that meet in a real redis-server: whatever happens to it, sets become right again and nobody goes down."""
+"""Memberships with a real redis-server: after each of its failures sets become right again, and no node goes down."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_redis_killed_and_back_empty(
         assert two.sees(one)
         server.start()
         assert both_know(one, two)
-        assert two.counts["share_snapshots"] == 1  # what waited was published, nothing was lost
+        assert two.counts["share_snapshots"] == 1  # waiting changes were published, none was lost
         warnings = [record for record in caplog.records if record.levelname == "WARNING"]
         assert len(warnings) <= 4  # two connections of two nodes, one line each
     assert "b" not in one.peer_sets.was_down
@@ -101,7 +101,7 @@ def test_close_is_bounded_while_redis_hangs(
     begin = time.monotonic()
     one.membership.close()
     one.membership.close()
-    assert time.monotonic() - begin < 2.0  # a promise to the agent, not a measurement
+    assert time.monotonic() - begin < 2.0  # the bound that the agent relies on
     server.signal(signal.SIGCONT)
 
 
@@ -162,7 +162,7 @@ def test_a_node_that_dies_is_down_after_the_expiry(server: RedisServer, share: S
         assert eventually(lambda: one.peer_sets.peers[hand.node_id][2])
 
 
-def test_a_quiet_stream_says_how_far_it_goes(
+def test_a_quiet_stream_gets_heartbeats(
     server: RedisServer, share: ShareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_feed, "STREAM_HEARTBEAT_S", 0.2)

@@ -1,4 +1,4 @@
-"""How a Redis is reached: URLs, passwords that nobody sees, the ACL user of the documentation, TLS, Sentinel."""
+"""Connections to Redis: URLs, hidden passwords, the ACL user of the documentation, TLS, Sentinel."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def meet(share: ShareConfig) -> None:
         ("unix:///run/redis", RedisAddress("unix", (), socket_path="/run/redis")),
     ],
 )  # fmt: skip
-def test_what_a_url_means(url: str, address: RedisAddress) -> None:
+def test_valid_urls(url: str, address: RedisAddress) -> None:
     assert parse_redis_url(url) == address
     assert "p@" not in str(parse_redis_url(url)).replace("@h", "")
 
@@ -62,7 +62,7 @@ def test_what_a_url_means(url: str, address: RedisAddress) -> None:
      f"redis://u:{SECRET}@a,b", f"redis://u:{SECRET}@h?ssl_ca_certs=x", "rediss://h?ssl_cert_reqs=none",
      "redis://h?protocol=4", "redis://h?sentinel_auth=x", "redis+sentinel://h", "redis://h#x", "redis://h:0x1"],
 )  # fmt: skip
-def test_what_is_no_url_is_refused_and_shows_no_password(url: str) -> None:
+def test_a_wrong_url_is_refused_and_shows_no_password(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_redis_url(url)
     assert "redis_url" in str(caught.value)
@@ -84,7 +84,7 @@ def test_an_authority_is_a_file_of_the_settings_or_of_the_url() -> None:
             parse_redis_url(wrong, None, "/ca")
 
 
-def test_a_password_is_in_no_text() -> None:
+def test_no_text_shows_a_password() -> None:
     address = parse_redis_url(f"redis://fk:{SECRET}@h:1/0")
     assert SECRET not in f"{address} {address!r} {redacted(f'redis://fk:{SECRET}@h')}"
     assert str(address) == "redis://fk@h:1/0"
@@ -115,7 +115,7 @@ def test_a_wrong_password_is_an_outage_until_the_file_is_right(
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
-def test_the_acl_user_of_the_documentation_can_all_it_needs_and_no_more(
+def test_the_acl_user_of_the_documentation_has_exactly_the_needed_rights(
     tmp_path: Path, protocol: int
 ) -> None:
     with RedisServer(tmp_path, ACL.format(password=SECRET)) as server:

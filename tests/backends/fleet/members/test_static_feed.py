@@ -209,13 +209,13 @@ def follow_from_another_process(node: WireNode, tmp_path: Path, way: str) -> Non
 
 
 def visible_after_ms(node: WireNode, child: Child) -> list[float]:
-    """How long each of 60 pages took to be in the other process's replica, sorted."""
+    """Return the sorted seconds until each of 60 pages was in the other process's copy."""
     assert eventually(lambda: child.ask(peer="a")["held"] == 200_000)
     added: dict[int, float] = {}
     for number in range(60):
         added[number] = time.monotonic()
         node.logs.log(NS).add(fingerprints(number))
-        time.sleep(0.003 * (number % 7))  # at all phases of whatever has a period
+        time.sleep(0.003 * (number % 7))  # at all phases of all periods
     assert eventually(lambda: child.ask(peer="a")["held"] == 200_060)
     seen = child.ask(peer="a", seen=True)["seen"]
     return sorted((seen[str(number)] - added[number]) * 1000 for number in added)

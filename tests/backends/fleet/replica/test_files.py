@@ -1,4 +1,4 @@
-"""Files of the replica: a full disk, damage, and every byte as docs/DATA_FILE.md has it."""
+"""Files with sets of other nodes: a full disk, damage, and every byte as in docs/DATA_FILE.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexkv_sglang.backends.fleet.replica.files import SetPlace, open_set
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import Op
 from flexkv_sglang.types import U64
-from nodes.replicas import SPACE, A, B, fill, nobody, open_reader, pages
+from nodes.replicas import SPACE, A, B, fill, no_peer, open_reader, pages
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def writer(shm_path: Path) -> Iterator[PeerSetsWriter]:
 
 
 def grow(writer: PeerSetsWriter, rounds: int) -> U64:
-    """Add until the changes no longer fit beside the base. What was added."""
+    """Add until the changes no longer fit beside the base; return the added fingerprints."""
     added = [pages(500) for _ in range(rounds)]
     for fingerprints in added:
         writer.apply(SPACE, A, Op.ADD, fingerprints)
@@ -54,12 +54,12 @@ def test_a_full_disk_freezes_what_readers_see(
         writer.tick()
         assert writer.frozen
         reader.refresh()
-        assert reader.holds(first, nobody).all()
-        assert not reader.holds(added[-500:], nobody).any()
-        assert not reader.holds(other, nobody).any()
-        writer.apply(SPACE, A, Op.CLEAR, first[:0])  # is obeyed all the same
+        assert reader.holds(first, no_peer).all()
+        assert not reader.holds(added[-500:], no_peer).any()
+        assert not reader.holds(other, no_peer).any()
+        writer.apply(SPACE, A, Op.CLEAR, first[:0])  # works on a full disk too
         reader.refresh()
-        assert not reader.holds(first, nobody).any()
+        assert not reader.holds(first, no_peer).any()
         writer.apply(SPACE, A, Op.ADD, added)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -67,8 +67,8 @@ def test_a_full_disk_freezes_what_readers_see(
     writer.tick()
     assert not writer.frozen
     reader.refresh()
-    assert reader.holds(np.concatenate([added, other]), nobody).all()
-    assert not reader.holds(first, nobody).any()
+    assert reader.holds(np.concatenate([added, other]), no_peer).all()
+    assert not reader.holds(first, no_peer).any()
     assert reader.page_count() == len(added) + len(other)
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert not list((shm_path / SPACE).glob("*.tmp"))
@@ -90,12 +90,12 @@ def test_a_full_tmpfs_freezes_too(tmp_path: Path) -> None:
         added = grow(writer, 8)
         reader.refresh()
         assert writer.frozen
-        assert reader.holds(first, nobody).all()
+        assert reader.holds(first, no_peer).all()
         ballast.unlink()
         writer.tick()
         reader.refresh()
         assert not writer.frozen
-        assert reader.holds(np.concatenate([first, added]), nobody).all()
+        assert reader.holds(np.concatenate([first, added]), no_peer).all()
         reader.close()
         writer.close()
         del writer, reader
@@ -111,7 +111,7 @@ def test_files_that_are_damaged_are_no_sets(shm_path: Path, writer: PeerSetsWrit
     copy = SetPlace(shm_path / SPACE, 0, tenancy, 2)
     for data in (b"", whole[:40], whole[:-8], whole + bytes(8), whole):
         copy.path.write_bytes(data)
-        assert open_set(copy) is None  # the last one: of another generation
+        assert open_set(copy) is None  # the last copy: of another generation
     for at in range(52):
         place.path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         assert open_set(place) is None

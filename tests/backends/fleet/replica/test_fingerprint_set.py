@@ -40,7 +40,7 @@ def kinds(rng: np.random.Generator) -> dict[str, U64]:
 
 
 @pytest.mark.parametrize("kind", ["spread", "close", "one chain", "ends"])
-def test_it_is_a_set_whatever_is_done_to_it(kind: str) -> None:
+def test_all_operations_are_those_of_a_set(kind: str) -> None:
     rng = np.random.default_rng(5)
     pool, pages, model = kinds(rng)[kind], FingerprintSet(), set[int]()
     for _ in range(60 if kind == "one chain" else 300):
@@ -76,7 +76,7 @@ def test_one_and_many_are_answered_alike() -> None:
     latest_both(changes, asked)
 
 
-def test_what_was_new_comes_once_and_in_order() -> None:
+def test_new_fingerprints_are_returned_once_and_in_order() -> None:
     pages = FingerprintSet(array(5))
     assert pages.add(array(9, 5, 3, 9, 1, 3)).tolist() == [9, 3, 1]
     assert pages.drop(array(1, 4, 9, 1)).tolist() == [1, 9]
@@ -111,7 +111,7 @@ def test_changes_that_do_not_fit_are_folded_in_at_once() -> None:
     assert len(pages) == len(pages.snapshot()) == 0
 
 
-def test_the_last_word_counts() -> None:
+def test_the_last_change_counts() -> None:
     fingerprints, added = array(5, 7, 5, 7, 5, 8), np.array([True, False, False, True, True, False])
     assert merged(array(6, 7, 8), fingerprints, added).tolist() == [5, 6, 7]
     assert merged(EMPTY, fingerprints, added).tolist() == [5, 7]
@@ -123,7 +123,7 @@ def table(records: int = 1024, salt: int = 3) -> tuple[ChangeTable, np.ndarray, 
 
 
 def latest_both(changes: ChangeTable, fingerprints: U64) -> list[int]:
-    """Asked one by one, and (so many that it takes that way) all at once."""
+    """Look up one by one, and all at once (enough for the vectorised way)."""
     single = [changes.latest_one(fp) for fp in fingerprints.tolist()]
     for before in (False, True):
         for times in (1, 40):

@@ -1,4 +1,4 @@
-"""Writer and reader of the replica on real files: nodes, sets, takeover, a silent agent, a full disk."""
+"""Writer and reader of other nodes' sets on real files: nodes, sets, takeover, a silent agent, a full disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Op, Snapshot
 from flexkv_sglang.errors import PeerError
-from nodes.replicas import OTHER, RNG, SPACE, A, B, C, fill, nobody, open_reader, pages
+from nodes.replicas import OTHER, RNG, SPACE, A, B, C, fill, no_peer, open_reader, pages
 
 
 def node_ids(reader: PeerSetsReader) -> list[str]:
@@ -26,7 +26,7 @@ def node_ids(reader: PeerSetsReader) -> list[str]:
 
 
 def let_look(reader: PeerSetsReader) -> None:
-    """As if the pauses between looks at the file system were over."""
+    """End the pauses between looks at the file system."""
     reader._look_at_ns = reader._retry_at_ns = 0
     reader.refresh()
 
@@ -38,27 +38,27 @@ def writer(shm_path: Path) -> Iterator[PeerSetsWriter]:
     made.close()
 
 
-def test_nothing_there_is_no_peers(tmp_path: Path) -> None:
+def test_without_files_there_are_no_peers(tmp_path: Path) -> None:
     reader = open_reader(tmp_path / "absent")
     assert not reader.alive
     assert reader.peers() == ()
-    assert reader.run(pages(3), nobody) is None
-    assert not reader.holds(pages(3), nobody).any()
+    assert reader.run(pages(3), no_peer) is None
+    assert not reader.holds(pages(3), no_peer).any()
     assert reader.page_count() == 0
     fill(PeerSetsWriter(tmp_path / "absent"), A, fingerprints := pages(3))
     let_look(reader)
-    assert reader.run(fingerprints, nobody) == (Peer(0, A, 7, "a:1"), 3)
+    assert reader.run(fingerprints, no_peer) == (Peer(0, A, 7, "a:1"), 3)
     reader.close()
-    assert reader.run(fingerprints, nobody) is None
+    assert reader.run(fingerprints, no_peer) is None
 
 
 def test_a_change_is_seen_without_a_refresh(shm_path: Path, writer: PeerSetsWriter) -> None:
     fill(writer, A, fingerprints := pages(100))
     reader, more = open_reader(shm_path), pages(50)
     writer.apply(SPACE, A, Op.ADD, more)
-    assert reader.holds(more, nobody).all()
+    assert reader.holds(more, no_peer).all()
     writer.apply(SPACE, A, Op.DROP, fingerprints[:10])
-    assert reader.holds(fingerprints, nobody).tolist() == [False] * 10 + [True] * 90
+    assert reader.holds(fingerprints, no_peer).tolist() == [False] * 10 + [True] * 90
     assert reader.page_count() == writer.pages(A) == 140
     writer.apply(SPACE, A, Op.HEARTBEAT, more[:0])
     assert reader.page_count() == 140
@@ -76,7 +76,7 @@ def test_a_set_follows_through_many_files(shm_path: Path, writer: PeerSetsWriter
         held.difference_update(gone.tolist())
         reader.refresh()
         asked = RNG.permutation(np.concatenate([fingerprints, pages(100)]))
-        assert reader.holds(asked, nobody).tolist() == [fp in held for fp in asked.tolist()]
+        assert reader.holds(asked, no_peer).tolist() == [fp in held for fp in asked.tolist()]
     assert 4 * record_count(0) < 40 * 300
     assert len(list((shm_path / SPACE).glob("p0.*.set"))) > 4
     writer.tick()
@@ -90,17 +90,17 @@ def test_reset_clear_and_drop(shm_path: Path, writer: PeerSetsWriter) -> None:
     reader = open_reader(shm_path)
     writer.reset(SPACE, A, Snapshot(8, 0, second))
     reader.refresh()
-    assert not reader.holds(first, nobody).any()
-    assert reader.holds(second, nobody).all()
+    assert not reader.holds(first, no_peer).any()
+    assert reader.holds(second, no_peer).all()
     writer.apply(SPACE, A, Op.CLEAR, first[:0])
     writer.apply(SPACE, A, Op.ADD, first)
     reader.refresh()
-    assert reader.holds(first, nobody).all()
-    assert not reader.holds(second, nobody).any()
+    assert reader.holds(first, no_peer).all()
+    assert not reader.holds(second, no_peer).any()
     writer.drop(SPACE, A)
-    writer.apply(SPACE, A, Op.ADD, second)  # until the next reset nothing is known
+    writer.apply(SPACE, A, Op.ADD, second)  # ignored until the next reset
     reader.refresh()
-    assert not reader.holds(np.concatenate([first, second]), nobody).any()
+    assert not reader.holds(np.concatenate([first, second]), no_peer).any()
     assert node_ids(reader) == ["a"]
     writer.reset(SPACE, A, Snapshot(8, 0, np.concatenate([second, second[:3]])))  # not even sorted
     reader.refresh()
@@ -113,11 +113,11 @@ def test_namespaces_are_apart(shm_path: Path, writer: PeerSetsWriter) -> None:
     fill(writer, A, theirs := pages(5), OTHER)
     for one, yes, no in ((reader, mine, theirs), (other, theirs, mine)):
         one.refresh()
-        assert one.holds(yes, nobody).all()
-        assert not one.holds(no, nobody).any()
+        assert one.holds(yes, no_peer).all()
+        assert not one.holds(no, no_peer).any()
     writer.remove_peer(A)
     assert node_ids(reader) == node_ids(other) == []
-    assert reader.run(mine, nobody) is None
+    assert reader.run(mine, no_peer) is None
 
 
 def test_down_removed_and_a_slot_that_changes_hands(shm_path: Path, writer: PeerSetsWriter) -> None:
@@ -125,16 +125,16 @@ def test_down_removed_and_a_slot_that_changes_hands(shm_path: Path, writer: Peer
     reader = open_reader(shm_path)
     writer.set_peer(A, 9, "elsewhere:2", up=False)
     assert node_ids(reader) == []
-    assert reader.run(fingerprints, nobody) is None
+    assert reader.run(fingerprints, no_peer) is None
     writer.set_peer(A, 9, "elsewhere:2", up=True)
     reader.refresh()
-    assert reader.run(fingerprints, nobody) == (Peer(0, A, 9, "elsewhere:2"), 5)
+    assert reader.run(fingerprints, no_peer) == (Peer(0, A, 9, "elsewhere:2"), 5)
     writer.remove_peer(A)
     writer.remove_peer(A)
     fill(writer, B, other := pages(5))
     assert node_ids(reader) == ["b"]
-    assert not reader.holds(fingerprints, nobody).any()
-    assert reader.run(other, nobody) == (Peer(0, B, 7, "b:1"), 5)
+    assert not reader.holds(fingerprints, no_peer).any()
+    assert reader.run(other, no_peer) == (Peer(0, B, 7, "b:1"), 5)
 
 
 def test_a_set_of_another_tenancy_is_not_taken(shm_path: Path, writer: PeerSetsWriter) -> None:
@@ -144,21 +144,21 @@ def test_a_set_of_another_tenancy_is_not_taken(shm_path: Path, writer: PeerSetsW
     place = SetPlace(shm_path / SPACE, 0, entry.tenancy, 1)
     assert open_set(place) is not None
     assert open_set(SetPlace(shm_path / SPACE, 0, entry.tenancy + 1, 1)) is None
-    # the reader has read of nodes, and before it reads of sets the slot changes hands
+    # the slot changes hands after the reader has read the nodes, and before it reads the sets
     table = reader._table
     assert table is not None
     writer.remove_peer(A)
     fill(writer, B, other := pages(5))
     reader._follow_sets(table, time.monotonic_ns())
     reader._make_view()
-    assert reader.run(other, nobody) is None
-    # it has read of the new node, and not yet of its set
+    assert reader.run(other, no_peer) is None
+    # the reader has read the new node, and not yet its set
     assert reader._follow_entries(table)
     reader._make_view()
-    assert reader.run(fingerprints, nobody) is None
+    assert reader.run(fingerprints, no_peer) is None
     let_look(reader)
-    assert reader.run(other, nobody) == (Peer(0, B, 7, "b:1"), 5)
-    assert reader.run(fingerprints, nobody) is None
+    assert reader.run(other, no_peer) == (Peer(0, B, 7, "b:1"), 5)
+    assert reader.run(fingerprints, no_peer) is None
 
 
 def test_the_longest_run_wins_and_is_exact(shm_path: Path, writer: PeerSetsWriter) -> None:
@@ -167,19 +167,19 @@ def test_the_longest_run_wins_and_is_exact(shm_path: Path, writer: PeerSetsWrite
     fill(writer, B, np.unique(chain[:90]))
     fill(writer, C, np.unique(chain[1:]))
     reader = open_reader(shm_path)
-    assert reader.run(chain, nobody) == (Peer(1, B, 7, "b:1"), 90)
+    assert reader.run(chain, no_peer) == (Peer(1, B, 7, "b:1"), 90)
     assert reader.run(chain, lambda peer: peer.node_id == B) == (Peer(0, A, 7, "a:1"), 40)
-    assert reader.run(chain[1:], nobody) == (Peer(2, C, 7, "c:1"), 127)
-    assert reader.run(chain[:0], nobody) is None
+    assert reader.run(chain[1:], no_peer) == (Peer(2, C, 7, "c:1"), 127)
+    assert reader.run(chain[:0], no_peer) is None
 
 
-def test_holes_are_found_wherever_they_are(shm_path: Path, writer: PeerSetsWriter) -> None:
+def test_holes_are_found_at_all_places(shm_path: Path, writer: PeerSetsWriter) -> None:
     chain = RNG.permutation(pages(128))
     fill(writer, A, np.unique(chain))
     reader = open_reader(shm_path)
     for hole in range(128):
         writer.apply(SPACE, A, Op.DROP, chain[hole : hole + 1])
-        answer = reader.run(chain, nobody)
+        answer = reader.run(chain, no_peer)
         assert (answer[1] if answer else 0) == hole
         writer.apply(SPACE, A, Op.ADD, chain[hole : hole + 1])
 
@@ -206,15 +206,15 @@ def test_runs_agree_with_the_definition(shm_path: Path, writer: PeerSetsWriter) 
             assert answer[1] == runs[answer[0].node_id] == best
 
 
-def test_of_equals_the_one_answered_last(shm_path: Path, writer: PeerSetsWriter) -> None:
+def test_of_equal_peers_the_last_answer_wins(shm_path: Path, writer: PeerSetsWriter) -> None:
     both, only_b = pages(20), pages(5)
     fill(writer, A, both)
     fill(writer, B, np.unique(np.concatenate([both, only_b])))
     reader = open_reader(shm_path)
-    first = reader.run(both, nobody)
+    first = reader.run(both, no_peer)
     assert first is not None
-    assert reader.run(only_b, nobody) == (Peer(1, B, 7, "b:1"), 5)
-    again = reader.run(both, nobody)
+    assert reader.run(only_b, no_peer) == (Peer(1, B, 7, "b:1"), 5)
+    again = reader.run(both, no_peer)
     assert again is not None
     assert (first[0].node_id, again[0].node_id) == (A, B)
 
@@ -233,11 +233,11 @@ def test_a_silent_agent_is_ignored_and_comes_back(shm_path: Path, writer: PeerSe
         reader.refresh()
         assert not reader.alive
         assert reader.peers() == ()
-        assert reader.run(fingerprints, nobody) is None
-        assert not reader.holds(fingerprints, nobody).any()
+        assert reader.run(fingerprints, no_peer) is None
+        assert not reader.holds(fingerprints, no_peer).any()
     writer.heartbeat()
     assert reader.alive
-    assert reader.run(fingerprints, nobody) == (Peer(0, A, 7, "a:1"), 5)
+    assert reader.run(fingerprints, no_peer) == (Peer(0, A, 7, "a:1"), 5)
 
 
 def test_the_next_writer_takes_over(shm_path: Path) -> None:
@@ -247,20 +247,20 @@ def test_the_next_writer_takes_over(shm_path: Path) -> None:
     (shm_path / "agent.lock").touch()
     (shm_path / SPACE / "someone").touch()
     new = PeerSetsWriter(shm_path)
-    assert reader.holds(before, nobody).all()  # what is mapped stays usable until the next refresh
+    assert reader.holds(before, no_peer).all()  # mapped sets stay usable until the next refresh
     reader.refresh()
     assert reader.alive
     assert reader.peers() == ()
     fill(new, B, after := pages(50))
     assert node_ids(reader) == ["b"]
-    assert reader.holds(after, nobody).all()
-    assert not reader.holds(before, nobody).any()
+    assert reader.holds(after, no_peer).all()
+    assert not reader.holds(before, no_peer).any()
     left = sorted(path.name for path in (shm_path / SPACE).iterdir())
     assert left == ["index", "p0.1.set", "someone"]
     assert (shm_path / "agent.lock").exists()
-    fill(old, A, before)  # one that was thought dead: nobody reads its table
+    fill(old, A, before)  # a writer that was taken for dead: its table has no readers
     reader.refresh()
-    assert not reader.holds(before, nobody).any()
+    assert not reader.holds(before, no_peer).any()
 
 
 def test_a_new_writer_removes_what_a_crash_left_of_new_files(shm_path: Path) -> None:
@@ -274,18 +274,18 @@ def test_a_new_writer_removes_what_a_crash_left_of_new_files(shm_path: Path) -> 
     assert not [path for path in stale if path.exists()]
 
 
-def test_a_table_that_was_put_there_anew_is_found(shm_path: Path) -> None:
-    """The old one cannot say that it is retired: somebody removed the directory."""
+def test_a_table_in_a_new_directory_is_found(shm_path: Path) -> None:
+    """The old table cannot be marked as retired: the directory was removed."""
     old = PeerSetsWriter(shm_path / "run")
     reader = open_reader(shm_path / "run")
     (shm_path / "run").rename(shm_path / "away")
     fill(PeerSetsWriter(shm_path / "run"), A, fingerprints := pages(5))
     old._table.heartbeat_ns = time.monotonic_ns() - 2_000_000_000
     let_look(reader)
-    assert reader.holds(fingerprints, nobody).all()
+    assert reader.holds(fingerprints, no_peer).all()
 
 
-def test_an_entry_that_is_being_written_keeps_what_was_known(
+def test_the_old_entry_counts_while_a_new_one_is_being_written(
     shm_path: Path, writer: PeerSetsWriter
 ) -> None:
     writer.set_peer(A, 1, "a:1", up=True)
@@ -320,9 +320,7 @@ def test_names_of_any_length_and_no_more_nodes_than_slots(writer: PeerSetsWriter
     writer.set_peer(A, 1, "h:1", up=True)
 
 
-def test_a_look_up_opens_nothing_and_talks_to_nobody(
-    shm_path: Path, writer: PeerSetsWriter
-) -> None:
+def test_a_lookup_opens_no_file_and_no_socket(shm_path: Path, writer: PeerSetsWriter) -> None:
     for node_id in (A, B, C):
         fill(writer, node_id, pages(3000))
     reader, events = open_reader(shm_path), []
@@ -330,12 +328,12 @@ def test_a_look_up_opens_nothing_and_talks_to_nobody(
     sys.addaudithook(lambda event, _: events.append(event) if armed else None)
     for _ in range(20):
         reader.refresh()
-        reader.run(pages(128), nobody)
+        reader.run(pages(128), no_peer)
     armed.clear()
     assert [event for event in events if event.startswith(("socket", "open", "os.", "mmap"))] == []
 
 
-def test_a_place_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
+def test_an_unusable_directory_is_an_error_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PeerError, match="cannot keep the sets of other nodes"):
         PeerSetsWriter(tmp_path / "file" / "run")

@@ -1,4 +1,4 @@
-"""The writer of the replica is killed at any moment; four reader processes never see what was not there."""
+"""The writer is killed at any moment; four reader processes never see a page that was not there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POINTS = (Failpoint.REPLICA_WRITTEN, Failpoint.REPLICA_RENAMED, Failpoint.REPLIC
 
 
 def start_writer(run_dir: Path, seed: int, point: Failpoint | None) -> int:
-    """A forked writer. Its process id."""
+    """Fork a writer; return its process id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -36,7 +36,7 @@ def kill_one(run_dir: Path, draw: random.Random) -> None:
     point = draw.choice((None, *POINTS))
     pid = start_writer(run_dir, draw.getrandbits(32), point)
     if point is None:
-        time.sleep(draw.uniform(0.001, 0.1))  # the moment is what is drawn
+        time.sleep(draw.uniform(0.001, 0.1))  # the moment is random
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status), "the writer ended by itself"
