@@ -408,6 +408,20 @@ def test_links_and_anchors_resolve(path: Path) -> None:
             assert anchor in {slug(head) for head in heads}, target
 
 
+def test_sections_that_texts_name_exist() -> None:
+    sources = [file for folder in FOLDERS[:4] for file in (ROOT / folder).rglob("*.py")]
+    found = 0
+    for path in {*DOCUMENTS, *sources} - {Path(__file__)}:
+        naming = r"""\b(README|[A-Z_]+(?=\.md))(?:\.md)?, ["']([A-Z][^"'\n]+)["']"""
+        for name, heading in re.findall(naming, path.read_text()):
+            document = README if name == "README" else DOCS / f"{name}.md"
+            assert document.is_file(), f"{named(path)}: {name}"
+            heads = [line for _, line in outside_of_code(document) if line.startswith("#")]
+            assert heading in {head.lstrip("# ") for head in heads}, f"{named(path)}: {heading}"
+            found += 1
+    assert found > 3
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_lines_of_prose_are_short(path: Path) -> None:
     long = []

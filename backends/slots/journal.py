@@ -1,4 +1,4 @@
-"""Journal of one owner: what is in which slot. One format, read by restart, neighbours and (later) the agent.
+"""Journal of one owner: the page in each slot. One format, read by restarts, by neighbours and by the agent.
 
 Invariant: **data first, record second, index last**. A record is appended with one buffered ``write``
 after the page's bytes are complete on the medium, so every process of the node sees it at once through

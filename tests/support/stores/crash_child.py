@@ -2,7 +2,7 @@
 
 Pages are a function of their key, so any process can say whether bytes are right. Keys come in chains of
 ``CHAIN``, as prefixes do. Each thread puts chains of its own: a page that another thread is writing is
-answered with True before it is committed (ARCHITECTURE.md, "A put"), which would make "lost" undecidable.
+answered with True before it is committed (ARCHITECTURE.md, "A get, a put"), which would make "lost" undecidable.
 """
 
 from __future__ import annotations
