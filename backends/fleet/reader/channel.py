@@ -13,8 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import zmq
+from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.reader.health import REFUSED_S, PeerHealth
 from flexkv_sglang.backends.fleet.reader.read import OUTCOME_OF, PageOutcome, Pending
@@ -22,6 +21,9 @@ from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link, LinkState
 from flexkv_sglang.backends.fleet.wire.protocol import Bytes
+
+if TYPE_CHECKING:
+    import zmq
 
 REQUEST_BYTES = 8 << 20
 OUTSTANDING = 2

@@ -16,8 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-
-import zmq
+from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.reader.channel import Count, PeerChannel
 from flexkv_sglang.backends.fleet.reader.health import PeerHealth
@@ -29,6 +28,9 @@ from flexkv_sglang.backends.fleet.vocabulary import NodeId
 from flexkv_sglang.backends.fleet.wire import curve
 from flexkv_sglang.backends.fleet.wire.link import Link
 from flexkv_sglang.config.share import ShareConfig
+
+if TYPE_CHECKING:
+    import zmq
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +162,8 @@ class PeerClient:
     # ---- the client's thread, from here on ----
 
     def _run(self) -> None:
+        import zmq
+
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=IO_THREADS)
         self._context.set(zmq.MAX_SOCKETS, 4096)
         self._poller = zmq.Poller()
@@ -237,6 +241,8 @@ class PeerClient:
             channel.renew()
 
     def _open(self, node_id: NodeId, address: str, page_bytes: int) -> Link:
+        import zmq
+
         link = Link(self._context, address, self._share, self._secret, page_bytes)
         channel = self._channels[node_id]
         for sock in (link.sock, link.monitor):

@@ -13,8 +13,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-
-import zmq
+from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.reader.channel import Count, Out, PeerChannel
 from flexkv_sglang.backends.fleet.reader.health import PeerHealth
@@ -25,6 +24,9 @@ from flexkv_sglang.backends.fleet.vocabulary import PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link
 from flexkv_sglang.backoff import Backoff
+
+if TYPE_CHECKING:
+    import zmq
 
 logger = logging.getLogger(__name__)
 

@@ -57,6 +57,11 @@ class ServePages:
         self._leaving: dict[Reader, deque[tuple[zmq.MessageTracker, Request, int, int]]] = {}
 
     @property
+    def reserved_bytes(self) -> int:
+        """Slab bytes of accepted pages that have not left yet."""
+        return self._queue.reserved
+
+    @property
     def is_sending(self) -> bool:
         """True while ZeroMQ reads from slabs."""
         return bool(self._leaving)

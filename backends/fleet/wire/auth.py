@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hmac
-
-import zmq
-from zmq.utils import z85
+from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.wire.curve import ZAP_DOMAIN, Secret
+
+if TYPE_CHECKING:
+    import zmq
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
@@ -20,6 +21,8 @@ class ZapAuthenticator:
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], secret: Secret) -> None:
+        import zmq
+        from zmq.utils import z85
 
         self._allowed = z85.decode(secret.client_public)
         self.refused = 0

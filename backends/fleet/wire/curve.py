@@ -12,12 +12,13 @@ import os
 import stat
 from dataclasses import dataclass, field
 from hashlib import blake2b
-
-import zmq
-from zmq.utils import z85
+from typing import TYPE_CHECKING
 
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
+
+if TYPE_CHECKING:
+    import zmq
 
 SECRET_BYTES_MIN, SECRET_BYTES_MAX = 32, 4096
 ZAP_DOMAIN = b"fk1"
@@ -62,6 +63,9 @@ def load_secret(share: ShareConfig) -> Secret | None:
 
 def derive(secret: bytes) -> Secret:
     """Keys of a secret of any length."""
+    import zmq
+    from zmq.utils import z85
+
     seed = blake2b(secret, digest_size=32).digest()
 
     def part(purpose: bytes) -> bytes:

@@ -13,12 +13,14 @@ import secrets
 import struct
 from collections.abc import Sequence
 from enum import Enum
-
-import zmq
+from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PROTOCOL
 from flexkv_sglang.backends.fleet.wire import answers, curve, protocol, requests
 from flexkv_sglang.config.share import ShareConfig
+
+if TYPE_CHECKING:
+    import zmq
 
 CONNECT_TIMEOUT_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 300, 1000
@@ -49,6 +51,8 @@ class Link:
         secret: curve.Secret | None,
         page_bytes: int = 0,
     ) -> None:
+        import zmq
+
         self._share, self._secret = share, secret
         self._nonce = secrets.token_bytes(protocol.NONCE_BYTES)
         self._challenge: bytes | None = None
@@ -94,6 +98,8 @@ class Link:
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Queue one small message. A full queue means that the other side does not read: the link dies."""
+        import zmq
+
         try:
             self.sock.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -101,6 +107,8 @@ class Link:
 
     def watch(self) -> None:
         """Read the monitor."""
+        import zmq
+
         while self.alive:
             try:
                 frames = self.monitor.recv_multipart(zmq.NOBLOCK)
@@ -114,6 +122,8 @@ class Link:
 
         An answer that cannot be understood makes the link dead.
         """
+        import zmq
+
         while self.alive:
             try:
                 frames = self.sock.recv_multipart(zmq.NOBLOCK, copy=False)

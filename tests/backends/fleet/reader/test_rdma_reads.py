@@ -34,7 +34,7 @@ SIZE = 8000  # not a multiple of a sector
 
 def reserved(server: PageServer) -> int:
     """Bytes of pages in the server's slabs."""
-    return server._pages._queue.reserved
+    return server._pages.reserved_bytes
 
 
 def slab(client: PeerClient) -> RdmaMemory:

@@ -23,7 +23,7 @@ SIZE = 8000  # not a multiple of a sector
 
 def reserved(server: PageServer) -> int:
     """Bytes of pages in the server's slabs."""
-    return server._pages._queue.reserved
+    return server._pages.reserved_bytes
 
 
 def offer(request_id: int, keys: Sequence[PageKey] = KEYS, budget_ms: int = 5000) -> list[bytes]:

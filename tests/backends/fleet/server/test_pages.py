@@ -39,7 +39,7 @@ def test_small_pages_travel_together_with_zeros_between_them() -> None:
                 sizes.append(len(page))
         assert headers == [(0, OK, 1), (1, OK, 11), (12, PageStatus.MISS, 1), (13, OK, 8)]
         assert sizes.count(5000) == 3  # a message ends with the bytes of its last page
-        until(lambda: server._pages._queue.reserved == 0)
+        until(lambda: server._pages.reserved_bytes == 0)
 
 
 class ShortSource(MemorySource):
@@ -56,4 +56,4 @@ def test_a_source_that_answers_for_too_few_pages_costs_no_memory() -> None:
     with serving(ShortSource(keys, 4096)) as (server, address), RawPeer(address) as peer:
         peer.say(requests.pack_read(requests.Read(1, SPACE, 5000, 0, tuple(keys))))
         assert [answer.status for answer in peer.hear_all()[:-1]] == [PageStatus.MISS] * 4
-        until(lambda: server._pages._queue.reserved == 0)
+        until(lambda: server._pages.reserved_bytes == 0)

@@ -71,13 +71,13 @@ def test_pages_beyond_a_readers_limit_are_busy_at_once() -> None:
         assert (busy.request_id, busy.index, busy.status) == (3, 0, BUSY)
         assert peer.hear() == answers.End(3, 1)
         other.say(read(4, keys[:10]))  # of all memory, six are left
-        until(lambda: server._pages._queue.reserved == 64 << 10)
+        until(lambda: server._pages.reserved_bytes == 64 << 10)
         valve.open.set()
         heard = peer.hear_all()
         assert [page.status for page in heard[:-1]] == [OK] * 8
         assert [page.status for page in peer.hear_all()[:-1]] == [OK] * 2 + [BUSY]
         assert [page.status for page in other.hear_all()[:-1]] == [OK] * 6 + [BUSY]
-        until(lambda: server._pages._queue.reserved == 0)
+        until(lambda: server._pages.reserved_bytes == 0)
 
 
 def test_a_long_queue_is_busy() -> None:
@@ -101,7 +101,7 @@ def test_a_request_whose_budget_is_over_is_late() -> None:
         peer.say(read(1, keys[:1], 10_000))
         assert valve.reached.wait(10)
         peer.say(read(2, keys, 1))  # waits behind the first one
-        until(lambda: server._pages._queue.reserved == 81 * 4096)
+        until(lambda: server._pages.reserved_bytes == 81 * 4096)
         over = time.monotonic() + 0.002
         until(lambda: time.monotonic() > over)
         valve.open.set()
@@ -127,10 +127,10 @@ def test_a_cancelled_request_is_not_answered() -> None:
         assert valve.reached.wait(10)
         peer.say(requests.pack_cancel(1))
         peer.say(read(2, keys_of(1, seed=9)))
-        until(lambda: server._pages._queue.reserved == 3 * 4096)
+        until(lambda: server._pages.reserved_bytes == 3 * 4096)
         valve.open.set()
         assert [page.request_id for page in peer.hear_all()] == [2, 2]
-        until(lambda: server._pages._queue.reserved == 0)
+        until(lambda: server._pages.reserved_bytes == 0)
 
 
 def test_readers_take_turns() -> None:
@@ -151,7 +151,7 @@ def test_readers_take_turns() -> None:
         greedy.say(read(1, keys[:127]))
         assert valve.reached.wait(10)
         modest.say(read(1, keys[127:]))
-        until(lambda: server._pages._queue.reserved == 128 * 4096)
+        until(lambda: server._pages.reserved_bytes == 128 * 4096)
         valve.open.set()
         assert len(modest.hear_all()) == 2
         assert len(greedy.hear_all()) == 128
@@ -228,9 +228,9 @@ def test_a_reader_that_goes_away_gives_its_memory_back() -> None:
         for _ in range(3):
             peer = RawPeer(address)
             peer.say(read(1, keys))
-            until(lambda: server._pages._queue.reserved > 0)
+            until(lambda: server._pages.reserved_bytes > 0)
             peer.__exit__(None, None, None)
-            until(lambda: server._pages._queue.reserved == 0)
+            until(lambda: server._pages.reserved_bytes == 0)
         with reading() as client:
             memory = PageMemory(16, [size])
             assert begin(client, address, keys, memory).wait() == [PageOutcome.OK] * 16
