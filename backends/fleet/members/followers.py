@@ -25,7 +25,7 @@ from flexkv_sglang.backends.fleet.members.follower import (
     Step,
 )
 from flexkv_sglang.backends.fleet.members.members import Member, Members
-from flexkv_sglang.backends.fleet.members.partner import PartnerState
+from flexkv_sglang.backends.fleet.partner import PartnerState
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo, Snapshot
 from flexkv_sglang.errors import FlexKVError

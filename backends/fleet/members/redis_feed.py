@@ -16,7 +16,7 @@ from typing import Any
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.followers import Followers
 from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX
-from flexkv_sglang.backends.fleet.members.partner import PartnerState
+from flexkv_sglang.backends.fleet.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.redis_entries import (
     decode_change,
     decode_info,
