@@ -22,7 +22,7 @@ from flexkv_sglang.bench.contenders import (
     Contender,
     FlexKVContender,
     MissingContender,
-    SweepTime,
+    PassDuration,
 )
 from flexkv_sglang.bench.memory import HostMemory
 from flexkv_sglang.bench.peers import FioContender
@@ -59,7 +59,7 @@ class BusyThread:
                 pass
             self.rounds += _CHUNK
 
-    def speed_beside(self, work: Callable[[], SweepTime]) -> tuple[float, float]:
+    def speed_beside(self, work: Callable[[], PassDuration]) -> tuple[float, float]:
         """(rounds per second, passes per second) while ``work`` is repeated for ``WINDOW_S``."""
         first, start, passes = self.rounds, time.perf_counter(), 0
         while time.perf_counter() - start < WINDOW_S:
@@ -69,9 +69,9 @@ class BusyThread:
         return (self.rounds - first) / seconds, passes / seconds
 
 
-def _sleep() -> SweepTime:
+def _sleep() -> PassDuration:
     time.sleep(WINDOW_S)
-    return SweepTime(WINDOW_S, 0.0)
+    return PassDuration(WINDOW_S, 0.0)
 
 
 def beside_busy(directory: Path, reps: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class MissingContender(Exception):  # noqa: N818 - not an error: the run goes on
 
 
 @dataclass(frozen=True)
-class SweepTime:
+class PassDuration:
     """Time of one pass over all pages."""
 
     seconds: float
@@ -44,8 +44,8 @@ class Contender(Protocol):
     name: str
     pages: int
 
-    def write(self, generation: int, /) -> SweepTime: ...
-    def read(self, generation: int, /) -> SweepTime: ...
+    def write(self, generation: int, /) -> PassDuration: ...
+    def read(self, generation: int, /) -> PassDuration: ...
     def close(self) -> None: ...
 
 
@@ -116,12 +116,12 @@ class FlexKVContender:
         )
         self.storage.register_mem_pool_host(pool)
 
-    def write(self, generation: int) -> SweepTime:
+    def write(self, generation: int) -> PassDuration:
         """New pages into slots that were written before (except in the warm-up)."""
         self.storage.clear()
         return self._pass(self.storage.batch_set_v1, generation)
 
-    def read(self, generation: int) -> SweepTime:
+    def read(self, generation: int) -> PassDuration:
         """Cold reads, with O_DIRECT."""
         return self._pass(self.storage.batch_get_v1, generation)
 
@@ -134,7 +134,7 @@ class FlexKVContender:
         self.storage.close()
         shutil.rmtree(self._directory)
 
-    def _pass(self, call: Any, generation: int) -> SweepTime:
+    def _pass(self, call: Any, generation: int) -> PassDuration:
         names = page_names(generation, self.pages)
         tokens = torch.arange(self._pool.pages * self._pool.page_size)
         with Stopwatch() as watch:
@@ -160,7 +160,7 @@ class FileContender:
             torch.from_numpy(pool.bytes[row * size : (row + 1) * size]) for row in range(pool.pages)
         ]
 
-    def write(self, generation: int) -> SweepTime:
+    def write(self, generation: int) -> PassDuration:
         """New files. Buffered, so the pass ends with a sync of the file system."""
         for path in self._directory.iterdir():
             path.unlink()
@@ -176,7 +176,7 @@ class FileContender:
             os.sync()
         return watch.sample
 
-    def read(self, generation: int) -> SweepTime:
+    def read(self, generation: int) -> PassDuration:
         """Cold: the page cache of every file is dropped first."""
         os.sync()
         for path in self._directory.iterdir():
@@ -203,7 +203,7 @@ class Stopwatch:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self.sample = SweepTime(time.perf_counter() - self._wall, _cpu() - self._cpu)
+        self.sample = PassDuration(time.perf_counter() - self._wall, _cpu() - self._cpu)
 
 
 def _cpu() -> float:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from flexkv_sglang.bench.contenders import MissingContender, SweepTime
+from flexkv_sglang.bench.contenders import MissingContender, PassDuration
 from flexkv_sglang.bench.memory import HostMemory
 
 NIXL_PYTHON = Path(".venv-nixl/bin/python")
@@ -37,18 +37,18 @@ class FioContender:
         found = subprocess.run(["fio", "--version"], check=True, capture_output=True, text=True)
         return found.stdout.strip()
 
-    def write(self, _generation: int) -> SweepTime:
+    def write(self, _generation: int) -> PassDuration:
         """Overwrites the file. Our pages in it are lost."""
         return self._run("write")
 
-    def read(self, _generation: int) -> SweepTime:
+    def read(self, _generation: int) -> PassDuration:
         """Cold reads, with O_DIRECT."""
         return self._run("read")
 
     def close(self) -> None:
         """Nothing to remove: the file is ours."""
 
-    def _run(self, how: str) -> SweepTime:
+    def _run(self, how: str) -> PassDuration:
         command = [
             "fio",
             "--name=page",
@@ -68,7 +68,7 @@ class FioContender:
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         job = json.loads(result.stdout)["jobs"][0]
         seconds = self._page_bytes * self.pages / job[how]["bw_bytes"]
-        return SweepTime(
+        return PassDuration(
             seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
         )
 
@@ -108,12 +108,12 @@ class NixlContender:
             raise MissingContender(f"NIXL does not start: {' '.join(arguments[2:])}")
         self.version = f"nixl-{json.loads(first)['version']}"
 
-    def write(self, generation: int) -> SweepTime:
+    def write(self, generation: int) -> PassDuration:
         """New files; the old ones are removed before the clock starts."""
         self._ask("CLEAR", generation)
         return self._ask("WRITE", generation)
 
-    def read(self, generation: int) -> SweepTime:
+    def read(self, generation: int) -> PassDuration:
         """Cold reads, with O_DIRECT."""
         return self._ask("READ", generation)
 
@@ -125,7 +125,7 @@ class NixlContender:
         self._process.stdout.close()
         shutil.rmtree(self._directory)
 
-    def _ask(self, operation: str, generation: int) -> SweepTime:
+    def _ask(self, operation: str, generation: int) -> PassDuration:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"op": operation, "generation": generation}) + "\n")
@@ -133,4 +133,4 @@ class NixlContender:
         line = self._process.stdout.readline()
         if not line:
             raise MissingContender(f"{self.name} ended in the middle of a {operation}")
-        return SweepTime(**json.loads(line))
+        return PassDuration(**json.loads(line))

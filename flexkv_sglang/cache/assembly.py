@@ -21,13 +21,13 @@ from flexkv_sglang.backends.slots.opening import (
 )
 from flexkv_sglang.backends.slots.retired import remove_folder, remove_unshared
 from flexkv_sglang.cache.engine import CacheEngine
-from flexkv_sglang.cache.tier import Tier
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.keys import Identity
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.rank import Sharing
+from flexkv_sglang.tier import Tier
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
 from flexkv_sglang.cache.local_pages import LOCK_SPAN, LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
-from flexkv_sglang.cache.tier import Tier
 from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
 from flexkv_sglang.errors import TierError, TierUnavailableError
 from flexkv_sglang.metrics.registry import Metrics, SlotAges
 from flexkv_sglang.prefix import cut_after_first_failure
+from flexkv_sglang.tier import Tier
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
 logger = logging.getLogger(__name__)

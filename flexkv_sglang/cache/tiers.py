@@ -20,9 +20,9 @@ from contextlib import ExitStack
 from itertools import pairwise
 
 from flexkv_sglang.backends.io.pinned_memory import huge_pages
-from flexkv_sglang.cache.tier import PendingGet, Tier
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.backfill import Backfill
+from flexkv_sglang.tier import PendingGet, Tier
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
 PinnedPage = tuple[int, SlotId]

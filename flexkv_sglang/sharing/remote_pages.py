@@ -20,9 +20,9 @@ from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, Remot
 from flexkv_sglang.backends.fleet.replica.files import Peer
 from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
 from flexkv_sglang.backends.fleet.vocabulary import fingerprints_of, namespace_bytes
-from flexkv_sglang.cache.tier import Tier, TierTraits
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.tier import Tier, TierTraits
 from flexkv_sglang.types import U64, PageBuffers, PageKey
 
 _RATE_MIN = 100e6

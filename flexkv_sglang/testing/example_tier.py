@@ -1,4 +1,4 @@
-"""MemoryTier: pages in a dictionary. The smallest tier that keeps the whole contract of ``cache.tier``."""
+"""MemoryTier: pages in a dictionary. The smallest tier that keeps the whole contract of ``flexkv_sglang.tier``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
-from flexkv_sglang.cache.tier import Tier
+from flexkv_sglang.tier import Tier
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
 

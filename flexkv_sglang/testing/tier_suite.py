@@ -22,8 +22,8 @@ from contextlib import AbstractContextManager
 import numpy as np
 import pytest
 
-from flexkv_sglang.cache.tier import Tier
 from flexkv_sglang.testing.pages import POISON, Bytes, keys, page_memory, soon
+from flexkv_sglang.tier import Tier
 from flexkv_sglang.types import PageBuffers, PageKey
 
 LATE_S = 2.0

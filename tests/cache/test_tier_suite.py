@@ -15,12 +15,12 @@ import pytest
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.cache.assembly import OPENERS, Quota, TierRequest, open_tiers, prepare_tiers
 from flexkv_sglang.cache.engine import CacheEngine
-from flexkv_sglang.cache.tier import Tier
 from flexkv_sglang.config.settings import TIER_TYPES, FlexKVConfig, TierConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.testing.example_tier import MemoryTier
 from flexkv_sglang.testing.tier_suite import TierSuite
+from flexkv_sglang.tier import Tier
 from flexkv_sglang.types import PageKey
 from stores.engines import open_engine
 

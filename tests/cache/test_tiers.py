@@ -11,11 +11,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from flexkv_sglang.cache.tier import Tier, TierTraits
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.errors import TierError
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.testing.example_tier import MemoryTier
+from flexkv_sglang.tier import Tier, TierTraits
 from stores.engines import keys, open_hierarchy_on, page_memory, soon, wait_until
 
 PAGE = 8192

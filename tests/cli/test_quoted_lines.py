@@ -97,7 +97,7 @@ def test_the_comparison_tells_a_wrong_line_from_a_right_one() -> None:
     assert len(lines) > 40
     assert is_written("flexkv: tiers=[path=... size=...] verify=...", lines)
     assert not is_written("flexkv: path=... size=... verify=...", lines)
-    assert not is_written("flexkv: <dir> is bypassed", lines)
+    assert not is_written("flexkv: <dir> is avoided", lines)
 
 
 @pytest.mark.parametrize("quote", quotes_in_docs())

@@ -14,12 +14,12 @@ from flexkv_sglang.backends.fleet.reader.client import PeerClient
 from flexkv_sglang.backends.fleet.replica.reader import PeerSetsReader
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.vocabulary import NodeId, Snapshot, fingerprints_of
-from flexkv_sglang.cache.tier import Tier
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.remote_pages import RemoteTier
 from flexkv_sglang.testing.pages import Bytes
 from flexkv_sglang.testing.tier_suite import TierSuite
+from flexkv_sglang.tier import Tier
 from flexkv_sglang.types import PageKey
 from nodes.page_servers import EPOCH, FULL, NAME, serving
 from nodes.page_sources import MemorySource

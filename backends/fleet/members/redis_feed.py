@@ -16,7 +16,6 @@ from typing import Any
 from flexkv_sglang.backends.fleet.members.change_log import OwnChanges
 from flexkv_sglang.backends.fleet.members.followers import Followers
 from flexkv_sglang.backends.fleet.members.members import MEMBERS_MAX
-from flexkv_sglang.backends.fleet.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.redis_entries import (
     decode_change,
     decode_info,
@@ -27,6 +26,7 @@ from flexkv_sglang.backends.fleet.members.redis_entries import (
     stream_key,
 )
 from flexkv_sglang.backends.fleet.members.redis_link import RedisLink, parse_redis_url
+from flexkv_sglang.backends.fleet.partner import PartnerState
 from flexkv_sglang.backends.fleet.vocabulary import Change, NodeId, NodeInfo
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError

@@ -11,9 +11,9 @@ import time
 from dataclasses import replace
 
 from flexkv_sglang.backends.fleet.members.followers import Followers
-from flexkv_sglang.backends.fleet.partner import PartnerState
 from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.members.redis_entries import is_sound
+from flexkv_sglang.backends.fleet.partner import PartnerState
 from flexkv_sglang.backends.fleet.vocabulary import NodeInfo
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import PeerError
