@@ -137,7 +137,7 @@ def passes(tree: Path, tests: list[str]) -> bool:
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     failed = run.stdout.rstrip().rpartition("\n")[2].partition(" failed")[1] != ""
