@@ -18,7 +18,7 @@ PRIVATE = 0o600
 """Mode of a file of this user alone: KV cache is as confidential as the prompts."""
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
+_TEMPORARY = re.compile(r"(\.[0-9a-f]{16})?\.tmp$")  # version 0.1 made them without the digits
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Backoff:
     ) -> None:
         self._first_s, self._max_s, self._factor = first_s, max_s, factor
         self._jitter, self._clock = jitter, clock
-        self._next_s = min(first_s, max_s)
+        self._pause_s = self._next_s = min(first_s, max_s)
         self._retry_at = float("-inf")
 
     @property
@@ -37,8 +37,13 @@ class Backoff:
         """Note a failure. Returns the seconds until the next attempt; ``pause_s`` in the place of this pause."""
         pause = (self._next_s if pause_s is None else pause_s) * random.uniform(*self._jitter)
         self._next_s = min(self._next_s * self._factor, self._max_s)
+        self._pause_s = pause
         self._retry_at = self._clock() + pause
         return pause
+
+    def restart(self) -> None:
+        """Begin the last pause again, at the same length."""
+        self._retry_at = self._clock() + self._pause_s
 
     def reset(self) -> None:
         """It works: the next pause is ``first_s`` again. A pause that runs goes on."""

@@ -50,3 +50,16 @@ def test_jitter_multiplies_each_pause_and_does_not_add_up() -> None:
     assert len(pauses) > 40, "they are random"
     assert min(pauses) < 0.9
     assert max(pauses) > 1.1
+
+
+def test_a_pause_that_is_restarted_has_its_length_again() -> None:
+    clock = _Clock()
+    backoff = Backoff(1.0, 30.0, clock=clock)
+    backoff.failed()
+    clock.now += 0.9
+    backoff.restart()
+    clock.now += 0.9
+    assert not backoff.due
+    clock.now += 0.1
+    assert backoff.due
+    assert backoff.failed() == 2.0

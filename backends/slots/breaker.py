@@ -80,7 +80,9 @@ class Breaker:
     def _trip(self, reason: str, *, readable: bool = False) -> bool:
         if self._open and (readable or not self._readable):
             return False
-        if not self._open:
+        if self._open:
+            self._backoff.restart()
+        else:
             self._backoff.failed()
         self._open, self._readable, self.reason = True, readable, reason
         return True

@@ -103,6 +103,9 @@ def open_places(
     for path, mode in paths.items():
         directory = Path(path).expanduser() / namespace
         directory.mkdir(exist_ok=True)
+        directory = (
+            directory.resolve()
+        )  # it may be a link to another disk; files are opened without links
         if not (directory / MANIFEST).exists():
             write_manifest(directory, {"namespace": namespace, **fields})
         places.append(Place(directory, mode, Breaker(), min_free, durable))

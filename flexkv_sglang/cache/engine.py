@@ -130,6 +130,7 @@ class CacheEngine(Tier):
         self._watch = CallWatch()
         metrics.count("recovered_pages", self._pages.recovered_count)
         self._ages = SlotAges(tier.slot_count, metrics)
+        self._closed = False
         self._reporter = Reporter(metrics, tier, neighbours, self.page_count, level)
         self._upkeep = Upkeep(self._pages, neighbours, mover, self._watch, metrics, min_free)
         self._upkeep.reporter = self._reporter
@@ -327,6 +328,8 @@ class CacheEngine(Tier):
         medium and their commit records are in the journal.
         """
         assert len(keys) == len(sources), (len(keys), len(sources))
+        if self._closed:
+            return [False] * len(keys)
         started = time.monotonic()
         claimed = [] if own else self._neighbours.holds(keys)
         held = frozenset(i for i, flag in enumerate(claimed) if flag)
@@ -451,6 +454,7 @@ class CacheEngine(Tier):
 
     def close(self) -> None:
         """Wait for running transfers, flush, mark the journals clean, release the owner locks. Idempotent."""
+        self._closed = True
         self._upkeep.stop()
         self._reporter.close()
         if not self._mover.close():

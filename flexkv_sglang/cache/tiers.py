@@ -30,6 +30,9 @@ PinnedPage = tuple[int, SlotId]
 
 logger = logging.getLogger(__name__)
 
+_HOLDS_SPAN = 32
+"""Keys that a faster tier is asked for at once: a page that it has ends the search."""
+
 _HUGE_PAGES_HINT = " (transfers cost less CPU with them: docs/OPERATING.md, 'Huge pages')"
 
 
@@ -272,11 +275,13 @@ class Tiers:
         """How many pages to ask this tier for: up to the next one that a faster tier has."""
         if not level:
             return len(keys)
-        count = len(keys)
-        for tier in self._local[:level]:
-            flags = tier.holds(keys[1:count])
-            count = 1 + flags.index(True) if True in flags else count
-        return count
+        for start in range(1, len(keys), _HOLDS_SPAN):
+            span = keys[start : start + _HOLDS_SPAN]
+            flags = [tier.holds(span) for tier in self._local[:level]]
+            for position, held in enumerate(zip(*flags, strict=True), start):
+                if any(held):
+                    return position
+        return len(keys)
 
     def _promote(
         self,

@@ -131,6 +131,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
             self._look,
             lambda: self.metrics.count("watch_exceptions"),
             first_s=WATCH_S,
+            retry_s=WATCH_S,
         )
         self._watch.start()
         if MAMBA in self._staging:

@@ -61,6 +61,7 @@ class AgentLauncher:
             self._step,
             lambda: None,
             trouble="flexkv: the replica cannot be followed",
+            retry_s=0.0,  # a step pauses
         )
 
     def start(self) -> None:
@@ -85,6 +86,7 @@ class AgentLauncher:
     def _step(self) -> float:
         if time.monotonic() >= self._check_at:
             pause = self._check_s
+            self._check_at = time.monotonic() + pause
             if self._ensure_running():
                 self._backoff.reset()
             else:

@@ -19,6 +19,7 @@ import os
 import secrets
 import stat
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,13 @@ class RunDir:
 
 
 def settings_digest(share: ShareConfig) -> str:
-    """Digest of the settings that an agent and the rank processes beside it must have in common."""
-    fields = {key: value for key, value in share.settings().items() if key not in _LOCAL}
+    """Digest of the settings that an agent and the rank processes beside it must have in common.
+
+    Its fields are those of version 0.1, so that an agent of that version and a newer server still share.
+    """
+    fields = {**asdict(ShareConfig()), **share.settings(), "serve_depth": 8}
+    fields["pod"] = fields.pop("share_group")
+    fields = {key: value for key, value in fields.items() if key not in _LOCAL}
     return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

@@ -88,6 +88,16 @@ def test_settings_that_differ_without_harm() -> None:
     assert digest(secret_file="/s") != digest()
 
 
+def test_an_agent_of_version_0_1_has_the_same_settings() -> None:
+    """Its digests, computed by version 0.1: an old agent may outlive the upgrade of the servers beside it."""
+    plain = FlexKVConfig.parse({"redis_url": "redis://127.0.0.1:6379/0"})
+    assert settings_digest(plain.share) == "ef352a6d605589f5"
+    more = FlexKVConfig.parse(
+        {"peers": ["10.0.0.5:7400"], "share": {"pod": "rack", "promote": False}}
+    )
+    assert settings_digest(more.share) == "29c6cffd048a2088"
+
+
 def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = FlexKVConfig.parse(

@@ -62,3 +62,15 @@ def test_a_full_disk_stays_readable_until_reads_fail_as_well() -> None:
     assert not breaker.is_readable
     assert not breaker.trip("journal", readable=True), "it does not become readable by that"
     assert not breaker.is_readable
+
+
+def test_a_directory_that_stops_to_be_readable_is_probed_a_whole_pause_later() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    breaker.trip("full", readable=True)
+    clock.now += 0.9
+    breaker.trip("EIO")
+    clock.now += 0.9
+    assert not breaker.begin_probe()
+    clock.now += 0.1
+    assert breaker.begin_probe()

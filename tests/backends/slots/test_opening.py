@@ -82,6 +82,17 @@ def test_two_processes_never_own_the_same_files(tmp_path: Path) -> None:
     lock.close()
 
 
+def test_a_namespace_folder_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
+    (tmp_path / "path").mkdir()
+    (tmp_path / "other disk").mkdir()
+    (tmp_path / "path" / "ns").symlink_to(tmp_path / "other disk")
+    for _ in range(2):  # the second time its files are adopted
+        tier = open_engine(tmp_path / "path", PAGE, SIZE)
+        assert tier.slot_count == 16
+        tier.close()
+    assert len(list((tmp_path / "other disk").glob("*.slots"))) == 1
+
+
 def test_adoption_removes_what_a_crash_left_of_new_files(tmp_path: Path) -> None:
     open_engine(tmp_path, PAGE, SIZE).close()
     (owner,) = owners(tmp_path / "ns")
