@@ -4,7 +4,7 @@ Armed only from inside the process (``set_hook``): no environment variable, no s
 hook a pass costs less than 0.1 us. What a hook does (kill, wait at a barrier) is the test's business:
 ``tests/support/stores/killer.py``. Each point names the step that has *just* been done unless it says "before".
 
-Threads: ``reach`` any; ``set_hook`` before the threads that are to see it.
+Threads: any may call ``reach``. Call ``set_hook`` before the threads start that must see the hook.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FlexKV for SGLang: an L3 storage backend for HiCache, on local SSDs and on other machines.
 
 Public names are imported lazily: ``sglang.srt.plugins`` loads this package in processes that must not
-pay for (or fail on) torch.
+pay for (or fail on) torch. Single modules here are used by all folders and import no folder.
 """
 
 from __future__ import annotations

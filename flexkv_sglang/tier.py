@@ -9,7 +9,8 @@ The caller guarantees:
 * Calls come from any thread, several at once. ``close`` may overlap them and is repeated.
 
 A tier must:
-* Answer True only for a page whose bytes are whole and right. It verifies them; a page that fails that is a miss.
+* Answer True to a ``get`` only for a page whose bytes are whole and right. It verifies them; a page that fails that
+  is a miss.
 * Answer a ``get`` with one bool per key: True for a leading run, False from the first failure on.
 * Touch no target after the call has returned. It leaves the target of a page that it does not have as it was.
 * Bound every wait. ``get`` and ``put`` return soon after their deadline; ``prefix``, ``holds`` and ``pin`` do no I/O.

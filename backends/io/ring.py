@@ -108,7 +108,7 @@ class Ring:
             self._drive(transfer, todo)
 
     def register_memory(self, address: int, byte_count: int) -> None:
-        """Pin this memory when it is used, as far as the kernel allows; see ``regions``. Never waits."""
+        """Pin this memory when it is used, as far as the kernel allows; see ``PinnedMemory``. Never waits."""
         self._announced.append((address, byte_count))
 
     def close(self) -> bool:
@@ -153,7 +153,7 @@ class Ring:
             except BaseException as exc:  # noqa: BLE001 - re-raised below; I/O in flight drains first
                 failure = failure or exc
                 in_flight -= self._take_back()
-                time.sleep(_FAILED_ENTER_PAUSE_S)  # what the kernel took still completes by itself
+                time.sleep(_FAILED_ENTER_PAUSE_S)  # operations that the kernel took still complete
             ids, moved = self._reap()
             in_flight -= len(ids)
             if failure is None and len(ids):

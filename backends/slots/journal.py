@@ -91,7 +91,7 @@ def keys_field(keys: list[PageKey]) -> npt.NDArray[np.void]:
 
 @dataclass(frozen=True, slots=True)
 class LiveState:
-    """What an owner holds: the last word per slot, oldest first. Arrays of one length.
+    """The pages of an owner: the last record per slot, oldest first. Arrays of one length.
 
     ``records`` are PUTs. ``end`` is the journal's valid length in bytes, ``seq`` the last number read.
     ``sealed``: the generation to go on in, or None. ``clean``: the owner closed it properly.
@@ -169,8 +169,8 @@ class JournalWriter:
         """Start the next generation with ``live`` (PUTs, oldest first) as its snapshot.
 
         ``files``: the slot files from now on, if their sizes changed.
-        ``sealed=False``: what this journal says may be more than ``live``, so nobody may go on from it:
-        whoever tails it sees it vanish, and loads the snapshot.
+        ``sealed=False``: this journal may list more than ``live``, so no reader may go on from it: a neighbour that
+        tails it sees it vanish, and loads the snapshot.
         """
         reach(Failpoint.ROTATE_BEFORE)
         old = self.header
@@ -197,7 +197,7 @@ class JournalWriter:
         reach(Failpoint.ROTATE_SEALED)
         os.close(self._fd)
         self._fd, self.header, self._size, self._seq = new_fd, header, HEADER_BYTES, header.base_seq
-        # The journal last: whoever adopts finds generations, and so their snapshots, by their journals.
+        # The journal last: an adopter finds generations, and so their snapshots, by their journals.
         _unlink(snapshot_path(self.directory, old.owner, old.generation))
         reach(Failpoint.ROTATE_UNLINK)
         _unlink(old_path)

@@ -36,7 +36,7 @@ _U32_SLOTS = (1 << 32) - 2
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What the adopted owners hold, as ``TierIndex.load`` wants it: in parallel, oldest first.
+    """The pages of the adopted owners, as ``TierIndex.load`` takes them: in parallel, oldest first.
 
     All ``[n]``; ``parents``: slots or -1.
     """
@@ -174,7 +174,7 @@ def open_tier(
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What every directory is opened for. ``share``: bytes per directory, or None."""
+    """Arguments that are the same for every directory. ``share``: bytes per directory, or None."""
 
     namespace: str
     slot_class: SlotClass

@@ -2,7 +2,7 @@
 
 An owner's name is 12 hex digits; its lock is ``<owner>.lock``. A lock that can be taken means the owner
 is dead, whatever its process id was (locks work across containers that share a mount, ids do not).
-Lock files are never renamed, and unlinked only by whoever holds them.
+Lock files are never renamed, and only the holder unlinks one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class OwnerLock:
 
     @classmethod
     def create(cls, directory: Path) -> OwnerLock:
-        """Lock of a new owner with a name nobody has."""
+        """Lock of a new owner with a name that is not in use."""
         while True:
             lock = cls.try_take(directory, secrets.token_hex(6), create=True)
             if lock is not None:
@@ -46,11 +46,11 @@ class OwnerLock:
 
     @property
     def held(self) -> bool:
-        """Not closed yet."""
+        """True until ``close``."""
         return self._lock.held
 
     def remove_files(self) -> None:
-        """Delete everything of this owner, the lock file last. For owners nobody wants any more."""
+        """Delete everything of this owner, the lock file last. For owners whose pages are not used any more."""
         for name in os.listdir(self.directory):
             if name.startswith(self.owner + ".") and not name.endswith(".lock"):
                 (self.directory / name).unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""Slot files and the local tier made of them.
+"""Slot files, and all of one process as one range of slots (``SlotFileTier``; the ``Tier`` is ``CacheEngine``).
 
 A slot file is preallocated once and never grows: its size is the byte quota. Slot ``i`` starts at
 ``i * slot_bytes``. The tier joins the slot files of all owners this process holds (one per directory,
 plus adopted ones) into one range of slot numbers. It knows bytes and journals, not eviction; its own
 columns are the checksum and the kind of checksum per slot.
 
-Threads: ``extents``, ``checksums`` and ``accepts`` may be called by any thread at any time for pinned or
+Threads: ``extents`` and ``checksums`` may be called by any thread at any time for pinned or
 reserved slots. The ``publish_*`` methods append to journals; the engine serialises them.
 """
 
@@ -130,7 +130,7 @@ class OwnedStore:
     ) -> tuple[OwnedStore, Records]:
         """Take over a dead owner whose lock we hold. Returns the store and its live PUT records.
 
-        A new generation is started before anything is written, so that whoever still tails the old
+        A new generation is started before anything is written, so that a process that still tails the old
         journal notices. More than ``slots_max`` slots: the file is cut and the pages beyond are lost.
         Pages whose kind of checksum is not ``accepted`` are forgotten; so is everything if the machine
         went down without a clean close, unless only fully verified pages are accepted. Raises
@@ -182,7 +182,7 @@ class OwnedStore:
             if self.durable:
                 self.journal.sync()
         except (JournalError, OSError) as exc:
-            # Without its journal a store must not be rewritten: neighbours would trust old records.
+            # While the journal takes no records, no slot may be rewritten: neighbours would trust the old records.
             if self.breaker.trip(f"journal: {exc}", readable=True):
                 logger.error("flexkv: %s takes no more pages: %s", self.slots.path, exc)
             return False
@@ -191,7 +191,7 @@ class OwnedStore:
     def revive(self, live: Records) -> None:
         """The directory answers again: a new generation with ``live``. Raises ``OSError``, ``JournalError``.
 
-        Not sealed: whoever tails this owner missed what could not be recorded meanwhile, and loads anew.
+        Not sealed: a neighbour missed the changes that could not be recorded, and loads the new snapshot.
         """
         self.journal.repair()
         self.journal.rotate(live, sealed=False)
@@ -225,13 +225,13 @@ def _start_generation(
     """Journal of an adopted owner, on a new generation whose snapshot is ``live``."""
     directory = lock.directory
     for generation in generations(directory, lock.owner):
-        if generation != state.header.generation:  # whoever tails these sees them vanish
+        if generation != state.header.generation:  # a neighbour that tails these sees them vanish
             snapshot_path(directory, lock.owner, generation).unlink(missing_ok=True)
             reach(Failpoint.ADOPT_UNLINK)
             journal_path(directory, lock.owner, generation).unlink(missing_ok=True)
     journal = JournalWriter(directory, state.header, position=state.end, seq=state.seq)
     # Never sealed. The dead owner may have died with a victim out of its last snapshot and the tombstone
-    # not yet appended: whoever tails it believes in that page still, and its slot is free to us.
+    # not yet appended: a neighbour still believes in that page, and its slot is free to us.
     journal.rotate(live, (slot_class,), sealed=False)
     return journal
 

@@ -402,7 +402,7 @@ class CacheEngine(Tier):
     def _commit(
         self, keys: list[PageKey], slots: list[SlotId], sums: list[int], moved: list[bool]
     ) -> list[bool]:
-        """Journal records, then the index; under ``publish``, so that no CLEAR comes between the two."""
+        """Journal records, then the index; under ``publishing``, so that no CLEAR comes between the two."""
         pages = self._pages
         recorded = [False] * len(slots)
         try:

@@ -1,8 +1,8 @@
 """LocalPages: one tier's index, slot files and lookup pins with the two locks that keep them in step.
 
 ``lock`` guards index and pins and is held for dict work only: never for I/O, never while logging.
-``publish`` puts journal appends and the index changes they announce into one order; it is taken before
-``lock``, never after it, no read takes it, and nobody waits for it without a bound.
+``publishing`` puts journal appends and the index changes they announce into one order. It is taken before ``lock``,
+never after it. A read takes it only to drop bad pages, and no caller waits for it without a bound.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LocalPages:
 
     @contextmanager
     def publishing(self, deadline: float) -> Iterator[None]:
-        """Hold ``publish``. Raises ``TierUnavailableError`` if that is not possible before ``deadline``."""
+        """Hold the lock that orders appends. Raises ``TierUnavailableError`` if it is not free before ``deadline``."""
         if not self._publish.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TierUnavailableError("a journal does not answer")
         try:
@@ -121,7 +121,7 @@ class LocalPages:
         """Append tombstones, with those that are pending. Raises ``TierUnavailableError``: then they stay pending."""
         with self.lock:
             self._pending_tombstones += victims
-            # Another thread may have taken our tombstones and not appended them yet; wait for ``publish``.
+            # Another thread may have taken our tombstones and not appended them yet; wait for ``publishing``.
             if not self._pending_tombstones:
                 return
         with self.publishing(deadline):

@@ -25,7 +25,7 @@ INTERVAL_S = 2.0
 
 
 class Reporter:
-    """``tick`` and ``close`` are called by one thread at a time. ``page_count`` may take the engine's lock.
+    """``tick`` and ``close`` are called by one thread at a time. ``page_count`` may take ``LocalPages.lock``.
 
     ``level``: number of the tier, the label of its gauges.
     """

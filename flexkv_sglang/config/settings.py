@@ -30,7 +30,7 @@ SGLANG_KEYS = frozenset(
         "prefetch_timeout_max",
         "hicache_storage_pass_prefix_keys",
         "tp_lcm_size",
-        # SGLang leaves these: keys of the dynamic loader, and one that it adds.
+        # SGLang leaves these in the dict: keys of its dynamic loader, and one key that SGLang adds itself.
         "backend_name",
         "module_path",
         "class_name",
@@ -66,7 +66,7 @@ _SHARE_DEFAULT = ShareConfig()
 
 @dataclass(frozen=True, slots=True)
 class FlexKVConfig:
-    """Effective settings of one storage instance. Field docs are the README's configuration table.
+    """Effective settings of one storage instance. Field docs: the table in README, "Settings".
 
     ``tiers``: the fastest first. ``verify``: full | sampled | off. ``durability``: none | journal.
     ``io_engine``: auto | io_uring | threads | buffered. ``min_free``: bytes left to others on each disk,
@@ -115,8 +115,9 @@ class FlexKVConfig:
     def describe(self) -> str:
         """Format as one line for the log."""
         tiers = "; ".join(tier.describe() for tier in self.tiers)
+        min_free = "auto" if self.min_free is None else self.min_free
         return (
-            f"tiers=[{tiers}] verify={self.verify} durability={self.durability} "
+            f"tiers=[{tiers}] verify={self.verify} durability={self.durability} min_free={min_free} "
             f"io_engine={self.io_engine} model_id={self.model_id or 'fingerprint'} "
             f"pool_density={dict(self.pool_density) or 'default'} share={self.share.describe()}"
         )

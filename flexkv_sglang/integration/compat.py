@@ -120,7 +120,7 @@ def pool_result(usable: RestorablePrefixes) -> Any:
 
 
 def pool_requirement(transfer: Any) -> PoolRequirement:
-    """The requirement that a ``PoolTransfer`` of an exists-check states."""
+    """The requirement that SGLang states in a ``PoolTransfer`` when it calls ``batch_exists_v2``."""
     return PoolRequirement(
         as_text(transfer.name),
         as_text(getattr(transfer, "hit_policy", ALL_PAGES)),

@@ -7,7 +7,7 @@ request renews its own. Pages that are elsewhere (at a neighbour) are not counte
 backfill (``backfill``), and later lookups count them.
 
 Pools that another rank of this server writes (MLA is alike on all ranks, one writes it) cannot be pinned here. They
-count without a pin: SGLang restores only pages that all ranks answered, and the writing rank pinned its answer.
+count without a pin. SGLang restores a page only if all ranks report it, and the rank that writes it has pinned it.
 
 Threads: SGLang's scheduler asks; the linker's watchdog ends leases. Memory only, no input or output.
 """

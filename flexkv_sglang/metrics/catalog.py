@@ -1,4 +1,6 @@
-"""Catalog of all metrics: name, kind, unit, meaning. An unknown name is a programming error.
+"""Catalog of all metrics of a storage instance: name, kind, unit, meaning. An unknown name is a programming error.
+
+The agent's own counters (``share_...`` and others: docs/OPERATING.md, "Commands") are not in it.
 
 Counting, Prometheus, ``<owner>.stats.json`` and docs/OPERATING.md use this list. Several names may be one Prometheus
 series with different labels: misses by reason, failures by call.
@@ -81,7 +83,9 @@ _TROUBLE = "operations that failed as a whole, by operation"
 
 _ALL = (
     _counter("asked_pages", "pages", "pages that exists was asked for"),
-    _counter("found_pages", "pages", "of these, the leading run that is stored here or next door"),
+    _counter(
+        "found_pages", "pages", "of these, the leading run that is stored here or at a neighbour"
+    ),
     _counter("recovered_pages", "pages", "pages found in adopted files at start"),
     _counter("read_pages", "pages", "pages read whole and right"),
     _counter("read_bytes", "bytes", "bytes of these pages"),

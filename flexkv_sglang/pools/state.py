@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 
 class State(Enum):
-    """What the stores of one attach are doing; see ``StoresState``."""
+    """State of the stores of one attach; see ``StoresState``."""
 
     CLOSED = auto()
     PENDING = auto()
@@ -16,7 +16,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What happens to the stores of one attach; see ``StoresState``."""
+    """An event for the stores of one attach; see ``StoresState``."""
 
     ADD = auto()
     CLEAR_LATER = auto()

@@ -140,7 +140,7 @@ class PoolStores:
     def open_pending(self) -> None:
         """Divide the size among the pools and open the files that are not open. Does not raise.
 
-        While calls run that do not end, nothing changes, and the next call tries again.
+        If running calls do not end in time, nothing changes, and the next call tries again.
         """
         with self._gate.exclusive(_EXCHANGE_S) as alone:
             if not alone or self._state.now is not State.PENDING:
@@ -306,6 +306,6 @@ class PoolStores:
         try:
             self._open(pool, quotas)
         except (FlexKVError, OSError, ValueError) as exc:
-            text = "flexkv: host pool %s is not stored, what needs it misses: %s"
+            text = "flexkv: host pool %s is not stored, prefixes that need it miss: %s"
             logger.error(text, pool.name, exc)
             self._unstored[pool.name] = str(exc)

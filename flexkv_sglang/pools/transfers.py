@@ -33,7 +33,7 @@ def leading_pages(kv: Pool, texts: Sequence[str], *, promise: bool) -> list[Page
     found: list[PageKey] = []
     for start in range(0, len(texts), EXISTS_SPAN):
         span = page_keys(texts[start : start + EXISTS_SPAN])
-        count = leading_run(kv, span, promise=promise)
+        count = stored_run(kv, span, promise=promise)
         found += span[:count]
         if count < len(span):
             break
@@ -47,13 +47,13 @@ def usable(
     keys = leading_pages(kv, texts, promise=not requirements)
     result = usable_prefixes(len(keys), _held(stores, keys, requirements))
     if requirements and result.pages:
-        leading_run(kv, keys[: result.pages], promise=True)
+        stored_run(kv, keys[: result.pages], promise=True)
         for requirement in requirements:
             pool = stores.get(requirement.pool)
             if pool is not None and requirement.policy != BLOCK_GROUPS:
                 whole = requirement.policy == ALL_PAGES
                 first = 0 if whole else max(0, result.pages - max(1, requirement.window))
-                leading_run(pool, keys[first : result.pages], promise=True)
+                stored_run(pool, keys[first : result.pages], promise=True)
     return result
 
 
@@ -66,7 +66,7 @@ def _held(
         flags: Sequence[bool] = []
         if pool is not None and opened is not None:
             if requirement.policy == ALL_PAGES:
-                flags = [True] * leading_run(pool, keys, promise=False)
+                flags = [True] * stored_run(pool, keys, promise=False)
             else:
                 groups = pool.pages.groups
                 flags = groups.whole(opened.holds(groups.keys(keys)))
@@ -75,7 +75,7 @@ def _held(
         yield requirement, flags
 
 
-def leading_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
+def stored_run(pool: Pool, keys: Sequence[PageKey], *, promise: bool) -> int:
     """The number of leading pages that are there with all their head groups."""
     opened, groups = pool.store, pool.pages.groups
     return (

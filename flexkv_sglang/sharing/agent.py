@@ -125,7 +125,8 @@ class Agent:
                     logger.warning("flexkv: %s was removed", self._run_dir.path)
                     return
                 self._round("scan", self._scan)
-                # right after the scan counted rank processes: else a short linger_s ends it beside living ones
+                # Only right after a scan, which counts rank processes: else a short agent_linger_s could end the
+                # agent while one lives.
                 if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
                     logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
                     return

@@ -133,7 +133,7 @@ MUTANTS = (
     (
         "hybrid hits are not protected",
         "flexkv_sglang/pools/transfers.py",
-        "leading_run(pool, keys[first : result.pages], promise=True)",
+        "stored_run(pool, keys[first : result.pages], promise=True)",
         "pass",
         POOL_TESTS,
     ),

@@ -20,7 +20,7 @@ from flexkv_bed.controller import POISON, Geometry, boot, device_pool, host_pool
 from flexkv_bed.tiny_model import write_config
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.pools.head_groups import GROUPS_MAX, WHOLE, HeadGroups
-from flexkv_sglang.pools.transfers import leading_run
+from flexkv_sglang.pools.transfers import stored_run
 from flexkv_sglang.types import PageKey
 from models.plain_pools import attach, config, names, store_of, transfer
 from stores.engines import wait_until
@@ -204,7 +204,7 @@ def test_the_end_of_a_chain_is_evicted_first_across_calls(tmp_path: Path) -> Non
         stored = [PageKey(bytes.fromhex(key)) for key in keys]
         flags = store_of(alone, "kv").holds(groups.keys(stored))
         assert flags == sorted(flags, reverse=True), "a hole: something before the end was evicted"
-        assert left == leading_run(pool, stored, promise=False) == sum(flags) // LCM < PAGES
+        assert left == stored_run(pool, stored, promise=False) == sum(flags) // LCM < PAGES
 
 
 def test_windows_are_shared_as_well(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_size_too_small_for_all_pools_is_logged_and_misses(
 ) -> None:
     with caplog.at_level(logging.ERROR):
         storage = hybrid(tmp_path, size=3 * 4096)
-    assert "host pool mamba is not stored, what needs it misses: size: " in caplog.text
+    assert "host pool mamba is not stored, prefixes that need it miss: size: " in caplog.text
     assert ask(storage, names(2)).kv_hit_pages == 0
     assert storage.batch_exists(names(2)) == 0
     storage.close()

@@ -34,7 +34,7 @@ class Member:
 class Members:
     """All other nodes, up or down. Not thread-safe. ``now``: ``time.monotonic()`` seconds.
 
-    ``refused``: nodes that are listed and beyond the limit.
+    ``refused``: the number of listed nodes beyond the limit.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Members:
     def update_members(
         self, source: str, infos: Iterable[NodeInfo], now: float, grace_s: float = 0.0
     ) -> None:
-        """A source lists these, and no others. ``hold_s``: for so long it may be missing some."""
+        """A source lists these, and no others. ``grace_s``: for so long it may be missing some."""
         until = self._grace_until.get(source, 0.0)
         if grace_s:
             until = self._grace_until[source] = max(until, now + grace_s)

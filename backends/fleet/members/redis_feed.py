@@ -97,9 +97,9 @@ class RedisFeed:
         self, share: ShareConfig, followers: Followers, logs: Callable[[str], OwnChanges | None]
     ) -> None:
         assert share.redis_url
-        if not is_name(share.cluster_id):
+        if not is_name(share.cluster_id):  # which allows 96, for node ids; the setting allows 64
             raise ConfigError(
-                f"cluster_id: {share.cluster_id!r}; valid: letters, digits, _ . -, at most 96"
+                f"cluster_id: {share.cluster_id!r}; valid: letters, digits, _ . -, at most 64"
             )
         self._share = share
         self._followers = followers

@@ -103,7 +103,7 @@ class RdmaChannel(PeerChannel):
             self._fall_back(request_id, str(exc))
 
     def _fail_behind(self, out: Out, offered: answers.Offered, count: int) -> None:
-        """The peer lacks the page behind the first ``count`` of an offer."""
+        """The peer has the first ``count`` pages of an offer and lacks the next one."""
         outcome = PageOutcome.FAILED  # an offer that ends early
         if count < len(offered.pages):
             outcome = OUTCOME_OF[offered.pages[count].status]

@@ -1,8 +1,8 @@
 """EvictionPolicy: which leaf gives up its slot. Pure: no I/O, no lock, no wall clock.
 
 The index guarantees to any policy: only leaves are offered (``offer``, ``used``), and a page that gains a child is
-used or renewed, so that its old offer is stale. Time is counted in uses. Not thread-safe: the index calls under the
-engine's lock.
+used or renewed, so that its old offer is stale. Time is counted in uses. Not thread-safe: the index calls under
+``LocalPages.lock``.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class ChainLinks:
         return parent if self.children[parent] == 0 else NO_SLOT
 
     def reset(self, slot: int) -> None:
-        """As ``cut``, when the parent is forgotten as well."""
+        """Cut a page from its parent when the parent is forgotten in the same call."""
         self.parent[slot] = NO_SLOT
         self._generation[slot] = (self._generation[slot] + 1) & 0xFFFFFFFF
         self.children[slot] = 0

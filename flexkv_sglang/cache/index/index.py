@@ -3,10 +3,10 @@
 States of a slot::
 
     free --reserve--> WRITING --commit--> READY --(victim of reserve | discard | clear)--> free
-                         |                  |
+                         |
                          +---- abort ---> free
                          +---- clear ---> DOOMED  (still written to, cannot be found)
-                                            READY and pinned --discard/clear--> DOOMED
+    READY and pinned --(discard | clear)--> DOOMED
     DOOMED --abort, or the last unpin--> free
     READY --suspend--> SUSPENDED --resume--> READY   (its directory does not answer: cannot be found)
     free or READY --retire--> RETIRED                (given back to the disk for good)
@@ -15,7 +15,7 @@ The one invariant: **a key found here names a slot with complete bytes, or a WRI
 sees**. Victims are leaves only: READY, unpinned, and with no cached child,
 because a page whose parent is gone can never be hit again (page keys chain over the whole prefix).
 
-Not thread-safe: the engine holds its lock around every call. Columns are arrays and a slot's number is
+Not thread-safe: ``LocalPages.lock`` is held around every call. Columns are arrays and a slot's number is
 its row; no page has a Python object of its own (``key_table`` says what those cost).
 """
 
@@ -59,7 +59,7 @@ _KEYED = (WRITING, READY, SUSPENDED)  # states of slots whose key is in the map
 
 @dataclass(frozen=True, slots=True)
 class IndexSnapshot:
-    """Columns of an index at one moment, by slot. Copied under the engine's lock, sorted outside of it.
+    """Columns of an index at one moment, by slot. Copied under ``LocalPages.lock``, sorted outside of it.
 
     The keys of slots that are not READY are void.
     """

@@ -98,7 +98,7 @@ class KeyTable:
         return (words * _U_FACTOR >> self._u_shift).view(np.int64)
 
     def _are_others(self, slots: I64, words: U64) -> BoolArray:
-        """Per slot, or -1: does its key begin with another word than this one?"""
+        """Per entry of ``slots`` (-1: none): does the key in that slot begin with another word than ``words``?"""
         flags: BoolArray = self._words.take(slots * _WORDS, mode="clip") != words
         return flags & (slots >= 0)
 

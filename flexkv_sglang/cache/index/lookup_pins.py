@@ -5,7 +5,7 @@ Nobody can own the cache this way: a pin ends after ``LOOKUP_PIN_S``, a page get
 number of pins is bounded, and eviction that finds no other victim releases them all. Only chain tails need one: their
 ancestors are no leaves.
 
-Not thread-safe: used under the engine's lock.
+Not thread-safe: used under ``LocalPages.lock``.
 """
 
 from __future__ import annotations

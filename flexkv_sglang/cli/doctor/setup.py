@@ -1,6 +1,6 @@
 """Causes outside of the traffic: the plug-in, the server, the directory, the disk. One pure function each.
 
-A cause takes ``Facts`` and returns a ``Finding`` or None. It must not raise, read a file or use another cause.
+A cause takes ``Facts`` and returns a ``Finding`` or None. It must not raise or read a file.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def no_agent(facts: Facts) -> Finding | None:
             return _finding(
                 *(facts, "no_agent", "No agent lives on this machine, so nothing is shared"),
                 f"run directory {fleet.run_dir}{said}",
-                "A server starts it again within a minute. If it does not stay, its log has the reason. "
+                "A server starts it again within 5 s, later if it keeps ending. If it does not stay, its log has "
+                "the reason. "
                 "flexkv agent --config FILE runs it in the foreground",
             )
     return None
