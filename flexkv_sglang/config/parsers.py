@@ -59,7 +59,7 @@ def reject_unknown(
         )
 
 
-def parse_size(key: str, value: object) -> int:
+def parse_size(key: str, value: object, *, least: int = 1) -> int:
     """Parse bytes: a positive number, or a string with a unit (powers of 1000: GB; of 1024: GiB)."""
     if isinstance(value, str):
         match = _SIZE.match(value)
@@ -71,14 +71,15 @@ def parse_size(key: str, value: object) -> int:
         amount = float(value)
     else:
         raise ConfigError(f"{key}: {value!r} is a {type(value).__name__}. Valid: {_SIZE_HELP}")
-    if not 1 <= amount < 2**63:
-        raise ConfigError(f"{key}: {value!r} is out of range. Valid: {_SIZE_HELP}, at least 1 byte")
+    if not least <= amount < 2**63:
+        bound = f"at least {least} bytes" if least != 1 else "at least 1 byte"
+        raise ConfigError(f"{key}: {value!r} is out of range. Valid: {_SIZE_HELP}, {bound}")
     return int(value) if isinstance(value, int) else int(amount)
 
 
 def size_or_zero(key: str, value: object) -> int:
     """Parse as ``parse_size``, or 0."""
-    return 0 if value == 0 and not isinstance(value, bool) else parse_size(key, value)
+    return parse_size(key, value, least=0)
 
 
 def choice(*valid: str) -> Callable[[str, object], str]:

@@ -68,13 +68,19 @@ class ShareConfig:
         return {name: value for name, value in asdict(self).items() if name in names}
 
     def describe(self) -> str:
-        """Format for the log, without the password."""
+        """Format for the log: the keys that differ from their defaults, without the password."""
         if not self.wanted:
             return "off"
-        default = ShareConfig().settings()
-        changed = {key: value for key, value in self.settings().items() if value != default[key]}
+        default, values = ShareConfig().settings(), self.settings()
+        changed = {
+            key: values[field]
+            for key, (field, _) in _PARSERS.items()
+            if values[field] != default[field] and key != "pod"
+        }
         if self.redis_url:
             changed["redis_url"] = redacted(self.redis_url)
+        if "serve_inflight_mb" in changed:
+            changed["serve_inflight_mb"] = self.serve_inflight >> 20
         return str(changed)
 
 
@@ -116,11 +122,15 @@ def parse_share(key: str, value: object) -> ShareConfig:
         )
     for name in value:
         if name in _REMOVED:
-            raise ConfigError(f"{key}.{name} is no longer a setting: remove it. {_REMOVED[name]}")
+            raise ConfigError(
+                f"{key}.{name}: {shown(value[name])}, but it is no longer a setting: remove it. "
+                f"{_REMOVED[name]}"
+            )
     reject_unknown(value, list(_PARSERS), f"{key}.")
     if "pod" in value and "share_group" in value:
         raise ConfigError(
-            f"{key}.pod: the former name of {key}.share_group, which is given as well. Valid: one"
+            f"{key}.pod: {shown(value['pod'])} is the former name of {key}.share_group, which is given "
+            f"as well: {shown(value['share_group'])}. Valid: one of them"
         )
     fields: dict[str, Any] = {}
     for name, given in value.items():

@@ -128,3 +128,9 @@ def test_any_json_gives_a_configuration_or_a_config_error(extra: dict[str, Any])
     except ConfigError:
         return
     assert config.describe()
+
+
+def test_min_free_may_be_0_and_its_message_says_so() -> None:
+    assert FlexKVConfig.parse({"min_free": 0}).min_free == 0
+    with pytest.raises(ConfigError, match=r"^min_free: -1 is out of range\. .* at least 0 bytes$"):
+        FlexKVConfig.parse({"min_free": -1})

@@ -8,6 +8,7 @@ import pytest
 
 from flexkv_sglang.config.parsers import redacted
 from flexkv_sglang.config.settings import FlexKVConfig
+from flexkv_sglang.config.share import parse_share
 from flexkv_sglang.errors import ConfigError
 
 
@@ -55,7 +56,7 @@ def test_pod_is_the_former_name_of_share_group() -> None:
 )
 def test_a_removed_setting_is_refused_with_advice(key: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"^share\.{key} is no longer a setting: remove it\. .+\.$"
+        ConfigError, match=rf"^share\.{key}: .+, but it is no longer a setting: remove it\. .+\.$"
     ):
         share(**{key: 1})
 
@@ -156,3 +157,11 @@ def test_a_password_with_any_character_is_redacted() -> None:
 @pytest.mark.parametrize("name", ["zmq", "nixl", "mooncake"])
 def test_engines_have_names(name: str) -> None:
     assert share(engine=name).engine == name
+
+
+def test_the_description_names_keys_that_can_be_given() -> None:
+    given = {"nid": "x", "pod": "rack", "serve_inflight_mb": 64}
+    config = parse_share("share", {"peers": ["h:1"], **given})
+    assert config.describe() == (
+        "{'peers': ('h:1',), 'nid': 'x', 'share_group': 'rack', 'serve_inflight_mb': 64}"
+    )
