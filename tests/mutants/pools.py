@@ -161,8 +161,8 @@ MUTANTS = (
     (
         "a marker is there without a record",
         "flexkv_sglang/pools/transfers.py",
-        "return batch.landed(groups.whole(flags))",
-        "return batch.landed([True] * len(keys))",
+        "results += batch.landed(groups.whole(flags))",
+        "results += batch.landed([True] * len(keys[part]))",
         POOL_TESTS,
     ),
     (
