@@ -271,7 +271,8 @@ class CacheEngine(Tier):
             if len(distinct) > 1:
                 mine = [o for o, b in zip(outcomes, breakers, strict=True) if b is breaker]
             moved = mine.count(Outcome.DONE) + mine.count(Outcome.REFUSED)
-            if breaker.record(moved, mine.count(Outcome.FAILED), f"{what} errors"):
+            failed, writing = mine.count(Outcome.FAILED), what == "write"
+            if breaker.record(moved, failed, f"{what} errors", writing=writing):
                 opened = True
             if moved:
                 working.add(breaker)

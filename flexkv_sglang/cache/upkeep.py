@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flexkv_sglang.backends.io.mover import PageMover
-from flexkv_sglang.backends.io.probe import probe_directory
+from flexkv_sglang.backends.io.probe import can_read, probe_directory
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
@@ -135,15 +135,15 @@ class Upkeep:
             readable = store.breaker.is_readable
             if not store.breaker.is_open or self._suspended.get(region, None) is readable:
                 return
+            back = self._suspended.get(region) is False
             self._suspended[region] = readable
             count = self._pages.suspend(region, readable=readable)
-        self._metrics.count("breaker_opened")
-        logger.error(
-            "flexkv: %s %s: %s",
-            store.lock.directory,
-            "takes no more pages" if readable else f"is bypassed, {count} pages miss",
-            store.breaker.reason,
-        )
+        text = "takes no more pages" if readable else f"is bypassed, {count} pages miss"
+        if back:
+            text = "is read again, but takes no pages"
+        else:
+            self._metrics.count("breaker_opened")
+        logger.error("flexkv: %s %s: %s", store.lock.directory, text, store.breaker.reason)
 
     def _breakers(self) -> set[Breaker]:
         return {store.breaker for store in self._pages.tier.stores}
@@ -151,7 +151,8 @@ class Upkeep:
     def _probe(self, breaker: Breaker) -> None:
         """Try the directory with real I/O; after a success its pages can be read again."""
         mine = [s for s in self._pages.tier.stores if s.breaker is breaker]
-        healthy = False
+        healthy = readable = False
+        reason = ""
         try:
             probe_directory(str(mine[0].lock.directory), mine[0].slots.mode.engine)
             if not self._thread.stopped:
@@ -159,8 +160,10 @@ class Upkeep:
                 healthy = True
         except (OSError, TierError, JournalError) as exc:
             logger.info("flexkv: %s still fails: %s", mine[0].lock.directory, exc)
+            reason = str(exc)
+            readable = all(can_read(store.slots.fd, store.slots.mode) for store in mine)
         finally:
-            breaker.end_probe(healthy=healthy)
+            breaker.end_probe(healthy=healthy, readable=readable, reason=reason)
         if healthy:
             self._metrics.count("breaker_closed")
             logger.warning("flexkv: %s is in use again", mine[0].lock.directory)
