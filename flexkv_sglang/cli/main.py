@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PermissionError as exc:
         print(f"flexkv: {exc}; the files belong to the servers' user", file=sys.stderr)
         return 2
+    except OSError as exc:  # a disk that fails, fills or is read-only
+        print(f"flexkv: {exc}", file=sys.stderr)
+        return 2
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -25,8 +25,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def answers(*, miss: Any, uses_stores: bool = False) -> Callable[[_F], _F]:
     """Turn each exception of a method of a ``Boundary`` into the answer ``miss``.
 
-    ``miss``: the answer, or a function of the method's arguments that makes it. ``uses_stores``: the method reads or
-    writes pages, so no file is exchanged while it runs.
+    ``miss``: the answer, or a function of the method's arguments that makes it; without arguments it makes the answer
+    to a call that cannot be understood at all. ``uses_stores``: the method reads or writes pages, so no file is
+    exchanged while it runs.
     """
 
     def decorate(method: _F) -> _F:
@@ -37,7 +38,13 @@ def answers(*, miss: Any, uses_stores: bool = False) -> Callable[[_F], _F]:
                     return method(self, *args, **kwargs)
             except Exception as exc:  # noqa: BLE001 - the boundary: one failed call must not end SGLang's threads
                 self._report(method.__name__, exc)
-                return miss(*args, **kwargs) if callable(miss) else miss
+            if not callable(miss):
+                return miss
+            try:
+                return miss(*args, **kwargs)
+            except Exception as exc:  # noqa: BLE001 - the boundary: these arguments are not what SGLang passes
+                self._report(method.__name__, exc)
+            return miss()
 
         return guarded  # type: ignore[return-value]
 
@@ -68,19 +75,22 @@ class Boundary:
         self._stores.resume()
 
 
-def no_pages(keys: Sequence[str], *_args: Any, **_kwargs: Any) -> list[bool]:
+def no_pages(keys: Sequence[str] = (), *_args: Any, **_kwargs: Any) -> list[bool]:
     """A miss: False per key."""
     return [False] * len(keys or ())
 
 
-def no_tensors(keys: Sequence[str], *_args: Any, **_kwargs: Any) -> list[Any]:
+def no_tensors(keys: Sequence[str] = (), *_args: Any, **_kwargs: Any) -> list[Any]:
     """A miss: None per key."""
     return [None] * len(keys or ())
 
 
-def no_transfers(transfers: Sequence[Any], *_args: Any, **_kwargs: Any) -> dict[str, list[bool]]:
-    """A miss: per pool, False per key."""
-    return {transfer.name: [False] * len(transfer.keys or ()) for transfer in transfers or ()}
+def no_transfers(
+    transfers: Sequence[Any] = (), *_args: Any, **_kwargs: Any
+) -> dict[str, list[bool]]:
+    """A miss: per pool, False per key. What is no transfer has no answer."""
+    named = [item for item in transfers or () if hasattr(item, "name") and hasattr(item, "keys")]
+    return {item.name: [False] * len(item.keys or ()) for item in named}
 
 
 def no_prefix(*_args: Any, **_kwargs: Any) -> Any:

@@ -105,14 +105,18 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
         """Set the time SGLang waits for a prefetch, in seconds and seconds per 1024 tokens. It limits a get."""
+        given: tuple[Any, Any] = (base, per_ki_token)
+        if not all(isinstance(part, int | float) and part >= 0 for part in given):  # nor a NaN
+            logger.warning("flexkv: a prefetch timeout of %r is not taken: no seconds", given)
+            return
         self._prefetch_timeout = (base, per_ki_token)
         text = "flexkv: SGLang waits %g s and %g s per 1024 tokens for a prefetch; reads keep within that"
         logger.info(text, base, per_ki_token)
 
     def close(self) -> None:
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
-        WEIGHTS.detach(self)
         try:
+            WEIGHTS.detach(self)
             try:
                 self._stores.close()
             finally:
@@ -278,12 +282,13 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
     def _checked(
         self, flags: list[bool] | None, pool: Pool | None, keys: list[str], host_indices: Any
     ) -> list[bool]:
-        """The answer of a transfer; None means that ``host_indices`` do not fit ``keys``."""
+        """The answer of a transfer; None means that ``host_indices`` are not one whole page of the pool per key."""
         if flags is not None:
             return flags
         given = 0 if host_indices is None else int(host_indices.numel())
         name = pool.name if pool is not None else ""
-        self._report("host_indices", ConfigError(f"{name}: {len(keys)} keys with {given} indices"))
+        text = f"{name}: {given} indices are not {len(keys)} whole pages of the host pool"
+        self._report("host_indices", ConfigError(text))
         return [False] * len(keys)
 
 

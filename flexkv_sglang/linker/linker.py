@@ -235,8 +235,8 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
         if self._closed:
             return
         self._closed = True
-        WEIGHTS.detach(self)
         try:
+            WEIGHTS.detach(self)
             self._quiesce(QUIET_S)
             self._watch.stop()
             ended = [

@@ -55,7 +55,7 @@ CALLS = (
     *("cancel_queued_load", "offload", "num_completed_offloads", "pop_completed_offload"),
     *("reset", "follow_layer", "watch"),
 )
-"""Calls whose failures are counted; ``host_indices``: their number does not fit the keys."""
+"""Calls whose failures are counted; ``host_indices``: they are not one whole page per key."""
 
 OPERATIONS = (
     *("read", "write", "tombstone", "commit", "clear", "close"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 BREAKER = "backends/slots/breaker.py"
 HEALTH_TESTS = "tests/cache/test_read_write_health.py tests/backends/slots/test_breaker.py"
+INDEX_TESTS = "tests/pools/test_page_indices.py"
+PAGES = "flexkv_sglang/pools/host_pages.py"
 
 MUTANTS = (
     (
@@ -33,5 +35,54 @@ MUTANTS = (
         "            self._find_again(region)\n            return 0",
         "            return 0",
         HEALTH_TESTS,
+    ),
+    (
+        "indices behind the pool are believed",
+        PAGES,
+        "not pages.token_count or rows.max() < pages.token_count",
+        "True",
+        INDEX_TESTS,
+    ),
+    (
+        "indices before the pool are believed",
+        PAGES,
+        "starts.min() >= 0 and ",
+        "",
+        INDEX_TESTS,
+    ),
+    (
+        "indices across two pages are believed",
+        PAGES,
+        "(starts % size).any() or ",
+        "",
+        INDEX_TESTS,
+    ),
+    (
+        "two keys are read into one page",
+        PAGES,
+        "return not distinct or len(np.unique(starts)) == count",
+        "return True",
+        INDEX_TESTS,
+    ),
+    (
+        "a rank that does not write says that its pages are lost",
+        "flexkv_sglang/pools/transfers.py",
+        "    if not pool.spec.writes:\n        return [True] * len(keys)",
+        "    if not pool.spec.writes:\n        return [False] * len(keys)",
+        INDEX_TESTS,
+    ),
+    (
+        "keys that differ in case are one key",
+        "flexkv_sglang/identity/keys.py",
+        "if key.hex() == text:",
+        "if key:",
+        INDEX_TESTS,
+    ),
+    (
+        "the answer of a miss is made outside the boundary",
+        "flexkv_sglang/integration/boundary.py",
+        "            try:\n                return miss(*args, **kwargs)\n",
+        "            return miss(*args, **kwargs)\n            try:\n                pass\n",
+        "tests/integration/test_abuse.py",
     ),
 )
