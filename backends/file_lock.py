@@ -43,7 +43,7 @@ class FileLock:
                 except BlockingIOError:
                     time.sleep(_ASKED_S if left else 0)
                     continue
-                if _is_at(
+                if is_at(
                     path, fd
                 ):  # it may have been unlinked and made again between open and flock
                     lock, fd = cls(path, fd), -1
@@ -93,9 +93,36 @@ class FileLock:
         """Can others still see it? False: its file was removed, and another process may hold a new one."""
         with self._guard:
             try:
-                return _is_at(self.path, self._fd)
+                return is_at(self.path, self._fd)
             except OSError:
                 return False
+
+    def put_back(self) -> bool:
+        """Make the path name a lock that is held here again. False: another process holds the one that is there.
+
+        The new file appears held, so no process takes it for a dead one. Raises ``OSError``, also when closed.
+        """
+        hidden = self.path.with_suffix(".new")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._guard:
+            if is_at(self.path, self._fd):
+                return True
+            hidden.unlink(missing_ok=True)
+            fd = os.open(hidden, flags, PRIVATE)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.link(hidden, self.path)
+                self._fd, fd = fd, self._fd
+            except FileExistsError:  # it was restored, or an adopter made it
+                there = FileLock.take(self.path)
+                if there is None:
+                    return False
+                self._fd, there._fd = there._fd, self._fd
+                there.close()
+            finally:
+                os.close(fd)
+                hidden.unlink(missing_ok=True)
+        return True
 
     def write(self, text: str) -> None:
         """Replace the file's content. Raises ``OSError``, also when closed."""
@@ -111,7 +138,7 @@ class FileLock:
                 self._fd = -1
 
 
-def _is_at(path: Path, fd: int) -> bool:
+def is_at(path: Path, fd: int) -> bool:
     """Is the file of ``fd`` the one that ``path`` names? Raises ``OSError``."""
     mine = os.fstat(fd)
     try:

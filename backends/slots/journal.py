@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.failpoints import Failpoint, reach
+from flexkv_sglang.backends.file_lock import is_at
 from flexkv_sglang.backends.safe_files import replacing, write_all
 from flexkv_sglang.backends.slots.records import (
     HEADER_BYTES,
@@ -136,6 +137,11 @@ class JournalWriter:
     def size(self) -> int:
         """Bytes, header included."""
         return self._size
+
+    @property
+    def in_place(self) -> bool:
+        """Does its path name the file that is appended to, as long as it was written? Raises ``OSError``."""
+        return is_at(self.path, self._fd) and os.fstat(self._fd).st_size == self._size
 
     def append(self, records: Records) -> None:
         """Number, seal and append ``records`` with one write.

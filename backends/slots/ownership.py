@@ -49,6 +49,15 @@ class OwnerLock:
         """True until ``close``."""
         return self._lock.held
 
+    @property
+    def in_place(self) -> bool:
+        """Can others still see that this owner lives?"""
+        return self._lock.in_place
+
+    def put_back(self) -> bool:
+        """See ``FileLock.put_back``."""
+        return self._lock.put_back()
+
     def remove_files(self) -> None:
         """Delete everything of this owner, the lock file last. For owners whose pages are not used any more."""
         for name in os.listdir(self.directory):

@@ -13,12 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flexkv_sglang.backends.file_lock import is_at
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import can_read, probe_directory
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.slot_file import OwnedStore
+from flexkv_sglang.cache import in_place
+from flexkv_sglang.cache.in_place import InPlace
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
 from flexkv_sglang.errors import JournalError, TierError
@@ -81,6 +84,8 @@ class Upkeep:
         self._metrics = metrics
         self._min_free = min_free
         self._floor_at = time.monotonic() + _FLOOR_ROUND_S
+        self._files = InPlace(pages, metrics, min_free)
+        self._look_at = time.monotonic() + in_place.LOOK_S
         self._suspended: dict[int, bool] = {}  # region: still read? Guarded by _state_lock
         self._state_lock = threading.Lock()
         self.reporter: Reporter | None = None  # set before ``start``
@@ -120,6 +125,9 @@ class Upkeep:
                 threading.Thread(
                     target=self._probe, args=(breaker,), name="flexkv-probe", daemon=True
                 ).start()
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + in_place.LOOK_S
+            self._files.look(dict(enumerate(self._pages.tier.stores)))
         if time.monotonic() >= self._floor_at:
             self._floor_at = time.monotonic() + _FLOOR_ROUND_S
             self.keep_floor()
@@ -154,6 +162,7 @@ class Upkeep:
         healthy = readable = False
         reason = ""
         try:
+            self._files.make_folder(mine[0].lock.directory)
             probe_directory(str(mine[0].lock.directory), mine[0].slots.mode.engine)
             if not self._thread.stopped:
                 self._bring_back(breaker, mine)
@@ -171,6 +180,8 @@ class Upkeep:
     def _bring_back(self, breaker: Breaker, stores: list[OwnedStore]) -> None:
         pages = self._pages
         regions = [r for r, s in enumerate(pages.tier.stores) if s.breaker is breaker]
+        for region, store in zip(regions, stores, strict=True):
+            self._files.restore(region, store)
         with self._state_lock, pages.publishing(time.monotonic() + _PUBLISH_S):
             try:
                 for region, store in zip(regions, stores, strict=True):
@@ -229,6 +240,8 @@ class Upkeep:
             if store.failed or not store.journal.should_rotate(store.slots.slot_class.slot_count):
                 continue
             try:
+                if not is_at(store.slots.path, store.slots.fd):
+                    continue  # the journal would appear alone
                 with pages.publishing(time.monotonic() + _PUBLISH_S):
                     with pages.lock:
                         snapshot = pages.index.snapshot()

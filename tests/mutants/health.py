@@ -6,6 +6,8 @@ BREAKER = "backends/slots/breaker.py"
 HEALTH_TESTS = "tests/cache/test_read_write_health.py tests/backends/slots/test_breaker.py"
 INDEX_TESTS = "tests/pools/test_page_indices.py"
 PAGES = "flexkv_sglang/pools/host_pages.py"
+IN_PLACE = "flexkv_sglang/cache/in_place.py"
+IN_PLACE_TESTS = "tests/cache/test_in_place.py"
 
 MUTANTS = (
     (
@@ -84,5 +86,47 @@ MUTANTS = (
         "            try:\n                return miss(*args, **kwargs)\n",
         "            return miss(*args, **kwargs)\n            try:\n                pass\n",
         "tests/integration/test_abuse.py",
+    ),
+    (
+        "a lock file that was cleaned away stays away",
+        IN_PLACE,
+        "if store.lock.in_place:\n            return True",
+        "if True:\n            return True",
+        IN_PLACE_TESTS,
+    ),
+    (
+        "a journal that was cut goes on",
+        "backends/slots/journal.py",
+        "return is_at(self.path, self._fd) and os.fstat(self._fd).st_size == self._size",
+        "return is_at(self.path, self._fd)",
+        IN_PLACE_TESTS,
+    ),
+    (
+        "a slot file that is gone is written on",
+        IN_PLACE,
+        "return is_at(slots.path, slots.fd) and os.fstat(slots.fd).st_size >= size",
+        "return True",
+        IN_PLACE_TESTS,
+    ),
+    (
+        "files are made on the disk below a mount that is gone",
+        IN_PLACE,
+        "if there.stat().st_dev != self._devices.get(directory):",
+        "if False:",
+        IN_PLACE_TESTS,
+    ),
+    (
+        "a file that is made again beside the old one takes the disk twice",
+        IN_PLACE,
+        "        store.slots.close()\n",
+        "",
+        IN_PLACE_TESTS,
+    ),
+    (
+        "a restored journal of another generation stays",
+        IN_PLACE,
+        "        self._remove_rest(store)\n",
+        "",
+        IN_PLACE_TESTS,
     ),
 )

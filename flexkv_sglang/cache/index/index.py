@@ -297,6 +297,17 @@ class TierIndex:
         self._ready_count += count
         return count
 
+    def give_up(self, slots: Iterable[int]) -> bool:
+        """Forget the pages in some slots of a suspended region. False, and nothing is done: one of them is in use."""
+        given = list(slots)
+        if any(self._pins[slot] or self._state[slot] in (WRITING, DOOMED) for slot in given):
+            return False
+        for slot in given:
+            if self._state[slot] in (READY, SUSPENDED):
+                self._forget(slot)
+                self._free(slot)
+        return True
+
     def retire(self, region: int, count: int) -> tuple[list[tuple[PageKey, SlotId]], int]:
         """Take slots at the end of a region out of use for good, at most ``count``.
 
