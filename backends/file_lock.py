@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from weakref import WeakSet
 
 from flexkv_sglang.backends.safe_files import PRIVATE
 
@@ -14,12 +15,13 @@ _ASKED_S = 0.02  # ``is_held`` has the lock for microseconds
 
 
 class FileLock:
-    """A held lock, and the content of its file. Threads: any."""
+    """A held lock, and the content of its file. A process that is forked has none of them. Threads: any."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self._guard = threading.Lock()  # the number of a closed descriptor is soon another file's
         self._fd = fd  # guarded by _guard
+        _HELD.add(self)
 
     @classmethod
     def take(cls, path: Path, flags: int = 0, *, tries: int = 1) -> FileLock | None:
@@ -146,3 +148,17 @@ def is_at(path: Path, fd: int) -> bool:
     except FileNotFoundError:
         return False
     return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+
+_HELD: WeakSet[FileLock] = WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: else a child that lives on would keep the locks of a parent that died."""
+    for lock in list(_HELD):
+        if lock._fd >= 0:  # not under _guard: a thread that is not here may have it
+            os.close(lock._fd)
+            lock._fd = -1
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

@@ -9,6 +9,7 @@ Threads: any. Reads and writes have an engine and a slab each, so a long write d
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from flexkv_sglang.backends.io.operations import IOV_MAX
 from flexkv_sglang.backends.io.probe import make_engine
 from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.transfer import IoMode, Outcome, PageTransfer, Positions
+from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, BoolArray, PageBuffers, round_up
 
@@ -58,6 +60,7 @@ class PageMover:
     def __init__(
         self, payload_bytes: int, metrics: Metrics, make: MakeEngine = make_engine
     ) -> None:
+        self._process = os.getpid()
         self._payload_bytes = payload_bytes
         self._metrics = metrics
         self._row_bytes = round_up(payload_bytes, SECTOR)
@@ -89,6 +92,8 @@ class PageMover:
         A page read through the slab reaches its target only after ``verify`` accepted it. Nobody may change the
         memory of pages that are written until this returns.
         """
+        if os.getpid() != self._process:  # a forked process shares the rings and the slots
+            raise TierUnavailableError(f"the files belong to process {self._process}, which forked")
         buffers, modes = transfer.buffers, transfer.modes
         assert transfer.page_bytes == self._payload_bytes, (
             transfer.page_bytes,

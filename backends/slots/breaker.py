@@ -27,7 +27,7 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
         self._backoff = Backoff(_PAUSE_S, _PAUSE_MAX_S, clock=clock)
-        self._failed_reads = self._failed_writes = 0  # calls in a row
+        self._failed = {False: 0, True: 0}  # reads, writes: calls in a row
         self._probing = False
         self._open = False
         self._readable = True
@@ -50,10 +50,7 @@ class Breaker:
         if not succeeded and not failed:
             return False
         with self._lock:
-            if writing:
-                count = self._failed_writes = 0 if succeeded else self._failed_writes + 1
-            else:
-                count = self._failed_reads = 0 if succeeded else self._failed_reads + 1
+            count = self._failed[writing] = 0 if succeeded else self._failed[writing] + 1
             return count >= _FAILURES and self._trip(reason, readable=writing)
 
     def trip(self, reason: str, *, readable: bool = False) -> bool:
@@ -75,12 +72,12 @@ class Breaker:
             self._probing = False
             if healthy:
                 self._open, self._readable, self.reason = False, True, ""
-                self._failed_reads = self._failed_writes = 0
+                self._failed = {False: 0, True: 0}
                 self._backoff.reset()
             else:
                 self._backoff.failed()
                 if readable and not self._readable:
-                    self._readable, self._failed_reads, self.reason = True, 0, reason
+                    self._readable, self._failed[False], self.reason = True, 0, reason
 
     def _trip(self, reason: str, *, readable: bool = False) -> bool:
         if self._open and (readable or not self._readable):

@@ -115,6 +115,7 @@ class JournalWriter:
         self._seq = seq
         self._size = position
         self._broken = False
+        self._process = os.getpid()
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         if os.fstat(self._fd).st_size != position:
             os.ftruncate(self._fd, position)  # a torn tail of a crashed owner
@@ -149,6 +150,7 @@ class JournalWriter:
         Raises ``JournalError``; the journal then holds none of them, and takes nothing more if it could
         not be cut back to where it was.
         """
+        self._refuse_child()
         if self._broken:
             raise JournalError(f"{self.path} was given up after a failed write")
         data = seal_records(records, self.header.crc_seed, self._seq)
@@ -165,6 +167,11 @@ class JournalWriter:
         self._seq += len(records)
         reach(Failpoint.APPEND_DONE)
 
+    def _refuse_child(self) -> None:
+        """A forked process has our descriptor, too: its records would have the numbers of the next ones here."""
+        if os.getpid() != self._process:
+            raise JournalError(f"{self.path} belongs to process {self._process}, which forked")
+
     def should_rotate(self, live_count: int) -> bool:
         """True when most of the journal is history."""
         return self._size > max(_MIN_ROTATE_BYTES, 2 * live_count * RECORD_BYTES + HEADER_BYTES)
@@ -178,6 +185,7 @@ class JournalWriter:
         ``sealed=False``: this journal may list more than ``live``, so no reader may go on from it: a neighbour that
         tails it sees it vanish, and loads the snapshot.
         """
+        self._refuse_child()
         reach(Failpoint.ROTATE_BEFORE)
         old = self.header
         header = replace(

@@ -210,6 +210,8 @@ class OwnedStore:
         """Flush, append the clean mark, release the lock. Idempotent."""
         clean = not self.failed and self.slots.fd >= 0
         try:
+            if clean:  # without its lock file nobody would find these pages again
+                self.lock.put_back()
             if clean:
                 self.slots.sync()
                 reach(Failpoint.CLOSE_SYNCED)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ def answers(*, miss: Any, uses_stores: bool = False) -> Callable[[_F], _F]:
         @functools.wraps(method)
         def guarded(self: Boundary, *args: Any, **kwargs: Any) -> Any:
             try:
+                if self._stores.process != os.getpid():
+                    return self._forked(miss, *args, **kwargs)
                 with self._stores.in_use() if uses_stores else nullcontext():
                     return method(self, *args, **kwargs)
             except Exception as exc:  # noqa: BLE001 - the boundary: one failed call must not end SGLang's threads
@@ -63,6 +66,14 @@ class Boundary:
         log = self.__dict__.setdefault("_failure_log", RateLimitedLog(logger))
         text = "flexkv: %s failed, answered as a miss"
         log.log((what, type(exc)), logging.ERROR, text, what, exc_info=exc)
+
+    def _forked(self, miss: Any, *args: Any, **kwargs: Any) -> Any:
+        """In a child of our process: files, rings and locks are the parent's, so nothing of ours is touched."""
+        if not self.__dict__.setdefault("_fork_said", False):
+            self.__dict__["_fork_said"] = True
+            text = "flexkv: process %d forked this one: here, every page misses and none is written"
+            logger.warning(text, self._stores.process)
+        return miss(*args, **kwargs) if callable(miss) else miss
 
     @answers(miss=None)
     def leave_epoch(self) -> None:

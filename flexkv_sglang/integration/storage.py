@@ -10,6 +10,7 @@ Threads: SGLang calls from its prefetch, prefetch I/O, backup and scheduler thre
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -87,6 +88,10 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         or too large for the disk. A pool without page buffers is no error: all its pages miss.
         """
         super().register_mem_pool_host(mem_pool_host)
+        if self._stores.process != os.getpid():
+            raise ConfigError(
+                "this process was forked after the storage backend was made: make its own"
+            )
         if not WEIGHTS.settled:
             logger.warning("flexkv: weights were updated: pages miss until the cache is flushed")
         self._stores.open_kv(mem_pool_host, opens=WEIGHTS.settled)
@@ -115,6 +120,8 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
     def close(self) -> None:
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
+        if self._stores.process != os.getpid():  # they are the parent's
+            return
         try:
             WEIGHTS.detach(self)
             try:

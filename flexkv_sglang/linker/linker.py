@@ -19,6 +19,7 @@ Threads: SGLang calls from its scheduler, and ``layer_done_counter`` calls back 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import Any, ClassVar
 
@@ -232,7 +233,7 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
 
     def close(self) -> None:
         """End all transfers, bounded, and release the files. Idempotent, never raises."""
-        if self._closed:
+        if self._closed or self._stores.process != os.getpid():  # a child's files are the parent's
             return
         self._closed = True
         try:

@@ -8,6 +8,7 @@ INDEX_TESTS = "tests/pools/test_page_indices.py"
 PAGES = "flexkv_sglang/pools/host_pages.py"
 IN_PLACE = "flexkv_sglang/cache/in_place.py"
 IN_PLACE_TESTS = "tests/cache/test_in_place.py"
+FORK_TESTS = "tests/integration/test_fork.py"
 
 MUTANTS = (
     (
@@ -20,8 +21,8 @@ MUTANTS = (
     (
         "a read that works hides writes that fail",
         BREAKER,
-        "count = self._failed_reads = 0 if succeeded else self._failed_reads + 1",
-        "count = self._failed_reads = self._failed_writes = 0 if succeeded else self._failed_reads + 1",
+        "count = self._failed[writing] = 0 if succeeded else self._failed[writing] + 1",
+        "count = self._failed[True] = 0 if succeeded else self._failed[True] + 1",
         HEALTH_TESTS,
     ),
     (
@@ -128,5 +129,33 @@ MUTANTS = (
         "        self._remove_rest(store)\n",
         "",
         IN_PLACE_TESTS,
+    ),
+    (
+        "a forked process appends to its parent's journal",
+        "backends/slots/journal.py",
+        "if os.getpid() != self._process:",
+        "if False:",
+        FORK_TESTS,
+    ),
+    (
+        "a forked process writes its parent's slots",
+        "backends/io/mover.py",
+        "if os.getpid() != self._process:  # a",
+        "if False:  # a",
+        FORK_TESTS,
+    ),
+    (
+        "a forked process keeps its parent's locks",
+        "backends/file_lock.py",
+        "os.register_at_fork(after_in_child=_leave_to_parent)",
+        "",
+        FORK_TESTS,
+    ),
+    (
+        "a forked server uses the store of its parent",
+        "flexkv_sglang/integration/boundary.py",
+        "if self._stores.process != os.getpid():",
+        "if False:",
+        FORK_TESTS,
     ),
 )
