@@ -42,7 +42,8 @@ def turn_read_only(mount: Path) -> None:
 
 
 def _runs(command: list[str]) -> bool:
+    env = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
     try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        return subprocess.run(command, capture_output=True, check=False, env=env).returncode == 0
     except OSError:
         return False
