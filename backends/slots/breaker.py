@@ -2,9 +2,8 @@
 
 Reading and writing fail for different reasons, so each has a count of its own. Failed writes (a read-only file
 system, a full disk or quota, a journal that takes no more records) stop writes only: what is there stays readable.
-Failed reads, and a disk that hangs, stop both: then a dead disk costs each call nothing, instead of a timeout. A
-call counts as failed if pages of the directory failed and none succeeded: single bad sectors are no reason to give
-up a disk. The pattern is Nygard's circuit breaker ("Release It!", 2007).
+Failed reads, and a disk that hangs, stop both: then a dead disk costs each call nothing. A call counts as failed
+if pages failed and none succeeded: single bad sectors are no reason to give up a disk. Nygard's circuit breaker (2007).
 
 Threads: any.
 """

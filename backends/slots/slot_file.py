@@ -211,7 +211,7 @@ class OwnedStore:
         clean = not self.failed and self.slots.fd >= 0
         try:
             if clean:  # without its lock file nobody would find these pages again
-                self.lock.put_back()
+                self.lock.file.put_back()
             if clean:
                 self.slots.sync()
                 reach(Failpoint.CLOSE_SYNCED)

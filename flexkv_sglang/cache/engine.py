@@ -20,6 +20,7 @@ from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStor
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
+from flexkv_sglang.cache.directories import directories_of
 from flexkv_sglang.cache.local_pages import LOCK_SPAN, LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
 from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
@@ -31,6 +32,8 @@ from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
 logger = logging.getLogger(__name__)
 
+_CLOSE_S = 3.0  # of this, for the last stats files:
+_REPORT_S = 0.5
 _PUBLISH_S = 2.0  # for journal records of calls that have no deadline
 
 
@@ -132,8 +135,16 @@ class CacheEngine(Tier):
         self._ages = SlotAges(tier.slot_count, metrics)
         self._closed = False
         self._reporter = Reporter(metrics, tier, neighbours, self.page_count, level)
-        self._upkeep = Upkeep(self._pages, neighbours, mover, self._watch, metrics, min_free)
-        self._upkeep.reporter = self._reporter
+        self._upkeep = Upkeep(
+            directories_of(tier.stores, neighbours.directories),
+            self._pages,
+            neighbours,
+            mover,
+            self._watch,
+            metrics,
+            min_free,
+            self._reporter.write,
+        )
         self._neighbours.scan()
         self._upkeep.start()
 
@@ -357,7 +368,6 @@ class CacheEngine(Tier):
             "write", pages, pages * sources.payload_bytes, time.monotonic() - started
         )
         self._metrics.count("write_failed_pages", len(done) - pages)
-        self._upkeep.rotate_if_due()
         return results
 
     def _write(
@@ -456,8 +466,11 @@ class CacheEngine(Tier):
     def close(self) -> None:
         """Wait for running transfers, flush, mark the journals clean, release the owner locks. Idempotent."""
         self._closed = True
-        self._upkeep.stop()
-        self._reporter.close()
+        deadline = time.monotonic() + _CLOSE_S
+        self._upkeep.stop(deadline)
+        self._reporter.close(self._upkeep.directories, min(deadline, time.monotonic() + _REPORT_S))
+        for directory in self._upkeep.directories:
+            directory.stop(deadline)
         if not self._mover.close():
             # Writes are still in flight. Keep the locks, or these writes would land in an adopter's slots.
             logger.error("flexkv: transfers are still in flight; the files stay locked")

@@ -104,9 +104,9 @@ class InPlace:
         self._said(store.slots.path, "it is made again, its pages are lost")
 
     def _lock_in_place(self, store: OwnedStore) -> bool:
-        if store.lock.in_place:
+        if store.lock.file.in_place:
             return True
-        if not store.lock.put_back():
+        if not store.lock.file.put_back():
             return False
         self._said(store.lock.directory / f"{store.lock.owner}.lock", "it is put back")
         return True

@@ -1,8 +1,9 @@
-"""Upkeep: the background work of a tier. One thread per engine.
+"""Upkeep: the background work of a tier.
 
-It follows the neighbours' journals, bypasses a directory that fails or hangs and brings it back after a
-probe, gives space back when others need the disk, and starts new journal generations. A probe runs in a
-thread of its own, because the disk may never answer it.
+One thread per engine, ``flexkv-watch``, touches no disk: it notices calls and jobs that hang, bypasses their
+directories, and gives each directory its duties. These run on the directory's own thread (``directories``), where
+a disk that hangs holds up nobody else: stats files, neighbours, free space, journal generations, and the probes
+that bring a directory back. A thread that hangs is left alone; when its job returns, the directory is probed.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 from flexkv_sglang.backends.file_lock import is_at
 from flexkv_sglang.backends.io.mover import PageMover
@@ -20,21 +24,21 @@ from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.slot_file import OwnedStore
-from flexkv_sglang.cache import in_place
+from flexkv_sglang.cache import in_place, stats_file
+from flexkv_sglang.cache.directories import Directory, Duty, Plan
 from flexkv_sglang.cache.in_place import InPlace
 from flexkv_sglang.cache.local_pages import LocalPages
-from flexkv_sglang.cache.stats_file import Reporter
 from flexkv_sglang.errors import JournalError, TierError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.threads import PeriodicThread
+from flexkv_sglang.threads import OVERDUE_S, PeriodicThread
 
 logger = logging.getLogger(__name__)
 
 _ROUND_S = 0.25
 _FLOOR_ROUND_S = 5.0
-_JOIN_TIMEOUT_S = 2.0
+_PROBE_S = 30.0
 _PUBLISH_S = 2.0
-_OVERDUE_S = 1.0  # past its deadline a call only drains what is in flight: tens of milliseconds
 _SHRINK_PARTS = 32  # at least one slot in 32 is given back at once
 
 
@@ -59,38 +63,58 @@ class CallWatch:
                 del self._calls[number]
 
     def overdue(self) -> set[Breaker]:
-        """Directories of transfers that should have ended ``_OVERDUE_S`` ago."""
-        limit = time.monotonic() - _OVERDUE_S
+        """Directories of transfers that should have ended ``OVERDUE_S`` ago."""
+        limit = time.monotonic() - OVERDUE_S
         with self._lock:
             return {b for deadline, used in self._calls.values() if deadline < limit for b in used}
 
 
-class Upkeep:
-    """Background work of one engine. ``start`` and ``stop`` are called once each."""
+class _Probe(NamedTuple):
+    """The outcome of a probe. ``readable``: writes fail, for this ``reason``, and reads do not."""
 
-    def __init__(
+    healthy: bool = False
+    readable: bool = False
+    reason: str = ""
+
+
+class Upkeep:
+    """Background work of one engine. ``start`` and ``stop`` are called once each.
+
+    ``write_stats`` writes the stats files of a directory.
+    """
+
+    def __init__(  # noqa: PLR0913 - all that it looks after
         self,
+        directories: Sequence[Directory],
         pages: LocalPages,
         neighbours: NeighbourStore,
         mover: PageMover,
         watch: CallWatch,
         metrics: Metrics,
         min_free: int | None,
+        write_stats: Callable[[Directory], None],
     ) -> None:
+        self.directories = tuple(directories)
         self._pages = pages
-        self._neighbours = neighbours
         self._mover = mover
         self._watch = watch
         self._metrics = metrics
         self._min_free = min_free
-        self._floor_at = time.monotonic() + _FLOOR_ROUND_S
         self._files = InPlace(pages, metrics, min_free)
-        self._look_at = time.monotonic() + in_place.LOOK_S
-        self._suspended: dict[int, bool] = {}  # region: still read? Guarded by _state_lock
-        self._state_lock = threading.Lock()
-        self.reporter: Reporter | None = None  # set before ``start``
+        self._bypassed: dict[Directory, bool] = {}  # still read? Guarded by _state_lock
+        self._state_lock = threading.Lock()  # held for work on the index
+        self._log = RateLimitedLog(logger)
+        self._plan = Plan(
+            [  # one line per duty
+                Duty(lambda d: neighbours.scan_directory(d.path), _ROUND_S, limit_s=10.0),
+                Duty(write_stats, stats_file.INTERVAL_S),
+                Duty(self.keep_floor, _FLOOR_ROUND_S),
+                Duty(self.rotate_if_due, _ROUND_S),
+                Duty(lambda d: self._files.look(d.stores), in_place.LOOK_S),
+            ]
+        )
         self._thread = PeriodicThread(
-            "flexkv-upkeep",
+            "flexkv-watch",
             self._step,
             lambda: metrics.count("upkeep_exceptions"),
             trouble="flexkv: upkeep failed",
@@ -102,105 +126,132 @@ class Upkeep:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread; waits a bounded time."""
+    def stop(self, deadline: float) -> None:
+        """Begin no more duties, and wait until ``deadline`` (``time.monotonic()``) for those under way."""
         self._thread.stop()
-        self._thread.join(time.monotonic() + _JOIN_TIMEOUT_S)
+        self._thread.join(deadline)
 
     def _step(self) -> float:
         self.round()
         return _ROUND_S
 
     def round(self) -> None:
-        """One round of everything."""
-        self._neighbours.scan()
-        if self.reporter is not None:
-            self.reporter.tick()
+        """One look at everything. Memory only."""
         for breaker in self._watch.overdue():
             if breaker.trip("a transfer hangs"):
                 self._mover.abandon()
+        for directory in self.directories:
+            if directory.hangs(time.monotonic()):
+                directory.breaker.trip("a file operation hangs")
         self.bypass_failed()
-        for breaker in self._breakers():
-            if breaker.begin_probe():
-                threading.Thread(
-                    target=self._probe, args=(breaker,), name="flexkv-probe", daemon=True
-                ).start()
-        if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + in_place.LOOK_S
-            self._files.look(dict(enumerate(self._pages.tier.stores)))
-        if time.monotonic() >= self._floor_at:
-            self._floor_at = time.monotonic() + _FLOOR_ROUND_S
-            self.keep_floor()
+        for directory in self.directories:
+            if directory.idle and directory.breaker.begin_probe():
+                self._begin_probe(directory)
+            elif directory.breaker.is_readable:
+                self._give_duties(directory)
+
+    def _give_duties(self, directory: Directory) -> None:
+        if directory.upkeep.idle:
+            for duty in self._plan.take(directory):
+                directory.upkeep.post(partial(self._do, duty, directory), duty.limit_s)
+
+    def _do(self, duty: Duty, directory: Directory) -> None:
+        try:
+            duty.work(directory)
+        except Exception as exc:  # noqa: BLE001 - the duty comes again, and the others must go on
+            self._report(directory, exc)
+
+    def _report(self, directory: Directory, exc: BaseException) -> None:
+        self._metrics.count("upkeep_exceptions")
+        text = "flexkv: upkeep of %s failed"
+        self._log.log(str(exc), logging.ERROR, text, directory.path, exc_info=exc)
 
     def bypass_failed(self) -> None:
         """Suspend the pages in directories whose breaker has opened. Any thread, after a failed call."""
-        for region, store in enumerate(self._pages.tier.stores):
-            if store.breaker.is_open and self._suspended.get(region) != store.breaker.is_readable:
-                self._bypass(region, store)
+        for directory in self.directories:
+            breaker = directory.breaker
+            if breaker.is_open and self._bypassed.get(directory) != breaker.is_readable:
+                self._bypass(directory)
 
-    def _bypass(self, region: int, store: OwnedStore) -> None:
+    def _bypass(self, directory: Directory) -> None:
+        breaker, count = directory.breaker, 0
         with self._state_lock:
-            readable = store.breaker.is_readable
-            if not store.breaker.is_open or self._suspended.get(region, None) is readable:
+            readable = breaker.is_readable
+            if not breaker.is_open or self._bypassed.get(directory) is readable:
                 return
-            back = self._suspended.get(region) is False
-            self._suspended[region] = readable
-            count = self._pages.suspend(region, readable=readable)
+            back = self._bypassed.get(directory) is False
+            self._bypassed[directory] = readable
+            for region in directory.stores:
+                count += self._pages.suspend(region, readable=readable)
+        if not readable:
+            directory.refuse()
         text = "takes no more pages" if readable else f"is bypassed, {count} pages miss"
         if back:
             text = "is read again, but takes no pages"
         else:
             self._metrics.count("breaker_opened")
-        logger.error("flexkv: %s %s: %s", store.lock.directory, text, store.breaker.reason)
+        logger.error("flexkv: %s %s: %s", directory.path, text, breaker.reason)
 
-    def _breakers(self) -> set[Breaker]:
-        return {store.breaker for store in self._pages.tier.stores}
+    def _begin_probe(self, directory: Directory) -> None:
+        directory.upkeep.accept()
+        future = directory.upkeep.post(lambda: self._probe(directory), _PROBE_S)
+        future.add_done_callback(lambda done: self._probed(directory, done))
 
-    def _probe(self, breaker: Breaker) -> None:
-        """Try the directory with real I/O; after a success its pages can be read again."""
-        mine = [s for s in self._pages.tier.stores if s.breaker is breaker]
-        healthy = readable = False
-        reason = ""
-        try:
-            self._files.make_folder(mine[0].lock.directory)
-            probe_directory(str(mine[0].lock.directory), mine[0].slots.mode.engine)
-            if not self._thread.stopped:
-                self._bring_back(breaker, mine)
-                healthy = True
-        except (OSError, TierError, JournalError) as exc:
-            logger.info("flexkv: %s still fails: %s", mine[0].lock.directory, exc)
-            reason = str(exc)
-            readable = all(can_read(store.slots.fd, store.slots.mode) for store in mine)
-        finally:
-            breaker.end_probe(healthy=healthy, readable=readable, reason=reason)
+    def _probed(self, directory: Directory, probe: Future[_Probe]) -> None:
+        error = None if probe.cancelled() else probe.exception()
+        if error is not None:
+            self._report(directory, error)
+        found = _Probe() if probe.cancelled() or error is not None else probe.result()
+        if found.healthy:
+            with self._state_lock:
+                self._bypassed.pop(directory, None)
+        if found.healthy or found.readable:
+            directory.accept()
+        directory.breaker.end_probe(
+            healthy=found.healthy, readable=found.readable, reason=found.reason
+        )
+        healthy = found.healthy
         if healthy:
             self._metrics.count("breaker_closed")
-            logger.warning("flexkv: %s is in use again", mine[0].lock.directory)
+            logger.warning("flexkv: %s is in use again", directory.path)
 
-    def _bring_back(self, breaker: Breaker, stores: list[OwnedStore]) -> None:
+    def _probe(self, directory: Directory) -> _Probe:
+        """Try the directory with real I/O; after a success its pages can be read again."""
+        stores = list(directory.stores.values())
+        try:
+            if stores:
+                self._files.make_folder(directory.path)
+            engine = stores[0].slots.mode.engine if stores else "auto"
+            probe_directory(str(directory.path), engine)
+            if self._thread.stopped:
+                return _Probe()
+            self._bring_back(directory)
+        except (OSError, TierError, JournalError) as exc:
+            logger.info("flexkv: %s still fails: %s", directory.path, exc)
+            reads = all(can_read(store.slots.fd, store.slots.mode) for store in stores)
+            return _Probe(readable=reads and bool(stores), reason=str(exc))
+        return _Probe(healthy=True)
+
+    def _bring_back(self, directory: Directory) -> None:
         pages = self._pages
-        regions = [r for r, s in enumerate(pages.tier.stores) if s.breaker is breaker]
-        for region, store in zip(regions, stores, strict=True):
+        for region, store in directory.stores.items():
             self._files.restore(region, store)
-        with self._state_lock, pages.publishing(time.monotonic() + _PUBLISH_S):
+        with pages.publishing(time.monotonic() + _PUBLISH_S):
             try:
-                for region, store in zip(regions, stores, strict=True):
+                for region, store in directory.stores.items():
                     with pages.lock:
-                        if region in self._suspended:
+                        if directory in self._bypassed:
                             pages.index.resume(region)
                         snapshot = pages.index.snapshot()
                     store.revive(pages.tier.snapshot_records(*snapshot.by_age(), region))
             except (OSError, JournalError):
-                for region in regions:
-                    readable = self._suspended.setdefault(region, False)
-                    pages.suspend(region, readable=readable)
+                for region in directory.stores:
+                    pages.suspend(region, readable=self._bypassed.get(directory, False))
                 raise
-            for region in regions:
-                self._suspended.pop(region, None)
 
-    def keep_floor(self) -> None:
+    def keep_floor(self, directory: Directory) -> None:
         """Give slots back while the disk has less free space than the reserve for others."""
-        for region, store in enumerate(self._pages.tier.stores):
+        for region, store in directory.stores.items():
             if store.failed or not store.slots.slot_class.slot_count:
                 continue
             try:
@@ -233,10 +284,10 @@ class Upkeep:
             left,
         )
 
-    def rotate_if_due(self) -> None:
-        """Start a new journal generation where most records of the old one are outdated. Called after a put."""
+    def rotate_if_due(self, directory: Directory) -> None:
+        """Start a new journal generation where most records of the old one are outdated."""
         pages = self._pages
-        for region, store in enumerate(pages.tier.stores):
+        for region, store in directory.stores.items():
             if store.failed or not store.journal.should_rotate(store.slots.slot_class.slot_count):
                 continue
             try:

@@ -91,7 +91,7 @@ MUTANTS = (
     (
         "a lock file that was cleaned away stays away",
         IN_PLACE,
-        "if store.lock.in_place:\n            return True",
+        "if store.lock.file.in_place:\n            return True",
         "if True:\n            return True",
         IN_PLACE_TESTS,
     ),
