@@ -10,7 +10,7 @@ Threads: any. Reads and writes have an engine and a slab each, so a long write d
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -55,11 +55,20 @@ def by_mode(modes: Sequence[IoMode]) -> list[tuple[IoMode, Positions]]:
 
 
 class PageMover:
-    """Moves pages of one payload size. ``make``: an I/O engine of a kind (tests put faults around it)."""
+    """Moves pages of one payload size. ``make``: an I/O engine of a kind (tests put faults around it).
+
+    ``modes``: how pages are moved in the directories that calls will use, for ``prepare``.
+    """
 
     def __init__(
-        self, payload_bytes: int, metrics: Metrics, make: MakeEngine = make_engine
+        self,
+        payload_bytes: int,
+        metrics: Metrics,
+        make: MakeEngine = make_engine,
+        *,
+        modes: Iterable[IoMode] = (),
     ) -> None:
+        self._modes = frozenset(modes)
         self._process = os.getpid()
         self._payload_bytes = payload_bytes
         self._metrics = metrics
@@ -76,6 +85,13 @@ class PageMover:
         """
         for direction in self._directions.values():
             direction.register_memory(address, byte_count)
+
+    def prepare(self, page: PageBuffers) -> None:
+        """Make now what the first call with such pages would wait for, in directories of ``modes``."""
+        for mode in self._modes:
+            bounces = not direct_pages(page.take([0]), [mode])[0]
+            for direction in self._directions.values():
+                direction.prepare(mode.engine, bounces=bounces)
 
     def counts(self) -> dict[str, int]:
         """ "read_operations", "write_fixed_operations", ...: see ``Ring``, ``PosixIo`` and ``ReadPriority``."""

@@ -448,6 +448,10 @@ class CacheEngine(Tier):
         """Announce the host pool's memory; see ``PageMover.register_memory``."""
         self._mover.register_memory(address, byte_count)
 
+    def prepare(self, page: PageBuffers) -> None:
+        """See ``Tier.prepare``."""
+        self._mover.prepare(page)
+
     def clear(self) -> None:
         """Forget every page of this process in this namespace, on disk and for the neighbours."""
         try:

@@ -257,6 +257,11 @@ class Tiers:
         for tier in self.tiers:
             tier.register_memory(address, byte_count)
 
+    def prepare(self, page: PageBuffers) -> None:
+        """See ``Tier.prepare``."""
+        for tier in self.tiers:
+            tier.prepare(page)
+
     def page_count(self) -> int:
         """Pages of this process in the lowest local tier."""
         return self._local[-1].page_count()

@@ -371,6 +371,15 @@ def token_count(pool: HostPool) -> int:
     return int(getattr(pool, "logical_size", None) or getattr(pool, "size", None) or 0)
 
 
+def first_page(pages: PoolPages) -> Batch | None:
+    """The first page of a pool as reads name it; None if the pool does not."""
+    try:
+        indices = torch.arange(pages.tokens_per_page, dtype=torch.int64)
+        return pages.incoming(indices, [PageKey(bytes(32))])
+    except PROBE_FAILURES:
+        return None
+
+
 def whole_pages(pages: PoolPages, host_indices: Any, count: int, *, distinct: bool) -> bool:
     """Are these the indices of ``count`` whole pages inside the pool: aligned runs, one after the other?
 

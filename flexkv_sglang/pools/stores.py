@@ -28,7 +28,7 @@ from flexkv_sglang.errors import ConfigError, FlexKVError, TierUnavailableError
 from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.pools.call_gate import CallGate
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.pools.host_pages import UnsupportedPoolError, open_pages
+from flexkv_sglang.pools.host_pages import UnsupportedPoolError, first_page, open_pages
 from flexkv_sglang.pools.opener import Opener
 from flexkv_sglang.pools.pool import Describe, Pool, SizeClaim
 from flexkv_sglang.pools.pool_rules import KV, default_density, expected_policy
@@ -301,6 +301,9 @@ class PoolStores:
         )
         for address, byte_count in pool.pages.memory():
             store.register_memory(address, byte_count)
+        page = first_page(pool.pages)
+        if page is not None:
+            store.prepare(page.buffers)
         pool.store, pool.opened_as, pool.quotas = store, identity, quotas
         self._unstored.pop(pool.name, None)
         self._quotas.log(pool)

@@ -158,4 +158,18 @@ MUTANTS = (
         "if False:",
         FORK_TESTS,
     ),
+    (
+        "the first get makes the memory that pages are copied through",
+        "backends/io/direction.py",
+        "                self.slab().touch()",
+        "                pass",
+        "tests/backends/io/test_mover.py",
+    ),
+    (
+        "a call pins the memory that it is the first to use",
+        "backends/io/ring.py",
+        "                    self._pinning.put(piece)",
+        "                    self._regions.pin(self._fd, piece)",
+        "tests/backends/io/test_io_engines.py",
+    ),
 )
