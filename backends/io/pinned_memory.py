@@ -82,6 +82,9 @@ class PinnedMemory:
                 make_buffer_table(fd, len(self._starts))
                 self._table_made = True
             pin_buffer(fd, piece, start, int(self._ends[piece]) - start)
+        except InterruptedError:
+            self._asked[piece] = False  # the next call asks again
+            return
         except OSError:
             self._given_up = True  # pieces that are pinned already stay in use
             return

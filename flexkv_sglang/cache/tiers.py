@@ -148,7 +148,7 @@ class Tiers:
                 came = read.wait() if read is not None else 0  # no target is touched from here on
             done += got
             if got < here:
-                if done == failed:
+                if done == failed or time.monotonic() >= deadline:
                     break
                 failed = done
             elif came:
@@ -201,6 +201,8 @@ class Tiers:
                 if level and tier.traits.promotes:
                     self._promote(level - 1, keys, done, got, targets, deadline)
                 done += got
+                if done < stop and time.monotonic() >= deadline:
+                    return done  # another tier would only be late with the same pages
             if done == start:
                 break
         return done

@@ -172,4 +172,18 @@ MUTANTS = (
         "                    self._regions.pin(self._fd, piece)",
         "tests/backends/io/test_io_engines.py",
     ),
+    (
+        "threads that cannot be started are found out in the middle of a transfer",
+        "backends/io/posix_io.py",
+        "for started in [pool.submit(all_there.wait, _START_S) for _ in range(workers)]:",
+        "for started in []:",
+        "tests/cache/test_out_of_resources.py",
+    ),
+    (
+        "a page that is late is counted by each tier",
+        "flexkv_sglang/cache/tiers.py",
+        "if done < stop and time.monotonic() >= deadline:",
+        "if False:",
+        "tests/cache/test_tiers.py",
+    ),
 )
