@@ -275,13 +275,16 @@ class DiskThread:
             return future.result()
         raise TierUnavailableError(f"{self._name}: the directory does not answer")
 
+    def drop(self) -> None:
+        """Cancel the jobs that wait."""
+        for job in self._thread.drop():
+            job.future.cancel()
+
     def refuse(self) -> None:
-        """Take nothing until ``accept``; the futures of the jobs that wait are cancelled."""
+        """Take nothing until ``accept``, and cancel the jobs that wait."""
         with self._lock:
             self._refused = True
-            dropped = self._thread.drop()
-        for job in dropped:
-            job.future.cancel()
+        self.drop()
 
     def accept(self) -> None:
         """Take jobs again."""

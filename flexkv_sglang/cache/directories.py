@@ -36,19 +36,14 @@ class Directory:
         """Has every job ended, also the one that hung?"""
         return self.upkeep.idle and self.journal.idle
 
+    @property
+    def locked(self) -> bool:
+        """Does this process hold an owner's lock there?"""
+        return any(store.lock.held for store in self.stores.values())
+
     def hangs(self, now: float) -> bool:
         """Is a job under way overdue at ``now`` (monotonic seconds)?"""
         return self.upkeep.hangs(now) or self.journal.hangs(now)
-
-    def refuse(self) -> None:
-        """No job begins until ``accept``."""
-        self.upkeep.refuse()
-        self.journal.refuse()
-
-    def accept(self) -> None:
-        """Jobs begin again."""
-        self.upkeep.accept()
-        self.journal.accept()
 
     def stop(self, deadline: float) -> bool:
         """End the threads; waits until ``deadline`` for jobs under way. False: one still runs."""
@@ -62,11 +57,16 @@ class Duty:
 
     ``work`` may hang: a directory where it takes ``limit_s`` and a second more is bypassed. It handles the errors that
     it expects; what it raises is counted as ``upkeep_exceptions`` and logged, and the duty comes again.
+    ``in_order``: on the thread of the journals, between two appends. A duty of the other thread that changes a
+    journal, or the slots that it names, hands this part over: ``directory.journal.run(part, deadline)``.
+    ``always``: also while the directory is bypassed, unless a job still hangs there.
     """
 
     work: Callable[[Directory], None]
     every_s: float
     limit_s: float = 5.0
+    in_order: bool = False
+    always: bool = False
 
 
 class Plan:
@@ -78,9 +78,11 @@ class Plan:
 
     def take(self, directory: Directory) -> list[Duty]:
         """The duties that are due in ``directory`` now; their next turn is ``every_s`` from now."""
-        now = time.monotonic()
+        now, in_use = time.monotonic(), directory.breaker.is_readable
         due = []
         for duty in self._duties:
+            if not in_use and not duty.always:
+                continue
             if self._due.setdefault((directory, duty), now + duty.every_s) <= now:
                 self._due[directory, duty] = now + duty.every_s
                 due.append(duty)

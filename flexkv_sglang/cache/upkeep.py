@@ -17,18 +17,17 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from flexkv_sglang.backends.file_lock import is_at
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import can_read, probe_directory
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
-from flexkv_sglang.backends.slots.slot_file import OwnedStore
-from flexkv_sglang.cache import in_place, stats_file
+from flexkv_sglang.cache import stats_file
 from flexkv_sglang.cache.directories import Directory, Duty, Plan
-from flexkv_sglang.cache.in_place import InPlace
+from flexkv_sglang.cache.health import in_place
+from flexkv_sglang.cache.health.in_place import InPlace
 from flexkv_sglang.cache.local_pages import LocalPages
-from flexkv_sglang.errors import JournalError, TierError
+from flexkv_sglang.errors import JournalError, TierError, TierUnavailableError
 from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.threads import OVERDUE_S, PeriodicThread
@@ -38,7 +37,8 @@ logger = logging.getLogger(__name__)
 _ROUND_S = 0.25
 _FLOOR_ROUND_S = 5.0
 _PROBE_S = 30.0
-_PUBLISH_S = 2.0
+_CATCH_UP_MAX = 8
+_SHRINK_S = 5.0
 _SHRINK_PARTS = 32  # at least one slot in 32 is given back at once
 
 
@@ -61,6 +61,11 @@ class CallWatch:
         finally:
             with self._lock:
                 del self._calls[number]
+
+    def busy(self) -> set[Breaker]:
+        """Directories of transfers that have not ended."""
+        with self._lock:
+            return {breaker for _, used in self._calls.values() for breaker in used}
 
     def overdue(self) -> set[Breaker]:
         """Directories of transfers that should have ended ``OVERDUE_S`` ago."""
@@ -107,10 +112,10 @@ class Upkeep:
         self._plan = Plan(
             [  # one line per duty
                 Duty(lambda d: neighbours.scan_directory(d.path), _ROUND_S, limit_s=10.0),
-                Duty(write_stats, stats_file.INTERVAL_S),
+                Duty(write_stats, stats_file.INTERVAL_S, always=True),
                 Duty(self.keep_floor, _FLOOR_ROUND_S),
-                Duty(self.rotate_if_due, _ROUND_S),
-                Duty(lambda d: self._files.look(d.stores), in_place.LOOK_S),
+                Duty(lambda d: self._files.look(d.stores), in_place.LOOK_S, in_order=True),
+                Duty(self.rotate_if_due, _ROUND_S, limit_s=10.0, in_order=True),
             ]
         )
         self._thread = PeriodicThread(
@@ -145,15 +150,16 @@ class Upkeep:
                 directory.breaker.trip("a file operation hangs")
         self.bypass_failed()
         for directory in self.directories:
-            if directory.idle and directory.breaker.begin_probe():
+            bypassed = directory in self._bypassed
+            if bypassed and directory.idle and directory.breaker.begin_probe():
                 self._begin_probe(directory)
-            elif directory.breaker.is_readable:
+            elif directory.idle:
                 self._give_duties(directory)
 
     def _give_duties(self, directory: Directory) -> None:
-        if directory.upkeep.idle:
-            for duty in self._plan.take(directory):
-                directory.upkeep.post(partial(self._do, duty, directory), duty.limit_s)
+        for duty in self._plan.take(directory):
+            thread = directory.journal if duty.in_order else directory.upkeep
+            thread.post(partial(self._do, duty, directory), duty.limit_s)
 
     def _do(self, duty: Duty, directory: Directory) -> None:
         try:
@@ -183,8 +189,9 @@ class Upkeep:
             self._bypassed[directory] = readable
             for region in directory.stores:
                 count += self._pages.suspend(region, readable=readable)
+        directory.journal.refuse()  # until the directory is in use again
         if not readable:
-            directory.refuse()
+            directory.upkeep.drop()
         text = "takes no more pages" if readable else f"is bypassed, {count} pages miss"
         if back:
             text = "is read again, but takes no pages"
@@ -193,7 +200,6 @@ class Upkeep:
         logger.error("flexkv: %s %s: %s", directory.path, text, breaker.reason)
 
     def _begin_probe(self, directory: Directory) -> None:
-        directory.upkeep.accept()
         future = directory.upkeep.post(lambda: self._probe(directory), _PROBE_S)
         future.add_done_callback(lambda done: self._probed(directory, done))
 
@@ -202,16 +208,10 @@ class Upkeep:
         if error is not None:
             self._report(directory, error)
         found = _Probe() if probe.cancelled() or error is not None else probe.result()
-        if found.healthy:
-            with self._state_lock:
-                self._bypassed.pop(directory, None)
-        if found.healthy or found.readable:
-            directory.accept()
-        directory.breaker.end_probe(
-            healthy=found.healthy, readable=found.readable, reason=found.reason
-        )
-        healthy = found.healthy
-        if healthy:
+        if not found.healthy:
+            directory.breaker.end_probe(healthy=False, readable=found.readable, reason=found.reason)
+        else:
+            directory.journal.accept()
             self._metrics.count("breaker_closed")
             logger.warning("flexkv: %s is in use again", directory.path)
 
@@ -225,6 +225,8 @@ class Upkeep:
             probe_directory(str(directory.path), engine)
             if self._thread.stopped:
                 return _Probe()
+            for region, store in directory.stores.items():
+                self._files.restore(region, store)
             self._bring_back(directory)
         except (OSError, TierError, JournalError) as exc:
             logger.info("flexkv: %s still fails: %s", directory.path, exc)
@@ -233,21 +235,29 @@ class Upkeep:
         return _Probe(healthy=True)
 
     def _bring_back(self, directory: Directory) -> None:
-        pages = self._pages
+        """Start new journal generations, then use the pages again. The journal's thread is idle and refuses work.
+
+        The regions are closed until the end, so pages only leave them meanwhile: they get tombstones.
+        """
+        pages, before = self._pages, {}
         for region, store in directory.stores.items():
-            self._files.restore(region, store)
-        with pages.publishing(time.monotonic() + _PUBLISH_S):
-            try:
-                for region, store in directory.stores.items():
-                    with pages.lock:
-                        if directory in self._bypassed:
-                            pages.index.resume(region)
-                        snapshot = pages.index.snapshot()
-                    store.revive(pages.tier.snapshot_records(*snapshot.by_age(), region))
-            except (OSError, JournalError):
-                for region in directory.stores:
-                    pages.suspend(region, readable=self._bypassed.get(directory, False))
-                raise
+            with pages.lock:
+                before[region] = pages.index.snapshot()
+            columns = before[region].by_age(suspended=True)
+            store.revive(pages.tier.snapshot_records(*columns, region))
+        for _ in range(_CATCH_UP_MAX):
+            with self._state_lock, pages.lock:
+                gone = [page for r, b in before.items() for page in pages.index.gone_since(b, r)]
+                before = {region: pages.index.snapshot() for region in before}
+                if not gone:
+                    directory.breaker.end_probe(healthy=True)
+                    self._bypassed.pop(directory, None)
+                    for region in directory.stores:
+                        pages.index.resume(region)
+                    return
+            if not pages.tier.publish_del(gone, revived=True):
+                break
+        raise TierUnavailableError(f"{directory.path}: its journal cannot be brought up to date")
 
     def keep_floor(self, directory: Directory) -> None:
         """Give slots back while the disk has less free space than the reserve for others."""
@@ -258,47 +268,50 @@ class Upkeep:
                 floor = floor_bytes(store.lock.directory, self._min_free)
                 missing = floor - free_bytes(store.lock.directory)
                 if missing > 0:
-                    self._shrink(region, store, missing)
+                    self._shrink(region, directory, missing)
             except (OSError, TierError, JournalError) as exc:
                 self._metrics.count("shrink_errors")
                 logger.warning("flexkv: cannot shrink %s: %s", store.slots.path, exc)
 
-    def _shrink(self, region: int, store: OwnedStore, missing: int) -> None:
-        pages, before = self._pages, store.slots.slot_class
+    def _shrink(self, region: int, directory: Directory, missing: int) -> None:
+        pages, store = self._pages, directory.stores[region]
+        before = store.slots.slot_class
         wanted = max(-(-missing // before.slot_bytes), before.slot_count // _SHRINK_PARTS)
-        pages.release_lookup_pins()
-        with pages.publishing(time.monotonic() + _PUBLISH_S):
+
+        def work() -> tuple[int, int]:
+            pages.release_lookup_pins()
             with pages.lock:
                 gone, left = pages.index.retire(region, wanted)
                 snapshot = pages.index.snapshot()
-            if left == before.slot_count:
-                return
-            pages.tier.publish_del(gone)
-            store.shrink(left, pages.tier.snapshot_records(*snapshot.by_age(), region))
+            if left < before.slot_count:
+                pages.tier.publish_del(gone)
+                store.shrink(left, pages.tier.snapshot_records(*snapshot.by_age(), region))
+            return len(gone), left
+
+        lost, left = directory.journal.run(work, time.monotonic() + _SHRINK_S)
+        if left == before.slot_count:
+            return
         self._metrics.count("given_back_slots", before.slot_count - left)
         logger.warning(
             "flexkv: %s: the disk is nearly full, %d slots are given back (%d pages), %d left",
             store.lock.directory,
             before.slot_count - left,
-            len(gone),
+            lost,
             left,
         )
 
     def rotate_if_due(self, directory: Directory) -> None:
-        """Start a new journal generation where most records of the old one are outdated."""
+        """Start a new journal generation where most records of the old one are outdated. On the journal's thread."""
         pages = self._pages
         for region, store in directory.stores.items():
             if store.failed or not store.journal.should_rotate(store.slots.slot_class.slot_count):
                 continue
             try:
-                if not is_at(store.slots.path, store.slots.fd):
-                    continue  # the journal would appear alone
-                with pages.publishing(time.monotonic() + _PUBLISH_S):
-                    with pages.lock:
-                        snapshot = pages.index.snapshot()
-                    store.journal.rotate(pages.tier.snapshot_records(*snapshot.by_age(), region))
+                with pages.lock:
+                    snapshot = pages.index.snapshot()
+                store.journal.rotate(pages.tier.snapshot_records(*snapshot.by_age(), region))
                 self._metrics.count("journal_rotations")
-            except (OSError, TierError, JournalError) as exc:
+            except (OSError, JournalError) as exc:
                 self._metrics.count("journal_rotation_errors")
                 if store.breaker.trip(f"journal rotation: {exc}", readable=True):
                     logger.warning("flexkv: journal rotation failed: %s", exc)

@@ -13,8 +13,8 @@ import pytest
 
 from flexkv_sglang.backends.slots import breaker
 from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
-from flexkv_sglang.cache import in_place
 from flexkv_sglang.cache.engine import CacheEngine
+from flexkv_sglang.cache.health import in_place
 from stores.engines import keys, open_engine, page_memory, soon, wait_until
 from stores.ext4_loop import ext4
 

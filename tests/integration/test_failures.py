@@ -51,7 +51,7 @@ class BadDisk:
         results[good] = part.moved
         transfer.on_complete(np.arange(len(transfer)), results)
 
-    def close(self) -> bool:
+    def close(self, seconds: float = 6.0) -> bool:
         return bool(self._real.close())
 
 
@@ -270,15 +270,20 @@ def test_close_does_not_come_between_a_record_and_its_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A commit that hangs keeps its files: their numbers must not become another's under it."""
-    monkeypatch.setattr("flexkv_sglang.cache.engine._PUBLISH_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.cache.engine.CLOSE_S", 0.2)
     engine = open_engine(tmp_path, PAGE, 64 * PAGE)
     _, buffers = page_memory(4, PAGE, seed=1)
     assert all(engine.put(keys(4), buffers, None, soon()))
     (store,) = engine._tier.stores
-    with engine._pages.publishing(soon()):  # as if a commit were under way
-        engine.close()
-        assert store.slots.fd >= 0
-        assert store.lock.held
+    (directory,) = engine._upkeep.directories
+    answers = threading.Event()
+    under_way = directory.journal.post(lambda: answers.wait(10), 10.0)  # as if a commit hung
+    engine.close()
+    assert store.slots.fd >= 0
+    assert store.lock.held
+    assert not engine.released()
+    answers.set()
+    assert under_way.result(10)
     engine.close()
     assert store.slots.fd < 0
     assert not store.lock.held

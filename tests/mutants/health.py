@@ -6,7 +6,7 @@ BREAKER = "backends/slots/breaker.py"
 HEALTH_TESTS = "tests/cache/test_read_write_health.py tests/backends/slots/test_breaker.py"
 INDEX_TESTS = "tests/pools/test_page_indices.py"
 PAGES = "flexkv_sglang/pools/host_pages.py"
-IN_PLACE = "flexkv_sglang/cache/in_place.py"
+IN_PLACE = "flexkv_sglang/cache/health/in_place.py"
 IN_PLACE_TESTS = "tests/cache/test_in_place.py"
 FORK_TESTS = "tests/integration/test_fork.py"
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from flexkv_sglang.metrics.registry import Metrics
 logger = logging.getLogger(__name__)
 
 LOOK_S = 2.0
-_PUBLISH_S = 2.0
 _TAKEN_OVER = "another process has taken over its files; a restart of this server makes new ones"
 
 
@@ -48,7 +46,7 @@ class InPlace:
                 self._manifests[directory] = manifest.read_bytes()
 
     def look(self, stores: Mapping[int, OwnedStore]) -> None:
-        """Compare the files of ``stores`` (by the number of their region) with their paths.
+        """Compare the files of ``stores`` (by the number of their region) with their paths. On the journals' thread.
 
         A directory without its slot file, or whose files another process has, is bypassed: its breaker is tripped.
         """
@@ -119,15 +117,11 @@ class InPlace:
     def _mend_journal(self, region: int, store: OwnedStore) -> None:
         if _journal_in_place(store):
             return
-        pages = self._pages
-        with pages.publishing(time.monotonic() + _PUBLISH_S):
-            if _journal_in_place(store):  # an append was under way
-                return
-            with pages.lock:
-                snapshot = pages.index.snapshot()
-            records = pages.tier.snapshot_records(*snapshot.by_age(), region)
-            gone = store.journal.path
-            store.journal.rotate(records, sealed=False)
+        pages, gone = self._pages, store.journal.path
+        with pages.lock:
+            snapshot = pages.index.snapshot()
+        records = pages.tier.snapshot_records(*snapshot.by_age(), region)
+        store.journal.rotate(records, sealed=False)
         self._remove_generations(store)
         self._said(gone, "a new journal has its pages")
 
