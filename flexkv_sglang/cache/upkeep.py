@@ -108,6 +108,7 @@ class Upkeep:
         self._files = InPlace(pages, metrics, min_free)
         self._bypassed: dict[Directory, bool] = {}  # still read? Guarded by _state_lock
         self._state_lock = threading.Lock()  # held for work on the index
+        self._causes: dict[Directory, str] = {}  # why its last probe failed; one probe at a time
         self._log = RateLimitedLog(logger)
         self._plan = Plan(
             [  # one line per duty
@@ -211,6 +212,7 @@ class Upkeep:
         if not found.healthy:
             directory.breaker.end_probe(healthy=False, readable=found.readable, reason=found.reason)
         else:
+            self._causes.pop(directory, None)
             directory.journal.accept()
             self._metrics.count("breaker_closed")
             logger.warning("flexkv: %s is in use again", directory.path)
@@ -229,7 +231,10 @@ class Upkeep:
                 self._files.restore(region, store)
             self._bring_back(directory)
         except (OSError, TierError, JournalError) as exc:
-            logger.info("flexkv: %s still fails: %s", directory.path, exc)
+            new = self._causes.get(directory) != str(exc)
+            self._causes[directory] = str(exc)
+            level = logging.WARNING if new else logging.INFO
+            logger.log(level, "flexkv: %s still fails: %s", directory.path, exc)
             reads = all(can_read(store.slots.fd, store.slots.mode) for store in stores)
             return _Probe(readable=reads and bool(stores), reason=str(exc))
         return _Probe(healthy=True)

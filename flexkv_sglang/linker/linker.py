@@ -284,7 +284,7 @@ def _pages_of(pool: DevicePool, transfers: dict[str, Any]) -> DevicePages | None
     texts, indices = list(transfer.keys), transfer.device_indices
     if len(indices) != len(texts) * pool.page_size:
         return None
-    return DevicePages(pool, texts, pool.page_ids(indices))
+    return DevicePages(pool, texts, pool.page_ids(indices), pool.misfit(indices))
 
 
 def _check_components(components: Any, pools: list[DevicePool]) -> None:

@@ -186,4 +186,11 @@ MUTANTS = (
         "if False:",
         "tests/cache/test_tiers.py",
     ),
+    (
+        "linker: device indices across two pages are believed",
+        "flexkv_sglang/linker/device_pages.py",
+        " | (rows != starts[:, None] + offsets).any()",
+        "",
+        "tests/linker/test_device_indices.py",
+    ),
 )
