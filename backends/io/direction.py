@@ -6,11 +6,12 @@ Reads and writes have one each, so a long write does not hold up a read. Threads
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 
 from flexkv_sglang.backends.io.read_priority import ReadPriority
-from flexkv_sglang.backends.io.transfer import IoEngine
+from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, IoEngine
 from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.errors import TierUnavailableError
 
@@ -87,12 +88,15 @@ class Direction:
             self._slab = None
             self._traffic = traffic
 
-    def close(self) -> bool:
-        """Close every engine; False if one still runs."""
+    def close(self, seconds: float = CLOSE_TIMEOUT_S) -> bool:
+        """Close every engine, within ``seconds`` in all; False if one still runs."""
+        end = time.monotonic() + seconds
         with self._guard:
             self._closed = True
             engines = [*self._engines.values(), *self._abandoned]
-        ended = [engine.close() for engine in engines]  # each, also after a False
+        ended = [
+            engine.close(end - time.monotonic()) for engine in engines
+        ]  # each, also after a False
         return all(ended)
 
     def _announce(self, address: int, byte_count: int) -> None:

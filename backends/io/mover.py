@@ -9,6 +9,7 @@ Threads: any. Reads and writes have an engine and a slab each, so a long write d
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,13 @@ from flexkv_sglang.backends.io.direction import Direction, MakeEngine
 from flexkv_sglang.backends.io.operations import IOV_MAX
 from flexkv_sglang.backends.io.probe import make_engine
 from flexkv_sglang.backends.io.read_priority import ReadPriority
-from flexkv_sglang.backends.io.transfer import IoMode, Outcome, PageTransfer, Positions
+from flexkv_sglang.backends.io.transfer import (
+    CLOSE_TIMEOUT_S,
+    IoMode,
+    Outcome,
+    PageTransfer,
+    Positions,
+)
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, BoolArray, PageBuffers, round_up
 
@@ -128,7 +135,8 @@ class PageMover:
         for direction in self._directions.values():
             direction.abandon(self._traffic)
 
-    def close(self) -> bool:
-        """Wait a bounded time for running transfers and release the engines. False: some still run."""
-        ended = [direction.close() for direction in self._directions.values()]
+    def close(self, seconds: float = CLOSE_TIMEOUT_S) -> bool:
+        """Wait ``seconds`` for running transfers and release the engines. False: some still run."""
+        end = time.monotonic() + seconds
+        ended = [each.close(end - time.monotonic()) for each in self._directions.values()]
         return all(ended)

@@ -66,12 +66,12 @@ class PosixIo:
     def register_memory(self, _address: int, _byte_count: int) -> None:
         """Nothing to do: threads pin nothing."""
 
-    def close(self) -> bool:
+    def close(self, seconds: float = CLOSE_TIMEOUT_S) -> bool:
         """End the threads once no batch runs; see ``IoEngine``."""
-        if not self._lock.acquire(timeout=CLOSE_TIMEOUT_S):
+        self._closed = True
+        if not self._lock.acquire(timeout=max(0.0, seconds)):
             return False
         try:
-            self._closed = True
             self._pool.shutdown(wait=True)
         finally:
             self._lock.release()
@@ -82,7 +82,7 @@ class PosixIo:
     ) -> None:
         """One worker: move the next run of pages, until ``queue`` is empty or time is up."""
         mean = max(1, transfer.page_bytes * len(transfer) // (len(borders) - 1))
-        while queue and time.monotonic() < transfer.deadline:
+        while queue and not self._closed and time.monotonic() < transfer.deadline:
             if transfer.writing and worker >= self._traffic.write_depth(self._workers, mean):
                 time.sleep(_THROTTLED_PAUSE_S)  # reads are under way; worker 0 always goes on
                 continue

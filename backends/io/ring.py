@@ -50,6 +50,7 @@ class Ring:
     def __init__(self, entries: int = _MAX_DEPTH, traffic: ReadPriority | None = None) -> None:
         self._lock = threading.Lock()  # one batch at a time; guards the queues and the regions
         self._traffic = traffic or ReadPriority()
+        self._closing = False
         self._regions = PinnedMemory()
         self._announced: deque[tuple[int, int]] = deque()  # for the next batch; append is atomic
         self.counts: Counter[str] = Counter()
@@ -111,9 +112,10 @@ class Ring:
         """Pin this memory when it is used, as far as the kernel allows; see ``PinnedMemory``. Never waits."""
         self._announced.append((address, byte_count))
 
-    def close(self) -> bool:
+    def close(self, seconds: float = CLOSE_TIMEOUT_S) -> bool:
         """Give the ring back once no batch runs; see ``IoEngine``."""
-        if not self._lock.acquire(timeout=CLOSE_TIMEOUT_S):
+        self._closing = True
+        if not self._lock.acquire(timeout=max(0.0, seconds)):
             return (
                 False  # the kernel still writes into somebody's memory: everything stays as it is
             )
@@ -134,7 +136,7 @@ class Ring:
         failure: BaseException | None = None
         while True:
             left = transfer.deadline - time.monotonic()
-            stop = left <= 0 or failure is not None
+            stop = left <= 0 or failure is not None or self._closing
             depth = self._traffic.write_depth(full, todo.mean_bytes) if transfer.writing else full
             if not stop and todo.waiting and in_flight < depth:
                 entries = todo.take(depth - in_flight)

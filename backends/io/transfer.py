@@ -200,8 +200,8 @@ class IoEngine(Protocol):
     ``move`` calls ``on_complete`` for every page that was tried and ``run_pending`` while it waits; the caller calls
     ``finish`` afterwards. It returns only when nothing is in flight any more: after that nothing touches the
     caller's memory. An exception of ``verify`` is raised then, too. ``register_memory`` announces memory that may
-    be pinned; it must stay mapped until ``close``. ``close`` waits ``CLOSE_TIMEOUT_S`` for a running transfer and
-    answers whether it ended; idempotent. ``counts``: operations and pinned bytes.
+    be pinned; it must stay mapped until ``close``. ``close`` lets a running transfer begin no more operations, waits
+    ``seconds`` for its end and answers whether it has ended; idempotent. ``counts``: operations and pinned bytes.
     """
 
     kind: str
@@ -209,4 +209,4 @@ class IoEngine(Protocol):
 
     def move(self, transfer: PageTransfer) -> None: ...
     def register_memory(self, address: int, byte_count: int) -> None: ...
-    def close(self) -> bool: ...
+    def close(self, seconds: float = CLOSE_TIMEOUT_S) -> bool: ...

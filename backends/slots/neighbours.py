@@ -274,20 +274,30 @@ class NeighbourStore:
         """Owners whose journals are followed."""
         return len(self._journals)
 
+    @property
+    def directories(self) -> list[Path]:
+        """Where it looks."""
+        return [directory for directory, _ in self._places]
+
     def scan(self) -> None:
-        """Look for new owners and load their journals. Called at start, and later by one thread alone."""
-        for directory, mode in self._places:
-            try:
-                names = owners(directory)
-            except FileNotFoundError:
-                continue  # no pages of this namespace there
-            except OSError as exc:
-                kind = directory, str(exc)
-                self._log.log(kind, logging.WARNING, "flexkv: cannot list %s: %s", directory, exc)
-                continue
-            for owner in names:
-                if owner not in self._own and (directory, owner) not in self._journals:
-                    self._load(directory, owner, mode)
+        """Look for new owners in every directory and load their journals. One thread at a time."""
+        for directory, _ in self._places:
+            self.scan_directory(directory)
+
+    def scan_directory(self, directory: Path) -> None:
+        """Look for new owners in one directory and load their journals. One thread at a time per directory."""
+        (mode,) = (mode for place, mode in self._places if place == directory)
+        try:
+            names = owners(directory)
+        except FileNotFoundError:
+            names = []  # no pages of this namespace there
+        except OSError as exc:
+            kind = directory, str(exc)
+            self._log.log(kind, logging.WARNING, "flexkv: cannot list %s: %s", directory, exc)
+            names = []
+        for owner in names:
+            if owner not in self._own and (directory, owner) not in self._journals:
+                self._load(directory, owner, mode)
         with self._lock:
             self._poll_locked()
             departed, self._departed = self._departed, []

@@ -326,23 +326,30 @@ class SlotFileTier:
         reach(Failpoint.PUT_RECORDED)
         return done
 
-    def publish_del(self, victims: Sequence[tuple[PageKey, SlotId]]) -> None:
-        """Append tombstones. A store whose journal fails takes no more writes."""
+    def publish_del(
+        self, victims: Sequence[tuple[PageKey, SlotId]], *, revived: bool = False
+    ) -> bool:
+        """Append tombstones. A store whose journal fails takes no more writes. True: they are on the journals.
+
+        ``revived``: also in stores that are not in use again yet; the others have nothing to say there.
+        """
         reach(Failpoint.EVICT_BEFORE)
+        whole = True
         store_of, local = self.locate([slot for _, slot in victims])
         for index, store in enumerate(self.stores):
             rows = np.flatnonzero(store_of == index).tolist()
-            if rows and not store.failed:
+            if rows and (revived or not store.failed):
                 records = new_records(RecordOp.DEL, len(rows))
                 records["slot"] = local[rows]
                 records["key"] = keys_field([victims[row][0] for row in rows])
-                store.append(records)
+                whole &= store.append(records)
         reach(Failpoint.EVICT_RECORDED)
+        return whole
 
-    def publish_clear(self) -> None:
-        """Append CLEAR to every journal."""
+    def publish_clear(self, stores: Sequence[OwnedStore]) -> None:
+        """Append CLEAR to the journals of these stores."""
         reach(Failpoint.CLEAR_BEFORE)
-        for store in self.stores:
+        for store in stores:
             if not store.failed:
                 store.append(new_records(RecordOp.CLEAR, 1))
         reach(Failpoint.CLEAR_RECORDED)
@@ -364,14 +371,3 @@ class SlotFileTier:
         inside = (linked >= low) & (linked < high)
         records["parent"] = np.where(inside, linked - low, NO_PARENT)
         return records
-
-    def close(self) -> None:
-        """Flush and release every store, also when one of them fails. Idempotent."""
-        first: OSError | JournalError | None = None
-        for store in self.stores:
-            try:
-                store.close()
-            except (OSError, JournalError) as exc:
-                first = first or exc
-        if first is not None:
-            raise TierUnavailableError(f"closing the tier: {first}") from first

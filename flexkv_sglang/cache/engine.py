@@ -20,18 +20,23 @@ from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStor
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
+from flexkv_sglang.cache.directories import directories_of
 from flexkv_sglang.cache.local_pages import LOCK_SPAN, LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
 from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
-from flexkv_sglang.errors import TierError, TierUnavailableError
+from flexkv_sglang.errors import TierError
 from flexkv_sglang.metrics.registry import Metrics, SlotAges
 from flexkv_sglang.prefix import cut_after_first_failure
+from flexkv_sglang.threads import OVERDUE_S
 from flexkv_sglang.tier import Tier
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
 logger = logging.getLogger(__name__)
 
-_PUBLISH_S = 2.0  # for journal records of calls that have no deadline
+CLOSE_S = 3.0
+"""Limit of ``close``. Of this, for the last stats files, and for what is in flight:"""
+
+_REPORT_S, _DRAIN_S = 0.5, 1.0
 
 
 class GetPlan:
@@ -126,14 +131,23 @@ class CacheEngine(Tier):
         self._mover = mover
         self._metrics = metrics
         self._written_kind = WRITTEN_KIND[verify]
-        self._pages = LocalPages(tier, recovered)
+        directories = directories_of(tier.stores, neighbours.directories)
+        self._pages = LocalPages(tier, recovered, directories)
         self._watch = CallWatch()
         metrics.count("recovered_pages", self._pages.recovered_count)
         self._ages = SlotAges(tier.slot_count, metrics)
         self._closed = False
         self._reporter = Reporter(metrics, tier, neighbours, self.page_count, level)
-        self._upkeep = Upkeep(self._pages, neighbours, mover, self._watch, metrics, min_free)
-        self._upkeep.reporter = self._reporter
+        self._upkeep = Upkeep(
+            directories,
+            self._pages,
+            neighbours,
+            mover,
+            self._watch,
+            metrics,
+            min_free,
+            self._reporter.write,
+        )
         self._neighbours.scan()
         self._upkeep.start()
 
@@ -305,12 +319,7 @@ class CacheEngine(Tier):
         self._neighbours.forget(
             [claim for row, claim in zip(plan.foreign, plan.claims, strict=True) if row in bad]
         )
-        with self._pages.lock:
-            gone = [(key, slot) for key, slot in own if self._pages.index.discard(key, slot)]
-        try:
-            self._pages.publish_del(gone, time.monotonic() + _PUBLISH_S)
-        except TierUnavailableError as exc:
-            self._trouble("tombstone", exc)
+        self._pages.drop(own)
 
     def put(
         self,
@@ -356,7 +365,6 @@ class CacheEngine(Tier):
             "write", pages, pages * sources.payload_bytes, time.monotonic() - started
         )
         self._metrics.count("write_failed_pages", len(done) - pages)
-        self._upkeep.rotate_if_due()
         return results
 
     def _write(
@@ -376,10 +384,11 @@ class CacheEngine(Tier):
             sums[row] = page_checksum(kind, keys[row], parts)
             return True
 
-        done = [False] * len(keys)
+        done, left = [False] * len(keys), frozenset[int]()
         try:
-            self._pages.publish_del(victims, deadline)  # before the slots are rewritten
-            rows = [i for i, flag in enumerate(self._tier.writable(slots)) if flag]
+            buried, left = self._pages.bury(victims, slots, deadline)  # before slots are rewritten
+            writable = self._tier.writable(slots)
+            rows = [i for i in range(len(slots)) if buried[i] and writable[i]]
             targets = [slots[row] for row in rows]
             breakers = self._tier.breakers(targets)
             if rows:
@@ -396,30 +405,9 @@ class CacheEngine(Tier):
         except (OSError, TierError) as exc:
             self._trouble("write", exc)
         finally:
-            done = self._commit(keys, slots, sums, done)
+            end = max(deadline, time.monotonic() + OVERDUE_S)
+            done = self._pages.record(keys, slots, sums, done, self._written_kind, end, left)
         return done
-
-    def _commit(
-        self, keys: list[PageKey], slots: list[SlotId], sums: list[int], moved: list[bool]
-    ) -> list[bool]:
-        """Journal records, then the index; under ``publishing``, so that no CLEAR comes between the two."""
-        pages = self._pages
-        recorded = [False] * len(slots)
-        try:
-            if any(moved):
-                with pages.publishing(time.monotonic() + _PUBLISH_S):
-                    with pages.lock:
-                        alive = pages.index.still_writing(slots)
-                        parents = [pages.index.parent_slot(slot) for slot in slots]
-                    good = [i for i in range(len(slots)) if moved[i] and alive[i]]
-                    entries = [(keys[i], slots[i], sums[i], parents[i]) for i in good]
-                    flags = self._tier.publish_put(entries, self._written_kind) if entries else []
-                    for i, flag in zip(good, flags, strict=True):
-                        recorded[i] = flag
-                    return pages.commit(slots, recorded)
-        except TierUnavailableError as exc:
-            self._trouble("commit", exc)
-        return pages.commit(slots, recorded)
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
         """Keep own pages from eviction; a neighbour's page is not pinned."""
@@ -438,39 +426,36 @@ class CacheEngine(Tier):
         self._mover.register_memory(address, byte_count)
 
     def clear(self) -> None:
-        """Forget every page of this process in this namespace, on disk and for the neighbours."""
-        try:
-            with self._pages.publishing(time.monotonic() + _PUBLISH_S):
-                self._tier.publish_clear()
-                self._pages.clear()
-        except TierUnavailableError as exc:
-            # The probe writes the empty index to its journals when they answer again.
-            for store in self._tier.stores:
-                store.breaker.trip("a journal does not answer")
-            self._pages.clear()
-            self._trouble("clear", exc)
-        self._upkeep.bypass_failed()
+        """Forget every page of this process in this namespace, at once; disk and neighbours follow.
+
+        If the process dies before its journals say so, the pages are there again: right ones, found by their keys.
+        """
+        self._pages.clear()
         self._metrics.count("clears")
 
     def close(self) -> None:
-        """Wait for running transfers, flush, mark the journals clean, release the owner locks. Idempotent."""
+        """Wait for running transfers, flush, mark the journals clean, release the owner locks: ``CLOSE_S`` for all.
+
+        Directories that do not answer stay locked. Idempotent.
+        """
         self._closed = True
-        self._upkeep.stop()
-        self._reporter.close()
-        if not self._mover.close():
-            # Writes are still in flight. Keep the locks, or these writes would land in an adopter's slots.
-            logger.error("flexkv: transfers are still in flight; the files stay locked")
-            return
+        deadline = time.monotonic() + CLOSE_S
+        directories = self._upkeep.directories
+        self._upkeep.stop(deadline)
+        self._reporter.close(directories, time.monotonic() + _REPORT_S)
+        held = set() if self._mover.close(_DRAIN_S) else self._watch.busy()
         self._neighbours.close()
-        try:
-            with self._pages.publishing(time.monotonic() + _PUBLISH_S):  # no record on its way
-                self._tier.close()
-        except TierError as exc:
-            self._trouble("close", exc)
+        problem = self._pages.close(held, deadline)
+        if problem:
+            self._metrics.count("close_errors")
+            logger.error("flexkv: not closed in order: %s", problem)
+        for directory in directories:
+            if not directory.locked:
+                directory.stop(min(deadline, time.monotonic() + _REPORT_S))
 
     def released(self) -> bool:
-        """After ``close``: False while a transfer that hangs keeps the files locked."""
-        return not any(store.lock.held for store in self._tier.stores)
+        """After ``close``: False while a directory that hangs keeps its files locked."""
+        return not any(directory.locked for directory in self._upkeep.directories)
 
     def discard(self) -> None:
         """Delete the files, but for those that another process has adopted meanwhile. Raises ``OSError``."""

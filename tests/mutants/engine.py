@@ -117,16 +117,16 @@ MUTANTS = (
     ),
     (
         "failed pages are committed",
-        "flexkv_sglang/cache/engine.py",
-        "if moved[i] and alive[i]]",
-        "if alive[i]]",
+        "flexkv_sglang/cache/local_pages.py",
+        "            if moved[row]:\n",
+        "            if row not in left:\n",
         ENGINE,
     ),
     (
         "pages of before a clear are committed",
-        "flexkv_sglang/cache/engine.py",
-        "if moved[i] and alive[i]]",
-        "if moved[i]]",
+        "flexkv_sglang/cache/local_pages.py",
+        "good = [i for i, flag in enumerate(alive) if flag]",
+        "good = list(range(len(alive)))",
         ENGINE,
     ),
     (

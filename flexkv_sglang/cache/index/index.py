@@ -61,7 +61,7 @@ _KEYED = (WRITING, READY, SUSPENDED)  # states of slots whose key is in the map
 class IndexSnapshot:
     """Columns of an index at one moment, by slot. Copied under ``LocalPages.lock``, sorted outside of it.
 
-    The keys of slots that are not READY are void.
+    The keys of slots that are neither READY nor SUSPENDED are void.
     """
 
     keys: KeyArray
@@ -71,13 +71,18 @@ class IndexSnapshot:
     parent_generation: U32
     generation: U32
 
-    def by_age(self) -> tuple[KeyArray, I64, I64]:
-        """(keys, slots, parent slots or -1) of the READY pages, least recently used first."""
-        ready = np.flatnonzero(self.state == READY)
+    def by_age(self, *, suspended: bool = False) -> tuple[KeyArray, I64, I64]:
+        """(keys, slots, parent slots or -1) of the READY and, if asked for, SUSPENDED pages, the oldest use first."""
+        ready = np.flatnonzero(self.held() if suspended else self.state == READY)
         slots = ready[np.argsort(self.tick[ready], kind="stable")]
         parents = self.parent[slots]
         alive = (parents != NO_SLOT) & (self.parent_generation[slots] == self.generation[parents])
         return self.keys[slots], slots, np.where(alive, parents, NO_SLOT)
+
+    def held(self) -> BoolArray:
+        """Per slot: is it READY or SUSPENDED?"""
+        flags: BoolArray = (self.state == READY) | (self.state == SUSPENDED)
+        return flags
 
 
 class TierIndex:
@@ -338,6 +343,15 @@ class TierIndex:
             np.array(self._policy.last_use, np.uint64),
             *self._links.copy(),
         )
+
+    def gone_since(self, before: IndexSnapshot, region: int) -> list[tuple[PageKey, SlotId]]:
+        """Pages of ``before`` that have left their slots in a region."""
+        low, high = self._free_slots.span(region)
+        _, _, generation = self._links.copy()
+        left = before.held()[low:high] & (generation[low:high] != before.generation[low:high])
+        slots = (np.flatnonzero(left) + low).tolist()
+        keys = before.keys[slots].tolist()
+        return [(PageKey(key), SlotId(slot)) for key, slot in zip(keys, slots, strict=True)]
 
     def check(self) -> None:
         """Assert every invariant. O(slots). For tests, the crash campaign and the soak."""
