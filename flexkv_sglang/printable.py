@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -64,8 +65,17 @@ def _without_secrets(value: Any, name: str, depth: int) -> Any:
     if isinstance(value, str) and value:
         if _SECRET_NAME.search(name) and not _NOT_SECRET.search(name):
             return "***"
+        if value.lstrip().startswith(("{", "[")):
+            return _without_secrets_in_json(value, depth)
         return redacted(value) if _WHOLE_URL.match(value) else without_passwords(value)
     return value
+
+
+def _without_secrets_in_json(text: str, depth: int) -> str:
+    try:
+        return json.dumps(_without_secrets(json.loads(text), "", depth + 1))
+    except (ValueError, RecursionError):
+        return without_passwords(text)
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -34,6 +34,7 @@ def test_secrets_are_hidden_by_the_names_of_their_keys_and_inside_urls() -> None
         "auth": [{"api_key": SECRET, "secret": SECRET, "secret_file": "/etc/key"}],
         "url": "redis://fk:hun ter2'x@h:1/0",
         "page_tokens": "16",
+        "extra_config": '{"redis_password": "hunter2"}',
         "count": 3,
     }
     assert without_secrets(given) == {
@@ -41,6 +42,7 @@ def test_secrets_are_hidden_by_the_names_of_their_keys_and_inside_urls() -> None
         "auth": [{"api_key": "***", "secret": "***", "secret_file": "/etc/key"}],
         "url": "redis://fk:***@h:1/0",
         "page_tokens": "16",
+        "extra_config": '{"redis_password": "***"}',
         "count": 3,
     }
 

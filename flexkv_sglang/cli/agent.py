@@ -80,7 +80,7 @@ def _live(config: FlexKVConfig, run_dir: RunDir, stop: threading.Event, *, for_r
 def _read(path: Path) -> FlexKVConfig:
     try:
         given = json.loads(path.read_text())
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"--config: {str(path)!r} cannot be read: {exc}") from exc
     if not isinstance(given, dict):
         raise ConfigError(f"--config: {str(path)!r} holds {type(given).__name__}. Valid: an object")

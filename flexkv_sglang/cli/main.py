@@ -253,6 +253,8 @@ def _url(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{shown(text)} is not an address such as http://127.0.0.1:30000"
         )
+    if "@" in text.split("/")[2]:
+        raise argparse.ArgumentTypeError(f"{shown(text)} has a user name or password; without it")
     return text.rstrip("/")
 
 

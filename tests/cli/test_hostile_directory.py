@@ -373,9 +373,36 @@ def test_passwords_in_a_configuration_are_not_shown(tmp_path: Path) -> None:
     for command in (
         ("agent", "--config", config),
         ("doctor", "--url", "ftp://fk:hunter2@h"),
+        ("doctor", "--url", "http://fk:hunter2@h:1"),
         ("stats", tmp_path / "x\x1b[31m"),
     ):
         out = flexkv(*command)
         assert out.code == 2
         assert "hunter2" not in out.text + out.errors
         assert "\x1b" not in out.text + out.errors
+
+
+STATUS = {
+    "feeds": '{"feeds": 3}',
+    "a time": '{"written_at": "x"}',
+    "members": '{"peers": [1], "feeds": [2], "served_pages": []}',
+    "depth": "[" * 100_000,
+    "texts": '{"cluster_id": "\\u001b[2J", "feeds": [{"last_error": "redis://a:hunter2@h"}]}',
+    "a FIFO": "",
+}
+
+
+@pytest.mark.parametrize("text", STATUS.values(), ids=STATUS)
+def test_a_report_of_an_agent_may_hold_anything(
+    tmp_path: Path, run: Callable[..., Output], text: str
+) -> None:
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "agent.lock").touch()
+    if text:
+        (tmp_path / "status.json").write_text(text)
+    else:
+        os.mkfifo(tmp_path / "status.json")
+    for more in ((), ("--json",)):
+        out = run("nodes", "--run-dir", tmp_path, *more)
+        assert out.code == 1
+        assert "hunter2" not in out.text

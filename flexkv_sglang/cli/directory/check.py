@@ -106,6 +106,8 @@ def _of_namespace(namespace: Namespace, *, repair: bool) -> list[Damage]:
         text = f"{namespace.name}/NAMESPACE.json is missing or unreadable"
         bad = os.path.lexists(namespace.directory / "NAMESPACE.json")
         found.append(Damage("problem" if bad else "note", "no_namespace_json", text))
+    if namespace.remedy:
+        found.append(Damage("note", "foreign_remedy", namespace.remedy))
     if repair and (reason := namespace.not_to_change):
         found.append(
             Damage("note", "not_changed", f"{namespace.name}: {reason}: nothing is repaired")

@@ -98,6 +98,7 @@ def run_gc(root: Path, selection: Selection, *, dry_run: bool, yes: bool, as_jso
             for entry in left
             for reason in entry.owner.foreign
         ),
+        *(item.remedy for item in found.namespaces if item.remedy),
         *(f"{item.path} {item.reason}" for item in found.refused),
     ]
     lines += [*trouble, *_of_tomorrow(dead, chosen, now)]

@@ -91,8 +91,8 @@ class Namespace:
     fields: dict[str, Any]
     owners: tuple[Owner, ...]
     unknown: tuple[str, ...]
-    uid: int
-    gid: int
+    uid: int = 0
+    gid: int = 0
     shared: bool = False
 
     @property
@@ -108,6 +108,16 @@ class Namespace:
     def acting(self) -> AbstractContextManager[None]:
         """Root works here as the folder's owner."""
         return acting_as(self.uid, self.gid)
+
+    @property
+    def remedy(self) -> str:
+        """The command that makes files of other users ours; "" without any."""
+        if not any("belongs to" in reason for owner in self.owners for reason in owner.foreign):
+            return ""
+        return (
+            f"chown -R {self.uid}:{self.gid} {self.directory} gives the files of other users to the folder's owner, "
+            "if you know where they come from"
+        )
 
     @property
     def not_to_change(self) -> str:

@@ -41,6 +41,16 @@ def distrust(found: os.stat_result, uid: int, *, shared: bool = False) -> str:
     return ""
 
 
+def refuse_irregular(folder: Path) -> None:
+    """Raise ``OSError`` if ``folder`` or one below it has a FIFO, link or device, whose reader could wait for ever."""
+    for above, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            mode = (Path(above) / name).lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+                raise OSError(0, f"{Path(above) / name} is {kind}")
+
+
 def is_locked(path: Path) -> bool:
     """True if a process holds the lock file ``path``. Works on read-only media. Raises ``OSError``.
 
