@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from flexkv_sglang.config.parsers import redacted
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.printable import redacted
 
 TIMEOUT_S, CONNECT_TIMEOUT_S = 1.0, 0.5
 """Limits of every command and of a connection. Long enough that a slow Redis is not absent (decision 016)."""
