@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from flexkv_sglang.backends.slots.journal import recover
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.backends.slots.records import JOURNAL_MAGIC
 from flexkv_sglang.cli.directory.acting import acting_as
-from flexkv_sglang.cli.doctor import facts
+from flexkv_sglang.cli.doctor import facts, files, patience
 from flexkv_sglang.cli.main import main
 from stores.command import Output, die_after_put, flexkv
 from stores.engines import open_engine
@@ -406,3 +408,52 @@ def test_a_report_of_an_agent_may_hold_anything(
         out = run("nodes", "--run-dir", tmp_path, *more)
         assert out.code == 1
         assert "hunter2" not in out.text
+
+
+def test_more_dead_owners_than_descriptors(folder: Path) -> None:
+    for number in range(60):
+        copy = folder.parent / f"n{number}"
+        shutil.copytree(folder, copy)
+        rewrite_header(copy, namespace=copy.name)
+        with only(copy, "journal").open("ab") as file:
+            file.write(b"torn")
+    program = (
+        "import resource, sys\nfrom flexkv_sglang.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\nsys.exit(main(sys.argv[1:]))"
+    )
+    for command in (["check", "--repair"], ["stats"], ["gc", *ALL]):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", program, command[0], str(folder.parent), *command[1:]],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.returncode == 0, done.stdout[-500:] + done.stderr
+    assert not list(folder.parent.rglob("*.slots"))
+
+
+def test_a_directory_without_an_answer_is_named(
+    folder: Path, run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child that asks hangs; the command goes on without it."""
+    monkeypatch.setattr(patience, "_ask", lambda _: signal.pause())
+    monkeypatch.setattr(facts, "answers", lambda path: patience.answers(path, 0.1))
+    found = run("doctor", folder.parent, "--json")
+    assert found.code == 1
+    assert next(item["what"] for item in found.json["findings"]) == "hung_directory"
+
+
+def test_dead_files_that_fill_the_disk_are_named(folder: Path) -> None:
+    from doctor.diagnosis import facts_of
+
+    seen = facts_of(folder.parent)
+    (place,) = seen.places
+    assert place.disk is not None
+    full = replace(seen, places=(replace(place, disk=replace(place.disk, free_bytes=4096)),))
+    finding = files.dead_files(full)
+    assert finding is not None
+    assert f"flexkv gc {folder.parent} --older-than 0s --yes" in finding.remedy
+    assert "1 dead owner with 5" in finding.evidence
+    assert files.dead_files(seen) is None

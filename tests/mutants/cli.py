@@ -28,10 +28,10 @@ MUTANTS = (
         HOSTILE,
     ),
     (
-        "cli: a header may ask for any number of slots",
+        "cli: a page may be longer than its slot",
         f"{DIRECTORY}/plausible.py",
-        "        and 1 <= item.slot_count <= _SLOTS_MAX\n",
-        "",
+        "        0 < item.payload_bytes <= item.slot_bytes <= _SLOT_BYTES_MAX\n",
+        "        0 < item.payload_bytes\n",
         HOSTILE,
     ),
     (
