@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from flexkv_sglang.backends.safe_files import read_secret
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.printable import redacted
 
@@ -135,10 +136,8 @@ class _Login:
         address = self._address
         password = address.password or ""
         if address.password_file:
-            path = Path(address.password_file)
-            if path.stat().st_size > _PASSWORD_BYTES_MAX:
-                raise OSError(f"{path} is too large for a password file")
-            password = path.read_text().strip("\r\n")
+            data = read_secret(Path(address.password_file), _PASSWORD_BYTES_MAX)
+            password = data.decode().strip("\r\n")
         return (address.user, password) if address.user else (password,)
 
 
