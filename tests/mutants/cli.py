@@ -29,9 +29,9 @@ MUTANTS = (
     ),
     (
         "cli: a page may be longer than its slot",
-        f"{DIRECTORY}/plausible.py",
-        "        0 < item.payload_bytes <= item.slot_bytes <= _SLOT_BYTES_MAX\n",
-        "        0 < item.payload_bytes\n",
+        "backends/slots/records.py",
+        '_check_int("payload_bytes", item.payload_bytes, 1, item.slot_bytes + 1)',
+        '_check_int("payload_bytes", item.payload_bytes, 1, 1 << 40)',
         HOSTILE,
     ),
     (
