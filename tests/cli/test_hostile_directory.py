@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from flexkv_sglang.backends.slots.journal import recover
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.backends.slots.records import JOURNAL_MAGIC
 from flexkv_sglang.cli.directory.acting import acting_as
-from flexkv_sglang.cli.doctor import facts, files, patience
+from flexkv_sglang.cli.doctor import facts, files, patience, setup
 from flexkv_sglang.cli.main import main
 from stores.command import Output, die_after_put, flexkv
 from stores.engines import open_engine
@@ -446,9 +447,7 @@ def test_a_directory_without_an_answer_is_named(
 
 
 def test_dead_files_that_fill_the_disk_are_named(folder: Path) -> None:
-    from doctor.diagnosis import facts_of
-
-    seen = facts_of(folder.parent)
+    seen = facts.gather([folder.parent], None, facts.Plugin(), time.time())
     (place,) = seen.places
     assert place.disk is not None
     full = replace(seen, places=(replace(place, disk=replace(place.disk, free_bytes=4096)),))
@@ -457,3 +456,14 @@ def test_dead_files_that_fill_the_disk_are_named(folder: Path) -> None:
     assert f"flexkv gc {folder.parent} --older-than 0s --yes" in finding.remedy
     assert "1 dead owner with 5" in finding.evidence
     assert files.dead_files(seen) is None
+
+
+@pytest.mark.parametrize(
+    ("release", "isolates"),
+    [("0.5.11", False), ("0.5.19", False), ("0.5.20", True), ("0.5.10", True)],
+)
+def test_releases_whose_salts_isolate_nothing_are_named(
+    folder: Path, release: str, isolates: bool
+) -> None:
+    seen = facts.gather([folder.parent], None, facts.Plugin(sglang=release), time.time())
+    assert (setup.salts(seen) is None) == isolates

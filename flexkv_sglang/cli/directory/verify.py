@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_sglang.backends.safe_files import read_own
 from flexkv_sglang.backends.slots.journal import (
     LiveState,
     generations,
@@ -38,6 +39,7 @@ from flexkv_sglang.errors import JournalError
 
 _LOOKS = 3
 _PAUSE_S = 0.2
+_JOURNAL_BYTES_MAX = 1 << 36
 
 
 @dataclass(slots=True)
@@ -150,8 +152,14 @@ def _shape(report: OwnerReport) -> list[Damage]:
     return found
 
 
+def _journal(owner: Owner, state: LiveState) -> bytes:
+    """All of it; ``recover`` has refused one that is too long. Raises ``OSError``."""
+    path = journal_path(owner.directory, owner.name, state.header.generation)
+    return read_own(path, _JOURNAL_BYTES_MAX)
+
+
 def _tail(owner: Owner, state: LiveState) -> list[Damage]:
-    raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
+    raw = _journal(owner, state)
     rest = raw[state.end :]
     rest = rest[len(valid_prefix(rest, state.header.crc_seed, state.seq)) * RECORD_BYTES :]
     if not rest:
@@ -169,7 +177,7 @@ def _tail(owner: Owner, state: LiveState) -> list[Damage]:
 
 def _dropped(owner: Owner, state: LiveState) -> list[Damage]:
     """Finds valid PUTs of a file or slot that does not exist."""
-    raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
+    raw = _journal(owner, state)
     records = valid_prefix(
         raw[HEADER_BYTES : state.end], state.header.crc_seed, state.header.base_seq
     )
