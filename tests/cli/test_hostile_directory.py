@@ -19,8 +19,9 @@ import pytest
 from flexkv_sglang.backends.slots.journal import recover
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.backends.slots.records import JOURNAL_MAGIC
+from flexkv_sglang.cli.directory import patience
 from flexkv_sglang.cli.directory.acting import acting_as
-from flexkv_sglang.cli.doctor import facts, files, patience, setup
+from flexkv_sglang.cli.doctor import facts, files, setup
 from flexkv_sglang.cli.main import main
 from stores.command import Output, die_after_put, flexkv
 from stores.engines import open_engine
