@@ -413,7 +413,7 @@ def test_a_report_of_an_agent_may_hold_anything(
 
 
 def test_more_dead_owners_than_descriptors(folder: Path) -> None:
-    for number in range(60):
+    for number in range(42):
         copy = folder.parent / f"n{number}"
         shutil.copytree(folder, copy)
         rewrite_header(copy, namespace=copy.name)

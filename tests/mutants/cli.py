@@ -28,13 +28,6 @@ MUTANTS = (
         HOSTILE,
     ),
     (
-        "cli: a page may be longer than its slot",
-        "backends/slots/records.py",
-        '_check_int("payload_bytes", item.payload_bytes, 1, item.slot_bytes + 1)',
-        '_check_int("payload_bytes", item.payload_bytes, 1, 1 << 40)',
-        HOSTILE,
-    ),
-    (
         "cli: who has lost its lock file is dead",
         f"{DIRECTORY}/trusted_files.py",
         "return True if exc.errno == errno.EAGAIN else None",
