@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from weakref import WeakSet
 
-from flexkv_sglang.backends.safe_files import PRIVATE
+from flexkv_sglang.backends.safe_files import PRIVATE, open_own
 
 _ASKED_S = 0.02  # ``is_held`` has the lock for microseconds
 
@@ -31,7 +31,7 @@ class FileLock:
         process may be asking ``is_held``. Raises ``OSError``.
         """
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, PRIVATE)
+            fd = open_own(path, os.O_RDWR | flags)
         except FileExistsError:
             return None
         except FileNotFoundError:
@@ -74,7 +74,7 @@ class FileLock:
     def is_held(path: Path) -> bool:
         """Does a process hold it? Shared, so that two that ask do not see each other. Raises ``OSError``."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = open_own(path, os.O_RDWR)
         except FileNotFoundError:
             return False
         try:

@@ -64,7 +64,7 @@ class DevicePool:
         return indices[:: self.page_size].to(torch.int64) // self.page_size
 
     def misfit(self, indices: torch.Tensor) -> torch.Tensor:
-        """Are these indices, as for ``page_ids``, no whole pages of this pool? bool ``[]``, computed where they are."""
+        """Are these indices (as for ``page_ids``) no whole pages of this pool? bool ``[]``, made like ``page_ids``."""
         rows = indices.to(torch.int64).view(-1, self.page_size)
         starts = rows[:, 0]
         offsets = torch.arange(self.page_size, device=rows.device)
