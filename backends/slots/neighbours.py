@@ -84,7 +84,7 @@ class NeighbourJournal:
         self.events: list[tuple[bool, PageKey]] | None = None  # (present now, key), if observed
         self.leases = 0
         self.dropped = False
-        self._directory = directory
+        self.directory = directory
         self._payload_bytes = payload_bytes
         state = recover(directory, owner, namespace)
         self._header = state.header
@@ -189,7 +189,7 @@ class NeighbourJournal:
 
     def _follow(self, generation: int) -> bool:
         fd = os.open(
-            journal_path(self._directory, self.owner, generation), os.O_RDONLY | os.O_CLOEXEC
+            journal_path(self.directory, self.owner, generation), os.O_RDONLY | os.O_CLOEXEC
         )
         os.close(self._fd)
         self._fd = fd

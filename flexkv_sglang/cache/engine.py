@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+import numpy as np
+
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.transfer import Extents, Outcome, PageTransfer
@@ -239,12 +241,13 @@ class CacheEngine(Tier):
             return page_checksum(kind, keys[row], parts) == sums[row]
 
         self._ages.touch(own_slots)
-        breakers = self._tier.breakers(own_slots)
+        breakers = self._tier.breakers(own_slots) if own_slots else self._claimed_in(plan.claims)
         outcomes = [Outcome.FAILED] * len(rows)
         try:
-            with self._watch.call(deadline, frozenset(breakers)):
-                part = targets if len(rows) == len(targets) else targets.take(rows)
-                outcomes = self._mover.move(PageTransfer(*extents, part, deadline, verify))
+            part = targets if len(rows) == len(targets) else targets.take(rows)
+            transfer = PageTransfer(*extents, part, deadline, verify)
+            with self._watch.call(transfer, breakers):
+                outcomes = self._mover.move(transfer)
         except (OSError, TierError) as exc:
             self._trouble("read", exc)
         if outcomes.count(Outcome.DONE) == len(rows):
@@ -375,7 +378,10 @@ class CacheEngine(Tier):
         sources: PageBuffers,
         deadline: float,
     ) -> list[bool]:
-        """Tombstones, bytes, records, index, in this order. Slots whose write failed are free when this returns."""
+        """Tombstones, bytes, records, index, in this order. Slots whose write failed are free when this returns.
+
+        Those of a directory that hangs are freed when its operations have ended.
+        """
         sums = [0] * len(keys)
         kind = self._written_kind
 
@@ -396,9 +402,10 @@ class CacheEngine(Tier):
                 transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
-                    with self._watch.call(deadline, frozenset(breakers)):
+                    with self._watch.call(transfer, breakers):
                         outcomes = self._mover.move(transfer)
                 finally:
+                    left |= self._left(transfer, rows, slots, breakers)
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):
                     done[row] = outcome is Outcome.DONE
@@ -408,6 +415,29 @@ class CacheEngine(Tier):
             end = max(deadline, time.monotonic() + OVERDUE_S)
             done = self._pages.record(keys, slots, sums, done, self._written_kind, end, left)
         return done
+
+    def _left(
+        self,
+        transfer: PageTransfer,
+        rows: list[int],
+        slots: list[SlotId],
+        breakers: Sequence[Breaker],
+    ) -> frozenset[int]:
+        """The rows whose write hangs. Their directories are bypassed, their slots are freed when it has ended."""
+        flying = np.flatnonzero(transfer.flying).tolist()
+        if not flying:
+            return frozenset()
+        for breaker in {breakers[position] for position in flying}:
+            breaker.trip("a write hangs")
+        self._mover.abandon()
+        self._upkeep.bypass_failed()
+        left = frozenset(rows[position] for position in flying)
+        self._pages.abort_after(transfer.ended, [slots[row] for row in left])
+        return left
+
+    def _claimed_in(self, claims: Sequence[NeighbourPage]) -> list[Breaker]:
+        breakers = {d.path: d.breaker for d in self._upkeep.directories}
+        return [breakers[claim.journal.directory] for claim in claims]
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
         """Keep own pages from eviction; a neighbour's page is not pinned."""

@@ -18,9 +18,10 @@ MOVE = """\
                 transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
-                    with self._watch.call(deadline, frozenset(breakers)):
+                    with self._watch.call(transfer, breakers):
                         outcomes = self._mover.move(transfer)
                 finally:
+                    left |= self._left(transfer, rows, slots, breakers)
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):
                     done[row] = outcome is Outcome.DONE
