@@ -407,3 +407,8 @@ class JobPool:
             return False
         os.close(self.fd)
         return True
+
+
+def succeeded(job: Future[Any]) -> bool:
+    """Has this job of a ``DiskThread`` ended with a result?"""
+    return job.done() and not job.cancelled() and job.exception() is None

@@ -5,8 +5,8 @@ followed by ``still_valid``, which reads the journal's tail again (the idea of a
 tombstone *before* it rewrites a slot, so a torn read implies a tombstone that the second look sees. The
 page's checksum is verified as well. Until both have passed, everything here is a hint.
 
-Threads: any. One lock guards the journals of ``NeighbourStore``; it is held for dict work and for reading the tail
-of a file that lies in the page cache (0.5 us), never while loading a whole journal.
+Threads: any. One lock guards what the journals say; it is held for dict work. Files are read by ``scan_directory``,
+``poll_directory`` and ``still_valid`` only, without that lock: they may hang. Lookups are memory only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import threading
-import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,6 @@ from flexkv_sglang.types import PageKey
 
 logger = logging.getLogger(__name__)
 
-_POLL_INTERVAL_S = 0.001
 _LOAD_TRIES = 3
 _MAX_TAIL_BYTES = 1 << 20
 
@@ -66,7 +64,10 @@ class NeighbourPage:
 
 
 class NeighbourJournal:
-    """The pages of one neighbour, as its journal lists them. Guarded by ``NeighbourStore``'s lock."""
+    """The pages of one neighbour, as its journal lists them. Guarded by ``NeighbourStore``'s lock.
+
+    The place in the file belongs to the one thread that polls.
+    """
 
     def __init__(
         self,
@@ -147,12 +148,13 @@ class NeighbourJournal:
         if self.confirms(page):
             del self._slot_of[page.key]
 
-    def poll(self) -> bool:
-        """Apply the records since the last look. False: this journal cannot be followed any further."""
+    def poll(self, lock: threading.Lock) -> bool:
+        """Apply the records since the last look, under ``lock``. False: this journal cannot be followed any further."""
         try:
             for _ in range(2):  # twice, for a SEAL that came just before the file was unlinked
                 while (records := self._read_tail()) is not None:
-                    self._apply(records)
+                    with lock:
+                        self._apply(records)
                     if records["op"][-1] == RecordOp.SEAL and not self._follow(
                         int(records["slot"][-1])
                     ):
@@ -261,7 +263,7 @@ class NeighbourStore:
         self._own = frozenset(own)
         self._lock = threading.Lock()
         self._journals: dict[tuple[Path, str], NeighbourJournal] = {}  # guarded by _lock
-        self._polled_at = 0.0  # guarded by _lock
+        self._reading = {directory: threading.Lock() for directory, _ in places}  # one poller each
         self._log = RateLimitedLog(logger, math.inf)  # each reason once
 
     def __len__(self) -> int:
@@ -298,8 +300,8 @@ class NeighbourStore:
         for owner in names:
             if owner not in self._own and (directory, owner) not in self._journals:
                 self._load(directory, owner, mode)
+        self.poll_directory(directory)
         with self._lock:
-            self._poll_locked()
             departed, self._departed = self._departed, []
             self._report(
                 [(False, key) for key in departed]
@@ -307,14 +309,41 @@ class NeighbourStore:
 
     def poll(self) -> None:
         """Follow the journals of the owners that are known."""
+        for directory, _ in self._places:
+            self.poll_directory(directory)
+
+    def poll_directory(self, directory: Path) -> None:
+        """Follow the journals in one directory."""
+        with self._reading[directory]:
+            for place, journal in list(self._journals.items()):
+                if place[0] == directory:
+                    self._poll(place, journal)
+
+    def _poll(self, place: tuple[Path, str], journal: NeighbourJournal) -> None:
         with self._lock:
-            self._poll_locked()
+            if journal.dropped:
+                return
+            journal.leases += 1  # its descriptors stay open
+        followed = journal.poll(self._lock)
+        with self._lock:
+            journal.leases -= 1
+            if not followed and not journal.dropped:
+                self._drop(place)
+            if journal.events:
+                events, journal.events = journal.events, []
+                self._report(events)
+            self._close_if_unused(journal)
+
+    def bypass(self, directory: Path) -> None:
+        """Forget the owners in a directory that hangs; a later scan finds them again. Memory only."""
+        with self._lock:
+            for place in [place for place in self._journals if place[0] == directory]:
+                self._drop(place)
 
     def find(self, keys: Sequence[PageKey]) -> list[NeighbourPage]:
         """Claims on the leading run of ``keys``. Takes a lease on every journal named: give them to ``release``."""
         found: list[NeighbourPage] = []
         with self._lock:
-            self._poll_if_due()
             for key in keys:
                 page = self._find_locked(key)
                 if page is None:
@@ -326,13 +355,11 @@ class NeighbourStore:
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
         """Per key: does a neighbour claim it?"""
         with self._lock:
-            self._poll_if_due()
             return [self._find_locked(key) is not None for key in keys]
 
     def prefix(self, keys: Sequence[PageKey]) -> int:
         """Length of the leading run of keys that neighbours claim. Memory only."""
         with self._lock:
-            self._poll_if_due()
             if not self._journals:
                 return 0
             for count, key in enumerate(keys):
@@ -342,8 +369,13 @@ class NeighbourStore:
 
     def still_valid(self, pages: Sequence[NeighbourPage]) -> list[bool]:
         """The second look: per page, whether the bytes just read are those that were claimed."""
+        for directory in dict.fromkeys(page.journal.directory for page in pages):
+            self.poll_directory(directory)
+        return self.confirmed(pages)
+
+    def confirmed(self, pages: Sequence[NeighbourPage]) -> list[bool]:
+        """The same, from what is known. Memory only: the directories must have been polled since the read."""
         with self._lock:
-            self._poll_locked()
             return [page.journal.confirms(page) for page in pages]
 
     def forget(self, pages: Sequence[NeighbourPage]) -> None:
@@ -409,19 +441,6 @@ class NeighbourStore:
                 return page
         return None
 
-    def _poll_if_due(self) -> None:
-        if time.monotonic() - self._polled_at > _POLL_INTERVAL_S:
-            self._poll_locked()
-
-    def _poll_locked(self) -> None:
-        for key, journal in list(self._journals.items()):
-            if not journal.poll():
-                self._drop(key)
-            if journal.events:
-                events, journal.events = journal.events, []
-                self._report(events)
-        self._polled_at = time.monotonic()
-
     def _report(self, events: list[tuple[bool, PageKey]]) -> None:
         """Tell the observer, in order, which of these keys are present now."""
         if self._observer is None or not events:
@@ -440,4 +459,4 @@ class NeighbourStore:
     @staticmethod
     def _close_if_unused(journal: NeighbourJournal) -> None:
         if journal.dropped and journal.leases == 0:
-            journal.close()
+            journal.close()  # read only: closing waits for nothing

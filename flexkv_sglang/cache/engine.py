@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -29,7 +31,7 @@ from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
 from flexkv_sglang.errors import TierError
 from flexkv_sglang.metrics.registry import Metrics, SlotAges
 from flexkv_sglang.prefix import cut_after_first_failure
-from flexkv_sglang.threads import OVERDUE_S
+from flexkv_sglang.threads import OVERDUE_S, succeeded, wait_for
 from flexkv_sglang.tier import Tier
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
@@ -39,6 +41,7 @@ CLOSE_S = 3.0
 """Limit of ``close``. Of this, for the last stats files, and for what is in flight:"""
 
 _REPORT_S, _DRAIN_S = 0.5, 1.0
+_LOOK_S = 0.25
 
 
 class GetPlan:
@@ -195,6 +198,7 @@ class CacheEngine(Tier):
         """Read pages. False from the first page on that was absent, damaged, or late."""
         assert len(keys) == len(targets), (len(keys), len(targets))
         started = time.monotonic()
+        self._first_look(deadline)
         with GetPlan(self._pages, self._neighbours, keys) as plan:
             results = self._read(plan, targets.take(slice(len(plan.keys))), deadline)
         results = cut_after_first_failure(results)
@@ -213,7 +217,7 @@ class CacheEngine(Tier):
         if plan.foreign:
             extents = self._neighbours.extents(plan.claims)
             self._read_rows(plan, plan.foreign, [], extents, targets, deadline, results, bad)
-            self._recheck_neighbours(plan, results, bad)
+            self._recheck_neighbours(plan, results, bad, deadline)
         if bad:
             self._drop_corrupt(plan, frozenset(bad))
         return results
@@ -296,15 +300,41 @@ class CacheEngine(Tier):
             self._upkeep.bypass_failed()
         return working
 
-    def _recheck_neighbours(self, plan: GetPlan, results: list[bool], bad: list[int]) -> None:
-        """Drop pages whose owner rewrote the slot during the read: its journal says so by now."""
-        for row, valid in zip(plan.foreign, self._neighbours.still_valid(plan.claims), strict=True):
+    def _recheck_neighbours(
+        self, plan: GetPlan, results: list[bool], bad: list[int], deadline: float
+    ) -> None:
+        """Drop pages whose owner rewrote the slot during the read: its journal says so by now.
+
+        So are pages in a directory whose journals cannot be read in time.
+        """
+        places = {claim.journal.directory for claim in plan.claims}
+        seen = self._look(places, max(deadline, time.monotonic() + OVERDUE_S))
+        known = self._neighbours.confirmed(plan.claims)
+        for row, claim, same in zip(plan.foreign, plan.claims, known, strict=True):
+            valid = same and claim.journal.directory in seen
             if not valid:
                 self._metrics.count("neighbour_lost_pages", int(results[row]))
                 results[row] = False
                 if row in bad:
                     bad.remove(row)  # torn, not corrupt
         self._metrics.count("neighbour_read_pages", sum(results[i] for i in plan.foreign))
+
+    def _look(self, places: Collection[Path], end: float) -> set[Path]:
+        """Have neighbours' journals in ``places`` read now, until ``end``. Returns the places where that was done."""
+        looks = {
+            d.path: d.neighbours.post(
+                partial(self._neighbours.poll_directory, d.path), end - time.monotonic()
+            )
+            for d in self._upkeep.directories
+            if d.path in places and d.breaker.is_readable
+        }
+        wait_for(list(looks.values()), end)
+        return {path for path, look in looks.items() if succeeded(look)}
+
+    def _first_look(self, deadline: float) -> None:
+        """Before neighbours' pages are looked for: what they have just stored counts, too."""
+        if self._neighbours.neighbour_count:
+            self._look(self._neighbours.directories, min(deadline, time.monotonic() + _LOOK_S))
 
     def _drop_corrupt(self, plan: GetPlan, bad: frozenset[int]) -> None:
         """Forget the pages at these positions, here and for the neighbours."""
@@ -343,6 +373,8 @@ class CacheEngine(Tier):
         if self._closed:
             return [False] * len(keys)
         started = time.monotonic()
+        if not own:
+            self._first_look(deadline)
         claimed = [] if own else self._neighbours.holds(keys)
         held = frozenset(i for i, flag in enumerate(claimed) if flag)
         reserved = self._pages.reserve(keys, parent, held)

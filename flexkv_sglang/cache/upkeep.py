@@ -35,6 +35,7 @@ from flexkv_sglang.threads import OVERDUE_S, PeriodicThread
 logger = logging.getLogger(__name__)
 
 _ROUND_S = 0.25
+_POLL_S, _POLL_LIMIT_S = 0.02, 5.0
 _FLOOR_ROUND_S = 5.0
 _PROBE_S = 30.0
 _CATCH_UP_MAX = 8
@@ -109,6 +110,7 @@ class Upkeep:
     ) -> None:
         self.directories = tuple(directories)
         self._pages = pages
+        self._neighbours = neighbours
         self._mover = mover
         self._watch = watch
         self._metrics = metrics
@@ -124,6 +126,7 @@ class Upkeep:
                 Duty(self.rotate_if_due, _ROUND_S, limit_s=10.0, in_order=True),
             ]
         )
+        self._round_at = 0.0
         self._thread = PeriodicThread(
             "flexkv-watch",
             self._step,
@@ -143,8 +146,17 @@ class Upkeep:
         self._thread.join(deadline)
 
     def _step(self) -> float:
-        self.round()
-        return _ROUND_S
+        now = time.monotonic()
+        if now >= self._round_at:
+            self._round_at = now + _ROUND_S
+            self.round()
+        if not self._neighbours.neighbour_count:
+            return _ROUND_S
+        for directory in self.directories:
+            if directory.breaker.is_readable and directory.neighbours.idle:
+                poll = partial(self._neighbours.poll_directory, directory.path)
+                directory.neighbours.post(poll, _POLL_LIMIT_S)
+        return _POLL_S
 
     def round(self) -> None:
         """One look at everything. Memory only."""
@@ -196,7 +208,9 @@ class Upkeep:
                 count += self._pages.suspend(region, readable=readable)
         directory.journal.refuse()  # until the directory is in use again
         if not readable:
+            self._neighbours.bypass(directory.path)
             directory.upkeep.drop()
+            directory.neighbours.drop()
         self._metrics.count("breaker_opened")
         logger.error(
             "flexkv: %s %s: %s",

@@ -111,8 +111,8 @@ MUTANTS = (
     (
         "no second look at a neighbour",
         "flexkv_sglang/cache/engine.py",
-        "self._neighbours.still_valid(plan.claims), strict=True",
-        "[True] * len(plan.claims), strict=True",
+        "            valid = same and claim.journal.directory in seen\n",
+        "            valid = True\n",
         NEIGHBOURS,
     ),
     (

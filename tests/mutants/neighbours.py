@@ -39,15 +39,15 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "under stress: no second look at a neighbour",
         ENGINE,
-        "self._neighbours.still_valid(plan.claims), strict=True",
-        "[True] * len(plan.claims), strict=True",
+        "            valid = same and claim.journal.directory in seen\n",
+        "            valid = True\n",
         STRESS,
     ),
     (
         "the second look does not read the journal",
-        NEIGHBOURS,
-        "            self._poll_locked()\n            return [page.journal.confirms",
-        "            return [page.journal.confirms",
+        ENGINE,
+        "partial(self._neighbours.poll_directory, d.path), end - time.monotonic()",
+        "bool, end - time.monotonic()",
         STRESS,
     ),
     (

@@ -147,7 +147,8 @@ def test_several_directories_share_the_size_and_all_are_used(tmp_path: Path) -> 
     sizes = [path.stat().st_size for path in sorted(tmp_path.rglob("*.slots"))]
     assert sizes == [SIZE // 2, SIZE // 2]
     assert tier.slot_count == 16
-    tier.close()
+    for store in tier.stores:
+        store.close()
 
 
 def test_without_a_size_an_earlier_run_decides_then_the_free_space(
@@ -160,7 +161,8 @@ def test_without_a_size_an_earlier_run_decides_then_the_free_space(
     for _ in range(2):
         tier, _ = open_tier(place, "ns", PAGE, None, accepted=FULL)
         assert tier.slot_count == 10
-        tier.close()
+        for store in tier.stores:
+            store.close()
         monkeypatch.setattr(local_tier, "free_bytes", lambda _directory: 8 * PAGE)
 
 
@@ -169,7 +171,8 @@ def test_a_rank_that_only_reads_owns_no_files(tmp_path: Path) -> None:
     tier, _ = open_tier(place, "ns", PAGE, 0, accepted=FULL)
     assert tier.slot_count == 0
     assert not owners(tmp_path / "ns")
-    tier.close()
+    for store in tier.stores:
+        store.close()
 
 
 def test_a_path_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
