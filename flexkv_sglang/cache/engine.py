@@ -24,10 +24,11 @@ from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStor
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.cache.directories import directories_of
+from flexkv_sglang.cache.disks.call_watch import CallWatch
+from flexkv_sglang.cache.disks.directories import directories_of
 from flexkv_sglang.cache.local_pages import LOCK_SPAN, LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
-from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
+from flexkv_sglang.cache.upkeep import Upkeep
 from flexkv_sglang.errors import TierError
 from flexkv_sglang.metrics.registry import Metrics, SlotAges
 from flexkv_sglang.prefix import cut_after_first_failure

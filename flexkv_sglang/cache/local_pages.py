@@ -20,7 +20,7 @@ from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.cache.directories import Directory
+from flexkv_sglang.cache.disks.directories import Directory
 from flexkv_sglang.cache.eviction.reuse_density import ReuseDensity
 from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.cache.index.lookup_pins import LookupPins

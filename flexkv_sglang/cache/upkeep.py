@@ -1,7 +1,7 @@
 """Upkeep: the background work of a tier.
 
 One thread per engine, ``flexkv-watch``, touches no disk: it notices calls and jobs that hang, bypasses their
-directories, and gives each directory its duties. These run on the directory's own thread (``directories``), where
+directories, and gives each directory its duties. These run on the directory's own thread (``disks``), where
 a disk that hangs holds up nobody else: stats files, neighbours, free space, journal generations, and the probes
 that bring a directory back. A thread that hangs is left alone; when its job returns, the directory is probed.
 """
@@ -11,26 +11,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
-
-import numpy as np
 
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import probe_directory
-from flexkv_sglang.backends.io.transfer import PageTransfer
-from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.cache import stats_file
-from flexkv_sglang.cache.directories import Directory, Duty, Plan
+from flexkv_sglang.cache.disks.call_watch import CallWatch
+from flexkv_sglang.cache.disks.directories import Directory, Duty, Plan
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.errors import JournalError, TierError, TierUnavailableError
 from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.threads import OVERDUE_S, PeriodicThread
+from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 
@@ -41,54 +37,6 @@ _PROBE_S = 30.0
 _CATCH_UP_MAX = 8
 _SHRINK_S = 5.0
 _SHRINK_PARTS = 32  # at least one slot in 32 is given back at once
-
-
-class CallWatch:
-    """Running transfers, with their deadlines and the directory of each page. Threads: any."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # held for dict work
-        self._calls: dict[int, tuple[PageTransfer, Sequence[Breaker]]] = {}
-        self._next = 0
-
-    @contextmanager
-    def call(self, transfer: PageTransfer, breakers: Sequence[Breaker]) -> Iterator[None]:
-        """Around a transfer. ``breakers``: per page."""
-        with self._lock:
-            number, self._next = self._next, self._next + 1
-            self._calls[number] = transfer, breakers
-        try:
-            yield
-        finally:
-            if transfer.writing and transfer.flying.any():
-                transfer.ended.add_done_callback(lambda _: self._end(number))
-            else:
-                self._end(number)
-
-    def _end(self, number: int) -> None:
-        with self._lock:
-            del self._calls[number]
-
-    def busy(self) -> set[Breaker]:
-        """Directories of transfers that have not ended."""
-        return self._hung(float("inf"))
-
-    def overdue(self) -> set[Breaker]:
-        """Directories of pages that should have moved ``OVERDUE_S`` ago."""
-        return self._hung(time.monotonic() - OVERDUE_S)
-
-    def _hung(self, limit: float) -> set[Breaker]:
-        with self._lock:
-            calls = [call for call in self._calls.values() if call[0].deadline < limit]
-        return {breaker for transfer, breakers in calls for breaker in hung(transfer, breakers)}
-
-
-def hung(transfer: PageTransfer, breakers: Sequence[Breaker]) -> set[Breaker]:
-    """Directories of the pages whose operations are under way; the only one there is, if none is."""
-    used = set(breakers)
-    if len(used) == 1:
-        return used
-    return {breakers[row] for row in np.flatnonzero(transfer.flying).tolist()}
 
 
 class Upkeep:
