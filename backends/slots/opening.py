@@ -16,12 +16,13 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.io.probe import IoMode, probe_directory
+from flexkv_sglang.backends.safe_files import ForeignFileError, own_folder
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes, is_no_space
 from flexkv_sglang.backends.slots.journal import generations
 from flexkv_sglang.backends.slots.manifest import MANIFEST, write_manifest
 from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
-from flexkv_sglang.backends.slots.records import NO_PARENT, RECORD, Records, SlotClass
+from flexkv_sglang.backends.slots.records import NO_PARENT, RECORD, SLOTS_MAX, Records, SlotClass
 from flexkv_sglang.backends.slots.slot_file import OwnedStore, SlotFileTier
 from flexkv_sglang.errors import ConfigError, JournalError, TierUnavailableError
 from flexkv_sglang.types import I64, SECTOR, KeyArray, round_up
@@ -30,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 AUTO_SIZE_MAX = 64 * 10**9
 """Without a configured size: a quarter of the free space, at most this."""
-
-_U32_SLOTS = (1 << 32) - 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,10 @@ def prepare_directory(path: str, io_engine: str) -> IoMode:
 
     Raises ``ConfigError`` naming the directory and the reason.
     """
-    directory = Path(path).expanduser()
+    try:
+        directory = Path(path).expanduser()
+    except RuntimeError as exc:
+        raise ConfigError(f"path: {path!r}: {exc} Valid: an absolute path") from exc
     try:
         directory.mkdir(parents=True, exist_ok=True)
         mode = probe_directory(str(directory), io_engine)
@@ -101,13 +103,20 @@ def open_places(
     """The namespace folder in each directory, with a NAMESPACE.json that describes it."""
     places = []
     for path, mode in paths.items():
-        directory = Path(path).expanduser() / namespace
-        directory.mkdir(exist_ok=True)
-        directory = (
-            directory.resolve()
-        )  # it may be a link to another disk; files are opened without links
-        if not (directory / MANIFEST).exists():
-            write_manifest(directory, {"namespace": namespace, **fields})
+        try:
+            directory = own_folder(Path(path).expanduser() / namespace)
+            if not (directory / MANIFEST).exists():
+                write_manifest(directory, {"namespace": namespace, **fields})
+        except ForeignFileError as exc:
+            raise ConfigError(
+                f"path: {exc.filename} {exc.strerror}. KV cache is read from files of this user only. "
+                "Valid: another path for each user, or remove that folder"
+            ) from exc
+        except OSError as exc:
+            raise ConfigError(
+                f"path: cannot use {str(Path(path) / namespace)!r}: {exc.strerror or exc}. "
+                "Valid: a directory this user can write to"
+            ) from exc
         places.append(Place(directory, mode, Breaker(), min_free, durable))
     return places
 
@@ -186,7 +195,7 @@ class _Asked:
 
 def _open_directory(place: Place, asked: _Asked) -> list[tuple[OwnedStore, Records]]:
     slot_bytes, share = asked.slot_class.slot_bytes, asked.share
-    slots_max = _U32_SLOTS if share is None else min(share // slot_bytes, _U32_SLOTS)
+    slots_max = SLOTS_MAX if share is None else min(share // slot_bytes, SLOTS_MAX)
     opened = _adopt_all(place, asked, slots_max)
     have = sum(store.slots.slot_class.slot_count for store, _ in opened)
     if share is None:
@@ -235,12 +244,8 @@ def _adopt_all(place: Place, asked: _Asked, slots_max: int) -> list[tuple[OwnedS
         enough = left < 1 or (asked.share is None and bool(adopted))
         if enough and generations(place.directory, owner):
             continue
-        lock = OwnerLock.try_take(place.directory, owner)
+        lock = _dead_owner(place.directory, owner)
         if lock is None:
-            continue
-        if not generations(place.directory, owner):  # died while it was being made
-            lock.remove_files()
-            lock.close()
             continue
         try:
             store, records = OwnedStore.adopt(
@@ -267,14 +272,27 @@ def _adopt_all(place: Place, asked: _Asked, slots_max: int) -> list[tuple[OwnedS
     return adopted
 
 
+def _dead_owner(directory: Path, owner: str) -> OwnerLock | None:
+    """The lock of an owner that can be adopted; None if it lives, is not ours, or died while it was being made."""
+    try:
+        lock = OwnerLock.try_take(directory, owner)
+        if lock is None or generations(directory, owner):
+            return lock
+        with lock:
+            lock.remove_files()
+    except OSError as exc:
+        logger.warning("flexkv: owner %s in %s is left alone: %s", owner, directory, exc)
+    return None
+
+
 def _by_size(directory: Path) -> list[str]:
     sizes = dict.fromkeys(owners(directory), 0)
     for name in os.listdir(directory):
         owner = name.partition(".")[0]
         if name.endswith(".slots") and owner in sizes:
             try:
-                sizes[owner] += (directory / name).stat().st_size
-            except FileNotFoundError:
+                sizes[owner] += (directory / name).lstat().st_size
+            except OSError:
                 continue
     return sorted(sizes, key=lambda owner: (-sizes[owner], owner))
 

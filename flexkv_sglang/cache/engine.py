@@ -20,7 +20,8 @@ from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_che
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.transfer import Extents, Outcome, PageTransfer
 from flexkv_sglang.backends.slots.breaker import Breaker
-from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStore
+from flexkv_sglang.backends.slots.following.neighbour_journal import NeighbourPage
+from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
@@ -293,7 +294,8 @@ class CacheEngine(Tier):
             if len(distinct) > 1:
                 mine = [o for o, b in zip(outcomes, breakers, strict=True) if b is breaker]
             moved = mine.count(Outcome.DONE) + mine.count(Outcome.REFUSED)
-            if breaker.record(moved, mine.count(Outcome.FAILED), f"{what} errors"):
+            failed, writing = mine.count(Outcome.FAILED), what == "write"
+            if breaker.record(moved, failed, f"{what} errors", writing=writing):
                 opened = True
             if moved:
                 working.add(breaker)
@@ -487,6 +489,10 @@ class CacheEngine(Tier):
     def register_memory(self, address: int, byte_count: int) -> None:
         """Announce the host pool's memory; see ``PageMover.register_memory``."""
         self._mover.register_memory(address, byte_count)
+
+    def prepare(self, page: PageBuffers) -> None:
+        """See ``Tier.prepare``."""
+        self._mover.prepare(page)
 
     def clear(self) -> None:
         """Forget every page of this process in this namespace, at once; disk and neighbours follow.

@@ -152,7 +152,7 @@ MUTANTS = (
     ),
     (
         "a neighbour's less verified pages are believed",
-        "backends/slots/neighbours.py",
+        "backends/slots/following/neighbour_journal.py",
         "length == self._payload_bytes and flags & 0xFF in self._accepted",
         "length == self._payload_bytes",
         ENGINE,
