@@ -19,8 +19,8 @@ from functools import partial
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import probe_directory
 from flexkv_sglang.backends.slots.breaker import Breaker
-from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
+from flexkv_sglang.backends.slots.space.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.cache import stats_file
 from flexkv_sglang.cache.directories import Directory, Duty, Plan
 from flexkv_sglang.cache.local_pages import LocalPages
