@@ -9,11 +9,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
 
 from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, IoEngine
 from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.errors import TierUnavailableError
+from flexkv_sglang.types import SECTOR
 
 MakeEngine = Callable[[str, ReadPriority], IoEngine]
 """As ``probe.make_engine``."""
@@ -33,6 +37,11 @@ class Slab:
         self._memory = AlignedMemory(self.rows * row_bytes, huge_pages=True)
         self.region = (self._memory.address, self._memory.byte_count)
         self.addresses = self._memory.rows(row_bytes, self.rows)
+
+    def touch(self) -> None:
+        """Have the kernel give the memory now, not page by page as it is used."""
+        with self.lock:
+            np.frombuffer(self._memory.view, np.uint8)[::SECTOR] = 0
 
 
 class Direction:
@@ -60,6 +69,16 @@ class Direction:
                 for address, byte_count in regions:
                     engine.register_memory(address, byte_count)
             return self._engines[kind]
+
+    def prepare(self, kind: str, *, bounces: bool) -> None:
+        """Make now what the first call would wait for: the engine; the slab if pages are copied (``bounces``).
+
+        What cannot be made now is left to that call.
+        """
+        with suppress(OSError):
+            self.engine(kind)
+            if bounces:
+                self.slab().touch()
 
     def slab(self) -> Slab:
         """The slab, made at first use."""

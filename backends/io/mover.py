@@ -9,8 +9,9 @@ Threads: any. Reads and writes have an engine and a slab each, so a long write d
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from flexkv_sglang.backends.io.transfer import (
     PageTransfer,
     Positions,
 )
+from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, BoolArray, PageBuffers, round_up
 
@@ -60,11 +62,21 @@ def by_mode(modes: Sequence[IoMode]) -> list[tuple[IoMode, Positions]]:
 
 
 class PageMover:
-    """Moves pages of one payload size. ``make``: an I/O engine of a kind (tests put faults around it)."""
+    """Moves pages of one payload size. ``make``: an I/O engine of a kind (tests put faults around it).
+
+    ``modes``: how pages are moved in the directories that calls will use, for ``prepare``.
+    """
 
     def __init__(
-        self, payload_bytes: int, metrics: Metrics, make: MakeEngine = make_engine
+        self,
+        payload_bytes: int,
+        metrics: Metrics,
+        make: MakeEngine = make_engine,
+        *,
+        modes: Iterable[IoMode] = (),
     ) -> None:
+        self._modes = frozenset(modes)
+        self._process = os.getpid()
         self._payload_bytes = payload_bytes
         self._metrics = metrics
         self._row_bytes = round_up(payload_bytes, SECTOR)
@@ -81,6 +93,13 @@ class PageMover:
         for direction in self._directions.values():
             direction.register_memory(address, byte_count)
 
+    def prepare(self, page: PageBuffers) -> None:
+        """Make now what the first call with such pages would wait for, in directories of ``modes``."""
+        for mode in self._modes:
+            bounces = not direct_pages(page.take([0]), [mode])[0]
+            for direction in self._directions.values():
+                direction.prepare(mode.engine, bounces=bounces)
+
     def counts(self) -> dict[str, int]:
         """ "read_operations", "write_fixed_operations", ...: see ``Ring``, ``PosixIo`` and ``ReadPriority``."""
         found = {
@@ -96,6 +115,8 @@ class PageMover:
         A page read through the slab reaches its target only after ``verify`` accepted it. Nobody may change the
         memory of pages that are written until this returns.
         """
+        if os.getpid() != self._process:  # a forked process shares the rings and the slots
+            raise TierUnavailableError(f"the files belong to process {self._process}, which forked")
         buffers, modes = transfer.buffers, transfer.modes
         assert transfer.page_bytes == self._payload_bytes, (
             transfer.page_bytes,

@@ -23,12 +23,14 @@ from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, NOT_TRIED, PageT
 from flexkv_sglang.types import I64
 
 _THROTTLED_PAUSE_S = 0.001
+_START_S = 10.0
 
 
 class PosixIo:
-    """``workers`` threads. ``kind`` tells whether the files were opened O_DIRECT ("threads") or not.
+    """``workers`` threads, started here. ``kind`` tells whether the files were opened O_DIRECT ("threads") or not.
 
-    ``counts``: "operations", runs of adjacent pages that were to be moved.
+    ``OSError`` from the constructor: the process has no threads left. ``counts``: "operations", runs of adjacent pages
+    that were to be moved.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class PosixIo:
         self._traffic = traffic or ReadPriority()
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()  # one batch at a time, as for the ring
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="flexkv-io")
+        self._pool = _started(workers)
         self._closed = False
 
     def move(self, transfer: PageTransfer) -> None:
@@ -93,6 +95,19 @@ class PosixIo:
             first, end = int(borders[run]), int(borders[run + 1])
             transfer.on_complete(np.arange(first, end), _move_run(transfer, first, end))
             transfer.run_pending()
+
+
+def _started(workers: int) -> ThreadPoolExecutor:
+    """All threads at once: one that cannot be started in the middle of a transfer would leave work without a worker."""
+    pool, all_there = ThreadPoolExecutor(workers, "flexkv-io"), threading.Barrier(workers)
+    try:
+        for started in [pool.submit(all_there.wait, _START_S) for _ in range(workers)]:
+            started.result()
+    except (RuntimeError, threading.BrokenBarrierError) as exc:
+        all_there.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise OSError(errno.EAGAIN, "the I/O threads cannot be started") from exc
+    return pool
 
 
 def _move_run(transfer: PageTransfer, first: int, end: int) -> I64:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import mmap
 import os
 import threading
@@ -28,7 +29,10 @@ from flexkv_sglang.backends.io.operations import Operations
 from flexkv_sglang.backends.io.pinned_memory import PinnedMemory
 from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, PageTransfer, Positions
+from flexkv_sglang.threads import JobThread
 from flexkv_sglang.types import I64
+
+logger = logging.getLogger(__name__)
 
 _MASK32 = 0xFFFFFFFF
 _MIN_IN_FLIGHT_BYTES = 32 << 20
@@ -54,6 +58,7 @@ class Ring:
         self._regions = PinnedMemory()
         self._announced: deque[tuple[int, int]] = deque()  # for the next batch; append is atomic
         self.counts: Counter[str] = Counter()
+        self._pinning: JobThread[int] | None = None
         params = uring.Params()
         params.flags = uring.SETUP_CLAMP
         self._fd = uring.checked(
@@ -101,16 +106,29 @@ class Ring:
                 raise OSError(errno.EBADF, "the ring is closed")
             while self._announced:
                 self._regions.announce(self._fd, *self._announced.popleft())
-            self._regions.pin_one(self._fd, addresses, lengths)
+            if self._pinning is not None:
+                for piece in self._regions.ask(addresses, lengths):
+                    self._pinning.put(piece)
             todo = Operations(transfer, self._regions.entries(addresses, lengths))
             self.counts["operations"] += todo.waiting
             self.counts["fixed_operations"] += todo.fixed
-            self.counts["pinned_bytes"] = self._regions.pinned_bytes
             self._drive(transfer, todo)
 
     def register_memory(self, address: int, byte_count: int) -> None:
-        """Pin this memory when it is used, as far as the kernel allows; see ``PinnedMemory``. Never waits."""
+        """Pin this memory once it is used, as far as the kernel allows; see ``PinnedMemory``. Never waits."""
         self._announced.append((address, byte_count))
+        if self._pinning is None:
+            self._pinning = JobThread("flexkv-pinning", self._pin, self._not_pinned)
+
+    def _pin(self, piece: int) -> None:
+        with self._lock:
+            if self._fd >= 0:
+                self._regions.pin(self._fd, piece)
+                self.counts["pinned_bytes"] = self._regions.pinned_bytes
+
+    @staticmethod
+    def _not_pinned(_piece: int, exc: Exception) -> None:
+        logger.error("flexkv: memory is not pinned", exc_info=exc)
 
     def close(self, seconds: float = CLOSE_TIMEOUT_S) -> bool:
         """Give the ring back once no batch runs; see ``IoEngine``."""
@@ -127,6 +145,8 @@ class Ring:
                 del self._words, self._sqes, self._cqes
         finally:
             self._lock.release()
+        if self._pinning is not None:
+            self._pinning.stop(0.0)
         return True
 
     def _drive(self, transfer: PageTransfer, todo: Operations) -> None:

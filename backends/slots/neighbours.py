@@ -27,6 +27,7 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.io.transfer import Extents, IoMode
+from flexkv_sglang.backends.safe_files import open_own
 from flexkv_sglang.backends.slots.journal import journal_path, recover, slots_path
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.backends.slots.records import (
@@ -93,6 +94,13 @@ class NeighbourJournal:
             raise JournalError(
                 f"neighbour {owner} stores pages of {slot_class.payload_bytes} bytes, not {payload_bytes}"
             )
+        if (
+            slots_path(directory, owner, slot_class.slot_bytes).lstat().st_size
+            < slot_class.slot_bytes * slot_class.slot_count
+        ):
+            raise JournalError(
+                f"the slot file of neighbour {owner} is smaller than its journal says"
+            )
         self._position, self._seq = state.end, state.seq
         self._slot_of: dict[PageKey, int] = {}
         self._version = array(
@@ -104,9 +112,7 @@ class NeighbourJournal:
         self._apply(state.records)
         if observed:
             self.events = [(True, key) for key in self._slot_of]
-        self._fd = os.open(
-            journal_path(directory, owner, state.header.generation), os.O_RDONLY | os.O_CLOEXEC
-        )
+        self._fd = open_own(journal_path(directory, owner, state.header.generation))
         try:
             self.slots = SlotFile(
                 slots_path(directory, owner, slot_class.slot_bytes),
@@ -188,9 +194,7 @@ class NeighbourJournal:
         return records[: seals[0] + 1] if len(seals) else records
 
     def _follow(self, generation: int) -> bool:
-        fd = os.open(
-            journal_path(self._directory, self.owner, generation), os.O_RDONLY | os.O_CLOEXEC
-        )
+        fd = open_own(journal_path(self._directory, self.owner, generation))
         os.close(self._fd)
         self._fd = fd
         header = Header.unpack(os.pread(fd, HEADER_BYTES, 0), JOURNAL_MAGIC)

@@ -16,11 +16,12 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.io.probe import IoMode, probe_directory
+from flexkv_sglang.backends.safe_files import ForeignFileError, own_folder
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.journal import generations
 from flexkv_sglang.backends.slots.manifest import MANIFEST, write_manifest
 from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
-from flexkv_sglang.backends.slots.records import NO_PARENT, RECORD, Records, SlotClass
+from flexkv_sglang.backends.slots.records import NO_PARENT, RECORD, SLOTS_MAX, Records, SlotClass
 from flexkv_sglang.backends.slots.retired import remove_folder
 from flexkv_sglang.backends.slots.slot_file import OwnedStore, SlotFileTier
 from flexkv_sglang.backends.slots.space.disk_space import is_no_space
@@ -39,7 +40,6 @@ from flexkv_sglang.types import I64, SECTOR, KeyArray, round_up
 
 logger = logging.getLogger(__name__)
 
-_U32_SLOTS = (1 << 32) - 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,10 @@ def prepare_directory(path: str, io_engine: str, *, require_mount: bool = False)
     ``require_mount``: only on a file system that is mounted below the root. Raises ``ConfigError`` naming the directory
     and the reason.
     """
-    directory = Path(path).expanduser()
+    try:
+        directory = Path(path).expanduser()
+    except RuntimeError as exc:
+        raise ConfigError(f"path: {path!r}: {exc} Valid: an absolute path") from exc
     mount = mount_of(directory) if require_mount else None
     if require_mount and (mount is None or mount.point == Path("/")):
         raise ConfigError(
@@ -103,14 +106,21 @@ def open_places(
     places = []
     for path, mode in paths.items():
         root = Path(path).expanduser()
-        directory = root / namespace
-        made = not directory.exists()
-        directory.mkdir(exist_ok=True)
-        directory = (
-            directory.resolve()
-        )  # it may be a link to another disk; files are opened without links
-        if not (directory / MANIFEST).exists():
-            write_manifest(directory, {"namespace": namespace, **fields})
+        try:
+            made = not (root / namespace).exists()
+            directory = own_folder(root / namespace)
+            if not (directory / MANIFEST).exists():
+                write_manifest(directory, {"namespace": namespace, **fields})
+        except ForeignFileError as exc:
+            raise ConfigError(
+                f"path: {exc.filename} {exc.strerror}. KV cache is read from files of this user only. "
+                "Valid: another path for each user, or remove that folder"
+            ) from exc
+        except OSError as exc:
+            raise ConfigError(
+                f"path: cannot use {str(Path(path) / namespace)!r}: {exc.strerror or exc}. "
+                "Valid: a directory this user can write to"
+            ) from exc
         places.append(Place(directory, mode, root, fields, made, Breaker(), min_free, durable))
     return places
 
@@ -195,7 +205,7 @@ def _open_directory(
     place: Place, asked: SpaceRequest, short: list[Shortage]
 ) -> list[tuple[OwnedStore, Records]]:
     slot_bytes, share = asked.slot_class.slot_bytes, asked.share
-    slots_max = _U32_SLOTS if share is None else min(share // slot_bytes, _U32_SLOTS)
+    slots_max = SLOTS_MAX if share is None else min(share // slot_bytes, SLOTS_MAX)
     opened: list[tuple[OwnedStore, Records]] = []
     try:
         with in_turn(place.directory):  # else one measures before the other has cut what it adopted
@@ -258,12 +268,8 @@ def _adopt_all(
         enough = left < 1 or (asked.share is None and bool(adopted))
         if enough and generations(place.directory, owner):
             continue
-        lock = OwnerLock.try_take(place.directory, owner)
+        lock = _dead_owner(place.directory, owner)
         if lock is None:
-            continue
-        if not generations(place.directory, owner):  # died while it was being made
-            lock.remove_files()
-            lock.close()
             continue
         try:
             store, records = OwnedStore.adopt(
@@ -290,14 +296,27 @@ def _adopt_all(
     return adopted
 
 
+def _dead_owner(directory: Path, owner: str) -> OwnerLock | None:
+    """The lock of an owner that can be adopted; None if it lives, is not ours, or died while it was being made."""
+    try:
+        lock = OwnerLock.try_take(directory, owner)
+        if lock is None or generations(directory, owner):
+            return lock
+        with lock:
+            lock.remove_files()
+    except OSError as exc:
+        logger.warning("flexkv: owner %s in %s is left alone: %s", owner, directory, exc)
+    return None
+
+
 def _by_size(directory: Path) -> list[str]:
     sizes = dict.fromkeys(owners(directory), 0)
     for name in os.listdir(directory):
         owner = name.partition(".")[0]
         if name.endswith(".slots") and owner in sizes:
             try:
-                sizes[owner] += (directory / name).stat().st_size
-            except FileNotFoundError:
+                sizes[owner] += (directory / name).lstat().st_size
+            except OSError:
                 continue
     return sorted(sizes, key=lambda owner: (-sizes[owner], owner))
 

@@ -23,7 +23,7 @@ import numpy as np
 from flexkv_sglang.backends.checksum import KIND_OF, ChecksumKind
 from flexkv_sglang.backends.failpoints import Failpoint, reach
 from flexkv_sglang.backends.io.transfer import Extents, IoMode
-from flexkv_sglang.backends.safe_files import remove_temporaries
+from flexkv_sglang.backends.safe_files import open_own, remove_temporaries
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.journal import (
     JournalWriter,
@@ -53,7 +53,7 @@ class SlotFile:
         self.path = path
         self.slot_class = slot_class
         self.mode = mode
-        self.fd = os.open(path, mode.open_flags | (os.O_RDWR if writable else os.O_RDONLY))
+        self.fd = open_own(path, mode.open_flags | (os.O_RDWR if writable else os.O_RDONLY))
         size = os.fstat(self.fd).st_size
         if size < slot_class.slot_bytes * slot_class.slot_count:
             os.close(self.fd)
@@ -62,7 +62,7 @@ class SlotFile:
     @classmethod
     def create(cls, path: Path, slot_class: SlotClass, mode: IoMode) -> SlotFile:
         """Preallocate and open. Raises ``OSError`` (ENOSPC when the disk cannot hold it)."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             preallocate(fd, path, slot_class.slot_bytes * slot_class.slot_count)
         except BaseException:
@@ -158,7 +158,7 @@ class OwnedStore:
             reach(Failpoint.ADOPT_ROTATED)
             size = wanted.slot_bytes * wanted.slot_count
             if os.fstat(slots.fd).st_size > size:  # or an adoption before this one died here
-                os.truncate(path, size)
+                os.ftruncate(slots.fd, size)
                 reach(Failpoint.ADOPT_CUT)
         except BaseException:
             slots.close()
@@ -205,12 +205,14 @@ class OwnedStore:
         smaller = replace(self.slots.slot_class, slot_count=slot_count)
         self.journal.rotate(live, (smaller,))
         self.slots.slot_class = smaller
-        os.truncate(self.slots.path, smaller.slot_bytes * slot_count)
+        os.ftruncate(self.slots.fd, smaller.slot_bytes * slot_count)
 
     def close(self) -> None:
         """Flush, append the clean mark, release the lock. Idempotent."""
         clean = not self.failed and self.slots.fd >= 0
         try:
+            if clean:  # without its lock file nobody would find these pages again
+                self.lock.file.put_back()
             if clean:
                 self.slots.sync()
                 reach(Failpoint.CLOSE_SYNCED)

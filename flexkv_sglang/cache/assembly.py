@@ -196,7 +196,7 @@ def _open_slots(request: TierRequest) -> Tier:
         slots,
         recovered,
         neighbours,
-        PageMover(request.payload_bytes, request.metrics),
+        PageMover(request.payload_bytes, request.metrics, modes={place.mode for place in places}),
         request.metrics,
         config.verify,
         min_free=config.min_free,

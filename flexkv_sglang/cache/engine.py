@@ -285,7 +285,8 @@ class CacheEngine(Tier):
             if len(distinct) > 1:
                 mine = [o for o, b in zip(outcomes, breakers, strict=True) if b is breaker]
             moved = mine.count(Outcome.DONE) + mine.count(Outcome.REFUSED)
-            if breaker.record(moved, mine.count(Outcome.FAILED), f"{what} errors"):
+            failed, writing = mine.count(Outcome.FAILED), what == "write"
+            if breaker.record(moved, failed, f"{what} errors", writing=writing):
                 opened = True
             if moved:
                 working.add(breaker)
@@ -424,6 +425,10 @@ class CacheEngine(Tier):
     def register_memory(self, address: int, byte_count: int) -> None:
         """Announce the host pool's memory; see ``PageMover.register_memory``."""
         self._mover.register_memory(address, byte_count)
+
+    def prepare(self, page: PageBuffers) -> None:
+        """See ``Tier.prepare``."""
+        self._mover.prepare(page)
 
     def clear(self) -> None:
         """Forget every page of this process in this namespace, at once; disk and neighbours follow.

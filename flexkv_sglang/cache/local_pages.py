@@ -321,6 +321,16 @@ class LocalPages:
         with self.lock:
             return self.index.suspend(region, readable=readable)
 
+    def give_up(self, region: int) -> bool:
+        """Forget every page of a suspended region, whose file is gone. False: some are in use; try again."""
+        self.release_lookup_pins()
+        low, high = self.tier.base(region), self.tier.base(region + 1)
+        for start in range(low, high, LOCK_SPAN):
+            with self.lock:
+                if not self.index.give_up(range(start, min(start + LOCK_SPAN, high))):
+                    return False
+        return True
+
     def release_lookup_pins(self) -> None:
         """End all lookup pins."""
         with self.lock:

@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from flexkv_sglang.backends.io.mover import PageMover
-from flexkv_sglang.backends.io.probe import probe_directory
+from flexkv_sglang.backends.io.probe import can_read, probe_directory
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.space.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.cache import stats_file
 from flexkv_sglang.cache.directories import Directory, Duty, Plan
+from flexkv_sglang.cache.health import in_place
+from flexkv_sglang.cache.health.in_place import InPlace
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.errors import JournalError, TierError, TierUnavailableError
 from flexkv_sglang.log_limit import RateLimitedLog
@@ -71,6 +74,14 @@ class CallWatch:
             return {b for deadline, used in self._calls.values() if deadline < limit for b in used}
 
 
+class _Probe(NamedTuple):
+    """The outcome of a probe. ``readable``: writes fail, for this ``reason``, and reads do not."""
+
+    healthy: bool = False
+    readable: bool = False
+    reason: str = ""
+
+
 class Upkeep:
     """Background work of one engine. ``start`` and ``stop`` are called once each.
 
@@ -94,14 +105,17 @@ class Upkeep:
         self._watch = watch
         self._metrics = metrics
         self._min_free = min_free
+        self._files = InPlace(pages, metrics, min_free)
         self._bypassed: dict[Directory, bool] = {}  # still read? Guarded by _state_lock
         self._state_lock = threading.Lock()  # held for work on the index
+        self._causes: dict[Directory, str] = {}  # why its last probe failed; one probe at a time
         self._log = RateLimitedLog(logger)
         self._plan = Plan(
             [  # one line per duty
                 Duty(lambda d: neighbours.scan_directory(d.path), _ROUND_S, limit_s=10.0),
                 Duty(write_stats, stats_file.INTERVAL_S, always=True),
                 Duty(self.keep_floor, _FLOOR_ROUND_S),
+                Duty(lambda d: self._files.look(d.stores), in_place.LOOK_S, in_order=True),
                 Duty(self.rotate_if_due, _ROUND_S, limit_s=10.0, in_order=True),
             ]
         )
@@ -172,49 +186,58 @@ class Upkeep:
             readable = breaker.is_readable
             if not breaker.is_open or self._bypassed.get(directory) is readable:
                 return
+            back = self._bypassed.get(directory) is False
             self._bypassed[directory] = readable
             for region in directory.stores:
                 count += self._pages.suspend(region, readable=readable)
         directory.journal.refuse()  # until the directory is in use again
         if not readable:
             directory.upkeep.drop()
-        self._metrics.count("breaker_opened")
-        logger.error(
-            "flexkv: %s %s: %s",
-            directory.path,
-            "takes no more pages" if readable else f"is bypassed, {count} pages miss",
-            breaker.reason,
-        )
+        text = "takes no more pages" if readable else f"is bypassed, {count} pages miss"
+        if back:
+            text = "is read again, but takes no pages"
+        else:
+            self._metrics.count("breaker_opened")
+        logger.error("flexkv: %s %s: %s", directory.path, text, breaker.reason)
 
     def _begin_probe(self, directory: Directory) -> None:
         future = directory.upkeep.post(lambda: self._probe(directory), _PROBE_S)
         future.add_done_callback(lambda done: self._probed(directory, done))
 
-    def _probed(self, directory: Directory, probe: Future[bool]) -> None:
+    def _probed(self, directory: Directory, probe: Future[_Probe]) -> None:
         error = None if probe.cancelled() else probe.exception()
         if error is not None:
             self._report(directory, error)
-        healthy = error is None and not probe.cancelled() and probe.result()
-        if not healthy:
-            directory.breaker.end_probe(healthy=False)
+        found = _Probe() if probe.cancelled() or error is not None else probe.result()
+        if not found.healthy:
+            directory.breaker.end_probe(healthy=False, readable=found.readable, reason=found.reason)
         else:
+            self._causes.pop(directory, None)
             directory.journal.accept()
             self._metrics.count("breaker_closed")
             logger.warning("flexkv: %s is in use again", directory.path)
 
-    def _probe(self, directory: Directory) -> bool:
+    def _probe(self, directory: Directory) -> _Probe:
         """Try the directory with real I/O; after a success its pages can be read again."""
         stores = list(directory.stores.values())
         try:
+            if stores:
+                self._files.make_folder(directory.path)
             engine = stores[0].slots.mode.engine if stores else "auto"
             probe_directory(str(directory.path), engine)
             if self._thread.stopped:
-                return False
+                return _Probe()
+            for region, store in directory.stores.items():
+                self._files.restore(region, store)
             self._bring_back(directory)
         except (OSError, TierError, JournalError) as exc:
-            logger.info("flexkv: %s still fails: %s", directory.path, exc)
-            return False
-        return True
+            new = self._causes.get(directory) != str(exc)
+            self._causes[directory] = str(exc)
+            level = logging.WARNING if new else logging.INFO
+            logger.log(level, "flexkv: %s still fails: %s", directory.path, exc)
+            reads = all(can_read(store.slots.fd, store.slots.mode) for store in stores)
+            return _Probe(readable=reads and bool(stores), reason=str(exc))
+        return _Probe(healthy=True)
 
     def _bring_back(self, directory: Directory) -> None:
         """Start new journal generations, then use the pages again. The journal's thread is idle and refuses work.

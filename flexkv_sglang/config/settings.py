@@ -108,7 +108,7 @@ class FlexKVConfig:
         tier = {key: given.pop(key) for key in tuple(given) if key in _TIER_PARSERS}
         if tier and "tiers" in given:
             raise ConfigError(
-                f"tiers: {given['tiers']!r} is given beside {', '.join(tier)}={next(iter(tier.values()))!r}. "
+                f"tiers: {shown(given['tiers'])} is given beside {', '.join(tier)}={shown(next(iter(tier.values())))}. "
                 "Valid: either path and size (one tier), or tiers"
             )
         parsed = {key: _PARSERS[key](key, value) for key, value in given.items()}
@@ -142,7 +142,7 @@ def _paths(key: str, value: object) -> tuple[str, ...]:
         or not items
         or not all(isinstance(i, str) and i for i in items)
     ):
-        raise ConfigError(f"{key}: {value!r}. Valid: a directory, or a list of directories")
+        raise ConfigError(f"{key}: {shown(value)}. Valid: a directory, or a list of directories")
     _reject_twice(key, value, items)
     return tuple(items)
 
@@ -151,7 +151,7 @@ def _reject_twice(key: str, value: object, paths: Sequence[str]) -> None:
     """Two spellings of one directory count as one, links followed."""
     places = {os.path.realpath(os.path.expanduser(path)) for path in paths}
     if len(places) != len(paths):
-        raise ConfigError(f"{key}: {value!r} names a directory twice. Valid: different directories")
+        raise ConfigError(f"{key}: {shown(value)} names a directory twice. Valid: different directories")
 
 
 def _tier(where: str, given: Mapping[str, Any]) -> TierConfig:
@@ -165,17 +165,17 @@ def _tiers(key: str, value: object) -> tuple[TierConfig, ...]:
         'a list of tiers, fastest first, such as [{"path": "/dev/shm/flexkv", "size": "32GiB"}]'
     )
     if not isinstance(value, list | tuple) or not value:
-        raise ConfigError(f"{key}: {value!r}. Valid: {help_text}")
+        raise ConfigError(f"{key}: {shown(value)}. Valid: {help_text}")
     tiers = []
     for number, item in enumerate(value):
         where = f"{key}[{number}]."
         if not isinstance(item, Mapping):
-            raise ConfigError(f"{key}[{number}]: {item!r}. Valid: {help_text}")
+            raise ConfigError(f"{key}[{number}]: {shown(item)}. Valid: {help_text}")
         given = dict(item)
         kind = choice(*TIER_TYPES)(where + "type", given.pop("type", TIER_TYPES[0]))
         reject_unknown(given, ["type", *_TIER_PARSERS], where)
         if "path" not in given:
-            raise ConfigError(f"{where}path: missing in {item!r}. Valid: {help_text}")
+            raise ConfigError(f"{where}path: missing in {shown(item)}. Valid: {help_text}")
         tiers.append(replace(_tier(where, given), type=kind))
     _reject_twice(key, value, [path for tier in tiers for path in tier.path])
     return tuple(tiers)
@@ -187,11 +187,11 @@ def _densities(key: str, value: object) -> tuple[tuple[str, float], ...]:
         'above 0, at most 1, and not for "kv"'
     )
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key}: {value!r}. Valid: {help_text}")
+        raise ConfigError(f"{key}: {shown(value)}. Valid: {help_text}")
     for name, density in value.items():
         number = isinstance(density, int | float) and not isinstance(density, bool)
         if not isinstance(name, str) or name in ("", "kv") or not number or not 0 < density <= 1:
-            raise ConfigError(f"{key}.{name}: {density!r}. Valid: {help_text}")
+            raise ConfigError(f"{key}.{name}: {shown(density)}. Valid: {help_text}")
     return tuple((name, float(density)) for name, density in value.items())
 
 

@@ -274,8 +274,8 @@ def test_files_of_another_user(tmp_path: Path) -> None:
     for path in (tmp_path / "ns").glob("*.slots"):
         os.chown(path, 4321, -1)
     found = doctor(tmp_path)
-    assert causes(found)[0] == "several_users"
-    assert "user ids 0, 4321" in found["several_users"].evidence
+    assert causes(found)[0] == "foreign_files"
+    assert "belongs to user 4321, the folder to user 0" in found["foreign_files"].evidence
 
 
 _AS_NOBODY = """

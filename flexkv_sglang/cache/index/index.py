@@ -268,12 +268,13 @@ class TierIndex:
         """The directory of a region fails: its slots are not used and its pages not found.
 
         Returns the number of its pages. One that is put again goes elsewhere and is forgotten here.
-        ``readable``: only writes fail; its pages stay, and none is evicted.
+        ``readable``: only writes fail; its pages stay or are found again, and none is evicted.
         """
         low, high = self._free_slots.span(region)
         self._free_slots.close(region)
         self._policy.retain(lambda slot: not low <= slot < high)
         if readable:
+            self._find_again(region)
             return 0
         state = self._states[low:high]
         ready = state == READY
@@ -286,15 +287,31 @@ class TierIndex:
         """Undo ``suspend``. Returns the number of pages that are back."""
         low, high = self._free_slots.span(region)
         self._free_slots.reopen(region)
+        count = self._find_again(region)
+        for slot in (np.flatnonzero(self._states[low:high] == READY) + low).tolist():
+            if self._links.children[slot] == 0:
+                self._policy.offer(slot)
+        return count
+
+    def _find_again(self, region: int) -> int:
+        low, high = self._free_slots.span(region)
         state = self._states[low:high]
         back = state == SUSPENDED
         state[back] = READY
         count = int(back.sum())
         self._ready_count += count
-        for slot in (np.flatnonzero(state == READY) + low).tolist():
-            if self._links.children[slot] == 0:
-                self._policy.offer(slot)
         return count
+
+    def give_up(self, slots: Iterable[int]) -> bool:
+        """Forget the pages in some slots of a suspended region. False, and nothing is done: one of them is in use."""
+        given = list(slots)
+        if any(self._pins[slot] or self._state[slot] in (WRITING, DOOMED) for slot in given):
+            return False
+        for slot in given:
+            if self._state[slot] in (READY, SUSPENDED):
+                self._forget(slot)
+                self._free(slot)
+        return True
 
     def retire(self, region: int, count: int) -> tuple[list[tuple[PageKey, SlotId]], int]:
         """Take slots at the end of a region out of use for good, at most ``count``.

@@ -181,7 +181,7 @@ def _disk_trouble(place: DirectoryFacts) -> str:
 def breaker(facts: Facts) -> Finding | None:
     """A directory that is bypassed after failures, or takes no more pages."""
     states = facts.gauges("breaker_state") if facts.alive else {}
-    words = {1.0: "takes no more pages (its journal cannot be written)", 2.0: "is bypassed"}
+    words = {1.0: "takes no more pages (writes fail, reads go on)", 2.0: "is bypassed"}
     bad = {where: words[state] for where, state in states.items() if state in words}
     if not bad:
         return None

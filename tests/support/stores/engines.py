@@ -49,7 +49,7 @@ def open_engine(
         ACCEPTED_KINDS[verify],
     )
     metrics = Metrics()
-    mover = PageMover(payload_bytes, metrics, make)
+    mover = PageMover(payload_bytes, metrics, make, modes=[mode])
     return CacheEngine(tier, recovered, neighbours, mover, metrics, verify)
 
 

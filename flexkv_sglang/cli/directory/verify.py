@@ -18,8 +18,8 @@ from flexkv_sglang.backends.slots.journal import (
     LiveState,
     generations,
     journal_path,
-    recover,
     slots_path,
+    stats_path,
 )
 from flexkv_sglang.backends.slots.records import (
     HEADER_BYTES,
@@ -29,9 +29,11 @@ from flexkv_sglang.backends.slots.records import (
     SlotClass,
     valid_prefix,
 )
+from flexkv_sglang.cli.directory.page_reader import PageReader, Verdict
+from flexkv_sglang.cli.directory.plausible import recover_plausible
+from flexkv_sglang.cli.directory.scan import Namespace, Owner
+from flexkv_sglang.cli.directory.trusted_files import read_object, stats_of
 from flexkv_sglang.cli.output import ProgressLine, counted
-from flexkv_sglang.cli.page_reader import PageReader, Verdict
-from flexkv_sglang.cli.scan import Namespace, Owner
 from flexkv_sglang.errors import JournalError
 
 _LOOKS = 3
@@ -68,11 +70,21 @@ class OwnerReport:
 def load(namespace: Namespace, owner: Owner) -> OwnerReport:
     """Read the owner's state; the report has a finding if there is none."""
     report = OwnerReport(namespace, owner)
+    for reason in owner.foreign:
+        report.note("problem", "foreign_file", f"{reason}: not opened")
+    if owner.foreign:
+        return report
     if not owner.locked:
-        report.note("problem", "no_lock", "files without a lock: no server will adopt them")
+        report.note("problem", "no_lock", _without_lock(owner))
+    stats = stats_path(owner.directory, owner.name)
+    if stats in owner.files and not stats_of(read_object(stats, namespace.uid)):
+        report.note(
+            "problem", "bad_stats", f"{stats.name} makes no sense: its figures are not shown"
+        )
+    reason = ""
     for _ in range(_LOOKS if owner.alive else 1):  # it may start a generation while we read
         try:
-            report.state = recover(owner.directory, owner.name, namespace.name)
+            report.state = recover_plausible(owner.directory, owner.name, namespace.name)
         except JournalError as exc:
             reason = str(exc)
             time.sleep(_PAUSE_S if owner.alive else 0.0)
@@ -88,6 +100,15 @@ def load(namespace: Namespace, owner: Owner) -> OwnerReport:
     else:
         report.note("problem", "no_valid_journal", reason)
     return report
+
+
+def _without_lock(owner: Owner) -> str:
+    if owner.alive:
+        return (
+            "its lock file was removed, and a process may write its files (or this file system cannot tell): "
+            "while it lives no server shares its pages"
+        )
+    return "files without a lock: no server adopts them. check --repair makes it again, gc removes them"
 
 
 def verify(report: OwnerReport, progress: ProgressLine, *, held: bool) -> None:
@@ -113,7 +134,7 @@ def _shape(report: OwnerReport) -> list[Damage]:
     """Findings about generations, journal tail, slot file size and leftovers, as they are now."""
     owner = report.owner
     try:
-        state = recover(owner.directory, owner.name, report.namespace.name)
+        state = recover_plausible(owner.directory, owner.name, report.namespace.name)
         found = [*_tail(owner, state), *_dropped(owner, state), *_slot_file(owner, state)]
     except (JournalError, OSError) as exc:
         return [Damage("problem", "unstable", f"cannot be read again: {exc}")]
@@ -228,7 +249,7 @@ def _look_again(report: OwnerReport, reader: PageReader, verdicts: npt.NDArray[n
 def _standing(namespace: str, owner: Owner, records: Records) -> npt.NDArray[np.bool_]:
     """Per record: True if the journal still has it."""
     try:
-        state = recover(owner.directory, owner.name, namespace)
+        state = recover_plausible(owner.directory, owner.name, namespace)
     except (JournalError, OSError):
         return np.zeros(len(records), np.bool_)
     now = set(_identities(state.records))

@@ -2,96 +2,139 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import os
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from flexkv_sglang.backends.slots.ownership import OwnerLock
+from flexkv_sglang.cli.directory.dead_owner import take
+from flexkv_sglang.cli.directory.repair import repair as repair_owner
+from flexkv_sglang.cli.directory.scan import Namespace, Owner, Scan, said, scan
+from flexkv_sglang.cli.directory.verify import Damage, OwnerReport, load, verify
 from flexkv_sglang.cli.output import ProgressLine, counted, emit, human_bytes, human_seconds, table
-from flexkv_sglang.cli.repair import repair as repair_owner
-from flexkv_sglang.cli.scan import Namespace, Owner, namespaces, unknown_entries
-from flexkv_sglang.cli.verify import Damage, OwnerReport, load, verify
-from flexkv_sglang.errors import JournalError
 
 
 def run_check(root: Path, *, repair: bool, as_json: bool) -> int:
-    """Returns the exit code: 1 if a problem remains."""
-    found = namespaces(root)
+    """Returns the exit code: 1 if a problem remains. Raises ``OSError`` if ``root`` cannot be read."""
+    found = scan(root)
+    if repair and _close_to_others(found):
+        found = scan(root)
     everything: list[OwnerReport] = []
-    elsewhere = [
-        Damage("note", "unknown_file", f"{name} is not ours") for name in unknown_entries(root)
-    ]
+    elsewhere = _of_root(found)
     with ExitStack() as locks:
         held: set[tuple[Path, str]] = set()
-        for namespace in found:
-            elsewhere += _of_namespace(namespace)
+        for namespace in found.namespaces:
+            elsewhere += _of_namespace(namespace, repair=repair)
             for owner in namespace.owners:
-                if repair and _take(locks, owner):
+                wanted = repair and not namespace.not_to_change
+                if wanted and _take(locks, namespace, owner):
                     held.add((owner.directory, owner.name))
-                everything.append(load(namespace, owner))
+                everything.append(_load(namespace, owner))
         progress = ProgressLine(sum(item.pages for item in everything))
         for item in everything:
-            mine = (item.owner.directory, item.owner.name) in held
-            verify(item, progress, held=mine)
-            if mine:
-                _repair(item)
+            _judge(item, progress, held=(item.owner.directory, item.owner.name) in held)
         progress.close()
     findings = [*elsewhere, *[finding for item in everything for finding in item.findings]]
     left = sum(finding.severity == "problem" and not finding.repaired for finding in findings)
     emit(
-        _text(found, everything, elsewhere, progress.seconds, repair=repair),
+        _lines(found, everything, elsewhere, progress.seconds, repair=repair),
         _fields(root, everything, elsewhere, left),
         as_json=as_json,
     )
     return 1 if left else 0
 
 
-def _take(locks: ExitStack, owner: Owner) -> bool:
-    lock = OwnerLock.try_take(owner.directory, owner.name) if owner.locked else None
+def _close_to_others(found: Scan) -> bool:
+    """Take the rights of others from our folders, so that nothing can be planted meanwhile. True if any had some."""
+    open_ones = [item for item in found.namespaces if item.shared and not item.not_to_change]
+    for namespace in open_ones:
+        with suppress(OSError), namespace.acting():
+            os.chmod(namespace.directory, 0o700)
+    return bool(open_ones)
+
+
+def _take(locks: ExitStack, namespace: Namespace, owner: Owner) -> bool:
+    try:
+        with namespace.acting():
+            lock = take(owner)
+    except OSError:
+        return False  # ``load`` finds out why
     if lock is not None:
         locks.enter_context(lock)
     return lock is not None
 
 
-def _repair(item: OwnerReport) -> None:
-    if not item.findings:
-        return
+def _load(namespace: Namespace, owner: Owner) -> OwnerReport:
     try:
-        repair_owner(item)
-    except (JournalError, OSError) as exc:
-        item.note("problem", "repair_failed", str(exc))
+        with namespace.acting():
+            return load(namespace, owner)
+    except Exception as exc:  # noqa: BLE001 - one damaged owner must not hide the others
+        report = OwnerReport(namespace, owner)
+        report.note("problem", "unreadable_owner", said(exc))
+        return report
 
 
-def _of_namespace(namespace: Namespace) -> list[Damage]:
+def _judge(item: OwnerReport, progress: ProgressLine, *, held: bool) -> None:
+    """Verify, and repair what we hold."""
+    try:
+        with item.namespace.acting():
+            verify(item, progress, held=held)
+            if held and item.findings:
+                repair_owner(item)
+    except Exception as exc:  # noqa: BLE001 - one damaged owner must not hide the others
+        item.note("problem", "repair_failed" if held else "unreadable_owner", said(exc))
+
+
+def _of_root(found: Scan) -> list[Damage]:
+    """Folders of other users are problems only if there is nothing else."""
+    return [
+        Damage(
+            "problem" if item.ours or not found.namespaces else "note",
+            "refused_folder",
+            f"{item.path} {item.reason}",
+        )
+        for item in found.refused
+    ] + [Damage("note", "unknown_file", f"{name} is not ours") for name in found.unknown]
+
+
+def _of_namespace(namespace: Namespace, *, repair: bool) -> list[Damage]:
     found = [
         Damage("note", "unknown_file", f"{namespace.name}/{name} is not ours")
         for name in namespace.unknown
     ]
     if not namespace.fields:
         text = f"{namespace.name}/NAMESPACE.json is missing or unreadable"
-        found.append(Damage("note", "no_namespace_json", text))
+        bad = os.path.lexists(namespace.directory / "NAMESPACE.json")
+        found.append(Damage("problem" if bad else "note", "no_namespace_json", text))
+    if namespace.remedy:
+        found.append(Damage("note", "foreign_remedy", namespace.remedy))
+    if repair and (reason := namespace.not_to_change):
+        found.append(
+            Damage("note", "not_changed", f"{namespace.name}: {reason}: nothing is repaired")
+        )
+    if not repair and namespace.shared:
+        text = (
+            f"{namespace.name}: others can write to the folder; --repair takes that right from them"
+        )
+        found.append(Damage("note", "shared_folder", text))
     return found
 
 
-def _text(
-    found: list[Namespace],
+def _lines(
+    found: Scan,
     everything: list[OwnerReport],
     elsewhere: list[Damage],
     seconds: float,
     *,
     repair: bool,
-) -> str:
+) -> list[str]:
     lines = []
-    for namespace in found:
+    for namespace in found.namespaces:
         lines.append(f"{namespace.name}  {namespace.fields.get('model', '')}".rstrip())
         mine = [item for item in everything if item.namespace is namespace]
         if mine:
-            lines.append(
-                table(
-                    ("owner", "state", "generation", "pages", "bad", "unproven"),
-                    [_row(item) for item in mine],
-                )
-            )
+            head = ("owner", "state", "generation", "pages", "bad", "unproven")
+            lines += table(head, [_row(item) for item in mine])
         for item in mine:
             lines += [f"  {item.owner.name}: {_line(f)}" for f in item.findings]
             if repair and item.owner.alive and item.findings:
@@ -108,7 +151,7 @@ def _text(
         + (f", {repaired} repaired" if repair else "")
         + f", {counted(len(findings) - len(problems), 'note')}"
     )
-    return "\n".join(lines)
+    return lines
 
 
 def _row(item: OwnerReport) -> tuple[object, ...]:
