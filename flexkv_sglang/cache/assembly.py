@@ -13,13 +13,10 @@ from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.manifest import note, noted
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
-from flexkv_sglang.backends.slots.opening import (
-    open_places,
-    open_tier,
-    prepare_directory,
-)
+from flexkv_sglang.backends.slots.opening import open_tier
 from flexkv_sglang.backends.slots.retired import remove_folder, remove_unshared
 from flexkv_sglang.backends.slots.space.disk_space import total_bytes
+from flexkv_sglang.backends.slots.space.places import open_places, prepare_directory
 from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig

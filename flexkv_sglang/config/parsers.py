@@ -104,7 +104,9 @@ def number(low: float, high: float, unit: str) -> Callable[[str, object], float]
             or not isinstance(value, int | float)
             or not low <= value <= high
         ):
-            raise ConfigError(f"{key}: {shown(value)}. Valid: {_plain(low)} to {_plain(high)} {unit}")
+            raise ConfigError(
+                f"{key}: {shown(value)}. Valid: {_plain(low)} to {_plain(high)} {unit}"
+            )
         return float(value)
 
     return parse

@@ -151,7 +151,9 @@ def _reject_twice(key: str, value: object, paths: Sequence[str]) -> None:
     """Two spellings of one directory count as one, links followed."""
     places = {os.path.realpath(os.path.expanduser(path)) for path in paths}
     if len(places) != len(paths):
-        raise ConfigError(f"{key}: {shown(value)} names a directory twice. Valid: different directories")
+        raise ConfigError(
+            f"{key}: {shown(value)} names a directory twice. Valid: different directories"
+        )
 
 
 def _tier(where: str, given: Mapping[str, Any]) -> TierConfig:

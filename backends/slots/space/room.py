@@ -7,56 +7,26 @@ starts with what there is. Anything else that does not fit is a ``ConfigError``,
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.io.probe import IoMode
-from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.records import SlotClass
 from flexkv_sglang.backends.slots.space.allocation import commit_freed
-from flexkv_sglang.backends.slots.space.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.slots.space.memory_limit import is_memory, tightest
 from flexkv_sglang.backends.slots.space.owners import (
     Holding,
     describe_takers,
     make_room,
-    survey,
 )
+from flexkv_sglang.backends.slots.space.places import Place
 from flexkv_sglang.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 AUTO_SIZE_MAX = 64 * 10**9
 """Without a configured size: a quarter of the free space, at most this."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One configured directory: its namespace folder, how I/O works there, and its health.
-
-    ``root``: the configured directory. ``fields``: the meaning of the namespace. ``made``: the folder is new.
-    ``min_free``: bytes left to others on the disk (default: see ``floor_bytes``). ``durable``: flush at
-    every commit.
-    """
-
-    directory: Path
-    mode: IoMode
-    root: Path
-    fields: Mapping[str, object]
-    made: bool = False
-    breaker: Breaker = field(default_factory=Breaker)
-    min_free: int | None = None
-    durable: bool = False
-
-    def survey(self) -> list[Holding]:
-        """The owners on this disk; see ``space.owners``."""
-        return survey(self.root, self.directory, self.fields)
-
-    def spare_bytes(self) -> int:
-        """What may still be taken of the disk. Negative if others have less than ``min_free`` already."""
-        return free_bytes(self.directory) - floor_bytes(self.directory, self.min_free)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +56,7 @@ class SpaceRequest:
 
 
 def auto_bytes(place: Place, asked: SpaceRequest, holdings: Sequence[Holding]) -> int:
-    free, spare = free_bytes(place.directory), place.spare_bytes()
+    free, spare = place.free_bytes(), place.spare_bytes()
     dead = sum(h.byte_count for h in holdings if h.may_go)  # makes room when needed
     limit = tightest() if is_memory(place.directory) else None
     if limit is not None:
@@ -121,7 +91,7 @@ def room_for(
     lent = sum(h.byte_count for h in others if h.alive and h.ours)
     problem = (
         f"{asked.key_name}: {needed} more bytes are needed in {place.directory}, but only {spare} can be taken: "
-        f"min_free={floor_bytes(place.directory, place.min_free)} of {free_bytes(place.directory)} free bytes are "
+        f"min_free={place.floor_bytes()} of {place.free_bytes()} free bytes are "
         f"left to others. {takers}"
     )
     if spare + lent < needed:

@@ -11,17 +11,13 @@ from pathlib import Path
 import pytest
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
-from flexkv_sglang.backends.slots.opening import (
-    Recovered,
-    open_places,
-    open_tier,
-    prepare_directory,
-)
+from flexkv_sglang.backends.slots.opening import Recovered, open_tier
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.backends.slots.space import memory_limit, room
+from flexkv_sglang.backends.slots.space import memory_limit, places, room
 from flexkv_sglang.backends.slots.space.allocation import fill_holes, holes
 from flexkv_sglang.backends.slots.space.memory_limit import mount_of, tightest
+from flexkv_sglang.backends.slots.space.places import open_places, prepare_directory
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.siblings import are_siblings
 
@@ -34,8 +30,8 @@ class Disk:
 
     def __init__(self, root: Path, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.left = root, left
-        monkeypatch.setattr(room, "free_bytes", lambda _: self.left - self.taken())
-        monkeypatch.setattr(room, "floor_bytes", lambda *_: 0)
+        monkeypatch.setattr(places, "free_bytes", lambda _: self.left - self.taken())
+        monkeypatch.setattr(places, "floor_bytes", lambda *_: 0)
 
     def taken(self) -> int:
         """Bytes of all slot files."""
@@ -51,10 +47,10 @@ class Disk:
     ) -> tuple[SlotFileTier, Recovered]:
         """Open a namespace as a server does. ``share``: of this process, if it is not the only one."""
         mode = prepare_directory(str(self.root), "auto")
-        places = open_places({str(self.root): mode}, namespace, fields or {})
+        opened = open_places({str(self.root): mode}, namespace, fields or {})
         bytes_ = size if share is None else share
         return open_tier(
-            places,
+            opened,
             namespace,
             PAGE,
             bytes_,
