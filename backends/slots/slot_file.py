@@ -39,6 +39,7 @@ from flexkv_sglang.backends.slots.journal import (
 )
 from flexkv_sglang.backends.slots.ownership import OwnerLock
 from flexkv_sglang.backends.slots.records import NO_PARENT, RecordOp, Records, SlotClass
+from flexkv_sglang.backends.slots.space.allocation import preallocate
 from flexkv_sglang.errors import JournalError, TierUnavailableError
 from flexkv_sglang.types import I64, KeyArray, PageKey, SlotId
 
@@ -63,7 +64,7 @@ class SlotFile:
         """Preallocate and open. Raises ``OSError`` (ENOSPC when the disk cannot hold it)."""
         fd = open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            os.posix_fallocate(fd, 0, slot_class.slot_bytes * slot_class.slot_count)
+            preallocate(fd, path, slot_class.slot_bytes * slot_class.slot_count)
         except BaseException:
             path.unlink()
             raise

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import can_read, probe_directory
-from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
+from flexkv_sglang.backends.slots.space.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.cache import stats_file
 from flexkv_sglang.cache.disks.call_watch import CallWatch
 from flexkv_sglang.cache.disks.directories import Directory, Duty, Plan

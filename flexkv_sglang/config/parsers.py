@@ -25,7 +25,7 @@ _UNITS = {
     "TIB": 2**40,
 }
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
-_SIZE_HELP = 'bytes as a number, or a string such as "200GB", "1.5TB" or "512MiB"'
+_SIZE_HELP = 'bytes as a whole number, or a string such as "200GB", "1.5TB" or "512MiB"'
 
 
 def shown(value: object, name: str = "") -> str:
@@ -58,7 +58,7 @@ def parse_size(key: str, value: object, *, least: int = 1) -> int:
     elif isinstance(value, int) and not isinstance(value, bool):
         amount = float(value)
     else:
-        raise ConfigError(f"{key}: {shown(value)} is a {type(value).__name__}. Valid: {_SIZE_HELP}")
+        raise ConfigError(f"{key}: {shown(value)} is not a size. Valid: {_SIZE_HELP}")
     if not least <= amount < 2**63:
         bound = f"at least {least} bytes" if least != 1 else "at least 1 byte"
         raise ConfigError(f"{key}: {shown(value)} is out of range. Valid: {_SIZE_HELP}, {bound}")
@@ -104,7 +104,14 @@ def number(low: float, high: float, unit: str) -> Callable[[str, object], float]
             or not isinstance(value, int | float)
             or not low <= value <= high
         ):
-            raise ConfigError(f"{key}: {shown(value)}. Valid: {low:g} to {high:g} {unit}")
+            raise ConfigError(
+                f"{key}: {shown(value)}. Valid: {_plain(low)} to {_plain(high)} {unit}"
+            )
         return float(value)
 
     return parse
+
+
+def _plain(bound: float) -> str:
+    """1048576 and 0.5, never 1.04858e+06."""
+    return str(int(bound)) if bound == int(bound) else repr(bound)

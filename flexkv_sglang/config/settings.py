@@ -6,12 +6,14 @@ valid values. Nothing is read from the environment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flexkv_sglang.config.parsers import (
     choice,
+    flag,
     parse_size,
     reject_unknown,
     shown,
@@ -50,15 +52,20 @@ TIER_TYPES = ("slots",)
 class TierConfig:
     """One tier. ``path``: directories, striped evenly. ``size``: bytes that one server may take in all of them,
     with all its rank processes, or None (the size of an earlier run's files, else a quarter of the free space, at
-    most 64 GB per rank process and directory). ``type``: one of ``TIER_TYPES``."""
+    most 64 GB per rank process and directory). ``require_mount``: refuse a directory on the root file system.
+    ``type``: one of ``TIER_TYPES``."""
 
     path: tuple[str, ...] = ("~/.cache/flexkv-sglang",)
     size: int | None = None
+    require_mount: bool = False
     type: str = TIER_TYPES[0]
 
     def describe(self) -> str:
         """Format for the log."""
-        return f"path={','.join(self.path)} size={'auto' if self.size is None else self.size}"
+        mount = " require_mount=true" if self.require_mount else ""
+        return (
+            f"path={','.join(self.path)} size={'auto' if self.size is None else self.size}{mount}"
+        )
 
 
 _SHARE_DEFAULT = ShareConfig()
@@ -88,6 +95,11 @@ class FlexKVConfig:
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any] | None) -> FlexKVConfig:
         """Parse SGLang's extra_config dict. Raises ``ConfigError``."""
+        if extra_config is not None and not isinstance(extra_config, Mapping):
+            raise ConfigError(
+                f"hicache-storage-backend-extra-config: {shown(extra_config)}. Valid: a JSON object, such as "
+                '{"path": "/mnt/nvme0/flexkv", "size": "200GB"}'
+            )
         given = {
             key: value for key, value in (extra_config or {}).items() if key not in SGLANG_KEYS
         }
@@ -131,11 +143,17 @@ def _paths(key: str, value: object) -> tuple[str, ...]:
         or not all(isinstance(i, str) and i for i in items)
     ):
         raise ConfigError(f"{key}: {shown(value)}. Valid: a directory, or a list of directories")
-    if len(set(items)) != len(items):
+    _reject_twice(key, value, items)
+    return tuple(items)
+
+
+def _reject_twice(key: str, value: object, paths: Sequence[str]) -> None:
+    """Two spellings of one directory count as one, links followed."""
+    places = {os.path.realpath(os.path.expanduser(path)) for path in paths}
+    if len(places) != len(paths):
         raise ConfigError(
             f"{key}: {shown(value)} names a directory twice. Valid: different directories"
         )
-    return tuple(items)
 
 
 def _tier(where: str, given: Mapping[str, Any]) -> TierConfig:
@@ -161,11 +179,7 @@ def _tiers(key: str, value: object) -> tuple[TierConfig, ...]:
         if "path" not in given:
             raise ConfigError(f"{where}path: missing in {shown(item)}. Valid: {help_text}")
         tiers.append(replace(_tier(where, given), type=kind))
-    paths = [path for tier in tiers for path in tier.path]
-    if len(set(paths)) != len(paths):
-        raise ConfigError(
-            f"{key}: {shown(value)} names a directory twice. Valid: different directories"
-        )
+    _reject_twice(key, value, [path for tier in tiers for path in tier.path])
     return tuple(tiers)
 
 
@@ -183,7 +197,11 @@ def _densities(key: str, value: object) -> tuple[tuple[str, float], ...]:
     return tuple((name, float(density)) for name, density in value.items())
 
 
-_TIER_PARSERS: dict[str, Callable[[str, object], Any]] = {"path": _paths, "size": parse_size}
+_TIER_PARSERS: dict[str, Callable[[str, object], Any]] = {
+    "path": _paths,
+    "size": parse_size,
+    "require_mount": flag,
+}
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "tiers": _tiers,
     "verify": choice("full", "sampled", "off"),

@@ -146,7 +146,13 @@ def parse_share(key: str, value: object) -> ShareConfig:
 
 
 def _listen(key: str, value: object) -> str:
-    return "auto" if value == "auto" else address(key, value)
+    match = _ADDRESS.match(value) if isinstance(value, str) and value != "auto" else None
+    known = match is not None and match[1] != "auto" and 0 <= int(match[2]) < 65536
+    if value != "auto" and not known:
+        raise ConfigError(
+            f'{key}: {value!r}. Valid: "auto", or "host:port", such as "10.0.0.5:7400"'
+        )
+    return str(value)
 
 
 def _name(key: str, value: object) -> str:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from flexkv_sglang.backends.file_lock import is_at
 from flexkv_sglang.backends.safe_files import publish
-from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.backends.slots.journal import generations, journal_path, snapshot_path
 from flexkv_sglang.backends.slots.manifest import MANIFEST
 from flexkv_sglang.backends.slots.slot_file import OwnedStore, SlotFile
+from flexkv_sglang.backends.slots.space.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.errors import JournalError, TierError, TierUnavailableError
 from flexkv_sglang.metrics.registry import Metrics

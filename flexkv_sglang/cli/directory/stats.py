@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.backends.slots.disk_space import free_bytes
+from flexkv_sglang.backends.slots.space.disk_space import free_bytes
 from flexkv_sglang.cli.directory.scan import (
     Namespace,
     OwnerStats,

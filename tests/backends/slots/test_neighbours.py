@@ -14,8 +14,8 @@ import pytest
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.slots.journal import generations, journal_path
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
-from flexkv_sglang.backends.slots.opening import prepare_directory
 from flexkv_sglang.backends.slots.ownership import owners
+from flexkv_sglang.backends.slots.space.places import prepare_directory
 from flexkv_sglang.types import PageKey
 from stores.engines import keys, open_engine, page_memory, soon, wait_until
 
