@@ -10,9 +10,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/bin:/bin"
 TOOLS = ("mkfs.ext4", "losetup", "mount", "umount", "fsfreeze")
 
 
@@ -39,7 +40,7 @@ def why_not() -> str:
     """The reason why this machine has no such mount; "" if it has."""
     if os.geteuid() != 0:
         return "needs root"
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=_PATH) is None]
     if missing:
         return f"needs {', '.join(missing)}"
     return "" if Path("/dev/loop-control").exists() else "needs loop devices"
@@ -59,10 +60,19 @@ def hanging_mount(folder: Path, megabytes: int = 64) -> Iterator[HangingMount]:
         yield mount
     finally:
         mount.thaw()
-        subprocess.run(["umount", "--lazy", str(path)], check=False, capture_output=True)
+        with suppress(OSError):
+            _run("umount", "--lazy", str(path))
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    program = shutil.which(command[0], path=_PATH) or command[0]
+    done = subprocess.run(
+        [program, *command[1:]],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "PATH": _PATH},
+    )
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
