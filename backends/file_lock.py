@@ -7,19 +7,21 @@ import os
 import threading
 import time
 from pathlib import Path
+from weakref import WeakSet
 
-from flexkv_sglang.backends.safe_files import PRIVATE
+from flexkv_sglang.backends.safe_files import PRIVATE, open_own
 
 _ASKED_S = 0.02  # ``is_held`` has the lock for microseconds
 
 
 class FileLock:
-    """A held lock, and the content of its file. Threads: any."""
+    """A held lock, and the content of its file. A process that is forked has none of them. Threads: any."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self._guard = threading.Lock()  # the number of a closed descriptor is soon another file's
         self._fd = fd  # guarded by _guard
+        _HELD.add(self)
 
     @classmethod
     def take(cls, path: Path, flags: int = 0, *, tries: int = 1) -> FileLock | None:
@@ -29,7 +31,7 @@ class FileLock:
         process may be asking ``is_held``. Raises ``OSError``.
         """
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, PRIVATE)
+            fd = open_own(path, os.O_RDWR | flags)
         except FileExistsError:
             return None
         except FileNotFoundError:
@@ -43,7 +45,7 @@ class FileLock:
                 except BlockingIOError:
                     time.sleep(_ASKED_S if left else 0)
                     continue
-                if _is_at(
+                if is_at(
                     path, fd
                 ):  # it may have been unlinked and made again between open and flock
                     lock, fd = cls(path, fd), -1
@@ -72,7 +74,7 @@ class FileLock:
     def is_held(path: Path) -> bool:
         """Does a process hold it? Shared, so that two that ask do not see each other. Raises ``OSError``."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = open_own(path, os.O_RDWR)
         except FileNotFoundError:
             return False
         try:
@@ -93,9 +95,28 @@ class FileLock:
         """Can others still see it? False: its file was removed, and another process may hold a new one."""
         with self._guard:
             try:
-                return _is_at(self.path, self._fd)
+                return is_at(self.path, self._fd)
             except OSError:
                 return False
+
+    def put_back(self) -> bool:
+        """Make the path name a lock that is held here again. False: another process holds the one that is there.
+
+        The new file appears held, so no process takes it for a dead one. Raises ``OSError``, also when closed.
+        """
+        with self._guard:
+            if is_at(self.path, self._fd):
+                return True
+            if os.path.lexists(self.path):  # it was restored, or an adopter made it
+                there = FileLock.take(self.path)
+            else:
+                self.path.with_suffix(".new").unlink(missing_ok=True)
+                there = FileLock.make(self.path)
+            if there is None:
+                return False
+            self._fd, there._fd = there._fd, self._fd
+        there.close()
+        return True
 
     def write(self, text: str) -> None:
         """Replace the file's content. Raises ``OSError``, also when closed."""
@@ -111,7 +132,7 @@ class FileLock:
                 self._fd = -1
 
 
-def _is_at(path: Path, fd: int) -> bool:
+def is_at(path: Path, fd: int) -> bool:
     """Is the file of ``fd`` the one that ``path`` names? Raises ``OSError``."""
     mine = os.fstat(fd)
     try:
@@ -119,3 +140,17 @@ def _is_at(path: Path, fd: int) -> bool:
     except FileNotFoundError:
         return False
     return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+
+_HELD: WeakSet[FileLock] = WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: else a child that lives on would keep the locks of a parent that died."""
+    for lock in list(_HELD):
+        if lock._fd >= 0:  # not under _guard: a thread that is not here may have it
+            os.close(lock._fd)
+            lock._fd = -1
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

@@ -27,9 +27,9 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.slots.journal import keys_field, new_records
-from flexkv_sglang.backends.slots.opening import open_places
 from flexkv_sglang.backends.slots.records import RecordOp, SlotClass
 from flexkv_sglang.backends.slots.slot_file import OwnedStore
+from flexkv_sglang.backends.slots.space.places import open_places
 from flexkv_sglang.bench.ssd import environment
 from flexkv_sglang.cache.assembly import Quota, open_tiers, prepare_tiers
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig

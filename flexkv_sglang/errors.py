@@ -9,6 +9,10 @@ FlexKVError
     KernelArgumentError      a copy kernel cannot take its arguments; it was not launched
 """
 
+from __future__ import annotations
+
+from flexkv_sglang.printable import printable
+
 
 class FlexKVError(Exception):
     """Base of all errors that this package raises."""
@@ -17,8 +21,12 @@ class FlexKVError(Exception):
 class ConfigError(FlexKVError, ValueError):
     """A setting is wrong. Its text names the key, the value and the valid choices.
 
-    Also a ``ValueError``: SGLang prints those as "Failed to create storage backend: ...".
+    Also a ``ValueError``: SGLang prints those as "Failed to create storage backend: ...". One line, without control
+    characters and passwords of URLs, whatever the value was.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class TierError(FlexKVError):

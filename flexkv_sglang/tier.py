@@ -127,6 +127,9 @@ class Tier(ABC):
     def register_memory(self, address: int, byte_count: int) -> None:
         """Announce memory that calls will use often. It stays mapped until ``close``. Called again without harm."""
 
+    def prepare(self, page: PageBuffers) -> None:
+        """Make now what the first call would wait for. ``page``: one page as calls will name it; not to be touched."""
+
     def clear(self) -> None:
         """Forget every page of this process."""
 

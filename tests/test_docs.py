@@ -135,11 +135,13 @@ def test_settings_and_their_defaults_in_the_readme() -> None:
     assert literal(table["path"]) == config.tiers[0].path[0]
     for key in ("durability", "verify", "io_engine"):
         assert literal(table[key]) == getattr(config, key), key
+    assert literal(table["require_mount"]) == str(config.tiers[0].require_mount).lower()
     assert (config.share, literal(table["share"])) == (share.ShareConfig(), "{}")
     for key in ("redis_url", "peers"):
         assert not getattr(config.share, key), key
         assert table[key] == "none", key
-    prose = [key for key in table if key not in ("path", "durability", "verify", "io_engine")]
+    compared = ("path", "require_mount", "durability", "verify", "io_engine")
+    prose = [key for key in table if key not in compared]
     assert set(prose) == {*("size", "tiers", "min_free", "model_id", "redis_url", "peers")} | {
         "share",
         "pool_density",

@@ -9,7 +9,10 @@ Threads: any. Reads and writes have an engine and a slab each, so a long write d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -17,8 +20,16 @@ from flexkv_sglang.backends.io.direction import Direction, MakeEngine
 from flexkv_sglang.backends.io.operations import IOV_MAX
 from flexkv_sglang.backends.io.probe import make_engine
 from flexkv_sglang.backends.io.read_priority import ReadPriority
-from flexkv_sglang.backends.io.transfer import IoMode, Outcome, PageTransfer, Positions
+from flexkv_sglang.backends.io.transfer import (
+    CLOSE_TIMEOUT_S,
+    IoMode,
+    Outcome,
+    PageTransfer,
+    Positions,
+)
+from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.threads import Companion
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, BoolArray, PageBuffers, round_up
 
 _OUTCOMES = tuple(Outcome)  # by value: several times quicker than Outcome(value)
@@ -53,11 +64,21 @@ def by_mode(modes: Sequence[IoMode]) -> list[tuple[IoMode, Positions]]:
 
 
 class PageMover:
-    """Moves pages of one payload size. ``make``: an I/O engine of a kind (tests put faults around it)."""
+    """Moves pages of one payload size. ``make``: an I/O engine of a kind (tests put faults around it).
+
+    ``modes``: how pages are moved in the directories that calls will use, for ``prepare``.
+    """
 
     def __init__(
-        self, payload_bytes: int, metrics: Metrics, make: MakeEngine = make_engine
+        self,
+        payload_bytes: int,
+        metrics: Metrics,
+        make: MakeEngine = make_engine,
+        *,
+        modes: Iterable[IoMode] = (),
     ) -> None:
+        self._modes = frozenset(modes)
+        self._process = os.getpid()
         self._payload_bytes = payload_bytes
         self._metrics = metrics
         self._row_bytes = round_up(payload_bytes, SECTOR)
@@ -74,6 +95,13 @@ class PageMover:
         for direction in self._directions.values():
             direction.register_memory(address, byte_count)
 
+    def prepare(self, page: PageBuffers) -> None:
+        """Make now what the first call with such pages would wait for, in directories of ``modes``."""
+        for mode in self._modes:
+            bounces = not direct_pages(page.take([0]), [mode])[0]
+            for direction in self._directions.values():
+                direction.prepare(mode.engine, bounces=bounces)
+
     def counts(self) -> dict[str, int]:
         """ "read_operations", "write_fixed_operations", ...: see ``Ring``, ``PosixIo`` and ``ReadPriority``."""
         found = {
@@ -89,6 +117,8 @@ class PageMover:
         A page read through the slab reaches its target only after ``verify`` accepted it. Nobody may change the
         memory of pages that are written until this returns.
         """
+        if os.getpid() != self._process:  # a forked process shares the rings and the slots
+            raise TierUnavailableError(f"the files belong to process {self._process}, which forked")
         buffers, modes = transfer.buffers, transfer.modes
         assert transfer.page_bytes == self._payload_bytes, (
             transfer.page_bytes,
@@ -97,16 +127,38 @@ class PageMover:
         direction = self._directions["write" if transfer.writing else "read"]
         direct = direct_pages(buffers, modes)
         self._metrics.count("copied_pages", int(len(direct) - direct.sum()))
-        for mode, of_mode in by_mode(modes):
-            rows = of_mode[direct[of_mode]]
+        groups = by_mode(modes)
+        if len(groups) > 1:
+            return self._move_each(transfer, groups)
+        for mode, _ in groups:
+            rows = np.flatnonzero(direct)
             if len(rows):
                 part = transfer if len(rows) == len(transfer) else transfer.part(rows)
-                direction.engine(mode.engine).move(part)
+                for engine in direction.engines(mode.engine, part):
+                    engine.move(part)
                 part.finish()
                 transfer.outcomes[rows] = part.outcomes
-            rows = of_mode[~direct[of_mode]]
+            rows = np.flatnonzero(~direct)
             if len(rows):
                 self._bounce(transfer, direction, mode.engine, rows)
+        return [_OUTCOMES[value] for value in transfer.outcomes.tolist()]
+
+    def _move_each(
+        self, transfer: PageTransfer, groups: Sequence[tuple[IoMode, Positions]]
+    ) -> list[Outcome]:
+        """Disks that are used in different ways, at the same time: one that hangs does not hold up the other."""
+        parts = [transfer.part(rows) for _, rows in groups]
+        for part, (mode, rows) in zip(parts, groups, strict=True):
+            part.modes = (mode,) * len(rows)
+        others = [Companion(partial(self.move, part)) for part in parts[1:]]
+        try:
+            self.move(parts[0])
+        finally:
+            errors = [other.wait() for other in others]
+        for error in filter(None, errors):
+            raise error
+        for part, (_, rows) in zip(parts, groups, strict=True):
+            transfer.outcomes[rows] = part.outcomes
         return [_OUTCOMES[value] for value in transfer.outcomes.tolist()]
 
     def _bounce(
@@ -118,7 +170,8 @@ class PageMover:
             for start in range(0, len(rows), slab.rows):
                 group = rows[start : start + slab.rows]
                 part = transfer.part(group, slab.addresses, self._row_bytes)
-                direction.engine(kind).move(part)
+                for engine in direction.engines(kind, part):
+                    engine.move(part)
                 part.finish()
                 transfer.outcomes[group] = part.outcomes
 
@@ -128,7 +181,8 @@ class PageMover:
         for direction in self._directions.values():
             direction.abandon(self._traffic)
 
-    def close(self) -> bool:
-        """Wait a bounded time for running transfers and release the engines. False: some still run."""
-        ended = [direction.close() for direction in self._directions.values()]
+    def close(self, seconds: float = CLOSE_TIMEOUT_S) -> bool:
+        """Wait ``seconds`` for running transfers and release the engines. False: some still run."""
+        end = time.monotonic() + seconds
+        ended = [each.close(end - time.monotonic()) for each in self._directions.values()]
         return all(ended)

@@ -1,8 +1,8 @@
 """Memory that may be pinned for a ring, piece by piece as it is first used.
 
-Pinning costs 37 ms per GiB of 4 KiB pages, so nothing is pinned when a pool is announced: each call pins
-at most one piece that it touches and uses plain operations for the rest. After a refusal by the kernel
-(memlock limit, old kernel) nothing more is pinned.
+Pinning costs 37 ms per GiB of 4 KiB pages, so nothing is pinned when a pool is announced, and no call waits for it: a
+call uses plain operations for the pieces that it is the first to touch, and the ring's own thread pins them
+afterwards, one at a time. After a refusal by the kernel (memlock limit, old kernel) nothing more is pinned.
 
 Danger: a pinned piece stays the *old* memory if its address is mapped again. So announced memory must stay
 mapped until the ring is closed.
@@ -19,8 +19,8 @@ import numpy.typing as npt
 from flexkv_sglang.backends.io.uring import drop_buffer_table, make_buffer_table, pin_buffer
 from flexkv_sglang.types import U64
 
-PIECE_BYTES = 256 << 20
-"""About 10 ms of pinning; the kernel takes at most 1 GiB."""
+PIECE_BYTES = 64 << 20
+"""About 2.5 ms of pinning, for which a call may have to wait; the kernel takes at most 1 GiB."""
 
 _MAPS = Path(
     "/proc/self/maps"
@@ -40,6 +40,7 @@ class PinnedMemory:
         self._starts: U64 = np.zeros(0, np.uint64)
         self._ends: U64 = np.zeros(0, np.uint64)
         self._pinned = np.zeros(0, np.bool_)
+        self._asked = np.zeros(0, np.bool_)  # to be pinned, or pinned
         self._table_made = False
         self._given_up = False
 
@@ -58,25 +59,32 @@ class PinnedMemory:
         starts, ends = np.concatenate([self._starts, starts]), np.concatenate([self._ends, ends])
         order = np.argsort(starts)
         self._starts, self._ends = starts[order], ends[order]
-        self._pinned = np.zeros(len(starts), np.bool_)
+        self._pinned, self._asked = np.zeros(len(starts), np.bool_), np.zeros(len(starts), np.bool_)
         overlap = bool((self._starts[1:] < self._ends[:-1]).any())
         self._given_up = overlap or len(starts) > _PIECES_MAX
 
-    def pin_one(self, fd: int, addresses: U64, lengths: U64) -> None:
-        """Pin one announced piece that holds some of these buffers, if there is one left."""
+    def ask(self, addresses: U64, lengths: U64) -> list[int]:
+        """Announced pieces that hold some of these buffers and were not asked for yet: ``pin`` each, once."""
         if self._given_up or not len(self._starts):
+            return []
+        pieces = np.unique(self._pieces(addresses, lengths))
+        new = pieces[(pieces != PLAIN) & ~self._asked[pieces]]
+        self._asked[new] = True
+        return [int(piece) for piece in new]
+
+    def pin(self, fd: int, piece: int) -> None:
+        """Pin one piece. After a refusal nothing more is pinned."""
+        if self._given_up or piece >= len(self._starts) or self._pinned[piece]:
             return
-        pieces = self._pieces(addresses, lengths)
-        missing = pieces[(pieces != PLAIN) & ~self._pinned[pieces]]
-        if not len(missing):
-            return
-        piece = int(missing[0])
         start = int(self._starts[piece])
         try:
             if not self._table_made:
                 make_buffer_table(fd, len(self._starts))
                 self._table_made = True
             pin_buffer(fd, piece, start, int(self._ends[piece]) - start)
+        except InterruptedError:
+            self._asked[piece] = False  # the next call asks again
+            return
         except OSError:
             self._given_up = True  # pieces that are pinned already stay in use
             return

@@ -12,23 +12,33 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
 import numpy as np
 
 from flexkv_sglang.backends.io.operations import runs
 from flexkv_sglang.backends.io.read_priority import ReadPriority
-from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, NOT_TRIED, PageTransfer, Positions
+from flexkv_sglang.backends.io.transfer import (
+    CLOSE_TIMEOUT_S,
+    NOT_TRIED,
+    PageTransfer,
+    Positions,
+    take_turn,
+)
+from flexkv_sglang.threads import OVERDUE_S
 from flexkv_sglang.types import I64
 
 _THROTTLED_PAUSE_S = 0.001
+_START_S = 10.0
 
 
 class PosixIo:
-    """``workers`` threads. ``kind`` tells whether the files were opened O_DIRECT ("threads") or not.
+    """``workers`` threads, started here. ``kind`` tells whether the files were opened O_DIRECT ("threads") or not.
 
-    ``counts``: "operations", runs of adjacent pages that were to be moved.
+    ``OSError`` from the constructor: the process has no threads left. ``counts``: "operations", runs of adjacent pages
+    that were to be moved.
     """
 
     def __init__(
@@ -38,8 +48,9 @@ class PosixIo:
         self._workers = workers
         self._traffic = traffic or ReadPriority()
         self.counts: Counter[str] = Counter()
+        self.given_up = False
         self._lock = threading.Lock()  # one batch at a time, as for the ring
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="flexkv-io")
+        self._pool = _started(workers)
         self._closed = False
 
     def move(self, transfer: PageTransfer) -> None:
@@ -49,29 +60,52 @@ class PosixIo:
         borders = runs(transfer)
         count = len(borders) - 1
         queue = deque(range(count))
-        with nullcontext() if transfer.writing else self._traffic.reading(), self._lock:
-            if self._closed:
-                raise OSError(errno.EBADF, "the I/O threads are closed")
-            self.counts["operations"] += count
-            futures = [
-                self._pool.submit(self._serve, transfer, borders, queue, worker)
-                for worker in range(min(self._workers, count))
-            ]
-            # Waits for all: nothing stays in flight.
-            errors = [future.exception() for future in futures]
-        for error in errors:
+        with nullcontext() if transfer.writing else self._traffic.reading():
+            if not take_turn(self._lock, self, transfer.deadline):
+                return
+            futures: list[Future[None]] = []
+            try:
+                if self._closed:
+                    raise OSError(errno.EBADF, "the I/O threads are closed")
+                self.counts["operations"] += count
+                futures += [
+                    self._pool.submit(self._serve, transfer, borders, queue, worker)
+                    for worker in range(min(self._workers, count))
+                ]
+                # Waits for all: nothing stays in flight, but of a write that hangs.
+                limit = transfer.deadline + OVERDUE_S - time.monotonic()
+                wait(futures, max(0.0, limit) if transfer.writing else None)
+            finally:
+                left = [future for future in futures if not future.done()]
+                if not left:
+                    self._lock.release()
+            if left:
+                self._leave(transfer, left)
+        for future in futures:
+            error = future.exception() if future.done() else None
             if error is not None:
                 raise error
+
+    def _leave(self, transfer: PageTransfer, left: Sequence[Future[None]]) -> None:
+        """A write hangs: the caller goes, the workers stay until their operations end."""
+
+        def drain() -> None:
+            wait(left)
+            self._lock.release()
+            transfer.settle()
+
+        self.given_up = True
+        threading.Thread(target=drain, name="flexkv-drain", daemon=True).start()
 
     def register_memory(self, _address: int, _byte_count: int) -> None:
         """Nothing to do: threads pin nothing."""
 
-    def close(self) -> bool:
+    def close(self, seconds: float = CLOSE_TIMEOUT_S) -> bool:
         """End the threads once no batch runs; see ``IoEngine``."""
-        if not self._lock.acquire(timeout=CLOSE_TIMEOUT_S):
+        self._closed = True
+        if not self._lock.acquire(timeout=max(0.0, seconds)):
             return False
         try:
-            self._closed = True
             self._pool.shutdown(wait=True)
         finally:
             self._lock.release()
@@ -82,7 +116,7 @@ class PosixIo:
     ) -> None:
         """One worker: move the next run of pages, until ``queue`` is empty or time is up."""
         mean = max(1, transfer.page_bytes * len(transfer) // (len(borders) - 1))
-        while queue and time.monotonic() < transfer.deadline:
+        while queue and not self._closed and time.monotonic() < transfer.deadline:
             if transfer.writing and worker >= self._traffic.write_depth(self._workers, mean):
                 time.sleep(_THROTTLED_PAUSE_S)  # reads are under way; worker 0 always goes on
                 continue
@@ -91,8 +125,22 @@ class PosixIo:
             except IndexError:
                 return
             first, end = int(borders[run]), int(borders[run + 1])
+            transfer.begin(slice(first, end))
             transfer.on_complete(np.arange(first, end), _move_run(transfer, first, end))
             transfer.run_pending()
+
+
+def _started(workers: int) -> ThreadPoolExecutor:
+    """All threads at once: one that cannot be started in the middle of a transfer would leave work without a worker."""
+    pool, all_there = ThreadPoolExecutor(workers, "flexkv-io"), threading.Barrier(workers)
+    try:
+        for started in [pool.submit(all_there.wait, _START_S) for _ in range(workers)]:
+            started.result()
+    except (RuntimeError, threading.BrokenBarrierError) as exc:
+        all_there.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise OSError(errno.EAGAIN, "the I/O threads cannot be started") from exc
+    return pool
 
 
 def _move_run(transfer: PageTransfer, first: int, end: int) -> I64:

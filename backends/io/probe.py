@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from flexkv_sglang.backends.io.posix_io import PosixIo
 from flexkv_sglang.backends.io.read_priority import ReadPriority
@@ -51,6 +52,19 @@ def probe_directory(directory: str, wanted: str = "auto") -> IoMode:
             continue
         return IoMode(engine, direct, align, "; ".join(reasons))
     raise TierUnavailableError(f"no I/O works in {directory}: {'; '.join(reasons)}")
+
+
+def can_read(fd: int, mode: IoMode) -> bool:
+    """Can the first 4 KiB of a file be read, on a disk that takes no writes? ``fd``: opened as ``mode`` says."""
+    try:
+        io = make_engine(mode.engine)
+        try:
+            memory = mmap.mmap(-1, SECTOR)
+            return _move_sector(io, fd, np.frombuffer(memory, np.uint8), 1) == SECTOR
+        finally:
+            io.close()
+    except OSError:
+        return False
 
 
 def in_memory(directory: str) -> bool:
@@ -111,22 +125,29 @@ def _round_trip(io: IoEngine, fd: int, pieces: int) -> None:
     array = np.frombuffer(memory, np.uint8)
     source, target = array[:SECTOR], array[2 * SECTOR : 3 * SECTOR]
     source[:] = np.frombuffer(os.urandom(SECTOR), np.uint8)
-    piece = SECTOR // pieces
-    steps = np.arange(pieces, dtype=np.uint64) * np.uint64(piece)
-    lengths = np.full(pieces, piece, np.uint64)
-    deadline = time.monotonic() + _PROBE_TIMEOUT_S
     for part in (source, target):
-        transfer = PageTransfer(
-            np.array([fd], np.int32),
-            np.zeros(1, np.uint64),
-            (),
-            PageBuffers((np.uint64(part.ctypes.data) + steps)[None, :], lengths),
-            deadline,
-            writing=part is source,
-        )
-        io.move(transfer)
-        moved = int(transfer.moved[0])
+        moved = _move_sector(io, fd, part, pieces, writing=part is source)
         if moved != SECTOR:
             raise OSError(-moved if moved < 0 else errno.EIO, f"moved {moved} of {SECTOR} bytes")
     if not np.array_equal(source, target):
         raise OSError(errno.EIO, "read back other bytes than were written")
+
+
+def _move_sector(
+    io: IoEngine, fd: int, memory: npt.NDArray[np.uint8], pieces: int, *, writing: bool = False
+) -> int:
+    """The first sector of a file, in ``pieces`` buffers of one operation: bytes moved or -errno."""
+    piece = SECTOR // pieces
+    steps = np.arange(pieces, dtype=np.uint64) * np.uint64(piece)
+    transfer = PageTransfer(
+        np.array([fd], np.int32),
+        np.zeros(1, np.uint64),
+        (),
+        PageBuffers(
+            (np.uint64(memory.ctypes.data) + steps)[None, :], np.full(pieces, piece, np.uint64)
+        ),
+        time.monotonic() + _PROBE_TIMEOUT_S,
+        writing=writing,
+    )
+    io.move(transfer)
+    return int(transfer.moved[0])

@@ -1,9 +1,9 @@
 """Breaker: one directory's health. Opens on repeated failures, closes after a successful probe.
 
-While it is open nothing is read from or written to the directory: a dead disk costs each call nothing,
-instead of a timeout. A journal that takes no more records (a full disk) stops writes only. A call counts
-as failed if pages of the directory failed and none succeeded: single bad sectors are no reason to give up
-a disk. The pattern is Nygard's circuit breaker ("Release It!", 2007).
+Reading and writing fail for different reasons, so each has a count of its own. Failed writes (a read-only file
+system, a full disk or quota, a journal that takes no more records) stop writes only: what is there stays readable.
+Failed reads, and a disk that hangs, stop both: then a dead disk costs each call nothing. A call counts as failed
+if pages failed and none succeeded: single bad sectors are no reason to give up a disk. Nygard's circuit breaker (2007).
 
 Threads: any.
 """
@@ -26,7 +26,7 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
         self._backoff = Backoff(_PAUSE_S, _PAUSE_MAX_S, clock=clock)
-        self._failures = 0
+        self._failed = {False: 0, True: 0}  # reads, writes: calls in a row
         self._probing = False
         self._open = False
         self._readable = True
@@ -42,16 +42,15 @@ class Breaker:
         """True while its pages may be read."""
         return self._readable
 
-    def record(self, succeeded: int, failed: int, reason: str = "") -> bool:
+    def record(
+        self, succeeded: int, failed: int, reason: str = "", *, writing: bool = False
+    ) -> bool:
         """Outcome of one call: pages that moved, pages that met an error. True if it has just opened."""
+        if not succeeded and not failed:
+            return False
         with self._lock:
-            if succeeded:
-                self._failures = 0
-            elif failed:
-                self._failures += 1
-                if self._failures >= _FAILURES:
-                    return self._trip(reason)
-        return False
+            count = self._failed[writing] = 0 if succeeded else self._failed[writing] + 1
+            return count >= _FAILURES and self._trip(reason, readable=writing)
 
     def trip(self, reason: str, *, readable: bool = False) -> bool:
         """Open at once. True if that changes anything."""
@@ -66,16 +65,18 @@ class Breaker:
             self._probing = True
             return True
 
-    def end_probe(self, *, healthy: bool) -> None:
-        """Close, or wait twice as long for the next probe."""
+    def end_probe(self, *, healthy: bool, readable: bool = False, reason: str = "") -> None:
+        """Close, or wait twice as long for the next probe. ``readable``: only writes fail, for this ``reason``."""
         with self._lock:
             self._probing = False
             if healthy:
                 self._open, self._readable, self.reason = False, True, ""
-                self._failures = 0
+                self._failed = {False: 0, True: 0}
                 self._backoff.reset()
             else:
                 self._backoff.failed()
+                if readable and not self._readable:
+                    self._readable, self._failed[False], self.reason = True, 0, reason
 
     def _trip(self, reason: str, *, readable: bool = False) -> bool:
         if self._open and (readable or not self._readable):

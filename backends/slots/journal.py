@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.backends.failpoints import Failpoint, reach
-from flexkv_sglang.backends.safe_files import replacing, write_all
+from flexkv_sglang.backends.file_lock import is_at
+from flexkv_sglang.backends.safe_files import open_own, read_own, replacing, write_all
 from flexkv_sglang.backends.slots.records import (
     HEADER_BYTES,
     JOURNAL_MAGIC,
@@ -114,7 +115,8 @@ class JournalWriter:
         self._seq = seq
         self._size = position
         self._broken = False
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._process = os.getpid()
+        self._fd = open_own(self.path, os.O_WRONLY | os.O_APPEND)
         if os.fstat(self._fd).st_size != position:
             os.ftruncate(self._fd, position)  # a torn tail of a crashed owner
 
@@ -137,12 +139,18 @@ class JournalWriter:
         """Bytes, header included."""
         return self._size
 
+    @property
+    def in_place(self) -> bool:
+        """Does its path name the file that is appended to, as long as it was written? Raises ``OSError``."""
+        return is_at(self.path, self._fd) and os.fstat(self._fd).st_size == self._size
+
     def append(self, records: Records) -> None:
         """Number, seal and append ``records`` with one write.
 
         Raises ``JournalError``; the journal then holds none of them, and takes nothing more if it could
         not be cut back to where it was.
         """
+        self._refuse_child()
         if self._broken:
             raise JournalError(f"{self.path} was given up after a failed write")
         data = seal_records(records, self.header.crc_seed, self._seq)
@@ -159,6 +167,11 @@ class JournalWriter:
         self._seq += len(records)
         reach(Failpoint.APPEND_DONE)
 
+    def _refuse_child(self) -> None:
+        """A forked process has our descriptor, too: its records would have the numbers of the next ones here."""
+        if os.getpid() != self._process:
+            raise JournalError(f"{self.path} belongs to process {self._process}, which forked")
+
     def should_rotate(self, live_count: int) -> bool:
         """True when most of the journal is history."""
         return self._size > max(_MIN_ROTATE_BYTES, 2 * live_count * RECORD_BYTES + HEADER_BYTES)
@@ -172,6 +185,7 @@ class JournalWriter:
         ``sealed=False``: this journal may list more than ``live``, so no reader may go on from it: a neighbour that
         tails it sees it vanish, and loads the snapshot.
         """
+        self._refuse_child()
         reach(Failpoint.ROTATE_BEFORE)
         old = self.header
         header = replace(
@@ -187,7 +201,7 @@ class JournalWriter:
             write_snapshot(self.directory, header, live)
             reach(Failpoint.ROTATE_SNAPSHOT)
             _publish(new_path, header.pack(JOURNAL_MAGIC))
-            new_fd = os.open(new_path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            new_fd = open_own(new_path, os.O_WRONLY | os.O_APPEND)
         except OSError:
             self._drop_generation(header.generation)
             raise
@@ -315,9 +329,13 @@ def recover(directory: Path, owner: str, namespace: str) -> LiveState:
 
 
 def _recover_generation(directory: Path, owner: str, namespace: str, generation: int) -> LiveState:
-    with journal_path(directory, owner, generation).open("rb") as file:
+    path = journal_path(directory, owner, generation)
+    with open(open_own(path), "rb") as file:
         header = Header.unpack(file.read(HEADER_BYTES), JOURNAL_MAGIC)  # cheap to refuse
-        raw = file.read()
+        size, limit = os.fstat(file.fileno()).st_size, _journal_bytes_max(header)
+        if size > limit:
+            raise JournalError(f"{path} has {size} bytes, more than the {limit} that it can have")
+        raw = file.read(size)
     if header.namespace != namespace or header.owner != owner or header.generation != generation:
         raise JournalError(f"belongs to {header.namespace}/{header.owner}.{header.generation}")
     parts = [read_snapshot(directory, header)] if generation else []
@@ -338,9 +356,17 @@ def _recover_generation(directory: Path, owner: str, namespace: str, generation:
     )
 
 
+def _journal_bytes_max(header: Header) -> int:
+    """Four times the size at which an owner starts a new generation; it may be late, but not by that much."""
+    slots = sum(item.slot_count for item in header.files)
+    return 4 * max(_MIN_ROTATE_BYTES, 2 * slots * RECORD_BYTES + HEADER_BYTES)
+
+
 def read_snapshot(directory: Path, journal_header: Header) -> Records:
     """Records of the snapshot that belongs to a journal. Raises ``JournalError`` if it is not whole."""
-    raw = snapshot_path(directory, journal_header.owner, journal_header.generation).read_bytes()
+    slots = sum(item.slot_count for item in journal_header.files)
+    path = snapshot_path(directory, journal_header.owner, journal_header.generation)
+    raw = read_own(path, HEADER_BYTES + slots * RECORD_BYTES)
     header = Header.unpack(raw[:HEADER_BYTES], SNAPSHOT_MAGIC)
     body = raw[HEADER_BYTES:]
     if header.crc_seed != journal_header.crc_seed or header.namespace != journal_header.namespace:
@@ -365,11 +391,17 @@ def last_words(records: Records, header: Header) -> Records:
     inside = slot < counts[file]
     if not inside.all():
         known, file, slot = known[inside], file[inside], slot[inside]
-    position = np.full(int(bases[-1]), -1, np.int64)
     place = bases[file] + slot
-    position[place] = known  # of several, the last stays
     stands = np.zeros(len(records), np.bool_)
-    stands[position[position >= 0]] = True
+    if (
+        bases[-1] > 64 * len(known) + _SCRATCH_RECORDS
+    ):  # memory by the records, not by what a header says
+        latest = np.unique(place[::-1], return_index=True)[1]
+        stands[known[len(known) - 1 - latest]] = True
+    else:
+        position = np.full(int(bases[-1]), -1, np.int64)
+        position[place] = known  # of several, the last stays
+        stands[position[position >= 0]] = True
     return _taken(records, np.flatnonzero(stands & (ops == RecordOp.PUT)))
 
 

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from flexkv_sglang.backends.safe_files import publish
+from flexkv_sglang.backends.safe_files import publish, read_own
 
 MANIFEST = "NAMESPACE.json"
+_BYTES_MAX = 1 << 16
 
 
 def noted(directory: Path, key: str) -> object:
     """The value under ``key``; None if there is none, or no readable file."""
     try:
-        fields = json.loads((directory / MANIFEST).read_text())
+        fields = _read(directory)
     except (OSError, ValueError):
         return None
     return fields.get(key) if isinstance(fields, dict) else None
@@ -22,8 +23,17 @@ def noted(directory: Path, key: str) -> object:
 
 def note(directory: Path, key: str, value: object) -> None:
     """Add or replace a field. Raises ``OSError`` or, if the file is not readable, ``ValueError``."""
-    fields = json.loads((directory / MANIFEST).read_text())
+    fields = _read(directory)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{directory / MANIFEST} holds no object")  # noqa: TRY004
     write_manifest(directory, {**fields, key: value})
+
+
+def _read(directory: Path) -> object:
+    try:
+        return json.loads(read_own(directory / MANIFEST, _BYTES_MAX, shared=True))
+    except RecursionError as exc:
+        raise ValueError(f"{directory / MANIFEST} is nested too deeply") from exc
 
 
 def write_manifest(directory: Path, fields: Mapping[str, object]) -> None:

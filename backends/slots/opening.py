@@ -8,111 +8,48 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
-from flexkv_sglang.backends.io.probe import IoMode, probe_directory
-from flexkv_sglang.backends.slots.breaker import Breaker
-from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes, is_no_space
 from flexkv_sglang.backends.slots.journal import generations
-from flexkv_sglang.backends.slots.manifest import MANIFEST, write_manifest
 from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
-from flexkv_sglang.backends.slots.records import NO_PARENT, RECORD, Records, SlotClass
+from flexkv_sglang.backends.slots.records import NO_PARENT, RECORD, SLOTS_MAX, Records, SlotClass
+from flexkv_sglang.backends.slots.retired import remove_folder
 from flexkv_sglang.backends.slots.slot_file import OwnedStore, SlotFileTier
+from flexkv_sglang.backends.slots.space.disk_space import is_no_space
+from flexkv_sglang.backends.slots.space.owners import describe_takers
+from flexkv_sglang.backends.slots.space.places import Place
+from flexkv_sglang.backends.slots.space.room import (
+    Shortage,
+    SpaceRequest,
+    auto_bytes,
+    room_for,
+)
+from flexkv_sglang.backends.slots.space.turns import in_turn
 from flexkv_sglang.errors import ConfigError, JournalError, TierUnavailableError
 from flexkv_sglang.types import I64, SECTOR, KeyArray, round_up
 
 logger = logging.getLogger(__name__)
-
-AUTO_SIZE_MAX = 64 * 10**9
-"""Without a configured size: a quarter of the free space, at most this."""
-
-_U32_SLOTS = (1 << 32) - 2
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
     """The pages of the adopted owners, as ``TierIndex.load`` takes them: in parallel, oldest first.
 
-    All ``[n]``; ``parents``: slots or -1.
+    All ``[n]``; ``parents``: slots or -1. ``short``: directories that hold less than was asked for.
     """
 
     keys: KeyArray
     slots: I64
     parents: I64
+    short: tuple[Shortage, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One configured directory: its namespace folder, how I/O works there, and its health.
-
-    ``min_free``: bytes left to others on the disk (default: see ``floor_bytes``). ``durable``: flush at
-    every commit.
-    """
-
-    directory: Path
-    mode: IoMode
-    breaker: Breaker = field(default_factory=Breaker)
-    min_free: int | None = None
-    durable: bool = False
-
-
-def prepare_directory(path: str, io_engine: str) -> IoMode:
-    """Make the directory if needed and prove that pages can be written and read there.
-
-    Raises ``ConfigError`` naming the directory and the reason.
-    """
-    directory = Path(path).expanduser()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        mode = probe_directory(str(directory), io_engine)
-    except OSError as exc:
-        raise ConfigError(
-            f"path: cannot use {str(directory)!r}: {exc.strerror or exc}. "
-            "Valid: a directory this user can write to, on a disk with free space"
-        ) from exc
-    except TierUnavailableError as exc:
-        raise ConfigError(
-            f"path, io_engine={io_engine!r}: {exc}. Valid: io_engine 'auto' takes what works"
-        ) from exc
-    logger.info(
-        "flexkv: %s: io_engine=%s o_direct=%s segment_align=%d%s",
-        directory,
-        mode.engine,
-        str(mode.o_direct).lower(),
-        mode.segment_align,
-        f" (not better because {mode.reason})" if mode.reason else "",
-    )
-    return mode
-
-
-def open_places(
-    paths: Mapping[str, IoMode],
-    namespace: str,
-    fields: Mapping[str, object],
-    *,
-    min_free: int | None = None,
-    durable: bool = False,
-) -> list[Place]:
-    """The namespace folder in each directory, with a NAMESPACE.json that describes it."""
-    places = []
-    for path, mode in paths.items():
-        directory = Path(path).expanduser() / namespace
-        directory.mkdir(exist_ok=True)
-        directory = (
-            directory.resolve()
-        )  # it may be a link to another disk; files are opened without links
-        if not (directory / MANIFEST).exists():
-            write_manifest(directory, {"namespace": namespace, **fields})
-        places.append(Place(directory, mode, Breaker(), min_free, durable))
-    return places
-
-
-def open_tier(
+def open_tier(  # noqa: PLR0913 - one call, spelled out
     places: Sequence[Place],
     namespace: str,
     payload_bytes: int,
@@ -121,83 +58,85 @@ def open_tier(
     accepted: frozenset[ChecksumKind],
     key_name: str = "size",
     auto_part: float = 1.0,
+    whole_bytes: int | None = None,
+    directories: int = 0,
 ) -> tuple[SlotFileTier, Recovered]:
     """Adopt dead owners, then preallocate what is missing to this process's share.
 
     ``share_bytes``: bytes this process may take over all directories; 0: it only reads its neighbours;
     None: what was left here by an earlier run, else this namespace's part (``auto_part``) of a quarter of the
-    free space. Raises ``ConfigError`` when a share is too small for one page or larger than the free
-    space; of several directories those that cannot be used are left out, as long as one can.
+    free space. ``whole_bytes``: the same for all processes and pools of the server. ``directories``: number of
+    configured ones, if some of them are lost; their shares are not put on the others.
+
+    Where the disk has too little left, dead owners of namespaces that this server does not use make room. If owners
+    that live have the rest, the tier starts with what there is (``Recovered.short``). Raises ``ConfigError`` when a
+    share is too small for one page or larger than the space there can be; of several directories those that cannot be
+    used are left out, as long as one can.
     """
     if share_bytes == 0:
         return SlotFileTier([]), _recovered(SlotFileTier([]), [])
     slot_bytes = round_up(payload_bytes, SECTOR)
-    if share_bytes is not None and share_bytes // len(places) < slot_bytes:
+    count = directories or len(places)
+    if share_bytes is not None and share_bytes // count < slot_bytes:
         raise ConfigError(
-            f"{key_name}: this process's share in each of {len(places)} directories is "
-            f"{share_bytes // len(places)} bytes, less than one page ({slot_bytes} bytes). "
-            f"Valid: at least {slot_bytes * len(places)} bytes per rank process"
+            f"{key_name}: this process's share in each of {count} directories is "
+            f"{share_bytes // count} bytes, less than one page ({slot_bytes} bytes). "
+            f"Valid: at least {slot_bytes * count} bytes per rank process"
         )
-    asked = _Asked(
+    asked = SpaceRequest(
         namespace,
         SlotClass(slot_bytes, payload_bytes, 0),
-        None if share_bytes is None else share_bytes // len(places),
+        None if share_bytes is None else share_bytes // count,
+        None if whole_bytes is None else whole_bytes // count,
         accepted,
         key_name,
         auto_part,
     )
-    stores: list[OwnedStore] = []
-    live: list[Records] = []
+    opened, short = _open_all(places, asked)
+    for place, store, _ in opened:
+        store.breaker, store.durable = place.breaker, place.durable
+    tier = SlotFileTier([store for _, store, _ in opened])
+    recovered = _recovered(tier, [records for _, _, records in opened])
+    return tier, replace(recovered, short=tuple(short))
+
+
+def _open_all(
+    places: Sequence[Place], asked: SpaceRequest
+) -> tuple[list[tuple[Place, OwnedStore, Records]], list[Shortage]]:
+    opened: list[tuple[Place, OwnedStore, Records]] = []
+    short: list[Shortage] = []
     problems: list[ConfigError] = []
     try:
         for place in places:
             try:
-                opened = _open_directory(place, asked)
+                opened += [(place, *one) for one in _open_directory(place, asked, short)]
             except ConfigError as exc:
                 problems.append(exc)
-                continue
-            for store, records in opened:
-                store.breaker, store.durable = place.breaker, place.durable
-                stores.append(store)
-                live.append(records)
+                if place.made:
+                    remove_folder(place.directory)
     except BaseException:
-        for store in stores:
+        for _, store, _ in opened:
             store.close()
         raise
-    if problems and not stores:
+    if len(problems) == len(places):
         raise problems[0]
     for problem in problems:
         logger.error("flexkv: a directory is left out: %s", problem)
-    tier = SlotFileTier(stores)
-    return tier, _recovered(tier, live)
+    return opened, short
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """Arguments that are the same for every directory. ``share``: bytes per directory, or None."""
-
-    namespace: str
-    slot_class: SlotClass
-    share: int | None
-    accepted: frozenset[ChecksumKind]
-    key_name: str
-    auto_part: float
-
-
-def _open_directory(place: Place, asked: _Asked) -> list[tuple[OwnedStore, Records]]:
+def _open_directory(
+    place: Place, asked: SpaceRequest, short: list[Shortage]
+) -> list[tuple[OwnedStore, Records]]:
     slot_bytes, share = asked.slot_class.slot_bytes, asked.share
-    slots_max = _U32_SLOTS if share is None else min(share // slot_bytes, _U32_SLOTS)
-    opened = _adopt_all(place, asked, slots_max)
-    have = sum(store.slots.slot_class.slot_count for store, _ in opened)
-    if share is None:
-        free = free_bytes(place.directory)
-        spare = free - floor_bytes(place.directory, place.min_free)
-        auto = int(min(free // 4, spare, AUTO_SIZE_MAX) * asked.auto_part) // slot_bytes
-        slots_max = have or max(1, auto)
-    missing = slots_max - have
+    slots_max = SLOTS_MAX if share is None else min(share // slot_bytes, SLOTS_MAX)
+    opened: list[tuple[OwnedStore, Records]] = []
     try:
-        if missing > 0:
-            opened.append((_create(place, asked, missing), np.zeros(0, RECORD)))
+        with in_turn(place.directory):  # else one measures before the other has cut what it adopted
+            opened += _adopt_all(place, asked, slots_max)
+            have = sum(store.slots.slot_class.slot_count for store, _ in opened)
+            if have < slots_max and not (have and share is None):
+                _create_missing(place, asked, slots_max - have, opened, short)
     except BaseException:
         for store, _ in opened:
             store.close()
@@ -205,29 +144,47 @@ def _open_directory(place: Place, asked: _Asked) -> list[tuple[OwnedStore, Recor
     return opened
 
 
-def _create(place: Place, asked: _Asked, slot_count: int) -> OwnedStore:
-    slot_class = replace(asked.slot_class, slot_count=slot_count)
-    needed = slot_class.slot_bytes * slot_count
-    free = free_bytes(place.directory)
-    floor = floor_bytes(place.directory, place.min_free)
-    if needed > free - floor:
-        raise ConfigError(
-            f"{asked.key_name}: {needed} more bytes are needed in {place.directory}, but only {free} are "
-            f"free, of which min_free={floor} are left to others. Valid: a size that fits, or free space"
+def _create_missing(
+    place: Place,
+    asked: SpaceRequest,
+    wanted: int,
+    opened: list[tuple[OwnedStore, Records]],
+    short: list[Shortage],
+) -> None:
+    slot_bytes = asked.slot_class.slot_bytes
+    with in_turn(place.root):  # else each counts the same space as its own
+        holdings = place.survey()
+        if asked.share is None:
+            wanted = max(1, auto_bytes(place, asked, holdings) // slot_bytes)
+        found = room_for(
+            place, asked, wanted, holdings, frozenset(store.lock.owner for store, _ in opened)
         )
+        if found:
+            opened.append((_create(place, asked, found), np.zeros(0, RECORD)))
+    if found < wanted:
+        useless = frozenset((h.folder, h.owner) for h in place.survey() if not h.alive)
+        short.append(Shortage(place, slot_bytes, (wanted - found) * slot_bytes, useless))
+
+
+def _create(place: Place, asked: SpaceRequest, slot_count: int) -> OwnedStore:
+    slot_class = replace(asked.slot_class, slot_count=slot_count)
     try:
         return OwnedStore.create(place.directory, asked.namespace, slot_class, place.mode)
     except OSError as exc:
         if is_no_space(exc):
+            needed = slot_class.slot_bytes * slot_count
             raise ConfigError(
-                f"{asked.key_name}: {needed} bytes do not fit into {place.directory}: {exc.strerror}"
+                f"{asked.key_name}: {needed} bytes do not fit into {place.directory}: {exc.strerror}. "
+                f"{describe_takers(place.root, place.survey())}. Valid: a size that fits, or free space"
             ) from exc
         raise ConfigError(
             f"path: cannot create files in {place.directory}: {exc.strerror or exc}"
         ) from exc
 
 
-def _adopt_all(place: Place, asked: _Asked, slots_max: int) -> list[tuple[OwnedStore, Records]]:
+def _adopt_all(
+    place: Place, asked: SpaceRequest, slots_max: int
+) -> list[tuple[OwnedStore, Records]]:
     """Dead owners of this namespace, the largest first, until ``slots_max`` slots are ours."""
     adopted: list[tuple[OwnedStore, Records]] = []
     left = slots_max
@@ -235,12 +192,8 @@ def _adopt_all(place: Place, asked: _Asked, slots_max: int) -> list[tuple[OwnedS
         enough = left < 1 or (asked.share is None and bool(adopted))
         if enough and generations(place.directory, owner):
             continue
-        lock = OwnerLock.try_take(place.directory, owner)
+        lock = _dead_owner(place.directory, owner)
         if lock is None:
-            continue
-        if not generations(place.directory, owner):  # died while it was being made
-            lock.remove_files()
-            lock.close()
             continue
         try:
             store, records = OwnedStore.adopt(
@@ -267,14 +220,27 @@ def _adopt_all(place: Place, asked: _Asked, slots_max: int) -> list[tuple[OwnedS
     return adopted
 
 
+def _dead_owner(directory: Path, owner: str) -> OwnerLock | None:
+    """The lock of an owner that can be adopted; None if it lives, is not ours, or died while it was being made."""
+    try:
+        lock = OwnerLock.try_take(directory, owner)
+        if lock is None or generations(directory, owner):
+            return lock
+        with lock:
+            lock.remove_files()
+    except OSError as exc:
+        logger.warning("flexkv: owner %s in %s is left alone: %s", owner, directory, exc)
+    return None
+
+
 def _by_size(directory: Path) -> list[str]:
     sizes = dict.fromkeys(owners(directory), 0)
     for name in os.listdir(directory):
         owner = name.partition(".")[0]
         if name.endswith(".slots") and owner in sizes:
             try:
-                sizes[owner] += (directory / name).stat().st_size
-            except FileNotFoundError:
+                sizes[owner] += (directory / name).lstat().st_size
+            except OSError:
                 continue
     return sorted(sizes, key=lambda owner: (-sizes[owner], owner))
 

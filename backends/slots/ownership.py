@@ -20,12 +20,12 @@ _LOCK_NAME = re.compile(r"^([0-9a-f]{12})\.lock$")
 
 
 class OwnerLock:
-    """A held lock. ``close`` releases it; so does the end of the process, however it ends."""
+    """A held lock in ``file``. ``close`` releases it; so does the end of the process, however it ends."""
 
     def __init__(self, directory: Path, owner: str, lock: FileLock) -> None:
         self.directory = directory
         self.owner = owner
-        self._lock = lock
+        self.file = lock
 
     @classmethod
     def create(cls, directory: Path) -> OwnerLock:
@@ -47,7 +47,7 @@ class OwnerLock:
     @property
     def held(self) -> bool:
         """True until ``close``."""
-        return self._lock.held
+        return self.file.held
 
     def remove_files(self) -> None:
         """Delete everything of this owner, the lock file last. For owners whose pages are not used any more."""
@@ -60,7 +60,7 @@ class OwnerLock:
 
     def close(self) -> None:
         """Release. Idempotent."""
-        self._lock.close()
+        self.file.close()
 
     def __enter__(self) -> OwnerLock:
         return self

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_sglang.errors import JournalError
-from flexkv_sglang.types import U32
+from flexkv_sglang.types import SECTOR, U32
 
 FORMAT_VERSION = 1
 JOURNAL_MAGIC = b"FKJRNL01"
@@ -26,6 +26,9 @@ SNAPSHOT_MAGIC = b"FKSNAP01"
 HEADER_BYTES = 4096
 RECORD_BYTES = 64
 NO_PARENT = 0xFFFFFFFF
+SLOTS_MAX = (1 << 32) - 2
+
+_FILES_MAX = 16
 
 _CRC_CHUNK = 1 << 14  # records whose columns stay in the second-level cache
 _CRC_BY_COLUMN = 1 << 10  # fewer are faster one by one
@@ -92,6 +95,25 @@ class Header:
     record_count: int = 0
     body_crc: int = 0
 
+    def check(self) -> None:
+        """Raises ``ValueError`` for a type or a number that this format cannot have, before memory is taken for it."""
+        texts = self.namespace, self.owner, self.boot_id
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a text is none")
+        _check_int("epoch", self.crc_seed, 0, 1 << 63)
+        _check_int("generation", self.generation, 0, 1 << 63)
+        _check_int("base_seq", self.base_seq, 0, 1 << 63)
+        _check_int("record_count", self.record_count, 0, 1 << 36)
+        _check_int("body_crc", self.body_crc, 0, 1 << 32)
+        if not 1 <= len(self.files) <= _FILES_MAX:
+            raise ValueError(f"{len(self.files)} slot files")
+        for item in self.files:
+            _check_int("slot_bytes", item.slot_bytes, SECTOR, (1 << 32) + 1)
+            _check_int("payload_bytes", item.payload_bytes, 1, item.slot_bytes + 1)
+            _check_int("slot_count", item.slot_count, 0, SLOTS_MAX + 1)
+            if item.slot_bytes % SECTOR:
+                raise ValueError(f"slot_bytes {item.slot_bytes} is no multiple of {SECTOR}")
+
     def pack(self, magic: bytes) -> bytes:
         """4096 bytes."""
         fields = asdict(self)
@@ -119,11 +141,18 @@ class Header:
             fields = json.loads(body)
             fields["files"] = tuple(SlotClass(**item) for item in fields["files"])
             fields["crc_seed"] = fields.pop("epoch")
-            return cls(**fields)
-        except (TypeError, KeyError, ValueError) as exc:
+            header = cls(**fields)
+            header.check()
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as exc:
             raise JournalError(
                 f"header fields are not those of version {FORMAT_VERSION}: {exc}"
             ) from exc
+        return header
+
+
+def _check_int(name: str, value: object, low: int, end: int) -> None:
+    if type(value) is not int or not low <= value < end:  # a bool is no number here
+        raise ValueError(f"{name} is {value!r}, not a number from {low} to {end - 1}")
 
 
 def seal_records(records: Records, crc_seed: int, previous_seq: int) -> bytes:

@@ -23,7 +23,7 @@ import numpy as np
 from flexkv_sglang.backends.checksum import KIND_OF, ChecksumKind
 from flexkv_sglang.backends.failpoints import Failpoint, reach
 from flexkv_sglang.backends.io.transfer import Extents, IoMode
-from flexkv_sglang.backends.safe_files import remove_temporaries
+from flexkv_sglang.backends.safe_files import open_own, remove_temporaries
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.journal import (
     JournalWriter,
@@ -39,6 +39,7 @@ from flexkv_sglang.backends.slots.journal import (
 )
 from flexkv_sglang.backends.slots.ownership import OwnerLock
 from flexkv_sglang.backends.slots.records import NO_PARENT, RecordOp, Records, SlotClass
+from flexkv_sglang.backends.slots.space.allocation import preallocate
 from flexkv_sglang.errors import JournalError, TierUnavailableError
 from flexkv_sglang.types import I64, KeyArray, PageKey, SlotId
 
@@ -52,7 +53,7 @@ class SlotFile:
         self.path = path
         self.slot_class = slot_class
         self.mode = mode
-        self.fd = os.open(path, mode.open_flags | (os.O_RDWR if writable else os.O_RDONLY))
+        self.fd = open_own(path, mode.open_flags | (os.O_RDWR if writable else os.O_RDONLY))
         size = os.fstat(self.fd).st_size
         if size < slot_class.slot_bytes * slot_class.slot_count:
             os.close(self.fd)
@@ -61,9 +62,9 @@ class SlotFile:
     @classmethod
     def create(cls, path: Path, slot_class: SlotClass, mode: IoMode) -> SlotFile:
         """Preallocate and open. Raises ``OSError`` (ENOSPC when the disk cannot hold it)."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            os.posix_fallocate(fd, 0, slot_class.slot_bytes * slot_class.slot_count)
+            preallocate(fd, path, slot_class.slot_bytes * slot_class.slot_count)
         except BaseException:
             path.unlink()
             raise
@@ -157,7 +158,7 @@ class OwnedStore:
             reach(Failpoint.ADOPT_ROTATED)
             size = wanted.slot_bytes * wanted.slot_count
             if os.fstat(slots.fd).st_size > size:  # or an adoption before this one died here
-                os.truncate(path, size)
+                os.ftruncate(slots.fd, size)
                 reach(Failpoint.ADOPT_CUT)
         except BaseException:
             slots.close()
@@ -204,12 +205,14 @@ class OwnedStore:
         smaller = replace(self.slots.slot_class, slot_count=slot_count)
         self.journal.rotate(live, (smaller,))
         self.slots.slot_class = smaller
-        os.truncate(self.slots.path, smaller.slot_bytes * slot_count)
+        os.ftruncate(self.slots.fd, smaller.slot_bytes * slot_count)
 
     def close(self) -> None:
         """Flush, append the clean mark, release the lock. Idempotent."""
         clean = not self.failed and self.slots.fd >= 0
         try:
+            if clean:  # without its lock file nobody would find these pages again
+                self.lock.file.put_back()
             if clean:
                 self.slots.sync()
                 reach(Failpoint.CLOSE_SYNCED)
@@ -326,23 +329,30 @@ class SlotFileTier:
         reach(Failpoint.PUT_RECORDED)
         return done
 
-    def publish_del(self, victims: Sequence[tuple[PageKey, SlotId]]) -> None:
-        """Append tombstones. A store whose journal fails takes no more writes."""
+    def publish_del(
+        self, victims: Sequence[tuple[PageKey, SlotId]], *, revived: bool = False
+    ) -> bool:
+        """Append tombstones. A store whose journal fails takes no more writes. True: they are on the journals.
+
+        ``revived``: also in stores that are not in use again yet; the others have nothing to say there.
+        """
         reach(Failpoint.EVICT_BEFORE)
+        whole = True
         store_of, local = self.locate([slot for _, slot in victims])
         for index, store in enumerate(self.stores):
             rows = np.flatnonzero(store_of == index).tolist()
-            if rows and not store.failed:
+            if rows and (revived or not store.failed):
                 records = new_records(RecordOp.DEL, len(rows))
                 records["slot"] = local[rows]
                 records["key"] = keys_field([victims[row][0] for row in rows])
-                store.append(records)
+                whole &= store.append(records)
         reach(Failpoint.EVICT_RECORDED)
+        return whole
 
-    def publish_clear(self) -> None:
-        """Append CLEAR to every journal."""
+    def publish_clear(self, stores: Sequence[OwnedStore]) -> None:
+        """Append CLEAR to the journals of these stores."""
         reach(Failpoint.CLEAR_BEFORE)
-        for store in self.stores:
+        for store in stores:
             if not store.failed:
                 store.append(new_records(RecordOp.CLEAR, 1))
         reach(Failpoint.CLEAR_RECORDED)
@@ -364,14 +374,3 @@ class SlotFileTier:
         inside = (linked >= low) & (linked < high)
         records["parent"] = np.where(inside, linked - low, NO_PARENT)
         return records
-
-    def close(self) -> None:
-        """Flush and release every store, also when one of them fails. Idempotent."""
-        first: OSError | JournalError | None = None
-        for store in self.stores:
-            try:
-                store.close()
-            except (OSError, JournalError) as exc:
-                first = first or exc
-        if first is not None:
-            raise TierUnavailableError(f"closing the tier: {first}") from first

@@ -11,15 +11,12 @@ from pathlib import Path
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import IoMode
-from flexkv_sglang.backends.slots.disk_space import total_bytes
 from flexkv_sglang.backends.slots.manifest import note, noted
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
-from flexkv_sglang.backends.slots.opening import (
-    open_places,
-    open_tier,
-    prepare_directory,
-)
+from flexkv_sglang.backends.slots.opening import open_tier
 from flexkv_sglang.backends.slots.retired import remove_folder, remove_unshared
+from flexkv_sglang.backends.slots.space.disk_space import total_bytes
+from flexkv_sglang.backends.slots.space.places import open_places, prepare_directory
 from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig
@@ -77,7 +74,9 @@ def prepare_tiers(config: FlexKVConfig) -> list[dict[str, IoMode]]:
         problems: list[ConfigError] = []
         for path in tier.path:
             try:
-                modes[path] = prepare_directory(path, config.io_engine)
+                modes[path] = prepare_directory(
+                    path, config.io_engine, require_mount=tier.require_mount
+                )
             except ConfigError as exc:
                 problems.append(exc)
         if not modes:
@@ -93,9 +92,10 @@ def check_capacity(config: FlexKVConfig, prepared: Sequence[Mapping[str, IoMode]
     for number, (tier, modes) in enumerate(zip(config.tiers, prepared, strict=True)):
         for path in modes:
             whole = total_bytes(Path(path).expanduser())
-            if tier.size is not None and tier.size // len(modes) > whole:
+            share = None if tier.size is None else tier.size // len(tier.path)
+            if share is not None and share > whole:
                 raise ConfigError(
-                    f"{_key_name(config, number)}: {tier.size // len(modes)} bytes for {path}, whose file "
+                    f"{_key_name(config, number)}: {share} bytes for {path}, whose file "
                     f"system has {whole}. Valid: a size that fits"
                 )
 
@@ -179,6 +179,8 @@ def _open_slots(request: TierRequest) -> Tier:
         accepted=accepted,
         key_name=_key_name(config, request.number),
         auto_part=request.quota.part,
+        whole_bytes=config.tiers[request.number].size,
+        directories=len(config.tiers[request.number].path),
     )
     neighbours = NeighbourStore(
         [(place.directory, place.mode) for place in places],
@@ -191,7 +193,7 @@ def _open_slots(request: TierRequest) -> Tier:
         slots,
         recovered,
         neighbours,
-        PageMover(request.payload_bytes, request.metrics),
+        PageMover(request.payload_bytes, request.metrics, modes={place.mode for place in places}),
         request.metrics,
         config.verify,
         min_free=config.min_free,

@@ -9,29 +9,41 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
 from types import TracebackType
+
+import numpy as np
 
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.transfer import Extents, Outcome, PageTransfer
 from flexkv_sglang.backends.slots.breaker import Breaker
-from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStore
+from flexkv_sglang.backends.slots.following.neighbour_journal import NeighbourPage
+from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
+from flexkv_sglang.cache.disks.call_watch import CallWatch
+from flexkv_sglang.cache.disks.directories import directories_of
 from flexkv_sglang.cache.local_pages import LOCK_SPAN, LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
-from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
-from flexkv_sglang.errors import TierError, TierUnavailableError
+from flexkv_sglang.cache.upkeep import Upkeep
+from flexkv_sglang.errors import TierError
 from flexkv_sglang.metrics.registry import Metrics, SlotAges
 from flexkv_sglang.prefix import cut_after_first_failure
+from flexkv_sglang.threads import OVERDUE_S, succeeded, wait_for
 from flexkv_sglang.tier import Tier
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
 logger = logging.getLogger(__name__)
 
-_PUBLISH_S = 2.0  # for journal records of calls that have no deadline
+CLOSE_S = 3.0
+"""Limit of ``close``. Of this, for the last stats files, and for what is in flight:"""
+
+_REPORT_S, _DRAIN_S = 0.5, 1.0
+_LOOK_S = 0.25
 
 
 class GetPlan:
@@ -126,14 +138,23 @@ class CacheEngine(Tier):
         self._mover = mover
         self._metrics = metrics
         self._written_kind = WRITTEN_KIND[verify]
-        self._pages = LocalPages(tier, recovered)
+        directories = directories_of(tier.stores, neighbours.directories)
+        self._pages = LocalPages(tier, recovered, directories)
         self._watch = CallWatch()
         metrics.count("recovered_pages", self._pages.recovered_count)
         self._ages = SlotAges(tier.slot_count, metrics)
         self._closed = False
         self._reporter = Reporter(metrics, tier, neighbours, self.page_count, level)
-        self._upkeep = Upkeep(self._pages, neighbours, mover, self._watch, metrics, min_free)
-        self._upkeep.reporter = self._reporter
+        self._upkeep = Upkeep(
+            directories,
+            self._pages,
+            neighbours,
+            mover,
+            self._watch,
+            metrics,
+            min_free,
+            self._reporter.write,
+        )
         self._neighbours.scan()
         self._upkeep.start()
 
@@ -179,6 +200,7 @@ class CacheEngine(Tier):
         """Read pages. False from the first page on that was absent, damaged, or late."""
         assert len(keys) == len(targets), (len(keys), len(targets))
         started = time.monotonic()
+        self._first_look(deadline)
         with GetPlan(self._pages, self._neighbours, keys) as plan:
             results = self._read(plan, targets.take(slice(len(plan.keys))), deadline)
         results = cut_after_first_failure(results)
@@ -197,7 +219,7 @@ class CacheEngine(Tier):
         if plan.foreign:
             extents = self._neighbours.extents(plan.claims)
             self._read_rows(plan, plan.foreign, [], extents, targets, deadline, results, bad)
-            self._recheck_neighbours(plan, results, bad)
+            self._recheck_neighbours(plan, results, bad, deadline)
         if bad:
             self._drop_corrupt(plan, frozenset(bad))
         return results
@@ -225,12 +247,13 @@ class CacheEngine(Tier):
             return page_checksum(kind, keys[row], parts) == sums[row]
 
         self._ages.touch(own_slots)
-        breakers = self._tier.breakers(own_slots)
+        breakers = self._tier.breakers(own_slots) if own_slots else self._claimed_in(plan.claims)
         outcomes = [Outcome.FAILED] * len(rows)
         try:
-            with self._watch.call(deadline, frozenset(breakers)):
-                part = targets if len(rows) == len(targets) else targets.take(rows)
-                outcomes = self._mover.move(PageTransfer(*extents, part, deadline, verify))
+            part = targets if len(rows) == len(targets) else targets.take(rows)
+            transfer = PageTransfer(*extents, part, deadline, verify)
+            with self._watch.call(transfer, breakers):
+                outcomes = self._mover.move(transfer)
         except (OSError, TierError) as exc:
             self._trouble("read", exc)
         if outcomes.count(Outcome.DONE) == len(rows):
@@ -271,7 +294,8 @@ class CacheEngine(Tier):
             if len(distinct) > 1:
                 mine = [o for o, b in zip(outcomes, breakers, strict=True) if b is breaker]
             moved = mine.count(Outcome.DONE) + mine.count(Outcome.REFUSED)
-            if breaker.record(moved, mine.count(Outcome.FAILED), f"{what} errors"):
+            failed, writing = mine.count(Outcome.FAILED), what == "write"
+            if breaker.record(moved, failed, f"{what} errors", writing=writing):
                 opened = True
             if moved:
                 working.add(breaker)
@@ -279,15 +303,41 @@ class CacheEngine(Tier):
             self._upkeep.bypass_failed()
         return working
 
-    def _recheck_neighbours(self, plan: GetPlan, results: list[bool], bad: list[int]) -> None:
-        """Drop pages whose owner rewrote the slot during the read: its journal says so by now."""
-        for row, valid in zip(plan.foreign, self._neighbours.still_valid(plan.claims), strict=True):
+    def _recheck_neighbours(
+        self, plan: GetPlan, results: list[bool], bad: list[int], deadline: float
+    ) -> None:
+        """Drop pages whose owner rewrote the slot during the read: its journal says so by now.
+
+        So are pages in a directory whose journals cannot be read in time.
+        """
+        places = {claim.journal.directory for claim in plan.claims}
+        seen = self._look(places, max(deadline, time.monotonic() + OVERDUE_S))
+        known = self._neighbours.confirmed(plan.claims)
+        for row, claim, same in zip(plan.foreign, plan.claims, known, strict=True):
+            valid = same and claim.journal.directory in seen
             if not valid:
                 self._metrics.count("neighbour_lost_pages", int(results[row]))
                 results[row] = False
                 if row in bad:
                     bad.remove(row)  # torn, not corrupt
         self._metrics.count("neighbour_read_pages", sum(results[i] for i in plan.foreign))
+
+    def _look(self, places: Collection[Path], end: float) -> set[Path]:
+        """Have neighbours' journals in ``places`` read now, until ``end``. Returns the places where that was done."""
+        looks = {
+            d.path: d.neighbours.post(
+                partial(self._neighbours.poll_directory, d.path), end - time.monotonic()
+            )
+            for d in self._upkeep.directories
+            if d.path in places and d.breaker.is_readable
+        }
+        wait_for(list(looks.values()), end)
+        return {path for path, look in looks.items() if succeeded(look)}
+
+    def _first_look(self, deadline: float) -> None:
+        """Before neighbours' pages are looked for: what they have just stored counts, too."""
+        if self._neighbours.neighbour_count:
+            self._look(self._neighbours.directories, min(deadline, time.monotonic() + _LOOK_S))
 
     def _drop_corrupt(self, plan: GetPlan, bad: frozenset[int]) -> None:
         """Forget the pages at these positions, here and for the neighbours."""
@@ -305,12 +355,7 @@ class CacheEngine(Tier):
         self._neighbours.forget(
             [claim for row, claim in zip(plan.foreign, plan.claims, strict=True) if row in bad]
         )
-        with self._pages.lock:
-            gone = [(key, slot) for key, slot in own if self._pages.index.discard(key, slot)]
-        try:
-            self._pages.publish_del(gone, time.monotonic() + _PUBLISH_S)
-        except TierUnavailableError as exc:
-            self._trouble("tombstone", exc)
+        self._pages.drop(own)
 
     def put(
         self,
@@ -331,6 +376,8 @@ class CacheEngine(Tier):
         if self._closed:
             return [False] * len(keys)
         started = time.monotonic()
+        if not own:
+            self._first_look(deadline)
         claimed = [] if own else self._neighbours.holds(keys)
         held = frozenset(i for i, flag in enumerate(claimed) if flag)
         reserved = self._pages.reserve(keys, parent, held)
@@ -356,7 +403,6 @@ class CacheEngine(Tier):
             "write", pages, pages * sources.payload_bytes, time.monotonic() - started
         )
         self._metrics.count("write_failed_pages", len(done) - pages)
-        self._upkeep.rotate_if_due()
         return results
 
     def _write(
@@ -367,7 +413,10 @@ class CacheEngine(Tier):
         sources: PageBuffers,
         deadline: float,
     ) -> list[bool]:
-        """Tombstones, bytes, records, index, in this order. Slots whose write failed are free when this returns."""
+        """Tombstones, bytes, records, index, in this order. Slots whose write failed are free when this returns.
+
+        Those of a directory that hangs are freed when its operations have ended.
+        """
         sums = [0] * len(keys)
         kind = self._written_kind
 
@@ -376,10 +425,11 @@ class CacheEngine(Tier):
             sums[row] = page_checksum(kind, keys[row], parts)
             return True
 
-        done = [False] * len(keys)
+        done, left = [False] * len(keys), frozenset[int]()
         try:
-            self._pages.publish_del(victims, deadline)  # before the slots are rewritten
-            rows = [i for i, flag in enumerate(self._tier.writable(slots)) if flag]
+            buried, left = self._pages.bury(victims, slots, deadline)  # before slots are rewritten
+            writable = self._tier.writable(slots)
+            rows = [i for i in range(len(slots)) if buried[i] and writable[i]]
             targets = [slots[row] for row in rows]
             breakers = self._tier.breakers(targets)
             if rows:
@@ -387,39 +437,42 @@ class CacheEngine(Tier):
                 transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
-                    with self._watch.call(deadline, frozenset(breakers)):
+                    with self._watch.call(transfer, breakers):
                         outcomes = self._mover.move(transfer)
                 finally:
+                    left |= self._left(transfer, rows, slots, breakers)
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):
                     done[row] = outcome is Outcome.DONE
         except (OSError, TierError) as exc:
             self._trouble("write", exc)
         finally:
-            done = self._commit(keys, slots, sums, done)
+            end = max(deadline, time.monotonic() + OVERDUE_S)
+            done = self._pages.record(keys, slots, sums, done, self._written_kind, end, left)
         return done
 
-    def _commit(
-        self, keys: list[PageKey], slots: list[SlotId], sums: list[int], moved: list[bool]
-    ) -> list[bool]:
-        """Journal records, then the index; under ``publishing``, so that no CLEAR comes between the two."""
-        pages = self._pages
-        recorded = [False] * len(slots)
-        try:
-            if any(moved):
-                with pages.publishing(time.monotonic() + _PUBLISH_S):
-                    with pages.lock:
-                        alive = pages.index.still_writing(slots)
-                        parents = [pages.index.parent_slot(slot) for slot in slots]
-                    good = [i for i in range(len(slots)) if moved[i] and alive[i]]
-                    entries = [(keys[i], slots[i], sums[i], parents[i]) for i in good]
-                    flags = self._tier.publish_put(entries, self._written_kind) if entries else []
-                    for i, flag in zip(good, flags, strict=True):
-                        recorded[i] = flag
-                    return pages.commit(slots, recorded)
-        except TierUnavailableError as exc:
-            self._trouble("commit", exc)
-        return pages.commit(slots, recorded)
+    def _left(
+        self,
+        transfer: PageTransfer,
+        rows: list[int],
+        slots: list[SlotId],
+        breakers: Sequence[Breaker],
+    ) -> frozenset[int]:
+        """The rows whose write hangs. Their directories are bypassed, their slots are freed when it has ended."""
+        flying = np.flatnonzero(transfer.flying).tolist()
+        if not flying:
+            return frozenset()
+        for breaker in {breakers[position] for position in flying}:
+            breaker.trip("a write hangs")
+        self._mover.abandon()
+        self._upkeep.bypass_failed()
+        left = frozenset(rows[position] for position in flying)
+        self._pages.abort_after(transfer.ended, [slots[row] for row in left])
+        return left
+
+    def _claimed_in(self, claims: Sequence[NeighbourPage]) -> list[Breaker]:
+        breakers = {d.path: d.breaker for d in self._upkeep.directories}
+        return [breakers[claim.journal.directory] for claim in claims]
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
         """Keep own pages from eviction; a neighbour's page is not pinned."""
@@ -437,40 +490,41 @@ class CacheEngine(Tier):
         """Announce the host pool's memory; see ``PageMover.register_memory``."""
         self._mover.register_memory(address, byte_count)
 
+    def prepare(self, page: PageBuffers) -> None:
+        """See ``Tier.prepare``."""
+        self._mover.prepare(page)
+
     def clear(self) -> None:
-        """Forget every page of this process in this namespace, on disk and for the neighbours."""
-        try:
-            with self._pages.publishing(time.monotonic() + _PUBLISH_S):
-                self._tier.publish_clear()
-                self._pages.clear()
-        except TierUnavailableError as exc:
-            # The probe writes the empty index to its journals when they answer again.
-            for store in self._tier.stores:
-                store.breaker.trip("a journal does not answer")
-            self._pages.clear()
-            self._trouble("clear", exc)
-        self._upkeep.bypass_failed()
+        """Forget every page of this process in this namespace, at once; disk and neighbours follow.
+
+        If the process dies before its journals say so, the pages are there again: right ones, found by their keys.
+        """
+        self._pages.clear()
         self._metrics.count("clears")
 
     def close(self) -> None:
-        """Wait for running transfers, flush, mark the journals clean, release the owner locks. Idempotent."""
+        """Wait for running transfers, flush, mark the journals clean, release the owner locks: ``CLOSE_S`` for all.
+
+        Directories that do not answer stay locked. Idempotent.
+        """
         self._closed = True
-        self._upkeep.stop()
-        self._reporter.close()
-        if not self._mover.close():
-            # Writes are still in flight. Keep the locks, or these writes would land in an adopter's slots.
-            logger.error("flexkv: transfers are still in flight; the files stay locked")
-            return
+        deadline = time.monotonic() + CLOSE_S
+        directories = self._upkeep.directories
+        self._upkeep.stop(deadline)
+        self._reporter.close(directories, time.monotonic() + _REPORT_S)
+        held = set() if self._mover.close(_DRAIN_S) else self._watch.busy()
         self._neighbours.close()
-        try:
-            with self._pages.publishing(time.monotonic() + _PUBLISH_S):  # no record on its way
-                self._tier.close()
-        except TierError as exc:
-            self._trouble("close", exc)
+        problem = self._pages.close(held, deadline)
+        if problem:
+            self._metrics.count("close_errors")
+            logger.error("flexkv: not closed in order: %s", problem)
+        for directory in directories:
+            if not directory.locked:
+                directory.stop(min(deadline, time.monotonic() + _REPORT_S))
 
     def released(self) -> bool:
-        """After ``close``: False while a transfer that hangs keeps the files locked."""
-        return not any(store.lock.held for store in self._tier.stores)
+        """After ``close``: False while a directory that hangs keeps its files locked."""
+        return not any(directory.locked for directory in self._upkeep.directories)
 
     def discard(self) -> None:
         """Delete the files, but for those that another process has adopted meanwhile. Raises ``OSError``."""

@@ -1,6 +1,7 @@
 """Publish the metrics of one engine: gauges, ``<owner>.stats.json`` in each directory, and Prometheus.
 
-It runs on the engine's upkeep thread, so it slows no call of SGLang. A failure is counted and the engine goes on.
+Each directory's files are written by its own thread, and Prometheus' by another, so a disk that hangs holds up neither
+a call of SGLang nor the other files. A failure is counted and the engine goes on.
 ``flexkv stats`` and ``flexkv doctor`` read the files; the engine never does.
 """
 
@@ -18,16 +19,18 @@ from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.journal import stats_path
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
+from flexkv_sglang.cache.disks.directories import Directory
 from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.threads import DiskThread, wait_for
 
 INTERVAL_S = 2.0
 """Between two looks at the metrics. Files are written only when a metric changed."""
 
 
 class Reporter:
-    """``tick`` and ``close`` are called by one thread at a time. ``page_count`` may take ``LocalPages.lock``.
+    """``write`` belongs to the thread of its directory, ``export_soon`` and ``close`` may be called by any.
 
-    ``level``: number of the tier, the label of its gauges.
+    ``page_count`` may take ``LocalPages.lock``. ``level``: number of the tier, the label of its gauges.
     """
 
     def __init__(
@@ -39,11 +42,10 @@ class Reporter:
         level: int,
     ) -> None:
         self._metrics = metrics
-        self._owners = [(store.lock.directory, store.lock.owner) for store in tier.stores]
         self._started_at = time.time()
-        self._due = time.monotonic() + INTERVAL_S
-        self._written = ""
+        self._written: dict[Path, str] = {}
         self._closed = False
+        self._exporter = DiskThread("flexkv-metrics")
         stores, at = tier.stores, str(level)
         self._gauges: dict[tuple[str, str], Callable[[], float]] = {
             ("slots_total", at): lambda: sum(s.slots.slot_class.slot_count for s in stores),
@@ -58,27 +60,36 @@ class Reporter:
         for (name, key), ask in self._gauges.items():
             metrics.gauge(name, ask, key)
 
-    def tick(self) -> None:
-        """Publish if ``INTERVAL_S`` has passed."""
-        if time.monotonic() >= self._due and not self._closed:
-            self._due = time.monotonic() + INTERVAL_S
-            self._publish()
+    def write(self, directory: Directory) -> None:
+        """Write the stats files of a directory if a metric has changed. Not after ``close``."""
+        if not self._closed:
+            self._write(directory)
+            self.export_soon()
 
-    def close(self) -> None:
-        """Publish a last time, while the owners' locks are held: later the files may be another's. Idempotent."""
+    def export_soon(self) -> None:
+        """Give the metrics to Prometheus, on a thread of its own: its files may lie on a disk that hangs, too."""
+        if self._exporter.idle:
+            self._exporter.post(self._export, 0.0)
+
+    def close(self, directories: Sequence[Directory], deadline: float) -> None:
+        """Write a last time, while the owners' locks are held: later the files may be another's. Idempotent.
+
+        Waits until ``deadline`` (``time.monotonic()``).
+        """
         if self._closed:
             return
         self._closed = True
-        self._publish()
+        last = [d.upkeep.post(functools.partial(self._write, d), 0.0) for d in directories]
+        wait_for(last, deadline)
         for name, key in self._gauges:  # a gauge would keep a closed engine alive
             self._metrics.gauge(name, 0, key)
-        self._export()
+        wait_for([self._exporter.post(self._export, 0.0)], deadline)
+        self._exporter.stop(0.0)
 
-    def _publish(self) -> None:
-        self._export()
+    def _write(self, directory: Directory) -> None:
         fields = _fields(self._metrics)
         text = json.dumps(fields, sort_keys=True)
-        if text == self._written:
+        if text == self._written.get(directory.path):
             return
         head = {
             "process": self._metrics.process,
@@ -87,8 +98,11 @@ class Reporter:
             "written_at": time.time(),
         }
         try:
-            _write_all(self._owners, {**head, **fields})
-            self._written = text
+            for store in directory.stores.values():
+                owner = store.lock.owner
+                content = json.dumps({"owner": owner, **head, **fields}, sort_keys=True)
+                publish(directory.path, stats_path(directory.path, owner).name, [content.encode()])
+            self._written[directory.path] = text
         except OSError:
             self._metrics.count("report_errors")
 
@@ -115,9 +129,3 @@ def _fields(metrics: Metrics) -> dict[str, object]:
         for name, item in metrics.histograms().items()
     }
     return {"counters": metrics.snapshot(), "gauges": gauges, "histograms": histograms}
-
-
-def _write_all(owners: Sequence[tuple[Path, str]], fields: dict[str, object]) -> None:
-    for directory, owner in owners:
-        text = json.dumps({"owner": owner, **fields}, sort_keys=True)
-        publish(directory, stats_path(directory, owner).name, [text.encode()])

@@ -148,7 +148,7 @@ class Tiers:
                 came = read.wait() if read is not None else 0  # no target is touched from here on
             done += got
             if got < here:
-                if done == failed:
+                if done == failed or time.monotonic() >= deadline:
                     break
                 failed = done
             elif came:
@@ -201,6 +201,8 @@ class Tiers:
                 if level and tier.traits.promotes:
                     self._promote(level - 1, keys, done, got, targets, deadline)
                 done += got
+                if done < stop and time.monotonic() >= deadline:
+                    return done  # another tier would only be late with the same pages
             if done == start:
                 break
         return done
@@ -256,6 +258,11 @@ class Tiers:
         )
         for tier in self.tiers:
             tier.register_memory(address, byte_count)
+
+    def prepare(self, page: PageBuffers) -> None:
+        """See ``Tier.prepare``."""
+        for tier in self.tiers:
+            tier.prepare(page)
 
     def page_count(self) -> int:
         """Pages of this process in the lowest local tier."""

@@ -1,8 +1,9 @@
-"""Upkeep: the background work of a tier. One thread per engine.
+"""Upkeep: the background work of a tier.
 
-It follows the neighbours' journals, bypasses a directory that fails or hangs and brings it back after a
-probe, gives space back when others need the disk, and starts new journal generations. A probe runs in a
-thread of its own, because the disk may never answer it.
+One thread per engine, ``flexkv-watch``, touches no disk: it notices calls and jobs that hang, bypasses their
+directories, and gives each directory its duties. These run on the directory's own thread (``disks``), where
+a disk that hangs holds up nobody else: stats files, neighbours, free space, journal generations, and the probes
+that bring a directory back. A thread that hangs is left alone; when its job returns, the directory is probed.
 """
 
 from __future__ import annotations
@@ -10,82 +11,86 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import NamedTuple
 
 from flexkv_sglang.backends.io.mover import PageMover
-from flexkv_sglang.backends.io.probe import probe_directory
-from flexkv_sglang.backends.slots.breaker import Breaker
-from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes
+from flexkv_sglang.backends.io.probe import can_read, probe_directory
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
-from flexkv_sglang.backends.slots.slot_file import OwnedStore
+from flexkv_sglang.backends.slots.space.disk_space import floor_bytes, free_bytes
+from flexkv_sglang.cache import stats_file
+from flexkv_sglang.cache.disks.call_watch import CallWatch
+from flexkv_sglang.cache.disks.directories import Directory, Duty, Plan
+from flexkv_sglang.cache.health import in_place
+from flexkv_sglang.cache.health.in_place import InPlace
 from flexkv_sglang.cache.local_pages import LocalPages
-from flexkv_sglang.cache.stats_file import Reporter
-from flexkv_sglang.errors import JournalError, TierError
+from flexkv_sglang.errors import JournalError, TierError, TierUnavailableError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 
 _ROUND_S = 0.25
+_POLL_S, _POLL_LIMIT_S = 0.02, 5.0
 _FLOOR_ROUND_S = 5.0
-_JOIN_TIMEOUT_S = 2.0
-_PUBLISH_S = 2.0
-_OVERDUE_S = 1.0  # past its deadline a call only drains what is in flight: tens of milliseconds
+_PROBE_S = 30.0
+_CATCH_UP_MAX = 8
+_SHRINK_S = 5.0
 _SHRINK_PARTS = 32  # at least one slot in 32 is given back at once
 
 
-class CallWatch:
-    """Running transfers, with their deadlines and the directories that they use. Threads: any."""
+class _Probe(NamedTuple):
+    """The outcome of a probe. ``readable``: writes fail, for this ``reason``, and reads do not."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # held for dict work
-        self._calls: dict[int, tuple[float, frozenset[Breaker]]] = {}
-        self._next = 0
-
-    @contextmanager
-    def call(self, deadline: float, breakers: frozenset[Breaker]) -> Iterator[None]:
-        """Around a transfer. ``deadline``: ``time.monotonic()`` seconds."""
-        with self._lock:
-            number, self._next = self._next, self._next + 1
-            self._calls[number] = deadline, breakers
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._calls[number]
-
-    def overdue(self) -> set[Breaker]:
-        """Directories of transfers that should have ended ``_OVERDUE_S`` ago."""
-        limit = time.monotonic() - _OVERDUE_S
-        with self._lock:
-            return {b for deadline, used in self._calls.values() if deadline < limit for b in used}
+    healthy: bool = False
+    readable: bool = False
+    reason: str = ""
 
 
 class Upkeep:
-    """Background work of one engine. ``start`` and ``stop`` are called once each."""
+    """Background work of one engine. ``start`` and ``stop`` are called once each.
 
-    def __init__(
+    ``write_stats`` writes the stats files of a directory.
+    """
+
+    def __init__(  # noqa: PLR0913 - all that it looks after
         self,
+        directories: Sequence[Directory],
         pages: LocalPages,
         neighbours: NeighbourStore,
         mover: PageMover,
         watch: CallWatch,
         metrics: Metrics,
         min_free: int | None,
+        write_stats: Callable[[Directory], None],
     ) -> None:
+        self.directories = tuple(directories)
         self._pages = pages
         self._neighbours = neighbours
         self._mover = mover
         self._watch = watch
         self._metrics = metrics
         self._min_free = min_free
-        self._floor_at = time.monotonic() + _FLOOR_ROUND_S
-        self._suspended: dict[int, bool] = {}  # region: still read? Guarded by _state_lock
-        self._state_lock = threading.Lock()
-        self.reporter: Reporter | None = None  # set before ``start``
+        self._files = InPlace(pages, metrics, min_free)
+        self._bypassed: dict[Directory, bool] = {}  # still read? Guarded by _state_lock
+        self._state_lock = threading.Lock()  # held for work on the index
+        self._causes: dict[Directory, str] = {}  # why its last probe failed; one probe at a time
+        self._log = RateLimitedLog(logger)
+        self._plan = Plan(
+            [  # one line per duty
+                Duty(lambda d: neighbours.scan_directory(d.path), _ROUND_S, limit_s=10.0),
+                Duty(write_stats, stats_file.INTERVAL_S, always=True),
+                Duty(self.keep_floor, _FLOOR_ROUND_S),
+                Duty(lambda d: self._files.look(d.stores), in_place.LOOK_S, in_order=True),
+                Duty(self.rotate_if_due, _ROUND_S, limit_s=10.0, in_order=True),
+            ]
+        )
+        self._round_at = 0.0
         self._thread = PeriodicThread(
-            "flexkv-upkeep",
+            "flexkv-watch",
             self._step,
             lambda: metrics.count("upkeep_exceptions"),
             trouble="flexkv: upkeep failed",
@@ -97,141 +102,202 @@ class Upkeep:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread; waits a bounded time."""
+    def stop(self, deadline: float) -> None:
+        """Begin no more duties, and wait until ``deadline`` (``time.monotonic()``) for those under way."""
         self._thread.stop()
-        self._thread.join(time.monotonic() + _JOIN_TIMEOUT_S)
+        self._thread.join(deadline)
 
     def _step(self) -> float:
-        self.round()
-        return _ROUND_S
+        now = time.monotonic()
+        if now >= self._round_at:
+            self._round_at = now + _ROUND_S
+            self.round()
+        if not self._neighbours.neighbour_count:
+            return _ROUND_S
+        for directory in self.directories:
+            if directory.breaker.is_readable and directory.neighbours.idle:
+                poll = partial(self._neighbours.poll_directory, directory.path)
+                directory.neighbours.post(poll, _POLL_LIMIT_S)
+        return _POLL_S
 
     def round(self) -> None:
-        """One round of everything."""
-        self._neighbours.scan()
-        if self.reporter is not None:
-            self.reporter.tick()
+        """One look at everything. Memory only."""
         for breaker in self._watch.overdue():
             if breaker.trip("a transfer hangs"):
                 self._mover.abandon()
+        for directory in self.directories:
+            if directory.hangs(time.monotonic()):
+                directory.breaker.trip("a file operation hangs")
         self.bypass_failed()
-        for breaker in self._breakers():
-            if breaker.begin_probe():
-                threading.Thread(
-                    target=self._probe, args=(breaker,), name="flexkv-probe", daemon=True
-                ).start()
-        if time.monotonic() >= self._floor_at:
-            self._floor_at = time.monotonic() + _FLOOR_ROUND_S
-            self.keep_floor()
+        for directory in self.directories:
+            bypassed = directory in self._bypassed
+            if bypassed and directory.idle and directory.breaker.begin_probe():
+                self._begin_probe(directory)
+            elif directory.idle:
+                self._give_duties(directory)
+
+    def _give_duties(self, directory: Directory) -> None:
+        for duty in self._plan.take(directory):
+            thread = directory.journal if duty.in_order else directory.upkeep
+            thread.post(partial(self._do, duty, directory), duty.limit_s)
+
+    def _do(self, duty: Duty, directory: Directory) -> None:
+        try:
+            duty.work(directory)
+        except Exception as exc:  # noqa: BLE001 - the duty comes again, and the others must go on
+            self._report(directory, exc)
+
+    def _report(self, directory: Directory, exc: BaseException) -> None:
+        self._metrics.count("upkeep_exceptions")
+        text = "flexkv: upkeep of %s failed"
+        self._log.log(str(exc), logging.ERROR, text, directory.path, exc_info=exc)
 
     def bypass_failed(self) -> None:
         """Suspend the pages in directories whose breaker has opened. Any thread, after a failed call."""
-        for region, store in enumerate(self._pages.tier.stores):
-            if store.breaker.is_open and self._suspended.get(region) != store.breaker.is_readable:
-                self._bypass(region, store)
+        for directory in self.directories:
+            breaker = directory.breaker
+            if breaker.is_open and self._bypassed.get(directory) != breaker.is_readable:
+                self._bypass(directory)
 
-    def _bypass(self, region: int, store: OwnedStore) -> None:
+    def _bypass(self, directory: Directory) -> None:
+        breaker, count = directory.breaker, 0
         with self._state_lock:
-            readable = store.breaker.is_readable
-            if not store.breaker.is_open or self._suspended.get(region, None) is readable:
+            readable = breaker.is_readable
+            if not breaker.is_open or self._bypassed.get(directory) is readable:
                 return
-            self._suspended[region] = readable
-            count = self._pages.suspend(region, readable=readable)
-        self._metrics.count("breaker_opened")
-        logger.error(
-            "flexkv: %s %s: %s",
-            store.lock.directory,
-            "takes no more pages" if readable else f"is bypassed, {count} pages miss",
-            store.breaker.reason,
-        )
+            back = self._bypassed.get(directory) is False
+            self._bypassed[directory] = readable
+            for region in directory.stores:
+                count += self._pages.suspend(region, readable=readable)
+        directory.journal.refuse()  # until the directory is in use again
+        if not readable:
+            self._neighbours.bypass(directory.path)
+            directory.upkeep.drop()
+            directory.neighbours.drop()
+        text = "takes no more pages" if readable else f"is bypassed, {count} pages miss"
+        if back:
+            text = "is read again, but takes no pages"
+        else:
+            self._metrics.count("breaker_opened")
+        logger.error("flexkv: %s %s: %s", directory.path, text, breaker.reason)
 
-    def _breakers(self) -> set[Breaker]:
-        return {store.breaker for store in self._pages.tier.stores}
+    def _begin_probe(self, directory: Directory) -> None:
+        future = directory.upkeep.post(lambda: self._probe(directory), _PROBE_S)
+        future.add_done_callback(lambda done: self._probed(directory, done))
 
-    def _probe(self, breaker: Breaker) -> None:
-        """Try the directory with real I/O; after a success its pages can be read again."""
-        mine = [s for s in self._pages.tier.stores if s.breaker is breaker]
-        healthy = False
-        try:
-            probe_directory(str(mine[0].lock.directory), mine[0].slots.mode.engine)
-            if not self._thread.stopped:
-                self._bring_back(breaker, mine)
-                healthy = True
-        except (OSError, TierError, JournalError) as exc:
-            logger.info("flexkv: %s still fails: %s", mine[0].lock.directory, exc)
-        finally:
-            breaker.end_probe(healthy=healthy)
-        if healthy:
+    def _probed(self, directory: Directory, probe: Future[_Probe]) -> None:
+        error = None if probe.cancelled() else probe.exception()
+        if error is not None:
+            self._report(directory, error)
+        found = _Probe() if probe.cancelled() or error is not None else probe.result()
+        if not found.healthy:
+            directory.breaker.end_probe(healthy=False, readable=found.readable, reason=found.reason)
+        else:
+            self._causes.pop(directory, None)
+            directory.journal.accept()
             self._metrics.count("breaker_closed")
-            logger.warning("flexkv: %s is in use again", mine[0].lock.directory)
+            logger.warning("flexkv: %s is in use again", directory.path)
 
-    def _bring_back(self, breaker: Breaker, stores: list[OwnedStore]) -> None:
-        pages = self._pages
-        regions = [r for r, s in enumerate(pages.tier.stores) if s.breaker is breaker]
-        with self._state_lock, pages.publishing(time.monotonic() + _PUBLISH_S):
-            try:
-                for region, store in zip(regions, stores, strict=True):
-                    with pages.lock:
-                        if region in self._suspended:
-                            pages.index.resume(region)
-                        snapshot = pages.index.snapshot()
-                    store.revive(pages.tier.snapshot_records(*snapshot.by_age(), region))
-            except (OSError, JournalError):
-                for region in regions:
-                    readable = self._suspended.setdefault(region, False)
-                    pages.suspend(region, readable=readable)
-                raise
-            for region in regions:
-                self._suspended.pop(region, None)
+    def _probe(self, directory: Directory) -> _Probe:
+        """Try the directory with real I/O; after a success its pages can be read again."""
+        stores = list(directory.stores.values())
+        try:
+            if stores:
+                self._files.make_folder(directory.path)
+            engine = stores[0].slots.mode.engine if stores else "auto"
+            probe_directory(str(directory.path), engine)
+            if self._thread.stopped:
+                return _Probe()
+            for region, store in directory.stores.items():
+                self._files.restore(region, store)
+            self._bring_back(directory)
+        except (OSError, TierError, JournalError) as exc:
+            new = self._causes.get(directory) != str(exc)
+            self._causes[directory] = str(exc)
+            level = logging.WARNING if new else logging.INFO
+            logger.log(level, "flexkv: %s still fails: %s", directory.path, exc)
+            reads = all(can_read(store.slots.fd, store.slots.mode) for store in stores)
+            return _Probe(readable=reads and bool(stores), reason=str(exc))
+        return _Probe(healthy=True)
 
-    def keep_floor(self) -> None:
+    def _bring_back(self, directory: Directory) -> None:
+        """Start new journal generations, then use the pages again. The journal's thread is idle and refuses work.
+
+        The regions are closed until the end, so pages only leave them meanwhile: they get tombstones.
+        """
+        pages, before = self._pages, {}
+        for region, store in directory.stores.items():
+            with pages.lock:
+                before[region] = pages.index.snapshot()
+            columns = before[region].by_age(suspended=True)
+            store.revive(pages.tier.snapshot_records(*columns, region))
+        for _ in range(_CATCH_UP_MAX):
+            with self._state_lock, pages.lock:
+                gone = [page for r, b in before.items() for page in pages.index.gone_since(b, r)]
+                before = {region: pages.index.snapshot() for region in before}
+                if not gone:
+                    directory.breaker.end_probe(healthy=True)
+                    self._bypassed.pop(directory, None)
+                    for region in directory.stores:
+                        pages.index.resume(region)
+                    return
+            if not pages.tier.publish_del(gone, revived=True):
+                break
+        raise TierUnavailableError(f"{directory.path}: its journal cannot be brought up to date")
+
+    def keep_floor(self, directory: Directory) -> None:
         """Give slots back while the disk has less free space than the reserve for others."""
-        for region, store in enumerate(self._pages.tier.stores):
+        for region, store in directory.stores.items():
             if store.failed or not store.slots.slot_class.slot_count:
                 continue
             try:
                 floor = floor_bytes(store.lock.directory, self._min_free)
                 missing = floor - free_bytes(store.lock.directory)
                 if missing > 0:
-                    self._shrink(region, store, missing)
+                    self._shrink(region, directory, missing)
             except (OSError, TierError, JournalError) as exc:
                 self._metrics.count("shrink_errors")
                 logger.warning("flexkv: cannot shrink %s: %s", store.slots.path, exc)
 
-    def _shrink(self, region: int, store: OwnedStore, missing: int) -> None:
-        pages, before = self._pages, store.slots.slot_class
+    def _shrink(self, region: int, directory: Directory, missing: int) -> None:
+        pages, store = self._pages, directory.stores[region]
+        before = store.slots.slot_class
         wanted = max(-(-missing // before.slot_bytes), before.slot_count // _SHRINK_PARTS)
-        pages.release_lookup_pins()
-        with pages.publishing(time.monotonic() + _PUBLISH_S):
+
+        def work() -> tuple[int, int]:
+            pages.release_lookup_pins()
             with pages.lock:
                 gone, left = pages.index.retire(region, wanted)
                 snapshot = pages.index.snapshot()
-            if left == before.slot_count:
-                return
-            pages.tier.publish_del(gone)
-            store.shrink(left, pages.tier.snapshot_records(*snapshot.by_age(), region))
+            if left < before.slot_count:
+                pages.tier.publish_del(gone)
+                store.shrink(left, pages.tier.snapshot_records(*snapshot.by_age(), region))
+            return len(gone), left
+
+        lost, left = directory.journal.run(work, time.monotonic() + _SHRINK_S)
+        if left == before.slot_count:
+            return
         self._metrics.count("given_back_slots", before.slot_count - left)
         logger.warning(
             "flexkv: %s: the disk is nearly full, %d slots are given back (%d pages), %d left",
             store.lock.directory,
             before.slot_count - left,
-            len(gone),
+            lost,
             left,
         )
 
-    def rotate_if_due(self) -> None:
-        """Start a new journal generation where most records of the old one are outdated. Called after a put."""
+    def rotate_if_due(self, directory: Directory) -> None:
+        """Start a new journal generation where most records of the old one are outdated. On the journal's thread."""
         pages = self._pages
-        for region, store in enumerate(pages.tier.stores):
+        for region, store in directory.stores.items():
             if store.failed or not store.journal.should_rotate(store.slots.slot_class.slot_count):
                 continue
             try:
-                with pages.publishing(time.monotonic() + _PUBLISH_S):
-                    with pages.lock:
-                        snapshot = pages.index.snapshot()
-                    store.journal.rotate(pages.tier.snapshot_records(*snapshot.by_age(), region))
+                with pages.lock:
+                    snapshot = pages.index.snapshot()
+                store.journal.rotate(pages.tier.snapshot_records(*snapshot.by_age(), region))
                 self._metrics.count("journal_rotations")
-            except (OSError, TierError, JournalError) as exc:
+            except (OSError, JournalError) as exc:
                 self._metrics.count("journal_rotation_errors")
                 if store.breaker.trip(f"journal rotation: {exc}", readable=True):
                     logger.warning("flexkv: journal rotation failed: %s", exc)

@@ -7,7 +7,6 @@ import logging
 import logging.handlers
 import resource
 import signal
-import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +16,8 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 from flexkv_sglang.backends.fleet.wire.curve import load_secret
+from flexkv_sglang.cli.output import complain
+from flexkv_sglang.config.parsers import shown
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
 from flexkv_sglang.sharing.agent import Agent
@@ -62,7 +63,7 @@ def run_agent(
     except (FlexKVError, OSError) as exc:
         if for_ranks and run_dir is not None:
             _leave_word(run_dir, exc)
-        print(f"flexkv: {exc}", file=sys.stderr)  # the log of an agent that a rank process started
+        complain(str(exc))  # the log of an agent that a rank process started
         return 2 if isinstance(exc, ConfigError) else 1
     return 0
 
@@ -106,14 +107,14 @@ def _live(
 def _read(path: Path) -> FlexKVConfig:
     try:
         given = json.loads(path.read_text())
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"--config: {str(path)!r} cannot be read: {exc}") from exc
     if not isinstance(given, dict):
         raise ConfigError(f"--config: {str(path)!r} holds {type(given).__name__}. Valid: an object")
     config = FlexKVConfig.parse(given)
     if not config.share.wanted:
         raise ConfigError(
-            f"share: {given.get('share')!r} in {str(path)!r} names no other nodes. "
+            f"share: {shown(given.get('share'))} in {str(path)!r} names no other nodes. "
             "Valid: redis_url, or peers, or both"
         )
     return config

@@ -1,41 +1,99 @@
 """Arguments and exit codes of ``flexkv``. Each command is imported when it runs, so that ``--help`` is fast.
 
 Exit codes: 0 fine, 1 problems found (check: problems that are not repaired; gc: files that could not be
-removed; doctor: causes found), 2 usage.
+removed; doctor: causes found; anything that could not be read), 2 usage. An error is one line, never a traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from flexkv_sglang.cli.bench import PEERS, run_bench
+from flexkv_sglang.cli.output import complain
+from flexkv_sglang.config.parsers import shown
+from flexkv_sglang.errors import ConfigError, FlexKVError
+from flexkv_sglang.printable import printable
 
 _AGE = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
+class Arguments(argparse.ArgumentParser):
+    """A parser whose errors show no control characters and no passwords."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; ``argv`` without the program's name. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that this terminal cannot show
     arguments = _parser().parse_args(argv)
-    if (
-        "directory" in arguments
-        and arguments.command != "doctor"
-        and not arguments.directory.is_dir()
-    ):
-        print(f"flexkv: {arguments.directory} is not a directory", file=sys.stderr)
-        return 2
     try:
-        return _run(arguments)
+        code = _checked(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has closed it
-        sys.stderr.close()
+        _forget_output()
         return 0
-    except PermissionError as exc:
-        print(f"flexkv: {exc}; the files belong to the servers' user", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as exc:  # noqa: BLE001 - the boundary of the command
+        _forget_output()
+        complain(_said(exc))
+        return 2 if isinstance(exc, ConfigError) else 1
+    return code
+
+
+def _checked(arguments: argparse.Namespace) -> int:
+    if "directory" in arguments and arguments.command != "doctor":
+        try:
+            there = arguments.directory.is_dir()
+        except OSError as exc:  # a folder above it, or an endless name
+            complain(f"{arguments.directory}: {exc.strerror or exc}")
+            return 1
+        except ValueError as exc:
+            complain(f"{str(arguments.directory)!r}: {exc}")
+            return 2
+        if not there:
+            complain(f"{arguments.directory} is not a directory")
+            return 2
+    return _run(arguments)
+
+
+def _said(exc: Exception) -> str:
+    if isinstance(exc, PermissionError):
+        return f"{exc.filename or 'a file'}: {exc.strerror or exc}; the files belong to the servers' user"
+    if isinstance(exc, OSError):
+        return (
+            f"{exc.filename}: {exc.strerror or exc}" if exc.filename else str(exc.strerror or exc)
+        )
+    if isinstance(exc, FlexKVError):
+        return str(exc)
+    where = exc.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    at = "" if where is None else f" ({where.tb_frame.f_code.co_filename}:{where.tb_lineno})"
+    return f"a fault of this command, please report it: {type(exc).__name__}: {exc}{at}"
+
+
+def _forget_output() -> None:
+    """What is still buffered would fail once more at the end of the process, with a message of Python's."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        if null > 2:
+            os.close(null)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -44,10 +102,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     try:
         wrong = arguments.directory is not None and arguments.directory.is_file()
-    except PermissionError:
+    except (OSError, ValueError):
         wrong = False
     if wrong:
-        print(f"flexkv: {arguments.directory} is not a directory", file=sys.stderr)
+        complain(f"{arguments.directory} is not a directory")
         return 2
     return run_doctor(arguments.directory, arguments.url, as_json=arguments.json)
 
@@ -69,11 +127,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
         return run_nodes(arguments.run_dir, as_json=arguments.json)
     if arguments.command == "check":
-        from flexkv_sglang.cli.check import run_check
+        from flexkv_sglang.cli.directory.check import run_check
 
         return run_check(arguments.directory, repair=arguments.repair, as_json=arguments.json)
     if arguments.command == "stats":
-        from flexkv_sglang.cli.stats import run_stats
+        from flexkv_sglang.cli.directory.stats import run_stats
 
         return run_stats(arguments.directory, as_json=arguments.json)
     if arguments.command == "bench":
@@ -84,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> int:
             against=arguments.against,
             as_json=arguments.json,
         )
-    from flexkv_sglang.cli.gc import Selection, run_gc
+    from flexkv_sglang.cli.directory.gc import Selection, run_gc
 
     selection = Selection(arguments.namespace, arguments.older_than)
     return run_gc(
@@ -97,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="flexkv",
         description="Inspect and maintain the directories where FlexKV for SGLang stores KV cache pages.",
         epilog="Exit codes: 0 fine, 1 problems found, 2 usage.",
@@ -124,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_fleet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_fleet(commands: argparse._SubParsersAction[Arguments]) -> None:
     agent = commands.add_parser(
         "agent",
         help="share this node's pages with other nodes",
@@ -152,7 +210,7 @@ def _add_fleet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     agent.add_argument("--succeed", default="", help=argparse.SUPPRESS)
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_doctor(commands: argparse._SubParsersAction[Arguments]) -> None:
     text = "find out why hits are zero, and the remedy"
     doctor = commands.add_parser(
         "doctor",
@@ -172,7 +230,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     doctor.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_bench(commands: argparse._SubParsersAction[Arguments]) -> None:
     bench = commands.add_parser("bench", help="measure a disk", description="Measure a disk.")
     subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     ssd = subjects.add_parser(
@@ -199,8 +257,10 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _url(text: str) -> str:
     if not re.match(r"^https?://[^/\s]+", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not an address such as http://127.0.0.1:30000"
+            f"{shown(text)} is not an address such as http://127.0.0.1:30000"
         )
+    if "@" in text.split("/")[2]:
+        raise argparse.ArgumentTypeError(f"{shown(text)} has a user name or password; without it")
     return text.rstrip("/")
 
 
@@ -221,7 +281,7 @@ def _peers(text: str) -> list[str]:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+    commands: argparse._SubParsersAction[Arguments], name: str, text: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("directory", type=Path, help="a configured 'path', or one namespace in it")

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flexkv_sglang.cli.directory.scan import said
+from flexkv_sglang.cli.directory.trusted_files import refuse_irregular
 from flexkv_sglang.cli.output import emit, table
 from flexkv_sglang.sharing.run_dir import RunDir
 
@@ -15,16 +17,26 @@ _STALE_S = 5.0
 def run_nodes(run_path: Path | None, *, as_json: bool) -> int:
     """Exit code 0 if every agent of this user lives and all its feeds are connected, 1 otherwise."""
     run_dirs = [RunDir(run_path)] if run_path else RunDir.all_of_user()
-    found = [_facts(run_dir) for run_dir in run_dirs]
-    lines = [_text(facts) for facts in found]
+    found = []
+    lines = []
+    for run_dir in run_dirs:
+        try:
+            facts = _facts(run_dir)
+            lines += _lines(facts)
+        except Exception as exc:  # noqa: BLE001 - one odd run directory must not hide the others
+            why = f"its files cannot be read: {said(exc)}"
+            facts = {"run_dir": str(run_dir.path), "alive": False, "trouble": [why]}
+            lines.append(f"run directory {run_dir.path}: {why}")
+        found.append(facts)
     if not found:
         lines = ["no agent of this user has run here: is share.redis_url or share.peers set?"]
     healthy = bool(found) and all(facts["alive"] and not facts["trouble"] for facts in found)
-    emit("\n".join(lines), {"agents": found, "ok": healthy}, as_json=as_json)
+    emit(lines, {"agents": found, "ok": healthy}, as_json=as_json)
     return 0 if healthy else 1
 
 
 def _facts(run_dir: RunDir) -> dict[str, Any]:
+    refuse_irregular(run_dir.path)
     status = run_dir.status()
     agent = run_dir.agent()
     age = time.time() - status.get("written_at", 0.0)
@@ -48,7 +60,7 @@ def _facts(run_dir: RunDir) -> dict[str, Any]:
     }
 
 
-def _text(facts: dict[str, Any]) -> str:
+def _lines(facts: dict[str, Any]) -> list[str]:
     status = facts["status"]
     state = f"agent {facts['pid']}" if facts["alive"] else "NO AGENT"
     where = f"{status.get('address', 'no address')}, cluster {status.get('cluster_id', '?')}"
@@ -69,10 +81,10 @@ def _text(facts: dict[str, Any]) -> str:
         for peer in peers
     ]
     if rows:
-        lines.append(table(["node", "address", "state", "pages", "behind", "breaker"], rows))
+        lines += table(["node", "address", "state", "pages", "behind", "breaker"], rows)
     else:
         lines.append("  no other node")
-    return "\n".join(lines)
+    return lines
 
 
 def _breaker(facts: dict[str, Any], node_id: str) -> str:

@@ -1,11 +1,18 @@
-"""Output of ``flexkv``: sizes, aligned columns, progress on stderr, one JSON object as the last line."""
+"""Output of ``flexkv``: sizes, aligned columns, progress on stderr, one JSON object as the last line.
+
+Every text goes through ``printable``: names and contents of files cannot steer a terminal, and no password is shown.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flexkv_sglang.printable import printable, without_secrets
 
 _PLAIN_PROGRESS_S = 5.0
 
@@ -32,23 +39,40 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
-    """Columns as wide as needed; numbers and sizes to the right, the first column to the left."""
-    cells = [list(head), *[[str(cell) for cell in row] for row in rows]]
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], indent: str = "  ") -> list[str]:
+    """Lines with columns as wide as needed; numbers and sizes to the right, the first column to the left."""
+    cells = [list(head), *[[printable(str(cell)) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [
-        "  ".join(
+    return [
+        indent
+        + "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in cells
     ]
-    return "\n".join(indent + line.rstrip() for line in lines)
 
 
-def emit(text: str, fields: dict[str, object], *, as_json: bool) -> None:
-    """Print the text, or with ``--json`` only the JSON line."""
-    print(json.dumps(fields, sort_keys=True) if as_json else text)
+def emit(lines: Sequence[str], fields: Mapping[str, object], *, as_json: bool) -> None:
+    """Print the lines, or with ``--json`` only the JSON line."""
+    if as_json:
+        print(json.dumps(_as_json(without_secrets(fields)), sort_keys=True, allow_nan=False))
+    else:
+        print("\n".join(printable(line) for line in lines))
+
+
+def complain(text: str) -> None:
+    """One line on stderr."""
+    print(f"flexkv: {printable(text)}", file=sys.stderr)
+
+
+def _as_json(value: Any) -> Any:
+    """With null for infinity and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class ProgressLine:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.printable import printable, without_secrets
 
 _UNITS = {
     "": 1,
@@ -24,25 +25,12 @@ _UNITS = {
     "TIB": 2**40,
 }
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
-_PASSWORD = re.compile(r"(://[^:@\s'\"]*:)[^\s'\"]*@")
-_SIZE_HELP = 'bytes as a number, or a string such as "200GB", "1.5TB" or "512MiB"'
+_SIZE_HELP = 'bytes as a whole number, or a string such as "200GB", "1.5TB" or "512MiB"'
 
 
-def redacted(url: str) -> str:
-    """Remove the password from a Redis URL, also from an invalid one (``urlsplit`` fails for ``#`` or ``/`` in it)."""
-    scheme, mark, rest = url.partition("://")
-    if not mark:
-        scheme, rest = "", url
-    login, at, where = rest.rpartition("@")
-    if not at:
-        return url
-    user, colon, _ = login.partition(":")
-    return f"{scheme}{mark}{user}:***@{where}" if colon else url
-
-
-def shown(value: object) -> str:
-    """Format a value for an error message, without passwords of URLs."""
-    return _PASSWORD.sub(r"\1***@", repr(value))
+def shown(value: object, name: str = "") -> str:
+    """Format a value for an error message, without secrets. ``name``: its key, which may say that it is one."""
+    return printable(repr(without_secrets(value, name)))
 
 
 def reject_unknown(
@@ -54,7 +42,7 @@ def reject_unknown(
         near = difflib.get_close_matches(unknown[0], [*valid, *also], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"{where}{unknown[0]}: unknown key, value {shown(given[unknown[0]])}.{hint} Valid keys: "
+            f"{where}{unknown[0]}: unknown key, value {shown(given[unknown[0]], unknown[0])}.{hint} Valid keys: "
             f"{', '.join(valid)}"
         )
 
@@ -65,15 +53,15 @@ def parse_size(key: str, value: object, *, least: int = 1) -> int:
         match = _SIZE.match(value)
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
-            raise ConfigError(f"{key}: {value!r} is not a size. Valid: {_SIZE_HELP}")
+            raise ConfigError(f"{key}: {shown(value)} is not a size. Valid: {_SIZE_HELP}")
         amount = float(match[1]) * unit
     elif isinstance(value, int) and not isinstance(value, bool):
         amount = float(value)
     else:
-        raise ConfigError(f"{key}: {value!r} is a {type(value).__name__}. Valid: {_SIZE_HELP}")
+        raise ConfigError(f"{key}: {shown(value)} is not a size. Valid: {_SIZE_HELP}")
     if not least <= amount < 2**63:
         bound = f"at least {least} bytes" if least != 1 else "at least 1 byte"
-        raise ConfigError(f"{key}: {value!r} is out of range. Valid: {_SIZE_HELP}, {bound}")
+        raise ConfigError(f"{key}: {shown(value)} is out of range. Valid: {_SIZE_HELP}, {bound}")
     return int(value) if isinstance(value, int) else int(amount)
 
 
@@ -87,7 +75,7 @@ def choice(*valid: str) -> Callable[[str, object], str]:
 
     def parse(key: str, value: object) -> str:
         if not isinstance(value, str) or value not in valid:
-            raise ConfigError(f"{key}: {value!r}. Valid: {', '.join(valid)}")
+            raise ConfigError(f"{key}: {shown(value)}. Valid: {', '.join(valid)}")
         return value
 
     return parse
@@ -96,14 +84,14 @@ def choice(*valid: str) -> Callable[[str, object], str]:
 def text(key: str, value: object) -> str:
     """Parse a non-empty string."""
     if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{key}: {value!r}. Valid: a non-empty string")
+        raise ConfigError(f"{key}: {shown(value)}. Valid: a non-empty string")
     return value
 
 
 def flag(key: str, value: object) -> bool:
     """Parse true or false."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{key}: {value!r}. Valid: true or false")
+        raise ConfigError(f"{key}: {shown(value)}. Valid: true or false")
     return value
 
 
@@ -116,7 +104,14 @@ def number(low: float, high: float, unit: str) -> Callable[[str, object], float]
             or not isinstance(value, int | float)
             or not low <= value <= high
         ):
-            raise ConfigError(f"{key}: {value!r}. Valid: {low:g} to {high:g} {unit}")
+            raise ConfigError(
+                f"{key}: {shown(value)}. Valid: {_plain(low)} to {_plain(high)} {unit}"
+            )
         return float(value)
 
     return parse
+
+
+def _plain(bound: float) -> str:
+    """1048576 and 0.5, never 1.04858e+06."""
+    return str(int(bound)) if bound == int(bound) else repr(bound)

@@ -6,12 +6,14 @@ valid values. Nothing is read from the environment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flexkv_sglang.config.parsers import (
     choice,
+    flag,
     parse_size,
     reject_unknown,
     shown,
@@ -50,15 +52,20 @@ TIER_TYPES = ("slots",)
 class TierConfig:
     """One tier. ``path``: directories, striped evenly. ``size``: bytes that one server may take in all of them,
     with all its rank processes, or None (the size of an earlier run's files, else a quarter of the free space, at
-    most 64 GB per rank process and directory). ``type``: one of ``TIER_TYPES``."""
+    most 64 GB per rank process and directory). ``require_mount``: refuse a directory on the root file system.
+    ``type``: one of ``TIER_TYPES``."""
 
     path: tuple[str, ...] = ("~/.cache/flexkv-sglang",)
     size: int | None = None
+    require_mount: bool = False
     type: str = TIER_TYPES[0]
 
     def describe(self) -> str:
         """Format for the log."""
-        return f"path={','.join(self.path)} size={'auto' if self.size is None else self.size}"
+        mount = " require_mount=true" if self.require_mount else ""
+        return (
+            f"path={','.join(self.path)} size={'auto' if self.size is None else self.size}{mount}"
+        )
 
 
 _SHARE_DEFAULT = ShareConfig()
@@ -88,6 +95,11 @@ class FlexKVConfig:
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any] | None) -> FlexKVConfig:
         """Parse SGLang's extra_config dict. Raises ``ConfigError``."""
+        if extra_config is not None and not isinstance(extra_config, Mapping):
+            raise ConfigError(
+                f"hicache-storage-backend-extra-config: {shown(extra_config)}. Valid: a JSON object, such as "
+                '{"path": "/mnt/nvme0/flexkv", "size": "200GB"}'
+            )
         given = {
             key: value for key, value in (extra_config or {}).items() if key not in SGLANG_KEYS
         }
@@ -96,7 +108,7 @@ class FlexKVConfig:
         tier = {key: given.pop(key) for key in tuple(given) if key in _TIER_PARSERS}
         if tier and "tiers" in given:
             raise ConfigError(
-                f"tiers: {given['tiers']!r} is given beside {', '.join(tier)}={next(iter(tier.values()))!r}. "
+                f"tiers: {shown(given['tiers'])} is given beside {', '.join(tier)}={shown(next(iter(tier.values())))}. "
                 "Valid: either path and size (one tier), or tiers"
             )
         parsed = {key: _PARSERS[key](key, value) for key, value in given.items()}
@@ -130,10 +142,18 @@ def _paths(key: str, value: object) -> tuple[str, ...]:
         or not items
         or not all(isinstance(i, str) and i for i in items)
     ):
-        raise ConfigError(f"{key}: {value!r}. Valid: a directory, or a list of directories")
-    if len(set(items)) != len(items):
-        raise ConfigError(f"{key}: {value!r} names a directory twice. Valid: different directories")
+        raise ConfigError(f"{key}: {shown(value)}. Valid: a directory, or a list of directories")
+    _reject_twice(key, value, items)
     return tuple(items)
+
+
+def _reject_twice(key: str, value: object, paths: Sequence[str]) -> None:
+    """Two spellings of one directory count as one, links followed."""
+    places = {os.path.realpath(os.path.expanduser(path)) for path in paths}
+    if len(places) != len(paths):
+        raise ConfigError(
+            f"{key}: {shown(value)} names a directory twice. Valid: different directories"
+        )
 
 
 def _tier(where: str, given: Mapping[str, Any]) -> TierConfig:
@@ -147,21 +167,19 @@ def _tiers(key: str, value: object) -> tuple[TierConfig, ...]:
         'a list of tiers, fastest first, such as [{"path": "/dev/shm/flexkv", "size": "32GiB"}]'
     )
     if not isinstance(value, list | tuple) or not value:
-        raise ConfigError(f"{key}: {value!r}. Valid: {help_text}")
+        raise ConfigError(f"{key}: {shown(value)}. Valid: {help_text}")
     tiers = []
     for number, item in enumerate(value):
         where = f"{key}[{number}]."
         if not isinstance(item, Mapping):
-            raise ConfigError(f"{key}[{number}]: {item!r}. Valid: {help_text}")
+            raise ConfigError(f"{key}[{number}]: {shown(item)}. Valid: {help_text}")
         given = dict(item)
         kind = choice(*TIER_TYPES)(where + "type", given.pop("type", TIER_TYPES[0]))
         reject_unknown(given, ["type", *_TIER_PARSERS], where)
         if "path" not in given:
-            raise ConfigError(f"{where}path: missing in {item!r}. Valid: {help_text}")
+            raise ConfigError(f"{where}path: missing in {shown(item)}. Valid: {help_text}")
         tiers.append(replace(_tier(where, given), type=kind))
-    paths = [path for tier in tiers for path in tier.path]
-    if len(set(paths)) != len(paths):
-        raise ConfigError(f"{key}: {value!r} names a directory twice. Valid: different directories")
+    _reject_twice(key, value, [path for tier in tiers for path in tier.path])
     return tuple(tiers)
 
 
@@ -171,15 +189,19 @@ def _densities(key: str, value: object) -> tuple[tuple[str, float], ...]:
         'above 0, at most 1, and not for "kv"'
     )
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key}: {value!r}. Valid: {help_text}")
+        raise ConfigError(f"{key}: {shown(value)}. Valid: {help_text}")
     for name, density in value.items():
         number = isinstance(density, int | float) and not isinstance(density, bool)
         if not isinstance(name, str) or name in ("", "kv") or not number or not 0 < density <= 1:
-            raise ConfigError(f"{key}.{name}: {density!r}. Valid: {help_text}")
+            raise ConfigError(f"{key}.{name}: {shown(density)}. Valid: {help_text}")
     return tuple((name, float(density)) for name, density in value.items())
 
 
-_TIER_PARSERS: dict[str, Callable[[str, object], Any]] = {"path": _paths, "size": parse_size}
+_TIER_PARSERS: dict[str, Callable[[str, object], Any]] = {
+    "path": _paths,
+    "size": parse_size,
+    "require_mount": flag,
+}
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "tiers": _tiers,
     "verify": choice("full", "sampled", "off"),

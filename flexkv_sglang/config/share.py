@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from flexkv_sglang.config.parsers import choice, flag, number, redacted, reject_unknown, shown, text
+from flexkv_sglang.config.parsers import choice, flag, number, reject_unknown, shown, text
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.printable import redacted
 
 _NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _ADDRESS = re.compile(r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
@@ -103,14 +104,14 @@ def address(key: str, value: object) -> str:
     """Parse "host:port" of an agent."""
     match = _ADDRESS.match(value) if isinstance(value, str) else None
     if match is None or not 0 <= int(match[2]) < 65536:
-        raise ConfigError(f'{key}: {value!r}. Valid: "host:port", such as "10.0.0.5:7400"')
+        raise ConfigError(f'{key}: {shown(value)}. Valid: "host:port", such as "10.0.0.5:7400"')
     return match[0]
 
 
 def address_list(key: str, value: object) -> tuple[str, ...]:
     """Parse a list of addresses."""
     if not isinstance(value, list | tuple) or not value:
-        raise ConfigError(f'{key}: {value!r}. Valid: a list such as ["10.0.0.5:7400"]')
+        raise ConfigError(f'{key}: {shown(value)}. Valid: a list such as ["10.0.0.5:7400"]')
     return tuple(address(f"{key}[{i}]", item) for i, item in enumerate(value))
 
 
@@ -145,12 +146,20 @@ def parse_share(key: str, value: object) -> ShareConfig:
 
 
 def _listen(key: str, value: object) -> str:
-    return "auto" if value == "auto" else address(key, value)
+    match = _ADDRESS.match(value) if isinstance(value, str) and value != "auto" else None
+    known = match is not None and match[1] != "auto" and 0 <= int(match[2]) < 65536
+    if value != "auto" and not known:
+        raise ConfigError(
+            f'{key}: {value!r}. Valid: "auto", or "host:port", such as "10.0.0.5:7400"'
+        )
+    return str(value)
 
 
 def _name(key: str, value: object) -> str:
     if not isinstance(value, str) or not _NAME.match(value):
-        raise ConfigError(f"{key}: {value!r}. Valid: up to 64 letters, digits, '.', '_' and '-'")
+        raise ConfigError(
+            f"{key}: {shown(value)}. Valid: up to 64 letters, digits, '.', '_' and '-'"
+        )
     return value
 
 

@@ -71,13 +71,15 @@ class Identity:
 
 
 def page_key(text: str) -> PageKey:
-    """Convert SGLang's page hash to 32 bytes. Other text than 64 hex digits (v0 keys) is hashed."""
+    """Convert SGLang's page hash to 32 bytes. Other text than 64 lower-case hex digits (v0 keys) is hashed."""
     if len(text) == 2 * _KEY_BYTES:
         try:
-            return PageKey(bytes.fromhex(text))
+            key = bytes.fromhex(text)  # it also reads capitals, and skips blanks
         except ValueError:
-            pass
-    return PageKey(hashlib.sha256(b"flexkv-key:" + text.encode()).digest())
+            key = b""
+        if key.hex() == text:
+            return PageKey(key)
+    return PageKey(hashlib.sha256(b"flexkv-key:" + text.encode(errors="surrogatepass")).digest())
 
 
 def page_keys(texts: Sequence[str]) -> list[PageKey]:

@@ -191,7 +191,10 @@ def _check_settings(text: str | None) -> None:
         path = Path(text[1:])
         if path.suffix != ".json" or not path.is_file():
             return
-        text = path.read_text()
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError):  # SGLang says so
+            return
     try:
         given = json.loads(text)
     except ValueError as exc:

@@ -10,6 +10,7 @@ Threads: SGLang calls from its prefetch, prefetch I/O, backup and scheduler thre
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -87,6 +88,10 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
         or too large for the disk. A pool without page buffers is no error: all its pages miss.
         """
         super().register_mem_pool_host(mem_pool_host)
+        if self._stores.process != os.getpid():
+            raise ConfigError(
+                "this process was forked after the storage backend was made: make its own"
+            )
         if not WEIGHTS.settled:
             logger.warning("flexkv: weights were updated: pages miss until the cache is flushed")
         self._stores.open_kv(mem_pool_host, opens=WEIGHTS.settled)
@@ -105,14 +110,20 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
 
     def set_prefetch_timeout(self, base: float, per_ki_token: float) -> None:
         """Set the time SGLang waits for a prefetch, in seconds and seconds per 1024 tokens. It limits a get."""
+        given: tuple[Any, Any] = (base, per_ki_token)
+        if not all(isinstance(part, int | float) and part >= 0 for part in given):  # nor a NaN
+            logger.warning("flexkv: a prefetch timeout of %r is not taken: no seconds", given)
+            return
         self._prefetch_timeout = (base, per_ki_token)
         text = "flexkv: SGLang waits %g s and %g s per 1024 tokens for a prefetch; reads keep within that"
         logger.info(text, base, per_ki_token)
 
     def close(self) -> None:
         """Wait for running transfers, flush, release the files. Idempotent, never raises."""
-        WEIGHTS.detach(self)
+        if self._stores.process != os.getpid():  # they are the parent's
+            return
         try:
+            WEIGHTS.detach(self)
             try:
                 self._stores.close()
             finally:
@@ -278,12 +289,13 @@ class FlexKVStorage(HiCacheStorage, Boundary):  # type: ignore[misc]  # SGLang s
     def _checked(
         self, flags: list[bool] | None, pool: Pool | None, keys: list[str], host_indices: Any
     ) -> list[bool]:
-        """The answer of a transfer; None means that ``host_indices`` do not fit ``keys``."""
+        """The answer of a transfer; None means that ``host_indices`` are not one whole page of the pool per key."""
         if flags is not None:
             return flags
         given = 0 if host_indices is None else int(host_indices.numel())
         name = pool.name if pool is not None else ""
-        self._report("host_indices", ConfigError(f"{name}: {len(keys)} keys with {given} indices"))
+        text = f"{name}: {given} indices are not {len(keys)} whole pages of the host pool"
+        self._report("host_indices", ConfigError(text))
         return [False] * len(keys)
 
 

@@ -105,12 +105,13 @@ def install_now() -> None:
 
 def around_disk(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     """A new checkpoint from disk: its files identify the weights."""
-    path, load_format = request.model_path, getattr(request, "load_format", None)
+    path, load_format = getattr(request, "model_path", ""), getattr(request, "load_format", None)
     before = _content(path, load_format)
     result = _changing(original, manager, request)
     message = str(getattr(result, "message", ""))
     kept = message.startswith(_NOT_FLUSHED) and _one_runner(manager)
-    after = _content(path, load_format) if result.success or kept else ""
+    changed = getattr(result, "success", True)
+    after = _content(path, load_format) if changed or kept else ""
     _guarded(lambda: _finish(manager, result, before if before == after else ""))
     return result
 
@@ -132,7 +133,7 @@ def around_begin(original: Callable[..., Any], manager: Any, request: Any) -> An
 def around_end(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     """A session of updates ends: the weights are complete."""
     result = _changing(original, manager, request)
-    WEIGHTS.end_session()
+    _guarded(WEIGHTS.end_session)
     _guarded(lambda: _finish(manager, result))
     return result
 

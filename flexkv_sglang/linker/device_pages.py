@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flexkv_sglang.errors import TierError
 from flexkv_sglang.linker.staging import HostShape
 from flexkv_sglang.prefix import ALL_PAGES
 from flexkv_sglang.triton_kernels.layout import BlockLayout, Part
@@ -62,6 +63,15 @@ class DevicePool:
             return indices.to(torch.int64)
         return indices[:: self.page_size].to(torch.int64) // self.page_size
 
+    def misfit(self, indices: torch.Tensor) -> torch.Tensor:
+        """Are these indices (as for ``page_ids``) no whole pages of this pool? bool ``[]``, made like ``page_ids``."""
+        rows = indices.to(torch.int64).view(-1, self.page_size)
+        starts = rows[:, 0]
+        offsets = torch.arange(self.page_size, device=rows.device)
+        end = min(table.page_count for table in self.tables) * self.page_size
+        outside = (starts < 0) | (starts >= end) | (starts % self.page_size != 0)
+        return outside.any() | (rows != starts[:, None] + offsets).any()
+
     def gather(self, page_ids: torch.Tensor, blocks: torch.Tensor) -> None:
         """Pages to blocks: uint8 ``[len(page_ids), >= block_bytes]`` on the pool's device.
 
@@ -100,12 +110,18 @@ class DevicePool:
 class DevicePages:
     """Pages of one pool that one request moves. ``texts``: their hashes, one chain.
 
-    ``page_ids``: int64 ``[len(texts)]``, on the pool's device or on the CPU.
+    ``page_ids``: int64 ``[len(texts)]``, on the pool's device or on the CPU. ``misfit``: as the pool computes it.
     """
 
     pool: DevicePool
     texts: list[str]
     page_ids: torch.Tensor
+    misfit: torch.Tensor
+
+    def check(self) -> None:
+        """Raises ``TierError`` if SGLang's indices were no pages of the pool. Waits for the current stream."""
+        if bool(self.misfit):
+            raise TierError(f"{self.pool.name}: device indices are no whole pages of the pool")
 
 
 def tables_of(

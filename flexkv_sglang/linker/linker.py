@@ -19,6 +19,7 @@ Threads: SGLang calls from its scheduler, and ``layer_done_counter`` calls back 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import Any, ClassVar
 
@@ -232,11 +233,11 @@ class FlexKVLinker(UnifiedCacheLinker, Boundary):  # type: ignore[misc]  # SGLan
 
     def close(self) -> None:
         """End all transfers, bounded, and release the files. Idempotent, never raises."""
-        if self._closed:
+        if self._closed or self._stores.process != os.getpid():  # a child's files are the parent's
             return
         self._closed = True
-        WEIGHTS.detach(self)
         try:
+            WEIGHTS.detach(self)
             self._quiesce(QUIET_S)
             self._watch.stop()
             ended = [
@@ -283,7 +284,7 @@ def _pages_of(pool: DevicePool, transfers: dict[str, Any]) -> DevicePages | None
     texts, indices = list(transfer.keys), transfer.device_indices
     if len(indices) != len(texts) * pool.page_size:
         return None
-    return DevicePages(pool, texts, pool.page_ids(indices))
+    return DevicePages(pool, texts, pool.page_ids(indices), pool.misfit(indices))
 
 
 def _check_components(components: Any, pools: list[DevicePool]) -> None:

@@ -222,6 +222,8 @@ class Loader:
         with self._stores.in_use():
             if batch.epoch != self._epoch():
                 raise TierError("the weights have changed")
+            for item in batch.pages:
+                item.check()  # before any page is written
             last = [self._fill(batch, items) for items in _by_pool(batch.pages)]
         for layer in range(self._layers):
             with batch.copying():

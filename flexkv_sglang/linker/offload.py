@@ -172,6 +172,7 @@ class Offloader:
 
     def _store(self, job: Offload, pages: DevicePages) -> bool:
         """Store pages of one pool; True without a write if another rank writes it."""
+        pages.check()
         if job.epoch != self._epoch():
             raise TierError("the weights have changed")
         opened = self._stores.get(pages.pool.name)

@@ -55,11 +55,11 @@ CALLS = (
     *("cancel_queued_load", "offload", "num_completed_offloads", "pop_completed_offload"),
     *("reset", "follow_layer", "watch"),
 )
-"""Calls whose failures are counted; ``host_indices``: their number does not fit the keys."""
+"""Calls whose failures are counted; ``host_indices``: they are not one whole page per key."""
 
 OPERATIONS = (
     *("read", "write", "tombstone", "commit", "clear", "close"),
-    *("journal_rotation", "shrink", "report"),
+    *("journal_rotation", "shrink", "report", "restore"),
 )
 """Operations that are counted when they fail as a whole."""
 
@@ -136,6 +136,9 @@ _ALL = (
     _counter("clears", "calls", "pages of this process forgotten on request"),
     _counter("breaker_opened", "times", "directories that were bypassed or take no more pages"),
     _counter("breaker_closed", "times", "directories that came back"),
+    _counter(
+        "restored_files", "files", "files that vanished under this process and are there again"
+    ),
     _counter("given_back_slots", "slots", "slots given up because the disk was nearly full"),
     _counter("journal_rotations", "rotations", "new journal generations while running"),
     Metric("exists_seconds", "histogram", "seconds", "duration of an exists call", buckets=SECONDS),

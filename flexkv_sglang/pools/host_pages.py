@@ -94,11 +94,13 @@ class PoolPages(Protocol):
     ``groups``: how a page is cut. ``geometry`` and buffers are those of one group: ``groups.count`` per page, page
     after page.
 
-    ``host_indices``: int64 tensor ``[len(keys) * tokens_per_page]``. A method returns None for any other length.
+    ``host_indices``: int64 tensor ``[len(keys) * tokens_per_page]``, whole pages (``whole_pages``). A method returns
+    None for any other length. ``token_count``: tokens that the pool has room for, 0 if that is not known.
     """
 
     how: str
     tokens_per_page: int
+    token_count: int
     geometry: PageGeometry
     span: int
     groups: HeadGroups = WHOLE
@@ -125,6 +127,14 @@ def open_pages(pool: HostPool, groups: HeadGroups = WHOLE) -> PoolPages:
 
     ``groups``: cut the pages like this. If the pool cannot, pages stay whole, and the log says so.
     """
+    try:
+        return _open_pages(pool, groups)
+    except PROBE_FAILURES as exc:  # it is no pool at all
+        text = f"{type(pool).__name__}: {type(exc).__name__} {exc}"
+        raise UnsupportedPoolError(text) from exc
+
+
+def _open_pages(pool: HostPool, groups: HeadGroups) -> PoolPages:
     if getattr(pool, "kv_buffer", pool) is None and getattr(pool, "size_per_token", None) == 0:
         return MarkerPages(pool)
     first_page = torch.arange(tokens_per_page(pool), dtype=torch.int64)
@@ -152,7 +162,7 @@ class HostPages(PoolPages):
     def __init__(self, pool: HostPool, first_page_indices: Any) -> None:
         """``first_page_indices``: int64 tensor ``[tokens per page]`` of any page, to learn the geometry."""
         self._pool = pool
-        self.tokens_per_page = tokens_per_page(pool)
+        self.tokens_per_page, self.token_count = tokens_per_page(pool), token_count(pool)
         try:
             meta = pool.get_page_buffer_meta(first_page_indices)
         except PROBE_FAILURES as exc:
@@ -162,6 +172,8 @@ class HostPages(PoolPages):
                 f"{type(pool).__name__} ({pool.layout}) holds no bytes of its own"
             )
         lengths = [int(length) for length in meta[1]]
+        if not lengths or min(lengths) < 1 or len(meta[0]) != len(lengths):
+            raise UnsupportedPoolError(f"{type(pool).__name__}: a page has no bytes")
         order = _stored_order(pool, len(lengths))
         self.geometry = PageGeometry(tuple(lengths[i] for i in order), order)
         self._order = np.array(order, np.intp)
@@ -255,7 +267,7 @@ class FlatPages(PoolPages):
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
-        self.tokens_per_page = tokens_per_page(pool)
+        self.tokens_per_page, self.token_count = tokens_per_page(pool), token_count(pool)
         try:
             empty = pool.get_dummy_flat_data_page()
             page = pool.get_data_page(0, flat=True)
@@ -311,7 +323,7 @@ class MarkerPages(PoolPages):
     span = STAGING_BYTES // _MARKER_BYTES
 
     def __init__(self, pool: HostPool) -> None:
-        self.tokens_per_page = tokens_per_page(pool)
+        self.tokens_per_page, self.token_count = tokens_per_page(pool), token_count(pool)
         self.geometry = PageGeometry((_MARKER_BYTES,), (0,))
 
     def outgoing(self, host_indices: Any, keys: Sequence[PageKey]) -> Batch | None:
@@ -352,6 +364,40 @@ def _rows(count: int, payload_bytes: int) -> tuple[torch.Tensor, PageBuffers]:
 def tokens_per_page(pool: HostPool) -> int:
     """Entries of ``host_indices`` per page."""
     return int(getattr(pool, "logical_page_size", None) or pool.page_size)
+
+
+def token_count(pool: HostPool) -> int:
+    """``host_indices`` of the pool are less than this; 0: it does not say."""
+    return int(getattr(pool, "logical_size", None) or getattr(pool, "size", None) or 0)
+
+
+def first_page(pages: PoolPages) -> Batch | None:
+    """The first page of a pool as reads name it; None if the pool does not."""
+    try:
+        indices = torch.arange(pages.tokens_per_page, dtype=torch.int64)
+        return pages.incoming(indices, [PageKey(bytes(32))])
+    except PROBE_FAILURES:
+        return None
+
+
+def whole_pages(pages: PoolPages, host_indices: Any, count: int, *, distinct: bool) -> bool:
+    """Are these the indices of ``count`` whole pages inside the pool: aligned runs, one after the other?
+
+    ``distinct``: two keys may not share a page, which can hold the bytes of one. Raises ``AttributeError`` or
+    ``RuntimeError`` for what is no tensor of integers.
+    """
+    size = pages.tokens_per_page
+    if host_indices is None or int(host_indices.numel()) != count * size:
+        return False
+    given = host_indices.detach().cpu().numpy()
+    if given.dtype.kind != "i":
+        return False
+    rows = given.reshape(count, size)
+    starts = rows[:, 0]
+    inside = starts.min() >= 0 and (not pages.token_count or rows.max() < pages.token_count)
+    if not inside or (starts % size).any() or (rows != starts[:, None] + np.arange(size)).any():
+        return False
+    return not distinct or len(np.unique(starts)) == count
 
 
 def _stored_order(pool: HostPool, count: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ from flexkv_sglang.errors import ConfigError, FlexKVError, TierUnavailableError
 from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.pools.call_gate import CallGate
 from flexkv_sglang.pools.head_groups import WHOLE, HeadGroups
-from flexkv_sglang.pools.host_pages import UnsupportedPoolError, open_pages
+from flexkv_sglang.pools.host_pages import UnsupportedPoolError, first_page, open_pages
 from flexkv_sglang.pools.opener import Opener
 from flexkv_sglang.pools.pool import Describe, Pool, SizeClaim
 from flexkv_sglang.pools.pool_rules import KV, default_density, expected_policy
@@ -56,8 +57,9 @@ _SUSPEND_S = 9.0
 class PoolStores:
     """The stores of one attach. ``StoresState`` has the table of their states and of the events, the methods here.
 
-    ``describe`` is called once per pool that can be stored and per weight update. ``groups``: how pages are cut into
-    head groups where that is possible. ``sharing``: with other nodes; it is not closed with the stores.
+    ``process``: the only one that may use them, not one that it forks. ``describe`` is called once per pool that can
+    be stored and per weight update. ``groups``: how pages are cut into head groups where that is possible.
+    ``sharing``: with other nodes; it is not closed with the stores.
 
     Threads: any; ``suspend`` and ``resume``: SGLang's scheduler. Calls run ``in_use``; files are exchanged while no
     call runs.
@@ -71,6 +73,7 @@ class PoolStores:
         groups: HeadGroups = WHOLE,
         sharing: Sharing | None = None,
     ) -> None:
+        self.process = os.getpid()
         self.prepared = prepared
         self._config = config
         self._describe = describe
@@ -298,6 +301,9 @@ class PoolStores:
         )
         for address, byte_count in pool.pages.memory():
             store.register_memory(address, byte_count)
+        page = first_page(pool.pages)
+        if page is not None:
+            store.prepare(page.buffers)
         pool.store, pool.opened_as, pool.quotas = store, identity, quotas
         self._unstored.pop(pool.name, None)
         self._quotas.log(pool)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flexkv_sglang.identity.keys import page_keys
-from flexkv_sglang.pools.host_pages import Batch
+from flexkv_sglang.pools.host_pages import Batch, whole_pages
 from flexkv_sglang.pools.pool import Pool
 from flexkv_sglang.pools.stores import PoolStores
 from flexkv_sglang.prefix import (
@@ -88,11 +88,11 @@ def read(
 ) -> list[bool] | None:
     """Read pages into the host pool. One bool per key, False from the first missing page on.
 
-    None: the number of ``host_indices`` (int64) does not fit the number of keys.
+    None: ``host_indices`` (int64) are not as many whole pages of the pool as there are keys; nothing is touched.
     """
     if pool is None or not keys:
         return [False] * len(keys)
-    if not _fits(pool, keys, host_indices):
+    if not whole_pages(pool.pages, host_indices, len(keys), distinct=True):
         return None
     opened, groups = pool.store, pool.pages.groups
     results: list[bool] = []
@@ -128,7 +128,7 @@ def write(
     """Write pages of the host pool. One bool per key: True if it is stored now. None: as ``read``."""
     if pool is None or not keys:
         return [False] * len(keys)
-    if not _fits(pool, keys, host_indices):
+    if not whole_pages(pool.pages, host_indices, len(keys), distinct=False):
         return None
     results: list[bool] = []
     while len(results) < len(keys):
@@ -144,10 +144,12 @@ def write(
 def store(
     pool: Pool, keys: Sequence[PageKey], batch: Batch, parent: PageKey | None, deadline: float
 ) -> list[bool]:
-    """Write one batch."""
+    """Write one batch. True for a rank that writes no pages of this pool: another rank writes the same bytes."""
     opened = pool.store
     if opened is None:
         return [False] * len(keys)
+    if not pool.spec.writes:
+        return [True] * len(keys)
     with pool.spec.metrics.timed("put"):
         groups = pool.pages.groups
         stored = groups.keys(keys)
@@ -162,12 +164,6 @@ def store_own(
     if opened is None:
         return [False] * len(keys)
     return opened.put(keys, batch.buffers, parent, deadline, own=True)
-
-
-def _fits(pool: Pool, keys: Sequence[PageKey], host_indices: Any) -> bool:
-    return host_indices is not None and (
-        int(host_indices.numel()) == len(keys) * pool.pages.tokens_per_page
-    )
 
 
 def _indices(pool: Pool, host_indices: Any, part: slice) -> Any:

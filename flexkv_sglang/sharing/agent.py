@@ -26,7 +26,7 @@ from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, NodeId, NodeInfo
 from flexkv_sglang.backends.fleet.wire.curve import Secret
 from flexkv_sglang.backends.io.probe import IoMode
-from flexkv_sglang.backends.slots.opening import prepare_directory
+from flexkv_sglang.backends.slots.space.places import prepare_directory
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
 from flexkv_sglang.log_limit import RateLimitedLog

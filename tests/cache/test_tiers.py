@@ -268,3 +268,14 @@ def test_pinned_pages_are_kept_in_the_fastest_tier_that_has_them() -> None:
         put(tiers, 4, seed)
     assert fast.prefix(keys(6, 1)) == 0
     tiers.close()
+
+
+def test_a_page_that_is_late_is_counted_once(both: Tiers) -> None:
+    put(both, 10, seed=1)
+    far = Far(64)
+    shared = Tiers([*both.tiers, far], both._metrics)
+    for tiers, calls in ((both, 1), (shared, 2)):
+        _, buffers = page_memory(10, PAGE)
+        assert not any(tiers.get(keys(10, 1), buffers, time.monotonic() - 1))
+        assert both._metrics.snapshot()["read_late_pages"] == 10 * calls
+        assert both._metrics.snapshot()["read_miss_pages"] == 10 * calls

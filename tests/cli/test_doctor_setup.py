@@ -257,7 +257,9 @@ def test_a_disk_that_others_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert "free, min_free is 818.5 TiB; 0 slots given back" in found["disk_full"].evidence
         monkeypatch.setattr(upkeep_module, "floor_bytes", lambda *_: 10 * 4096)
         monkeypatch.setattr(upkeep_module, "free_bytes", lambda *_: 0)
-        store_of(storage, "kv").tiers[0]._upkeep.keep_floor()
+        upkeep = store_of(storage, "kv").tiers[0]._upkeep
+        for directory in upkeep.directories:
+            upkeep.keep_floor(directory)
         monkeypatch.undo()
         assert wait_until(lambda: "disk_full" in doctor(tmp_path))
         assert "slots given back" in doctor(tmp_path)["disk_full"].evidence
@@ -272,8 +274,8 @@ def test_files_of_another_user(tmp_path: Path) -> None:
     for path in (tmp_path / "ns").glob("*.slots"):
         os.chown(path, 4321, -1)
     found = doctor(tmp_path)
-    assert causes(found)[0] == "several_users"
-    assert "user ids 0, 4321" in found["several_users"].evidence
+    assert causes(found)[0] == "foreign_files"
+    assert "belongs to user 4321, the folder to user 0" in found["foreign_files"].evidence
 
 
 _AS_NOBODY = """

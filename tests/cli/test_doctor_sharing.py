@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from flexkv_sglang.cli.directory.scan import Namespace
 from flexkv_sglang.cli.doctor.command import diagnose
 from flexkv_sglang.cli.doctor.facts import DirectoryFacts, Facts, Group, Plugin, gather
 from flexkv_sglang.cli.doctor.fleet_facts import Fleet, look_at_fleets
 from flexkv_sglang.cli.doctor.machine import Machine
-from flexkv_sglang.cli.scan import Namespace
 from flexkv_sglang.config.settings import FlexKVConfig
 from nodes.fleet_nodes import Node
 from nodes.redis_server import RedisServer

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from flexkv_sglang.config.parsers import redacted
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.config.share import parse_share
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.printable import redacted
 
 
 def share(**given: Any) -> Any:

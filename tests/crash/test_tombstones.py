@@ -55,7 +55,7 @@ def test_a_tombstone_that_another_thread_took_is_waited_for(tmp_path: Path) -> N
     names = keys(2)
     first, second = (
         threading.Thread(
-            target=pages.publish_del, args=([(names[i], SlotId(i))], soon()), name=name
+            target=pages.bury, args=([(names[i], SlotId(i))], [SlotId(i)], soon()), name=name
         )
         for i, name in enumerate(("first", "second"))
     )

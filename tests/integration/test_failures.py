@@ -29,6 +29,7 @@ class BadDisk:
     """An I/O engine in front of a real one: I/O on ``files`` fails or hangs as long as the test wants."""
 
     kind = "bad"
+    given_up = False
 
     def __init__(self, real: Any, files: set[int]) -> None:
         self._real = real
@@ -51,7 +52,7 @@ class BadDisk:
         results[good] = part.moved
         transfer.on_complete(np.arange(len(transfer)), results)
 
-    def close(self) -> bool:
+    def close(self, seconds: float = 6.0) -> bool:
         return bool(self._real.close())
 
 
@@ -171,7 +172,7 @@ def test_a_disk_that_hangs_holds_up_one_call_only(store: Tiers, tmp_path: Path) 
     )
     stuck.start()
     assert wait_until(lambda: breaker.is_open)
-    assert wait_until(lambda: 0 in engine._upkeep._suspended)
+    assert wait_until(lambda: engine._upkeep._bypassed)
     done, source = put(store, 16, seed=2)
     assert all(done)
     got, other = get(store, 16, seed=2)
@@ -208,7 +209,8 @@ def test_space_is_given_back_when_others_fill_the_disk(
     before = path.stat().st_blocks
     monkeypatch.setattr(upkeep_module, "floor_bytes", lambda *_: 10 * PAGE)
     monkeypatch.setattr(upkeep_module, "free_bytes", lambda *_: 0)
-    engine._upkeep.keep_floor()
+    for directory in engine._upkeep.directories:
+        engine._upkeep.keep_floor(directory)
     monkeypatch.undo()
     assert path.stat().st_size == 54 * PAGE
     assert path.stat().st_blocks < before
@@ -269,15 +271,20 @@ def test_close_does_not_come_between_a_record_and_its_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A commit that hangs keeps its files: their numbers must not become another's under it."""
-    monkeypatch.setattr("flexkv_sglang.cache.engine._PUBLISH_S", 0.05)
+    monkeypatch.setattr("flexkv_sglang.cache.engine.CLOSE_S", 0.2)
     engine = open_engine(tmp_path, PAGE, 64 * PAGE)
     _, buffers = page_memory(4, PAGE, seed=1)
     assert all(engine.put(keys(4), buffers, None, soon()))
     (store,) = engine._tier.stores
-    with engine._pages.publishing(soon()):  # as if a commit were under way
-        engine.close()
-        assert store.slots.fd >= 0
-        assert store.lock.held
+    (directory,) = engine._upkeep.directories
+    answers = threading.Event()
+    under_way = directory.journal.post(lambda: answers.wait(10), 10.0)  # as if a commit hung
+    engine.close()
+    assert store.slots.fd >= 0
+    assert store.lock.held
+    assert not engine.released()
+    answers.set()
+    assert under_way.result(10)
     engine.close()
     assert store.slots.fd < 0
     assert not store.lock.held

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 STRESS = "tests/crash/test_campaign.py::test_processes_that_are_killed_read_only_right_pages_of_each_other"
 ENGINE, NEIGHBOURS = "flexkv_sglang/cache/engine.py", "backends/slots/neighbours.py"
-TOMBSTONE = (
-    "            self._pages.publish_del(victims, deadline)  # before the slots are rewritten\n"
-)
+TOMBSTONE = """\
+            buried, left = self._pages.bury(victims, slots, deadline)  # before slots are rewritten
+"""
+NO_TOMBSTONE = "            buried = [True] * len(slots)\n"
 MOVE = """\
-            rows = [i for i, flag in enumerate(self._tier.writable(slots)) if flag]
+            writable = self._tier.writable(slots)
+            rows = [i for i in range(len(slots)) if buried[i] and writable[i]]
             targets = [slots[row] for row in rows]
             breakers = self._tier.breakers(targets)
             if rows:
@@ -16,29 +18,36 @@ MOVE = """\
                 transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
-                    with self._watch.call(deadline, frozenset(breakers)):
+                    with self._watch.call(transfer, breakers):
                         outcomes = self._mover.move(transfer)
                 finally:
+                    left |= self._left(transfer, rows, slots, breakers)
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):
                     done[row] = outcome is Outcome.DONE
 """
 
 MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
-    ("no tombstone before a rewrite", ENGINE, TOMBSTONE, "", STRESS),
-    ("tombstone after the rewrite", ENGINE, TOMBSTONE + MOVE, MOVE + TOMBSTONE, STRESS),
+    ("no tombstone before a rewrite", ENGINE, TOMBSTONE, NO_TOMBSTONE, STRESS),
+    (
+        "tombstone after the rewrite",
+        ENGINE,
+        TOMBSTONE + MOVE,
+        NO_TOMBSTONE + MOVE + TOMBSTONE,
+        STRESS,
+    ),
     (
         "under stress: no second look at a neighbour",
         ENGINE,
-        "self._neighbours.still_valid(plan.claims), strict=True",
-        "[True] * len(plan.claims), strict=True",
+        "            valid = same and claim.journal.directory in seen\n",
+        "            valid = True\n",
         STRESS,
     ),
     (
         "the second look does not read the journal",
-        NEIGHBOURS,
-        "            self._poll_locked()\n            return [page.journal.confirms",
-        "            return [page.journal.confirms",
+        ENGINE,
+        "partial(self._neighbours.poll_directory, d.path), end - time.monotonic()",
+        "bool, end - time.monotonic()",
         STRESS,
     ),
     (

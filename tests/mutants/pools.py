@@ -55,9 +55,9 @@ MUTANTS = (
     ),
     (
         "files are closed under a record",
-        "flexkv_sglang/cache/engine.py",
-        "with self._pages.publishing(time.monotonic() + _PUBLISH_S):  # no record on its way",
-        "if True:",
+        "flexkv_sglang/cache/local_pages.py",
+        "                jobs[directory] = directory.journal.post(work, limit)  # behind the records",
+        "                jobs[directory] = directory.upkeep.post(work, limit)",
         "tests/integration/test_failures.py",
     ),
     (

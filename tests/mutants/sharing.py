@@ -151,7 +151,7 @@ MUTANTS = (
     (
         "sharing: errors show a password",
         "flexkv_sglang/config/parsers.py",
-        'return _PASSWORD.sub(r"\\1***@", repr(value))',
+        "return printable(repr(without_secrets(value, name)))",
         "return repr(value)",
         SETTINGS,
     ),

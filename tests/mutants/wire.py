@@ -158,9 +158,9 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     (
         "wire: the group may read the secret",
-        KEYS,
-        "& 0o077:",
-        "& 0o007:",
+        "backends/safe_files.py",
+        "if mode & 0o037:",
+        "if mode & 0o017:",
         f"{CURVE}::test_bad_secret_files",
     ),
     (

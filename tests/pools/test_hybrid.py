@@ -199,7 +199,7 @@ def test_the_division_is_remembered_and_the_next_start_opens_once(
 def test_without_a_size_the_pools_share_what_one_would_have_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv_sglang.backends.slots.opening.AUTO_SIZE_MAX", 32 << 20)
+    monkeypatch.setattr("flexkv_sglang.backends.slots.space.room.AUTO_SIZE_MAX", 32 << 20)
     taken = []
     for _ in range(3):
         with HybridRig("swa", LAYOUT, str(tmp_path), size=None) as rig:

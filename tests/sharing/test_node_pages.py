@@ -18,7 +18,7 @@ import pytest
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet.vocabulary import PageStatus, fingerprints_of
 from flexkv_sglang.backends.io.transfer import Outcome
-from flexkv_sglang.backends.slots.opening import prepare_directory
+from flexkv_sglang.backends.slots.space.places import prepare_directory
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing.node_pages import NodePages, payload_bytes_of
 from flexkv_sglang.types import PageBuffers, PageKey

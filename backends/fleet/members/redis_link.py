@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from flexkv_sglang.config.parsers import redacted
+from flexkv_sglang.backends.safe_files import read_secret
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.printable import redacted
 
 TIMEOUT_S, CONNECT_TIMEOUT_S = 1.0, 0.5
 """Limits of every command and of a connection. Long enough that a slow Redis is not absent (decision 016)."""
@@ -135,10 +136,8 @@ class _Login:
         address = self._address
         password = address.password or ""
         if address.password_file:
-            path = Path(address.password_file)
-            if path.stat().st_size > _PASSWORD_BYTES_MAX:
-                raise OSError(f"{path} is too large for a password file")
-            password = path.read_text().strip("\r\n")
+            data = read_secret(Path(address.password_file), _PASSWORD_BYTES_MAX)
+            password = data.decode().strip("\r\n")
         return (address.user, password) if address.user else (password,)
 
 

@@ -35,7 +35,7 @@ from flexkv_sglang.backends.fleet.replica.fingerprint_set import (
     record_count,
 )
 from flexkv_sglang.backends.fleet.vocabulary import NodeId
-from flexkv_sglang.backends.safe_files import remove_temporaries, replacing
+from flexkv_sglang.backends.safe_files import open_own, remove_temporaries, replacing
 from flexkv_sglang.types import U64, round_up
 
 SLOTS = 1024
@@ -123,7 +123,7 @@ class Entry:
 def _map(path: Path, *, writable: bool) -> mmap.mmap | None:
     """Map the whole file; None if it is missing or empty."""
     try:
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        fd = open_own(path, os.O_RDWR if writable else os.O_RDONLY)
     except OSError:
         return None
     try:

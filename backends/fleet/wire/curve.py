@@ -8,12 +8,12 @@ Threads: any.
 from __future__ import annotations
 
 import hmac
-import os
-import stat
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexkv_sglang.backends.safe_files import read_secret
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import zmq
 
 SECRET_BYTES_MIN, SECRET_BYTES_MAX = 32, 4096
+_DISTINCT_MIN = 8  # 32 zeros are no secret
 ZAP_DOMAIN = b"fk1"
 
 
@@ -41,23 +42,16 @@ def load_secret(share: ShareConfig) -> Secret | None:
         return None
     valid = f"a file of {SECRET_BYTES_MIN} random bytes or more that only its owner may read"
     try:
-        fd = os.open(share.secret_file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            about = os.fstat(fd)
-            data = os.read(fd, SECRET_BYTES_MAX + 1)
-        finally:
-            os.close(fd)
+        data = read_secret(Path(share.secret_file), SECRET_BYTES_MAX)
     except OSError as error:
         raise ConfigError(
             f"share.secret_file {share.secret_file!r}: {error.strerror}; valid: {valid}"
         ) from None
-    if not stat.S_ISREG(about.st_mode) or stat.S_IMODE(about.st_mode) & 0o077:
+    if len(data) < SECRET_BYTES_MIN or len(set(data)) < _DISTINCT_MIN:
         raise ConfigError(
-            f"share.secret_file {share.secret_file!r}: mode {stat.S_IMODE(about.st_mode):04o} lets others"
-            f" read it; valid: {valid}"
+            f"share.secret_file {share.secret_file!r}: {len(data)} bytes, {len(set(data))} of them different;"
+            f" valid: {valid}"
         )
-    if not SECRET_BYTES_MIN <= len(data) <= SECRET_BYTES_MAX:
-        raise ConfigError(f"share.secret_file {share.secret_file!r}: its size; valid: {valid}")
     return derive(data)
 
 

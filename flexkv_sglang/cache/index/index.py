@@ -61,7 +61,7 @@ _KEYED = (WRITING, READY, SUSPENDED)  # states of slots whose key is in the map
 class IndexSnapshot:
     """Columns of an index at one moment, by slot. Copied under ``LocalPages.lock``, sorted outside of it.
 
-    The keys of slots that are not READY are void.
+    The keys of slots that are neither READY nor SUSPENDED are void.
     """
 
     keys: KeyArray
@@ -71,13 +71,18 @@ class IndexSnapshot:
     parent_generation: U32
     generation: U32
 
-    def by_age(self) -> tuple[KeyArray, I64, I64]:
-        """(keys, slots, parent slots or -1) of the READY pages, least recently used first."""
-        ready = np.flatnonzero(self.state == READY)
+    def by_age(self, *, suspended: bool = False) -> tuple[KeyArray, I64, I64]:
+        """(keys, slots, parent slots or -1) of the READY and, if asked for, SUSPENDED pages, the oldest use first."""
+        ready = np.flatnonzero(self.held() if suspended else self.state == READY)
         slots = ready[np.argsort(self.tick[ready], kind="stable")]
         parents = self.parent[slots]
         alive = (parents != NO_SLOT) & (self.parent_generation[slots] == self.generation[parents])
         return self.keys[slots], slots, np.where(alive, parents, NO_SLOT)
+
+    def held(self) -> BoolArray:
+        """Per slot: is it READY or SUSPENDED?"""
+        flags: BoolArray = (self.state == READY) | (self.state == SUSPENDED)
+        return flags
 
 
 class TierIndex:
@@ -263,12 +268,13 @@ class TierIndex:
         """The directory of a region fails: its slots are not used and its pages not found.
 
         Returns the number of its pages. One that is put again goes elsewhere and is forgotten here.
-        ``readable``: only writes fail; its pages stay, and none is evicted.
+        ``readable``: only writes fail; its pages stay or are found again, and none is evicted.
         """
         low, high = self._free_slots.span(region)
         self._free_slots.close(region)
         self._policy.retain(lambda slot: not low <= slot < high)
         if readable:
+            self._find_again(region)
             return 0
         state = self._states[low:high]
         ready = state == READY
@@ -281,15 +287,31 @@ class TierIndex:
         """Undo ``suspend``. Returns the number of pages that are back."""
         low, high = self._free_slots.span(region)
         self._free_slots.reopen(region)
+        count = self._find_again(region)
+        for slot in (np.flatnonzero(self._states[low:high] == READY) + low).tolist():
+            if self._links.children[slot] == 0:
+                self._policy.offer(slot)
+        return count
+
+    def _find_again(self, region: int) -> int:
+        low, high = self._free_slots.span(region)
         state = self._states[low:high]
         back = state == SUSPENDED
         state[back] = READY
         count = int(back.sum())
         self._ready_count += count
-        for slot in (np.flatnonzero(state == READY) + low).tolist():
-            if self._links.children[slot] == 0:
-                self._policy.offer(slot)
         return count
+
+    def give_up(self, slots: Iterable[int]) -> bool:
+        """Forget the pages in some slots of a suspended region. False, and nothing is done: one of them is in use."""
+        given = list(slots)
+        if any(self._pins[slot] or self._state[slot] in (WRITING, DOOMED) for slot in given):
+            return False
+        for slot in given:
+            if self._state[slot] in (READY, SUSPENDED):
+                self._forget(slot)
+                self._free(slot)
+        return True
 
     def retire(self, region: int, count: int) -> tuple[list[tuple[PageKey, SlotId]], int]:
         """Take slots at the end of a region out of use for good, at most ``count``.
@@ -338,6 +360,15 @@ class TierIndex:
             np.array(self._policy.last_use, np.uint64),
             *self._links.copy(),
         )
+
+    def gone_since(self, before: IndexSnapshot, region: int) -> list[tuple[PageKey, SlotId]]:
+        """Pages of ``before`` that have left their slots in a region."""
+        low, high = self._free_slots.span(region)
+        _, _, generation = self._links.copy()
+        left = before.held()[low:high] & (generation[low:high] != before.generation[low:high])
+        slots = (np.flatnonzero(left) + low).tolist()
+        keys = before.keys[slots].tolist()
+        return [(PageKey(key), SlotId(slot)) for key, slot in zip(keys, slots, strict=True)]
 
     def check(self) -> None:
         """Assert every invariant. O(slots). For tests, the crash campaign and the soak."""

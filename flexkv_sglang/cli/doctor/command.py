@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from flexkv_sglang.cli.doctor import setup, sharing, traffic
+from flexkv_sglang.cli.doctor import files, setup, sharing, traffic
 from flexkv_sglang.cli.doctor.facts import Facts, gather
 from flexkv_sglang.cli.doctor.server import Server, ask_server
 from flexkv_sglang.cli.doctor.setup import Finding
@@ -16,13 +16,18 @@ from flexkv_sglang.config.settings import TierConfig
 
 CAUSES: tuple[Callable[[Facts], Finding | None], ...] = (
     setup.plugin,
+    setup.salts,
     setup.unreachable,
     setup.not_attached,
     setup.other_path,
     setup.no_directory,
+    files.hung_directory,
+    files.read_only,
     setup.no_access,
+    files.foreign_files,
     setup.breaker,
     setup.disk_full,
+    files.dead_files,
     traffic.nothing_written,
     traffic.nothing_asked,
     traffic.hybrid_pool,
@@ -35,6 +40,7 @@ CAUSES: tuple[Callable[[Facts], Finding | None], ...] = (
     sharing.no_agent,
     sharing.agent_silent,
     sharing.agent_differs,
+    sharing.agent_unfit,
     sharing.loopback_only,
     sharing.redis_down,
     sharing.peer_unreachable,
@@ -58,7 +64,9 @@ _EXPLAINED_BY = {
         "other_path",
         "no_directory",
         "no_access",
+        "hung_directory",
     },
+    "no_access": {"read_only"},
     "prompts_differ": {
         "nothing_asked",
         "nothing_written",
@@ -80,7 +88,7 @@ def run_doctor(directory: Path | None, url: str | None, *, as_json: bool) -> int
     server = ask_server(url) if url is not None else None
     facts = gather(_paths(directory, server), server, None, time.time())
     findings = diagnose(facts)
-    emit(_text(facts, findings), _fields(facts, findings), as_json=as_json)
+    emit(_lines(facts, findings), _fields(facts, findings), as_json=as_json)
     return 1 if any(finding.severity == "cause" for finding in findings) else 0
 
 
@@ -88,7 +96,7 @@ def diagnose(facts: Facts) -> list[Finding]:
     """Causes first, then notes, each in the order of ``CAUSES``. Pure."""
     found: dict[str, Finding] = {}
     for cause in CAUSES:
-        finding = cause(facts)
+        finding = _judged(cause, facts)
         if finding is not None:
             found.setdefault(finding.what, finding)
     kept = [
@@ -102,6 +110,20 @@ def diagnose(facts: Facts) -> list[Finding]:
     return sorted(kept, key=lambda item: item.severity == "note")
 
 
+def _judged(cause: Callable[[Facts], Finding | None], facts: Facts) -> Finding | None:
+    try:
+        return cause(facts)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as exc:
+        name = cause.__name__
+        return Finding(
+            "unsure",
+            "One cause could not be judged",
+            f"{name}: {type(exc).__name__}: {exc}",
+            "A file here has contents that make no sense: flexkv check names most of them",
+            "note",
+        )
+
+
 def _paths(directory: Path | None, server: Server | None) -> list[Path]:
     """The named directory, else the server's, else the default one."""
     if directory is not None:
@@ -111,7 +133,7 @@ def _paths(directory: Path | None, server: Server | None) -> list[Path]:
     return [Path(path) for tier in tiers for path in tier.path]
 
 
-def _text(facts: Facts, findings: Sequence[Finding]) -> str:
+def _lines(facts: Facts, findings: Sequence[Finding]) -> list[str]:
     lines = [_summary(facts)]
     chosen = [item for item in findings if item.severity == "cause"]
     for number, item in enumerate(chosen, 1):
@@ -122,7 +144,7 @@ def _text(facts: Facts, findings: Sequence[Finding]) -> str:
     for item in findings:
         if item.severity == "note":
             lines.append(f"note: {item.title} [{item.what}]: {item.evidence}. {item.remedy}")
-    return "\n".join([*lines, *_looked_at(facts)])
+    return [*lines, *_looked_at(facts)]
 
 
 def _summary(facts: Facts) -> str:

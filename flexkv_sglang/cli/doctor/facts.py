@@ -14,10 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flexkv_sglang.cli.directory.acting import acting_as
+from flexkv_sglang.cli.directory.patience import answers
+from flexkv_sglang.cli.directory.scan import (
+    Namespace,
+    OwnerStats,
+    RefusedFolder,
+    is_read_only,
+    owner_stats,
+    said,
+    scan,
+)
 from flexkv_sglang.cli.doctor.fleet_facts import Fleet, look_at_fleets
 from flexkv_sglang.cli.doctor.machine import Disk, Machine, look_at_disk, look_at_machine
 from flexkv_sglang.cli.doctor.server import Server
-from flexkv_sglang.cli.scan import Namespace, OwnerStats, namespaces, owner_stats
 from flexkv_sglang.config.settings import FlexKVConfig
 
 _PLUGIN_TIMEOUT_S = 120.0
@@ -60,7 +70,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class DirectoryFacts:
-    """One configured directory. ``trouble``: the reason why it cannot be read. ``users``: owners of its files."""
+    """One configured directory. ``trouble``: the reason why it cannot be read. ``users``: owners of its namespaces.
+
+    ``refused``: folders that were not looked at. ``hung``: it did not answer, so nothing is known.
+    """
 
     path: Path
     there: bool
@@ -68,6 +81,9 @@ class DirectoryFacts:
     groups: tuple[Group, ...] = ()
     users: tuple[int, ...] = ()
     disk: Disk | None = None
+    refused: tuple[RefusedFolder, ...] = ()
+    read_only: bool = False
+    hung: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +150,8 @@ class Facts:
         for run in self.runs("kv"):
             item = run.get("histograms", {}).get(name)
             if item:
+                if bounds and item["bounds"] != bounds:
+                    continue  # of another release
                 bounds = item["bounds"]
                 old = counts or [0] * len(item["counts"])
                 counts = [a + b for a, b in zip(old, item["counts"], strict=True)]
@@ -162,14 +180,35 @@ def look_at_place(path: Path, config: FlexKVConfig | None) -> DirectoryFacts:
     try:
         if not path.is_dir():
             return DirectoryFacts(path, there=False)
-        found = [Group(item, _owners(item)) for item in namespaces(path)]
-        users = {file.stat().st_uid for file in _files(found)}
-        disk = look_at_disk(path, settings.min_free, settings.io_engine)
-        return DirectoryFacts(path, True, "", tuple(found), tuple(sorted(users)), disk)
+        if not _alive(path):
+            return DirectoryFacts(path, True, hung=True)
+        looked = scan(path)
+        found = [Group(item, _owners(item)) for item in looked.namespaces]
+        folder = path.stat()
+        with acting_as(folder.st_uid, folder.st_gid):  # a file is written there
+            disk = look_at_disk(path, settings.min_free, settings.io_engine)
+        return DirectoryFacts(
+            path,
+            True,
+            "",
+            tuple(found),
+            tuple(sorted({item.uid for item in looked.namespaces})),
+            disk,
+            looked.refused,
+            is_read_only(path),
+        )
     except FileNotFoundError as exc:  # removed while we look
         return DirectoryFacts(path, True, f"{exc.filename}: {exc.strerror}; look again")
     except OSError as exc:
         return DirectoryFacts(path, True, f"{exc.filename or path}: {exc.strerror or exc}")
+    except Exception as exc:  # noqa: BLE001 - one odd directory must not hide the others
+        return DirectoryFacts(path, True, said(exc))
+
+
+def _alive(path: Path) -> bool:
+    folder = path.stat()
+    with acting_as(folder.st_uid, folder.st_gid):
+        return answers(path)
 
 
 def look_at_plugin() -> Plugin:
@@ -212,9 +251,3 @@ def gather(
 
 def _owners(namespace: Namespace) -> tuple[OwnerStats, ...]:
     return tuple(owner_stats(namespace, owner) for owner in namespace.owners)
-
-
-def _files(groups: Iterable[Group]) -> Iterator[Path]:
-    for group in groups:
-        for item in group.owners:
-            yield from (path for path in item.owner.files if path.exists())

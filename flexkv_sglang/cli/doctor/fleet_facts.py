@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexkv_sglang.cli.directory.trusted_files import refuse_irregular
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.sharing.lifecycle.fitness import settings_digest
 from flexkv_sglang.sharing.run_dir import RunDir
@@ -59,13 +60,22 @@ def look_at_fleets(
         wanted = {str(path.expanduser().absolute()) for path in paths}
         wanted |= {str(Path(path).parent) for path in wanted}  # a namespace was named
         run_dirs = [run_dir for run_dir in RunDir.all_of_user() if wanted & run_dir.places().keys()]
-    return tuple(_look(run_dir, config, now) for run_dir in run_dirs)
+    return tuple(_look_safely(run_dir, config, now) for run_dir in run_dirs)
+
+
+def _look_safely(run_dir: RunDir | None, config: FlexKVConfig | None, now: float) -> Fleet:
+    try:
+        return _look(run_dir, config, now)
+    except Exception as exc:  # noqa: BLE001 - one odd run directory must not hide the others
+        where = "none yet" if run_dir is None else str(run_dir.path)
+        return Fleet(where, said=f"cannot be looked at: {type(exc).__name__}: {exc}")
 
 
 def _look(run_dir: RunDir | None, config: FlexKVConfig | None, now: float) -> Fleet:
     if run_dir is None:
         return Fleet("none yet")
     try:
+        refuse_irregular(run_dir.path)
         agent, ranks = run_dir.agent(), run_dir.reports()
     except OSError as exc:
         return Fleet(str(run_dir.path), said=f"cannot be looked at: {exc.strerror or exc}")

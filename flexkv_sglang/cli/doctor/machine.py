@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexkv_sglang.backends.io.probe import IoMode, file_system, in_memory, probe_directory
-from flexkv_sglang.backends.slots.disk_space import floor_bytes, free_bytes, total_bytes
+from flexkv_sglang.backends.slots.space.disk_space import floor_bytes, free_bytes, total_bytes
 from flexkv_sglang.errors import TierUnavailableError
 
 NETWORK = frozenset(

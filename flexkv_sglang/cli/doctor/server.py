@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import urllib.error
@@ -26,6 +27,7 @@ _FLAGS = (
     "unified_cache_external_linker_config",
 )
 _NOT_FOUND = 404
+_BAD_ANSWER = (OSError, ValueError, RecursionError, http.client.HTTPException)
 _STATUS = "/hicache/storage-backend"
 THRESHOLD = 256
 """SGLang's ``prefetch_threshold``, in tokens, when none is configured."""
@@ -72,12 +74,14 @@ class Server:
     @property
     def linked(self) -> dict[str, Any] | None:
         """Settings of our linker, if the server runs with it."""
-        given = self.flags.get("unified_cache_external_linker_config") or {}
+        given = self.flags.get("unified_cache_external_linker_config")
+        given = given if isinstance(given, dict) else {}
         name = self.flags.get("unified_cache_external_linker_backend")
         if not self.flags.get("enable_unified_cache_external_linker"):
             return None
         if name == "dynamic" and given.get("linker") == "FlexKVLinker":
-            return dict(given.get("linker_extra_config") or {})
+            inner = given.get("linker_extra_config")
+            return dict(inner) if isinstance(inner, dict) else {}
         return dict(given) if name == "flexkv" else None
 
     @property
@@ -90,7 +94,7 @@ class Server:
             if isinstance(text, str) and text.startswith("@"):
                 text = Path(text[1:]).read_text()
             given = json.loads(text) if isinstance(text, str) else text
-        except (OSError, ValueError):
+        except _BAD_ANSWER:
             return {}
         return dict(given) if isinstance(given, dict) else {}
 
@@ -138,7 +142,7 @@ def ask_server(url: str) -> Server:
             error = f"{path}: HTTP {exc.code} {exc.reason}"
             if exc.code != _NOT_FOUND:
                 break
-        except (OSError, ValueError) as exc:
+        except _BAD_ANSWER as exc:
             return Server(url, f"{path}: {exc}")
     if not isinstance(info, dict):
         return Server(url, error or "/server_info is no JSON object")
@@ -165,7 +169,7 @@ def parse_metrics(text: str) -> tuple[SeriesValue, ...]:
 def _status(base: str) -> Mapping[str, Any] | None:
     try:
         status = json.loads(_get(base + _STATUS))
-    except (OSError, ValueError):
+    except _BAD_ANSWER:
         return None
     whole = isinstance(status, dict) and "hicache_storage_backend" in status
     return status if whole else None
@@ -174,7 +178,7 @@ def _status(base: str) -> Mapping[str, Any] | None:
 def _metrics(base: str) -> tuple[SeriesValue, ...]:
     try:
         return parse_metrics(_get(base + "/metrics"))
-    except (OSError, ValueError):
+    except _BAD_ANSWER:
         return ()
 
 

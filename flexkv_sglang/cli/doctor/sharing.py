@@ -66,6 +66,19 @@ def agent_differs(facts: Facts) -> Finding | None:
     return None
 
 
+def agent_unfit(facts: Facts) -> Finding | None:
+    """Server processes that do not use the agent, with the reason that they found."""
+    reasons = [why for why, value in facts.gauges("agent_unfit").items() if value > 0]
+    if not reasons:
+        return None
+    return _finding(
+        *(facts, "agent_unfit", "The agent of this machine does not fit a server"),
+        ", ".join(sorted(reasons)),
+        "A server replaces it when no other server needs it, and says in its log what holds it up. Give all servers "
+        "of a machine one release and one object share, and restart the older ones",
+    )
+
+
 def loopback_only(facts: Facts) -> Finding | None:
     """Others are elsewhere, and cannot reach this node: without a secret it listens on loopback."""
     for fleet in _reporting(facts):

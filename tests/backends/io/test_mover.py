@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flexkv_sglang.backends.io.mover import PageMover, direct_pages
-from flexkv_sglang.backends.io.probe import probe_directory
+from flexkv_sglang.backends.io.probe import make_engine, probe_directory
 from flexkv_sglang.backends.io.transfer import (
     Extents,
+    IoEngine,
     IoMode,
     Outcome,
     PageTransfer,
@@ -28,6 +31,7 @@ from stores.engines import page_memory, soon
 DIRECT_512 = IoMode("io_uring", True, 512)
 DIRECT_4096 = IoMode("io_uring", True, 4096)
 BUFFERED = IoMode("buffered", False, 1)
+PAGE = 8192
 
 
 @pytest.mark.parametrize(
@@ -180,6 +184,11 @@ def test_announced_memory_changes_nothing_but_the_operations(
     for address, byte_count in memory:
         announced.register_memory(address, byte_count)
     done = [Outcome.DONE] * count
+    assert write(announced, extents, sources) == read(announced, extents, targets) == done
+    for direction in announced._directions.values():
+        for engine in direction._engines.values():
+            assert getattr(engine, "_pinning", None) is None or engine._pinning.wait_idle(10)
+    begun = announced.counts()
     assert write(announced, extents, sources) == done
     for mover in (plain, announced):
         target[:] = 0xA5
@@ -187,8 +196,10 @@ def test_announced_memory_changes_nothing_but_the_operations(
         assert np.array_equal(target, source)
     counts = announced.counts()
     if mode.engine == "io_uring" and counts["read_pinned_bytes"]:
-        assert counts["read_fixed_operations"] == counts["read_operations"]
-        assert counts["write_fixed_operations"] == counts["write_operations"]
+        for way in ("read", "write"):
+            made = counts[f"{way}_operations"] - begun[f"{way}_operations"]
+            fixed = counts[f"{way}_fixed_operations"] - begun.get(f"{way}_fixed_operations", 0)
+            assert fixed == made > 0
     announced.close()
     plain.close()
 
@@ -251,3 +262,45 @@ def test_nothing_moves_after_close_also_in_a_direction_that_was_never_used(
     with pytest.raises(TierUnavailableError):
         read(mover, extents, targets)
     assert (target == 0xA5).all()
+
+
+@pytest.mark.parametrize("shift", [0, 64])
+def test_the_first_call_makes_nothing_that_was_prepared(fd: int, mode: IoMode, shift: int) -> None:
+    made: list[str] = []
+
+    def make(kind: str, traffic: Any = None) -> IoEngine:
+        made.append(kind)
+        return make_engine(kind, traffic)
+
+    mover = PageMover(PAGE, Metrics(), make, modes=[mode])
+    _, pages = page_memory(4, PAGE, shift=shift, seed=1)
+    mover.prepare(pages.take([0]))
+    slabs = [direction._slab for direction in mover._directions.values()]
+    copied = mode.o_direct and bool(shift)
+    assert made == [mode.engine] * 2
+    assert all((slab is not None) is copied for slab in slabs)
+    extents = extents_of(fd, np.arange(4, dtype=np.uint64) * np.uint64(PAGE), mode)
+    assert write(mover, extents, pages) == read(mover, extents, pages) == [Outcome.DONE] * 4
+    assert made == [mode.engine] * 2
+    assert [direction._slab for direction in mover._directions.values()] == slabs
+    mover.close()
+
+
+def test_what_cannot_be_prepared_is_left_to_the_first_call(fd: int, mode: IoMode) -> None:
+    """As a process that has no descriptor left at the moment."""
+    refuse = [True]
+
+    def make(kind: str, traffic: Any = None) -> IoEngine:
+        if refuse[0]:
+            raise OSError(errno.EMFILE, "planted")
+        return make_engine(kind, traffic)
+
+    mover = PageMover(PAGE, Metrics(), make, modes=[mode])
+    _, pages = page_memory(4, PAGE, seed=1)
+    mover.prepare(pages.take([0]))
+    extents = extents_of(fd, np.arange(4, dtype=np.uint64) * np.uint64(PAGE), mode)
+    with pytest.raises(OSError, match="planted"):
+        write(mover, extents, pages)
+    refuse[0] = False
+    assert write(mover, extents, pages) == [Outcome.DONE] * 4
+    mover.close()

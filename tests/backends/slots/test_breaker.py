@@ -74,3 +74,29 @@ def test_a_directory_that_stops_to_be_readable_is_probed_a_whole_pause_later() -
     assert not breaker.begin_probe()
     clock.now += 0.1
     assert breaker.begin_probe()
+
+
+def test_reads_and_writes_are_counted_apart() -> None:
+    breaker = Breaker(Clock())
+    for _ in range(2):
+        assert not breaker.record(0, 5, "EROFS", writing=True)
+        assert not breaker.record(5, 0)
+        assert not breaker.record(0, 5, "EIO")
+        assert not breaker.record(5, 0, writing=False)
+    assert breaker.record(0, 5, "EROFS", writing=True), "no read says that writing works"
+    assert breaker.is_open
+    assert breaker.is_readable
+
+
+def test_a_probe_that_can_only_read_leaves_it_open_and_readable() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    breaker.trip("a transfer hangs")
+    clock.now += 1
+    assert breaker.begin_probe()
+    breaker.end_probe(healthy=False, readable=True, reason="EROFS")
+    assert breaker.is_open
+    assert breaker.is_readable
+    assert breaker.reason == "EROFS"
+    assert [breaker.record(0, 1, "EIO") for _ in range(3)] == [False, False, True]
+    assert not breaker.is_readable

@@ -16,11 +16,20 @@ import pytest
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
 from flexkv_sglang.backends.io import probe
-from flexkv_sglang.backends.slots import opening as local_tier
-from flexkv_sglang.backends.slots.opening import open_places, open_tier, prepare_directory
+from flexkv_sglang.backends.slots.opening import open_tier
 from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
+from flexkv_sglang.backends.slots.slot_file import SlotFileTier
+from flexkv_sglang.backends.slots.space import places
+from flexkv_sglang.backends.slots.space.places import open_places, prepare_directory
 from flexkv_sglang.errors import ConfigError
 from stores.engines import keys, open_engine, page_memory, soon
+
+
+def close(tier: SlotFileTier) -> None:
+    """Close all its stores."""
+    for store in tier.stores:
+        store.close()
+
 
 FULL = ACCEPTED_KINDS["full"]
 PAGE = 8192
@@ -132,8 +141,8 @@ def test_an_owner_with_an_unknown_journal_is_left_alone_and_said(
 
 def test_the_namespace_says_what_it_is_for(tmp_path: Path) -> None:
     mode = prepare_directory(str(tmp_path / "made" / "on" / "demand"), "auto")
-    places = open_places({str(tmp_path / "made" / "on" / "demand"): mode}, "abc", {"dtype": "bf16"})
-    assert json.loads((places[0].directory / "NAMESPACE.json").read_text()) == {
+    found = open_places({str(tmp_path / "made" / "on" / "demand"): mode}, "abc", {"dtype": "bf16"})
+    assert json.loads((found[0].directory / "NAMESPACE.json").read_text()) == {
         "namespace": "abc",
         "dtype": "bf16",
     }
@@ -147,21 +156,21 @@ def test_several_directories_share_the_size_and_all_are_used(tmp_path: Path) -> 
     sizes = [path.stat().st_size for path in sorted(tmp_path.rglob("*.slots"))]
     assert sizes == [SIZE // 2, SIZE // 2]
     assert tier.slot_count == 16
-    tier.close()
+    close(tier)
 
 
 def test_without_a_size_an_earlier_run_decides_then_the_free_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_tier, "free_bytes", lambda _directory: 40 * PAGE)
+    monkeypatch.setattr(places, "free_bytes", lambda _directory: 40 * PAGE)
     place = open_places(
         {str(tmp_path): prepare_directory(str(tmp_path), "auto")}, "ns", {}, min_free=0
     )
     for _ in range(2):
         tier, _ = open_tier(place, "ns", PAGE, None, accepted=FULL)
         assert tier.slot_count == 10
-        tier.close()
-        monkeypatch.setattr(local_tier, "free_bytes", lambda _directory: 8 * PAGE)
+        close(tier)
+        monkeypatch.setattr(places, "free_bytes", lambda _directory: 8 * PAGE)
 
 
 def test_a_rank_that_only_reads_owns_no_files(tmp_path: Path) -> None:
@@ -169,7 +178,7 @@ def test_a_rank_that_only_reads_owns_no_files(tmp_path: Path) -> None:
     tier, _ = open_tier(place, "ns", PAGE, 0, accepted=FULL)
     assert tier.slot_count == 0
     assert not owners(tmp_path / "ns")
-    tier.close()
+    close(tier)
 
 
 def test_a_path_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:

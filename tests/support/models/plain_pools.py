@@ -34,6 +34,11 @@ class Pool:
                 0, 256, self.rows.shape, dtype=torch.uint8, generator=generator
             )
 
+    @property
+    def size(self) -> int:
+        """Tokens that it has room for."""
+        return len(self.rows) * self.page_size
+
     def get_page_buffer_meta(self, indices: torch.Tensor) -> Any:
         rows = [token // self.page_size for token in indices.tolist()[:: self.page_size]]
         size = self.rows.shape[1]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from flexkv_sglang.backends.failpoints import Failpoint
 from flexkv_sglang.backends.io.probe import probe_directory
-from flexkv_sglang.backends.slots.opening import open_places
+from flexkv_sglang.backends.slots.space.places import open_places
 from stores.crash_child import IN_FLIGHT, NAMESPACE, Life, Order, Setting, make_content
 from stores.crash_ledger import Judge, Ledger, Verdict
 from stores.engines import Bytes

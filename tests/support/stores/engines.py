@@ -11,7 +11,8 @@ from flexkv_sglang.backends.io.direction import MakeEngine
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import IoMode, make_engine
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
-from flexkv_sglang.backends.slots.opening import open_places, open_tier, prepare_directory
+from flexkv_sglang.backends.slots.opening import open_tier
+from flexkv_sglang.backends.slots.space.places import open_places, prepare_directory
 from flexkv_sglang.cache.assembly import Quota, open_tiers, prepare_tiers
 from flexkv_sglang.cache.engine import CacheEngine
 from flexkv_sglang.cache.tiers import Tiers
@@ -49,7 +50,7 @@ def open_engine(
         ACCEPTED_KINDS[verify],
     )
     metrics = Metrics()
-    mover = PageMover(payload_bytes, metrics, make)
+    mover = PageMover(payload_bytes, metrics, make, modes=[mode])
     return CacheEngine(tier, recovered, neighbours, mover, metrics, verify)
 
 

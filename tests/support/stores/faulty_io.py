@@ -78,6 +78,7 @@ class FaultyIo:
 
     def __init__(self, inner: IoEngine, faults: Faults) -> None:
         self.kind = inner.kind
+        self.given_up = False
         self.counts = inner.counts
         self._inner = inner
         self._faults = faults
@@ -107,9 +108,9 @@ class FaultyIo:
         """See ``IoEngine``."""
         self._inner.register_memory(address, byte_count)
 
-    def close(self) -> bool:
+    def close(self, seconds: float = 6.0) -> bool:
         """See ``IoEngine``."""
-        return self._inner.close()
+        return self._inner.close(seconds)
 
     def _damaged(self, fault: Fault, transfer: PageTransfer) -> I64:
         rng, count = self._faults.rng, len(transfer)

@@ -366,7 +366,8 @@ class Segment:
     def _rotate(self, member: Member) -> None:
         for store in member.engine._tier.stores:
             store.journal.should_rotate = lambda _live: True  # type: ignore[method-assign]
-        member.engine._upkeep.rotate_if_due()
+        for directory in member.engine._upkeep.directories:
+            member.engine._upkeep.rotate_if_due(directory)
         for store in member.engine._tier.stores:
             del store.journal.should_rotate
 

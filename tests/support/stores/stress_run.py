@@ -24,8 +24,8 @@ import numpy as np
 
 from flexkv_sglang.backends.io.probe import probe_directory
 from flexkv_sglang.backends.slots.journal import recover
-from flexkv_sglang.backends.slots.opening import open_places
 from flexkv_sglang.backends.slots.ownership import owners
+from flexkv_sglang.backends.slots.space.places import open_places
 from flexkv_sglang.errors import JournalError
 from stores.crash_campaign import ADOPT_POINTS, CLOSE_POINTS, CREATE_POINTS, WORK_POINTS, fork
 from stores.crash_child import NAMESPACE, Setting, make_content

@@ -15,9 +15,9 @@ from flexkv_sglang.backends.fleet.members.redis_link import (
     RedisLink,
     parse_redis_url,
 )
-from flexkv_sglang.config.parsers import redacted
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.printable import redacted
 from nodes.fleet_bed import NS, Node, Wires, eventually, fingerprints
 from nodes.redis_server import ACL, RedisServer, free_port
 

@@ -125,10 +125,12 @@ def test_hmac_requires_a_proof_of_the_server_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "mode", "why"),
     [
-        (b"x" * 31, 0o600, "its size"),
-        (b"x" * 5000, 0o600, "its size"),
-        (b"x" * 32, 0o640, "mode 0640"),
-        (b"x" * 32, 0o604, "mode 0604"),
+        (bytes(range(31)), 0o600, "31 bytes"),
+        (bytes(range(250)) * 20, 0o600, "more than 4096 bytes"),
+        (b"1234567" * 9, 0o600, "63 bytes, 7 of them different"),
+        (bytes(32), 0o600, "32 bytes, 1 of them different"),
+        (bytes(range(32)), 0o620, "mode 0620"),
+        (bytes(range(32)), 0o604, "mode 0604"),
     ],
 )
 def test_bad_secret_files(tmp_path: Path, content: bytes, mode: int, why: str) -> None:

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_sglang.backends.safe_files import read_own
 from flexkv_sglang.backends.slots.journal import (
     LiveState,
     generations,
     journal_path,
     recover,
     slots_path,
+    stats_path,
 )
 from flexkv_sglang.backends.slots.records import (
     HEADER_BYTES,
@@ -29,13 +31,15 @@ from flexkv_sglang.backends.slots.records import (
     SlotClass,
     valid_prefix,
 )
+from flexkv_sglang.cli.directory.page_reader import PageReader, Verdict
+from flexkv_sglang.cli.directory.scan import Namespace, Owner
+from flexkv_sglang.cli.directory.trusted_files import read_object, stats_of
 from flexkv_sglang.cli.output import ProgressLine, counted
-from flexkv_sglang.cli.page_reader import PageReader, Verdict
-from flexkv_sglang.cli.scan import Namespace, Owner
 from flexkv_sglang.errors import JournalError
 
 _LOOKS = 3
 _PAUSE_S = 0.2
+_JOURNAL_BYTES_MAX = 1 << 36
 
 
 @dataclass(slots=True)
@@ -68,8 +72,18 @@ class OwnerReport:
 def load(namespace: Namespace, owner: Owner) -> OwnerReport:
     """Read the owner's state; the report has a finding if there is none."""
     report = OwnerReport(namespace, owner)
+    for reason in owner.foreign:
+        report.note("problem", "foreign_file", f"{reason}: not opened")
+    if owner.foreign:
+        return report
     if not owner.locked:
-        report.note("problem", "no_lock", "files without a lock: no server will adopt them")
+        report.note("problem", "no_lock", _without_lock(owner))
+    stats = stats_path(owner.directory, owner.name)
+    if stats in owner.files and not stats_of(read_object(stats)):
+        report.note(
+            "problem", "bad_stats", f"{stats.name} makes no sense: its figures are not shown"
+        )
+    reason = ""
     for _ in range(_LOOKS if owner.alive else 1):  # it may start a generation while we read
         try:
             report.state = recover(owner.directory, owner.name, namespace.name)
@@ -88,6 +102,15 @@ def load(namespace: Namespace, owner: Owner) -> OwnerReport:
     else:
         report.note("problem", "no_valid_journal", reason)
     return report
+
+
+def _without_lock(owner: Owner) -> str:
+    if owner.alive:
+        return (
+            "its lock file was removed, and a process may write its files (or this file system cannot tell): "
+            "while it lives no server shares its pages"
+        )
+    return "files without a lock: no server adopts them. check --repair makes it again, gc removes them"
 
 
 def verify(report: OwnerReport, progress: ProgressLine, *, held: bool) -> None:
@@ -129,8 +152,14 @@ def _shape(report: OwnerReport) -> list[Damage]:
     return found
 
 
+def _journal(owner: Owner, state: LiveState) -> bytes:
+    """All of it; ``recover`` has refused one that is too long. Raises ``OSError``."""
+    path = journal_path(owner.directory, owner.name, state.header.generation)
+    return read_own(path, _JOURNAL_BYTES_MAX)
+
+
 def _tail(owner: Owner, state: LiveState) -> list[Damage]:
-    raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
+    raw = _journal(owner, state)
     rest = raw[state.end :]
     rest = rest[len(valid_prefix(rest, state.header.crc_seed, state.seq)) * RECORD_BYTES :]
     if not rest:
@@ -148,7 +177,7 @@ def _tail(owner: Owner, state: LiveState) -> list[Damage]:
 
 def _dropped(owner: Owner, state: LiveState) -> list[Damage]:
     """Finds valid PUTs of a file or slot that does not exist."""
-    raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
+    raw = _journal(owner, state)
     records = valid_prefix(
         raw[HEADER_BYTES : state.end], state.header.crc_seed, state.header.base_seq
     )

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.safe_files import open_own
 from flexkv_sglang.backends.slots.journal import (
     JournalWriter,
     LiveState,
@@ -19,9 +20,10 @@ from flexkv_sglang.backends.slots.journal import (
     keys_field,
     new_records,
     slots_path,
+    stats_path,
 )
 from flexkv_sglang.backends.slots.records import RecordOp, Records
-from flexkv_sglang.cli.verify import OwnerReport, slot_class_of, whole_slots
+from flexkv_sglang.cli.directory.verify import OwnerReport, slot_class_of, whole_slots
 from flexkv_sglang.types import PageKey
 
 _REWRITTEN = frozenset(
@@ -32,11 +34,16 @@ _REWRITTEN = frozenset(
 )
 """Findings that a new generation mends."""
 
+_BY_HOLDING = ("temporary", "no_lock", "bad_stats")
+"""Findings that are mended when we hold the lock and have removed temporaries and the stats file."""
+
 
 def repair(report: OwnerReport) -> None:
     """Repair, and mark repaired findings. Raises ``JournalError`` or ``OSError`` when files cannot be written."""
     for path in report.owner.temporary:
         path.unlink(missing_ok=True)
+    if any(finding.what == "bad_stats" for finding in report.findings):
+        stats_path(report.owner.directory, report.owner.name).unlink(missing_ok=True)
     state = report.state
     rewritten = False
     if state is not None:
@@ -44,7 +51,7 @@ def repair(report: OwnerReport) -> None:
         if any(finding.what in _REWRITTEN for finding in report.findings):
             rewritten = _rewrite(report, state)
     for finding in report.findings:
-        finding.repaired = finding.what == "temporary" or (rewritten and finding.what in _REWRITTEN)
+        finding.repaired = finding.what in _BY_HOLDING or (rewritten and finding.what in _REWRITTEN)
 
 
 def _drop_unproven(report: OwnerReport, state: LiveState) -> None:
@@ -75,7 +82,7 @@ def _rewrite(report: OwnerReport, state: LiveState) -> bool:
         if drop.any():
             journal.append(_tombstones(state.records[drop]))
         journal.rotate(state.records[~drop], (wanted,))
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_own(path)
         try:
             os.fdatasync(fd)  # CLOSE says that data and journal are on the medium
         finally:

@@ -8,16 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flexkv_sglang.backends.slots.disk_space import free_bytes
-from flexkv_sglang.cli.output import emit, human_bytes, human_seconds, table
-from flexkv_sglang.cli.scan import (
+from flexkv_sglang.backends.slots.space.disk_space import free_bytes
+from flexkv_sglang.cli.directory.scan import (
     Namespace,
     OwnerStats,
     counters_of,
     hit_rate,
-    namespaces,
     owner_stats,
+    scan,
 )
+from flexkv_sglang.cli.output import emit, human_bytes, human_seconds, table
 
 _FINGERPRINT = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24}\b")
 _SHOWN = (
@@ -36,34 +36,51 @@ _SHOWN = (
 
 
 def run_stats(root: Path, *, as_json: bool) -> int:
-    """Always exit code 0: trouble with an owner is only shown, ``check`` judges it."""
+    """Exit code 1 if an owner or folder cannot be read, else 0: ``check`` judges the rest. Raises ``OSError``."""
+    looked = scan(root)
     found = [
-        (item, [owner_stats(item, owner) for owner in item.owners]) for item in namespaces(root)
+        (item, [owner_stats(item, owner) for owner in item.owners]) for item in looked.namespaces
     ]
     free = free_bytes(root)
     total = os.statvfs(root).f_blocks * os.statvfs(root).f_frsize
-    lines = [_text(namespace, owners) for namespace, owners in found] or ["no namespaces"]
+    lines = [line for item, owners in found for line in _lines(item, owners)] or ["no namespaces"]
+    lines += [f"{i.name}/NAMESPACE.json cannot be read" for i, _ in found if _unreadable(i)]
+    lines += [f"{item.path} {item.reason}" for item in looked.refused]
     lines.append(f"disk: {human_bytes(free)} of {human_bytes(total)} free")
     fields: dict[str, object] = {
         "directory": str(root),
         "disk_free_bytes": free,
         "disk_total_bytes": total,
         "namespaces": [_fields(namespace, owners) for namespace, owners in found],
+        "refused": {str(item.path): item.reason for item in looked.refused},
     }
-    emit("\n".join(lines), fields, as_json=as_json)
-    return 0
+    emit(lines, fields, as_json=as_json)
+    refused = any(_unreadable(item) for item, _ in found) or any(
+        item.ours or not found for item in looked.refused
+    )
+    return 1 if refused or any(_broken(item) for _, owners in found for item in owners) else 0
 
 
-def _text(namespace: Namespace, owners: list[OwnerStats]) -> str:
+def _unreadable(namespace: Namespace) -> bool:
+    return not namespace.fields and os.path.lexists(namespace.directory / "NAMESPACE.json")
+
+
+def _broken(item: OwnerStats) -> bool:
+    """Not for an owner that only begins."""
+    begun = any(path.suffix == ".journal" for path in item.owner.files)
+    return bool(item.owner.foreign or (item.trouble and begun))
+
+
+def _lines(namespace: Namespace, owners: list[OwnerStats]) -> list[str]:
     lines = [f"{namespace.name}  {_identity(namespace)}".rstrip(), *_details(namespace)]
     if owners:
         head = ("owner", "state", "pages", "slots", "used", "page", "on disk", "journal", "stats")
-        lines.append(table(head, [_row(item) for item in owners]))
+        lines += table(head, [_row(item) for item in owners])
     lines += [f"  {item.owner.name}: {item.trouble}" for item in owners if item.trouble]
     counters = counters_of(owners)
     if counters:
         lines.append("  " + _use(counters))
-    return "\n".join(lines)
+    return lines
 
 
 def _row(item: OwnerStats) -> tuple[object, ...]:
