@@ -104,26 +104,18 @@ class FileLock:
 
         The new file appears held, so no process takes it for a dead one. Raises ``OSError``, also when closed.
         """
-        hidden = self.path.with_suffix(".new")
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with self._guard:
             if is_at(self.path, self._fd):
                 return True
-            hidden.unlink(missing_ok=True)
-            fd = os.open(hidden, flags, PRIVATE)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.link(hidden, self.path)
-                self._fd, fd = fd, self._fd
-            except FileExistsError:  # it was restored, or an adopter made it
+            if os.path.lexists(self.path):  # it was restored, or an adopter made it
                 there = FileLock.take(self.path)
-                if there is None:
-                    return False
-                self._fd, there._fd = there._fd, self._fd
-                there.close()
-            finally:
-                os.close(fd)
-                hidden.unlink(missing_ok=True)
+            else:
+                self.path.with_suffix(".new").unlink(missing_ok=True)
+                there = FileLock.make(self.path)
+            if there is None:
+                return False
+            self._fd, there._fd = there._fd, self._fd
+        there.close()
         return True
 
     def write(self, text: str) -> None:

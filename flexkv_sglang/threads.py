@@ -117,6 +117,27 @@ def _report_raised(exc: Exception) -> None:
         logger.error("flexkv: the report of a failure failed", exc_info=exc)
 
 
+class Companion:
+    """Work beside that of the caller, who waits for it: for calls that use two disks, of which one may be slow."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._error: BaseException | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name="flexkv-companion", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> BaseException | None:
+        """Wait for its end, which ``work`` bounds. Returns what it raised."""
+        self._thread.join()
+        return self._error
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as exc:  # noqa: BLE001 - raised by the caller, on its own thread
+            self._error = exc
+
+
 class JobThread(Generic[J]):
     """``work(job)`` for each job, ``failed(job, error)`` when it raises; both on the thread, ``within`` its context.
 
@@ -386,3 +407,8 @@ class JobPool:
             return False
         os.close(self.fd)
         return True
+
+
+def succeeded(job: Future[Any]) -> bool:
+    """Has this job of a ``DiskThread`` ended with a result?"""
+    return job.done() and not job.cancelled() and job.exception() is None

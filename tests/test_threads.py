@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from flexkv_sglang.threads import JobPool, JobThread, PeriodicThread
+from flexkv_sglang import threads
+from flexkv_sglang.errors import TierUnavailableError
+from flexkv_sglang.threads import DiskThread, JobPool, JobThread, PeriodicThread, wait_for
 
 SOON_S = 10.0
 
@@ -164,3 +166,96 @@ def test_a_pool_takes_depth_jobs_until_their_results_are_collected() -> None:
     _collect(pool, 1)
     assert done == ["a", "failed", "d"]
     assert pool.close()
+
+
+def test_a_report_that_raises_ends_no_thread(caplog: pytest.LogCaptureFixture) -> None:
+    steps, jobs = threading.Semaphore(0), threading.Semaphore(0)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the callback is broken as well")
+
+    def step() -> float:
+        steps.release()
+        raise ValueError("bad")
+
+    def work(_job: int) -> None:
+        jobs.release()
+        raise ValueError("bad")
+
+    periodic = PeriodicThread("flexkv-test", step, broken, retry_s=0.0)
+    periodic.start()
+    thread = JobThread[int]("flexkv-test", work, broken)
+    for job in range(3):
+        assert thread.put(job)
+        assert steps.acquire(timeout=SOON_S)
+        assert jobs.acquire(timeout=SOON_S)
+    assert _ended(periodic)
+    assert thread.stop(SOON_S)
+    assert "the report of a failure failed" in caplog.text
+
+
+def test_a_job_may_stop_its_own_thread() -> None:
+    answers: list[bool] = []
+    thread: JobThread[int]
+
+    def work(_job: int) -> None:
+        answers.append(thread.stop(SOON_S))
+
+    thread = JobThread[int]("flexkv-test", work, lambda job, exc: None)
+    thread.put(1)
+    assert thread.stop(SOON_S)
+    assert answers in ([True], [])
+    assert not thread.put(2)
+
+
+def test_a_job_that_hangs_is_noticed_and_its_caller_goes_at_his_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "OVERDUE_S", 0.05)
+    disk, free, begun = DiskThread("flexkv-test"), threading.Event(), threading.Event()
+    assert disk.run(lambda: 7, time.monotonic() + SOON_S) == 7
+    stuck = disk.post(lambda: (begun.set(), free.wait(SOON_S))[1], 0.01)
+    assert begun.wait(SOON_S)
+    with pytest.raises(TierUnavailableError, match="does not answer"):
+        disk.run(lambda: 8, time.monotonic() + 0.02)
+    end = time.monotonic() + SOON_S
+    while not disk.hangs(time.monotonic()):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    waiting = disk.post(lambda: 9, 1.0)
+    disk.refuse()
+    assert waiting.cancelled()
+    assert disk.post(lambda: 10, 1.0).cancelled(), "nothing is taken"
+    assert not stuck.done()
+    assert not disk.idle
+    free.set()
+    assert stuck.result(SOON_S) is True
+    disk.accept()
+    assert disk.run(lambda: 11, time.monotonic() + SOON_S) == 11
+    assert disk.stop(time.monotonic() + SOON_S)
+    assert disk.post(lambda: 12, 1.0).cancelled()
+
+
+def test_a_jobs_error_reaches_its_caller_and_not_the_thread() -> None:
+    disk = DiskThread("flexkv-test")
+
+    def bad() -> None:
+        raise TimeoutError("of the file system, not of the wait")
+
+    with pytest.raises(TimeoutError, match="of the file system"):
+        disk.run(bad, time.monotonic() + SOON_S)
+    failed, done = disk.post(bad, 1.0), disk.post(lambda: 1, 1.0)
+    assert wait_for([failed, done], time.monotonic() + SOON_S)
+    assert (threads.succeeded(failed), threads.succeeded(done)) == (False, True)
+    assert disk.stop(time.monotonic() + SOON_S)
+
+
+def test_a_thread_that_hangs_takes_64_jobs_and_no_more() -> None:
+    disk, free, begun = DiskThread("flexkv-test"), threading.Event(), threading.Event()
+    disk.post(lambda: (begun.set(), free.wait(SOON_S)), 1.0)
+    assert begun.wait(SOON_S)
+    jobs = [disk.post(lambda: None, 1.0) for _ in range(70)]
+    assert [job.cancelled() for job in jobs] == [False] * 64 + [True] * 6
+    free.set()
+    assert wait_for(jobs[:64], time.monotonic() + SOON_S)
+    assert disk.stop(time.monotonic() + SOON_S)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import numpy as np
 
 from flexkv_sglang.backends.io.read_priority import ReadPriority
-from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, IoEngine
+from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, IoEngine, PageTransfer
 from flexkv_sglang.backends.memory import AlignedMemory
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.types import SECTOR
@@ -63,12 +63,22 @@ class Direction:
         with self._guard:
             if self._closed:  # the numbers of closed files may be others' by now
                 raise TierUnavailableError("transfers are closed")
+            if kind in self._engines and self._engines[kind].given_up:
+                self._abandoned.append(self._engines.pop(kind))
             if kind not in self._engines:
                 engine = self._engines[kind] = self._make(kind, self._traffic)
                 regions = self._memory if self._slab is None else [*self._memory, self._slab.region]
                 for address, byte_count in regions:
                     engine.register_memory(address, byte_count)
             return self._engines[kind]
+
+    def engines(self, kind: str, transfer: PageTransfer) -> Iterator[IoEngine]:
+        """The engine of this kind for ``transfer``; the next one, if a disk hangs in it before the transfer's turn."""
+        while True:
+            engine = self.engine(kind)
+            yield engine
+            if not engine.given_up or transfer.tried or time.monotonic() >= transfer.deadline:
+                return
 
     def prepare(self, kind: str, *, bounces: bool) -> None:
         """Make now what the first call would wait for: the engine; the slab if pages are copied (``bounces``).
@@ -102,6 +112,8 @@ class Direction:
     def abandon(self, traffic: ReadPriority) -> None:
         """Leave engines and slab to calls that hang in them; the next call gets new ones."""
         with self._guard:
+            for engine in self._engines.values():
+                engine.given_up = True
             self._abandoned += self._engines.values()
             self._engines = {}
             self._slab = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from flexkv_sglang.backends.io.transfer import (
 )
 from flexkv_sglang.errors import TierUnavailableError
 from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.threads import Companion
 from flexkv_sglang.types import MEMORY_ALIGN, SECTOR, BoolArray, PageBuffers, round_up
 
 _OUTCOMES = tuple(Outcome)  # by value: several times quicker than Outcome(value)
@@ -125,16 +127,38 @@ class PageMover:
         direction = self._directions["write" if transfer.writing else "read"]
         direct = direct_pages(buffers, modes)
         self._metrics.count("copied_pages", int(len(direct) - direct.sum()))
-        for mode, of_mode in by_mode(modes):
-            rows = of_mode[direct[of_mode]]
+        groups = by_mode(modes)
+        if len(groups) > 1:
+            return self._move_each(transfer, groups)
+        for mode, _ in groups:
+            rows = np.flatnonzero(direct)
             if len(rows):
                 part = transfer if len(rows) == len(transfer) else transfer.part(rows)
-                direction.engine(mode.engine).move(part)
+                for engine in direction.engines(mode.engine, part):
+                    engine.move(part)
                 part.finish()
                 transfer.outcomes[rows] = part.outcomes
-            rows = of_mode[~direct[of_mode]]
+            rows = np.flatnonzero(~direct)
             if len(rows):
                 self._bounce(transfer, direction, mode.engine, rows)
+        return [_OUTCOMES[value] for value in transfer.outcomes.tolist()]
+
+    def _move_each(
+        self, transfer: PageTransfer, groups: Sequence[tuple[IoMode, Positions]]
+    ) -> list[Outcome]:
+        """Disks that are used in different ways, at the same time: one that hangs does not hold up the other."""
+        parts = [transfer.part(rows) for _, rows in groups]
+        for part, (mode, rows) in zip(parts, groups, strict=True):
+            part.modes = (mode,) * len(rows)
+        others = [Companion(partial(self.move, part)) for part in parts[1:]]
+        try:
+            self.move(parts[0])
+        finally:
+            errors = [other.wait() for other in others]
+        for error in filter(None, errors):
+            raise error
+        for part, (_, rows) in zip(parts, groups, strict=True):
+            transfer.outcomes[rows] = part.outcomes
         return [_OUTCOMES[value] for value in transfer.outcomes.tolist()]
 
     def _bounce(
@@ -146,7 +170,8 @@ class PageMover:
             for start in range(0, len(rows), slab.rows):
                 group = rows[start : start + slab.rows]
                 part = transfer.part(group, slab.addresses, self._row_bytes)
-                direction.engine(kind).move(part)
+                for engine in direction.engines(kind, part):
+                    engine.move(part)
                 part.finish()
                 transfer.outcomes[group] = part.outcomes
 

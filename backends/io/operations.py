@@ -117,6 +117,16 @@ class Operations:
         second["user_data"] = pages + len(self._entries)
         return second
 
+    def pages(self, entries: npt.NDArray[Any]) -> Positions | slice:
+        """Pages of entries that ``take`` has just given."""
+        ids = entries["user_data"].astype(np.int64)
+        if not len(ids) or ids[0] >= len(self._entries):
+            return ids - len(self._entries)
+        first, last = int(ids[0]), int(ids[-1])
+        if self._split:
+            return slice(first // self._parts, last // self._parts + 1)
+        return slice(int(self._borders[first]), int(self._borders[last + 1]))
+
     def results(self, ids: I64, moved: I64) -> tuple[Positions, I64]:
         """Completions (``user_data``, ``res``) -> pages whose result is final, and their results."""
         second = ids >= len(self._entries)

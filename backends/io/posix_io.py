@@ -12,14 +12,22 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
 import numpy as np
 
 from flexkv_sglang.backends.io.operations import runs
 from flexkv_sglang.backends.io.read_priority import ReadPriority
-from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, NOT_TRIED, PageTransfer, Positions
+from flexkv_sglang.backends.io.transfer import (
+    CLOSE_TIMEOUT_S,
+    NOT_TRIED,
+    PageTransfer,
+    Positions,
+    take_turn,
+)
+from flexkv_sglang.threads import OVERDUE_S
 from flexkv_sglang.types import I64
 
 _THROTTLED_PAUSE_S = 0.001
@@ -40,6 +48,7 @@ class PosixIo:
         self._workers = workers
         self._traffic = traffic or ReadPriority()
         self.counts: Counter[str] = Counter()
+        self.given_up = False
         self._lock = threading.Lock()  # one batch at a time, as for the ring
         self._pool = _started(workers)
         self._closed = False
@@ -51,19 +60,42 @@ class PosixIo:
         borders = runs(transfer)
         count = len(borders) - 1
         queue = deque(range(count))
-        with nullcontext() if transfer.writing else self._traffic.reading(), self._lock:
-            if self._closed:
-                raise OSError(errno.EBADF, "the I/O threads are closed")
-            self.counts["operations"] += count
-            futures = [
-                self._pool.submit(self._serve, transfer, borders, queue, worker)
-                for worker in range(min(self._workers, count))
-            ]
-            # Waits for all: nothing stays in flight.
-            errors = [future.exception() for future in futures]
-        for error in errors:
+        with nullcontext() if transfer.writing else self._traffic.reading():
+            if not take_turn(self._lock, self, transfer.deadline):
+                return
+            futures: list[Future[None]] = []
+            try:
+                if self._closed:
+                    raise OSError(errno.EBADF, "the I/O threads are closed")
+                self.counts["operations"] += count
+                futures += [
+                    self._pool.submit(self._serve, transfer, borders, queue, worker)
+                    for worker in range(min(self._workers, count))
+                ]
+                # Waits for all: nothing stays in flight, but of a write that hangs.
+                limit = transfer.deadline + OVERDUE_S - time.monotonic()
+                wait(futures, max(0.0, limit) if transfer.writing else None)
+            finally:
+                left = [future for future in futures if not future.done()]
+                if not left:
+                    self._lock.release()
+            if left:
+                self._leave(transfer, left)
+        for future in futures:
+            error = future.exception() if future.done() else None
             if error is not None:
                 raise error
+
+    def _leave(self, transfer: PageTransfer, left: Sequence[Future[None]]) -> None:
+        """A write hangs: the caller goes, the workers stay until their operations end."""
+
+        def drain() -> None:
+            wait(left)
+            self._lock.release()
+            transfer.settle()
+
+        self.given_up = True
+        threading.Thread(target=drain, name="flexkv-drain", daemon=True).start()
 
     def register_memory(self, _address: int, _byte_count: int) -> None:
         """Nothing to do: threads pin nothing."""
@@ -93,6 +125,7 @@ class PosixIo:
             except IndexError:
                 return
             first, end = int(borders[run]), int(borders[run + 1])
+            transfer.begin(slice(first, end))
             transfer.on_complete(np.arange(first, end), _move_run(transfer, first, end))
             transfer.run_pending()
 

@@ -1,7 +1,8 @@
 """Ring: io_uring from Python with numpy. No compiled code, one system call per window of operations.
 
 Invariant: **a call returns only when every submitted operation has completed**; until then the kernel
-owns the caller's memory. Submission entries are written as numpy arrays into the mapped queue.
+owns the caller's memory. Only a write that hangs is left: its slots get no record, so late bytes harm nobody.
+Submission entries are written as numpy arrays into the mapped queue.
 
 Needs Linux 5.11 (``IORING_FEAT_EXT_ARG``: bounded waits), otherwise the ring is refused. Never SQPOLL: the
 plain stores to the queue tail are ordered by the system call that follows them, and only by that. Files
@@ -28,9 +29,9 @@ from flexkv_sglang.backends.io import uring
 from flexkv_sglang.backends.io.operations import Operations
 from flexkv_sglang.backends.io.pinned_memory import PinnedMemory
 from flexkv_sglang.backends.io.read_priority import ReadPriority
-from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, PageTransfer, Positions
-from flexkv_sglang.threads import JobThread
-from flexkv_sglang.types import I64
+from flexkv_sglang.backends.io.transfer import CLOSE_TIMEOUT_S, PageTransfer, Positions, take_turn
+from flexkv_sglang.threads import OVERDUE_S, JobThread
+from flexkv_sglang.types import I64, U64
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ _MIN_IN_FLIGHT_BYTES = 32 << 20
 
 _MIN_DEPTH, _MAX_DEPTH = 8, 128
 _FAILED_ENTER_PAUSE_S = 0.001
+_STALL_S = 0.25  # a window that does not move for this long is widened
 _NOTHING = np.zeros(0, np.int64)
 
 
@@ -58,6 +60,7 @@ class Ring:
         self._regions = PinnedMemory()
         self._announced: deque[tuple[int, int]] = deque()  # for the next batch; append is atomic
         self.counts: Counter[str] = Counter()
+        self.given_up = False
         self._pinning: JobThread[int] | None = None
         params = uring.Params()
         params.flags = uring.SETUP_CLAMP
@@ -101,18 +104,31 @@ class Ring:
             return
         addresses = transfer.buffers.addresses.reshape(-1)
         lengths = np.tile(transfer.buffers.lengths, len(transfer))
-        with nullcontext() if transfer.writing else self._traffic.reading(), self._lock:
-            if self._fd < 0:
-                raise OSError(errno.EBADF, "the ring is closed")
-            while self._announced:
-                self._regions.announce(self._fd, *self._announced.popleft())
-            if self._pinning is not None:
-                for piece in self._regions.ask(addresses, lengths):
-                    self._pinning.put(piece)
-            todo = Operations(transfer, self._regions.entries(addresses, lengths))
-            self.counts["operations"] += todo.waiting
-            self.counts["fixed_operations"] += todo.fixed
-            self._drive(transfer, todo)
+        with nullcontext() if transfer.writing else self._traffic.reading():
+            if not take_turn(self._lock, self, transfer.deadline):
+                return
+            left = 0
+            try:
+                todo = self._prepared(transfer, addresses, lengths)
+                left = self._drive(transfer, todo)
+            finally:
+                if not left:
+                    self._lock.release()
+            if left:
+                self._leave(transfer, todo, left)
+
+    def _prepared(self, transfer: PageTransfer, addresses: U64, lengths: U64) -> Operations:
+        if self._fd < 0:
+            raise OSError(errno.EBADF, "the ring is closed")
+        while self._announced:
+            self._regions.announce(self._fd, *self._announced.popleft())
+        if self._pinning is not None:
+            for piece in self._regions.ask(addresses, lengths):
+                self._pinning.put(piece)
+        todo = Operations(transfer, self._regions.entries(addresses, lengths))
+        self.counts["operations"] += todo.waiting
+        self.counts["fixed_operations"] += todo.fixed
+        return todo
 
     def register_memory(self, address: int, byte_count: int) -> None:
         """Pin this memory once it is used, as far as the kernel allows; see ``PinnedMemory``. Never waits."""
@@ -149,20 +165,45 @@ class Ring:
             self._pinning.stop(0.0)
         return True
 
-    def _drive(self, transfer: PageTransfer, todo: Operations) -> None:
-        """Keep a sliding window of operations in flight until all are done or time is up."""
+    def _leave(self, transfer: PageTransfer, todo: Operations, in_flight: int) -> None:
+        """A write hangs: the caller goes, a thread keeps ring and memory until the kernel has let go of them."""
+
+        def drain() -> None:
+            left = in_flight
+            while left:
+                try:
+                    self._enter(1, None)
+                except OSError:
+                    time.sleep(1.0)
+                ids, moved = self._reap()
+                left -= len(ids)
+                todo.results(ids, moved)
+            self._lock.release()
+            transfer.settle()
+
+        self.given_up = True
+        threading.Thread(target=drain, name="flexkv-drain", daemon=True).start()
+
+    def _drive(self, transfer: PageTransfer, todo: Operations) -> int:
+        """Keep a sliding window of operations in flight until all are done or time is up.
+
+        A window that does not move is widened: behind operations of a disk that hangs wait those of another. Returns
+        the operations in flight that are left, of a write that hangs.
+        """
         full = depth_for(todo.mean_bytes, self._entries)
-        in_flight = 0
+        in_flight = wider = 0
         failure: BaseException | None = None
         while True:
-            left = transfer.deadline - time.monotonic()
+            asked_at = time.monotonic()
+            left = transfer.deadline - asked_at
             stop = left <= 0 or failure is not None or self._closing
-            depth = self._traffic.write_depth(full, todo.mean_bytes) if transfer.writing else full
-            if not stop and todo.waiting and in_flight < depth:
-                entries = todo.take(depth - in_flight)
+            depth = self._depth(transfer, todo, full) + wider
+            if not stop and todo.waiting and in_flight < min(depth, self._entries):
+                entries = todo.take(min(depth, self._entries) - in_flight)
+                transfer.begin(todo.pages(entries))
                 self._queue(entries)
                 in_flight += len(entries)
-            if in_flight == 0:
+            if in_flight == 0 or (transfer.writing and left < -OVERDUE_S):
                 break
             # Wake at half a window while more is to come: busy device, few GIL hand-overs. At the end wake for
             # each page: the check of one overlaps the transfer of the others.
@@ -171,17 +212,22 @@ class Ring:
                 if failure is None and self._pending():
                     self._enter(0, None)  # submit, then verify while the operations run
                 if failure is not None or not transfer.run_pending():
-                    self._enter(want, None if stop else left)
+                    self._enter(want, _STALL_S if stop else min(left, _STALL_S))
             except BaseException as exc:  # noqa: BLE001 - re-raised below; I/O in flight drains first
                 failure = failure or exc
                 in_flight -= self._take_back()
                 time.sleep(_FAILED_ENTER_PAUSE_S)  # operations that the kernel took still complete
             ids, moved = self._reap()
             in_flight -= len(ids)
+            wider += full * (time.monotonic() - asked_at >= _STALL_S)
             if failure is None and len(ids):
                 failure = _report(transfer, *todo.results(ids, moved))
-        if failure is not None:
+        if failure is not None and not in_flight:
             raise failure
+        return in_flight
+
+    def _depth(self, transfer: PageTransfer, todo: Operations, full: int) -> int:
+        return self._traffic.write_depth(full, todo.mean_bytes) if transfer.writing else full
 
     def _queue(self, entries: npt.NDArray[Any]) -> None:
         count = len(entries)

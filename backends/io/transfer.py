@@ -9,8 +9,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -19,7 +23,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_sglang.types import I64, U64, PageBuffers
+from flexkv_sglang.types import I64, U64, BoolArray, PageBuffers
 
 NOT_TRIED = -errno.ETIME
 """Result of a page that was not submitted before the deadline."""
@@ -27,6 +31,7 @@ NOT_TRIED = -errno.ETIME
 CLOSE_TIMEOUT_S = 6.0
 """SGLang joins its threads for 10 s when a backend is detached; a hung disk must not exceed that."""
 
+_TURN_S = 0.25
 _VERIFY_BYTES = 1 << 20  # verified in one go between two looks at the completion queue
 
 Positions = npt.NDArray[np.intp]
@@ -68,6 +73,14 @@ Extents = tuple[npt.NDArray[np.int32], U64, tuple[IoMode, ...]]
 """Columns ``fds``, ``offsets`` and ``modes`` of a ``PageTransfer``, as the tiers give them."""
 
 
+def take_turn(lock: threading.Lock, engine: IoEngine, deadline: float) -> bool:
+    """Take an engine's lock for a batch. False: its deadline has come before, or a disk hangs in the engine."""
+    while not lock.acquire(timeout=max(0.0, min(_TURN_S, deadline - time.monotonic()))):
+        if engine.given_up or time.monotonic() >= deadline:
+            return False
+    return True
+
+
 def accept_all(_position: int, _buffers: list[tuple[int, int]]) -> bool:
     """A ``Verify`` that checks nothing."""
     return True
@@ -84,6 +97,10 @@ class PageTransfer:
 
     ``moved``: int64 ``[n]``, bytes moved, ``-errno`` or ``NOT_TRIED``; ``outcomes``: int8 ``[n]`` of ``Outcome``.
     Both are final when ``finish`` returns. Threads: ``on_complete`` and ``run_pending`` any, the rest one.
+
+    ``flying``: bool ``[n]``, pages whose operations are under way, also those of a part. A write may be left by its
+    call when its disk hangs: then ``ended`` has a result once nothing flies any more, and until then those slots belong
+    to nobody. A read is never left, because the kernel could still write into its caller's memory.
     """
 
     fds: npt.NDArray[np.int32]
@@ -95,8 +112,11 @@ class PageTransfer:
     writing: bool = False
     page_bytes: int = field(init=False)
     moved: I64 = field(init=False)
+    flying: BoolArray = field(init=False)  # shared by all parts
+    ended: Future[None] = field(init=False, default_factory=Future)
     outcomes: npt.NDArray[np.int8] = field(init=False)
     _pages: Sequence[int] = field(init=False)  # positions as ``verify`` knows them
+    _rows: Positions = field(init=False)  # the same, for ``flying``
     _addresses: list[list[int]] = field(init=False)  # buffers as ``verify`` sees them
     _lengths: list[int] = field(init=False)
     _targets: list[list[int]] | None = field(
@@ -108,6 +128,8 @@ class PageTransfer:
         count = len(self.offsets)
         assert count == len(self.buffers) == len(self.fds), (count, len(self.buffers))
         self._pages = range(count)
+        self._rows = np.arange(count)
+        self.flying = np.zeros(count, np.bool_)
         self._addresses = self.buffers.addresses.tolist()
         self._lengths = self.buffers.lengths.tolist()
         self._start()
@@ -133,8 +155,9 @@ class PageTransfer:
         """
         found = copy(self)
         found.fds, found.offsets, found.modes = self.fds[rows], self.offsets[rows], ()
-        found._pages = rows.tolist()
-        addresses = [self._addresses[row] for row in found._pages]
+        found._rows = self._rows[rows]
+        found._pages = found._rows.tolist()
+        addresses = [self._addresses[row] for row in rows.tolist()]
         if slab_rows is None:
             found.buffers, found._addresses = self.buffers.take(rows), addresses
         else:
@@ -150,8 +173,13 @@ class PageTransfer:
         found._start()
         return found
 
+    def begin(self, positions: Positions | slice) -> None:
+        """Note that operations on these pages are under way from now on."""
+        self.flying[self._rows[positions]] = True
+
     def on_complete(self, positions: Positions, moved: I64) -> None:
         """Note the final results of the pages at these positions, each once."""
+        self.flying[self._rows[positions]] = False
         self.moved[positions] = moved
         whole = moved == self.page_bytes
         if not whole.all():
@@ -163,6 +191,18 @@ class PageTransfer:
             self.outcomes[positions] = Outcome.DONE
         else:
             self._pending.extend(positions.tolist())
+
+    @property
+    def tried(self) -> bool:
+        """Has an operation begun on any page of this part?"""
+        return bool((self.moved != NOT_TRIED).any() or self.flying[self._rows].any())
+
+    def settle(self) -> None:
+        """Of a write that was left: nothing of this part flies any more."""
+        self.flying[self._rows] = False
+        if not self.flying.any():
+            with suppress(InvalidStateError):  # another part has said so
+                self.ended.set_result(None)
 
     def run_pending(self) -> bool:
         """Verify a few pages, in about the time of one operation. False if none was pending."""
@@ -199,12 +239,15 @@ class IoEngine(Protocol):
 
     ``move`` calls ``on_complete`` for every page that was tried and ``run_pending`` while it waits; the caller calls
     ``finish`` afterwards. It returns only when nothing is in flight any more: after that nothing touches the
-    caller's memory. An exception of ``verify`` is raised then, too. ``register_memory`` announces memory that may
-    be pinned; it must stay mapped until ``close``. ``close`` lets a running transfer begin no more operations, waits
-    ``seconds`` for its end and answers whether it has ended; idempotent. ``counts``: operations and pinned bytes.
+    caller's memory. Only a write is left when it hangs, ``OVERDUE_S`` past its deadline (see ``PageTransfer``). An
+    exception of ``verify`` is raised then, too. ``register_memory`` announces memory that may be pinned; it must stay
+    mapped until ``close``. ``close`` lets a running transfer begin no more operations, waits ``seconds`` for its
+    end and answers whether it has ended; idempotent. ``counts``: operations and pinned bytes. ``given_up``: a disk
+    hangs; who waits for its turn returns without having tried anything.
     """
 
     kind: str
+    given_up: bool
     counts: Counter[str]
 
     def move(self, transfer: PageTransfer) -> None: ...

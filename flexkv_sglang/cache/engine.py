@@ -9,26 +9,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
 from types import TracebackType
+
+import numpy as np
 
 from flexkv_sglang.backends.checksum import WRITTEN_KIND, ChecksumKind, page_checksum
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.transfer import Extents, Outcome, PageTransfer
 from flexkv_sglang.backends.slots.breaker import Breaker
-from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStore
+from flexkv_sglang.backends.slots.following.neighbour_journal import NeighbourPage
+from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.cache.directories import directories_of
+from flexkv_sglang.cache.disks.call_watch import CallWatch
+from flexkv_sglang.cache.disks.directories import directories_of
 from flexkv_sglang.cache.health.free_space import FreeSpace
 from flexkv_sglang.cache.local_pages import LOCK_SPAN, LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
-from flexkv_sglang.cache.upkeep import CallWatch, Upkeep
+from flexkv_sglang.cache.upkeep import Upkeep
 from flexkv_sglang.errors import TierError
 from flexkv_sglang.metrics.registry import Metrics, SlotAges
 from flexkv_sglang.prefix import cut_after_first_failure
-from flexkv_sglang.threads import OVERDUE_S
+from flexkv_sglang.threads import OVERDUE_S, succeeded, wait_for
 from flexkv_sglang.tier import Tier
 from flexkv_sglang.types import PageBuffers, PageKey, SlotId
 
@@ -38,6 +44,7 @@ CLOSE_S = 3.0
 """Limit of ``close``. Of this, for the last stats files, and for what is in flight:"""
 
 _REPORT_S, _DRAIN_S = 0.5, 1.0
+_LOOK_S = 0.25
 
 
 class GetPlan:
@@ -201,6 +208,7 @@ class CacheEngine(Tier):
         """Read pages. False from the first page on that was absent, damaged, or late."""
         assert len(keys) == len(targets), (len(keys), len(targets))
         started = time.monotonic()
+        self._first_look(deadline)
         with GetPlan(self._pages, self._neighbours, keys) as plan:
             results = self._read(plan, targets.take(slice(len(plan.keys))), deadline)
         results = cut_after_first_failure(results)
@@ -219,7 +227,7 @@ class CacheEngine(Tier):
         if plan.foreign:
             extents = self._neighbours.extents(plan.claims)
             self._read_rows(plan, plan.foreign, [], extents, targets, deadline, results, bad)
-            self._recheck_neighbours(plan, results, bad)
+            self._recheck_neighbours(plan, results, bad, deadline)
         if bad:
             self._drop_corrupt(plan, frozenset(bad))
         return results
@@ -247,12 +255,13 @@ class CacheEngine(Tier):
             return page_checksum(kind, keys[row], parts) == sums[row]
 
         self._ages.touch(own_slots)
-        breakers = self._tier.breakers(own_slots)
+        breakers = self._tier.breakers(own_slots) if own_slots else self._claimed_in(plan.claims)
         outcomes = [Outcome.FAILED] * len(rows)
         try:
-            with self._watch.call(deadline, frozenset(breakers)):
-                part = targets if len(rows) == len(targets) else targets.take(rows)
-                outcomes = self._mover.move(PageTransfer(*extents, part, deadline, verify))
+            part = targets if len(rows) == len(targets) else targets.take(rows)
+            transfer = PageTransfer(*extents, part, deadline, verify)
+            with self._watch.call(transfer, breakers):
+                outcomes = self._mover.move(transfer)
         except (OSError, TierError) as exc:
             self._trouble("read", exc)
         if outcomes.count(Outcome.DONE) == len(rows):
@@ -302,15 +311,41 @@ class CacheEngine(Tier):
             self._upkeep.bypass_failed()
         return working
 
-    def _recheck_neighbours(self, plan: GetPlan, results: list[bool], bad: list[int]) -> None:
-        """Drop pages whose owner rewrote the slot during the read: its journal says so by now."""
-        for row, valid in zip(plan.foreign, self._neighbours.still_valid(plan.claims), strict=True):
+    def _recheck_neighbours(
+        self, plan: GetPlan, results: list[bool], bad: list[int], deadline: float
+    ) -> None:
+        """Drop pages whose owner rewrote the slot during the read: its journal says so by now.
+
+        So are pages in a directory whose journals cannot be read in time.
+        """
+        places = {claim.journal.directory for claim in plan.claims}
+        seen = self._look(places, max(deadline, time.monotonic() + OVERDUE_S))
+        known = self._neighbours.confirmed(plan.claims)
+        for row, claim, same in zip(plan.foreign, plan.claims, known, strict=True):
+            valid = same and claim.journal.directory in seen
             if not valid:
                 self._metrics.count("neighbour_lost_pages", int(results[row]))
                 results[row] = False
                 if row in bad:
                     bad.remove(row)  # torn, not corrupt
         self._metrics.count("neighbour_read_pages", sum(results[i] for i in plan.foreign))
+
+    def _look(self, places: Collection[Path], end: float) -> set[Path]:
+        """Have neighbours' journals in ``places`` read now, until ``end``. Returns the places where that was done."""
+        looks = {
+            d.path: d.neighbours.post(
+                partial(self._neighbours.poll_directory, d.path), end - time.monotonic()
+            )
+            for d in self._upkeep.directories
+            if d.path in places and d.breaker.is_readable
+        }
+        wait_for(list(looks.values()), end)
+        return {path for path, look in looks.items() if succeeded(look)}
+
+    def _first_look(self, deadline: float) -> None:
+        """Before neighbours' pages are looked for: what they have just stored counts, too."""
+        if self._neighbours.neighbour_count:
+            self._look(self._neighbours.directories, min(deadline, time.monotonic() + _LOOK_S))
 
     def _drop_corrupt(self, plan: GetPlan, bad: frozenset[int]) -> None:
         """Forget the pages at these positions, here and for the neighbours."""
@@ -349,6 +384,8 @@ class CacheEngine(Tier):
         if self._closed:
             return [False] * len(keys)
         started = time.monotonic()
+        if not own:
+            self._first_look(deadline)
         claimed = [] if own else self._neighbours.holds(keys)
         held = frozenset(i for i, flag in enumerate(claimed) if flag)
         reserved = self._pages.reserve(keys, parent, held)
@@ -384,7 +421,10 @@ class CacheEngine(Tier):
         sources: PageBuffers,
         deadline: float,
     ) -> list[bool]:
-        """Tombstones, bytes, records, index, in this order. Slots whose write failed are free when this returns."""
+        """Tombstones, bytes, records, index, in this order. Slots whose write failed are free when this returns.
+
+        Those of a directory that hangs are freed when its operations have ended.
+        """
         sums = [0] * len(keys)
         kind = self._written_kind
 
@@ -405,9 +445,10 @@ class CacheEngine(Tier):
                 transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
-                    with self._watch.call(deadline, frozenset(breakers)):
+                    with self._watch.call(transfer, breakers):
                         outcomes = self._mover.move(transfer)
                 finally:
+                    left |= self._left(transfer, rows, slots, breakers)
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):
                     done[row] = outcome is Outcome.DONE
@@ -417,6 +458,29 @@ class CacheEngine(Tier):
             end = max(deadline, time.monotonic() + OVERDUE_S)
             done = self._pages.record(keys, slots, sums, done, self._written_kind, end, left)
         return done
+
+    def _left(
+        self,
+        transfer: PageTransfer,
+        rows: list[int],
+        slots: list[SlotId],
+        breakers: Sequence[Breaker],
+    ) -> frozenset[int]:
+        """The rows whose write hangs. Their directories are bypassed, their slots are freed when it has ended."""
+        flying = np.flatnonzero(transfer.flying).tolist()
+        if not flying:
+            return frozenset()
+        for breaker in {breakers[position] for position in flying}:
+            breaker.trip("a write hangs")
+        self._mover.abandon()
+        self._upkeep.bypass_failed()
+        left = frozenset(rows[position] for position in flying)
+        self._pages.abort_after(transfer.ended, [slots[row] for row in left])
+        return left
+
+    def _claimed_in(self, claims: Sequence[NeighbourPage]) -> list[Breaker]:
+        breakers = {d.path: d.breaker for d in self._upkeep.directories}
+        return [breakers[claim.journal.directory] for claim in claims]
 
     def pin(self, keys: Sequence[PageKey]) -> list[SlotId | None]:
         """Keep own pages from eviction; a neighbour's page is not pinned."""

@@ -20,12 +20,12 @@ from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.opening import Recovered
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.cache.directories import Directory
+from flexkv_sglang.cache.disks.directories import Directory
 from flexkv_sglang.cache.eviction.reuse_density import ReuseDensity
 from flexkv_sglang.cache.index.index import TierIndex
 from flexkv_sglang.cache.index.lookup_pins import LookupPins
 from flexkv_sglang.errors import JournalError, TierUnavailableError
-from flexkv_sglang.threads import wait_for
+from flexkv_sglang.threads import succeeded, wait_for
 from flexkv_sglang.types import PageKey, Reserved, SlotId
 
 LOCK_SPAN = 512  # keys looked up under one hold of the lock
@@ -151,7 +151,7 @@ class LocalPages:
         left = frozenset(i for i, d in enumerate(places) if d in jobs and not jobs[d].done())
         for directory, job in jobs.items():
             self.abort_after(job, [slots[i] for i in left if places[i] is directory])
-        return [d not in jobs or _succeeded(jobs[d]) for d in places], left
+        return [d not in jobs or succeeded(jobs[d]) for d in places], left
 
     def record(
         self,
@@ -184,7 +184,7 @@ class LocalPages:
         for directory, job in jobs.items():
             if job.cancelled():
                 self.abort([slots[row] for row in rows_of[directory]])
-            elif _succeeded(job):
+            elif succeeded(job):
                 for row, flag in zip(rows_of[directory], job.result(), strict=True):
                     results[row] = flag
         return results
@@ -339,7 +339,3 @@ class LocalPages:
     def _end(self, slots: Sequence[SlotId]) -> None:
         if slots:
             self.index.unpin(slots)
-
-
-def _succeeded(job: Future[Any]) -> bool:
-    return job.done() and not job.cancelled() and job.exception() is None

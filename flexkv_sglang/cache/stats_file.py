@@ -19,7 +19,7 @@ from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.journal import stats_path
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
-from flexkv_sglang.cache.directories import Directory
+from flexkv_sglang.cache.disks.directories import Directory
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.threads import DiskThread, wait_for
 

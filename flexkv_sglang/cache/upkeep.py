@@ -1,7 +1,7 @@
 """Upkeep: the background work of a tier.
 
 One thread per engine, ``flexkv-watch``, touches no disk: it notices calls and jobs that hang, bypasses their
-directories, and gives each directory its duties. These run on the directory's own thread (``directories``), where
+directories, and gives each directory its duties. These run on the directory's own thread (``disks``), where
 a disk that hangs holds up nobody else: stats files, neighbours, free space, journal generations, and the probes
 that bring a directory back. A thread that hangs is left alone; when its job returns, the directory is probed.
 """
@@ -11,18 +11,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import can_read, probe_directory
-from flexkv_sglang.backends.slots.breaker import Breaker
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.cache import stats_file
-from flexkv_sglang.cache.directories import Directory, Duty, Plan
+from flexkv_sglang.cache.disks.call_watch import CallWatch
+from flexkv_sglang.cache.disks.directories import Directory, Duty, Plan
 from flexkv_sglang.cache.health import in_place
 from flexkv_sglang.cache.health.free_space import FreeSpace
 from flexkv_sglang.cache.health.in_place import InPlace
@@ -30,47 +29,16 @@ from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.errors import JournalError, TierError, TierUnavailableError
 from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
-from flexkv_sglang.threads import OVERDUE_S, PeriodicThread
+from flexkv_sglang.threads import PeriodicThread
 
 logger = logging.getLogger(__name__)
 
 _ROUND_S = 0.25
+_POLL_S, _POLL_LIMIT_S = 0.02, 5.0
 _FLOOR_ROUND_S = 5.0
 _ROOM_ROUND_S = 5.0
 _PROBE_S = 30.0
 _CATCH_UP_MAX = 8
-
-
-class CallWatch:
-    """Running transfers, with their deadlines and the directories that they use. Threads: any."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # held for dict work
-        self._calls: dict[int, tuple[float, frozenset[Breaker]]] = {}
-        self._next = 0
-
-    @contextmanager
-    def call(self, deadline: float, breakers: frozenset[Breaker]) -> Iterator[None]:
-        """Around a transfer. ``deadline``: ``time.monotonic()`` seconds."""
-        with self._lock:
-            number, self._next = self._next, self._next + 1
-            self._calls[number] = deadline, breakers
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._calls[number]
-
-    def busy(self) -> set[Breaker]:
-        """Directories of transfers that have not ended."""
-        with self._lock:
-            return {breaker for _, used in self._calls.values() for breaker in used}
-
-    def overdue(self) -> set[Breaker]:
-        """Directories of transfers that should have ended ``OVERDUE_S`` ago."""
-        limit = time.monotonic() - OVERDUE_S
-        with self._lock:
-            return {b for deadline, used in self._calls.values() if deadline < limit for b in used}
 
 
 class _Probe(NamedTuple):
@@ -101,6 +69,7 @@ class Upkeep:
     ) -> None:
         self.directories = tuple(directories)
         self._pages = pages
+        self._neighbours = neighbours
         self._mover = mover
         self._watch = watch
         self._metrics = metrics
@@ -119,6 +88,7 @@ class Upkeep:
                 Duty(self.rotate_if_due, _ROUND_S, limit_s=10.0, in_order=True),
             ]
         )
+        self._round_at = 0.0
         self._thread = PeriodicThread(
             "flexkv-watch",
             self._step,
@@ -138,8 +108,17 @@ class Upkeep:
         self._thread.join(deadline)
 
     def _step(self) -> float:
-        self.round()
-        return _ROUND_S
+        now = time.monotonic()
+        if now >= self._round_at:
+            self._round_at = now + _ROUND_S
+            self.round()
+        if not self._neighbours.neighbour_count:
+            return _ROUND_S
+        for directory in self.directories:
+            if directory.breaker.is_readable and directory.neighbours.idle:
+                poll = partial(self._neighbours.poll_directory, directory.path)
+                directory.neighbours.post(poll, _POLL_LIMIT_S)
+        return _POLL_S
 
     def round(self) -> None:
         """One look at everything. Memory only."""
@@ -192,7 +171,9 @@ class Upkeep:
                 count += self._pages.suspend(region, readable=readable)
         directory.journal.refuse()  # until the directory is in use again
         if not readable:
+            self._neighbours.bypass(directory.path)
             directory.upkeep.drop()
+            directory.neighbours.drop()
         text = "takes no more pages" if readable else f"is bypassed, {count} pages miss"
         if back:
             text = "is read again, but takes no pages"

@@ -116,7 +116,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "agent":
         from flexkv_sglang.cli.agent import run_agent
 
-        return run_agent(arguments.config, arguments.run_dir, for_ranks=arguments.for_ranks)
+        return run_agent(
+            arguments.config,
+            arguments.run_dir,
+            for_ranks=arguments.for_ranks,
+            succeed=arguments.succeed,
+        )
     if arguments.command == "nodes":
         from flexkv_sglang.cli.nodes import run_nodes
 
@@ -202,6 +207,7 @@ def _add_fleet(commands: argparse._SubParsersAction[Arguments]) -> None:
             "--run-dir", type=Path, metavar="DIR", help="share.run_dir, if it is configured"
         )
     agent.add_argument("--for-ranks", action="store_true", help=argparse.SUPPRESS)
+    agent.add_argument("--succeed", default="", help=argparse.SUPPRESS)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[Arguments]) -> None:

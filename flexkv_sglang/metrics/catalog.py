@@ -165,6 +165,9 @@ _ALL = (
         "0 in use, 1 read only: it takes no more pages, 2 bypassed",
         key="directory",
     ),
+    Metric("agent_up", "gauge", "agents", "1: this machine's agent lives"),
+    Metric("agent_unfit", "gauge", "state", "1: this process cannot use the agent", key="reason"),
+    Metric("agent_exceptions", "gauge", "errors", "failures within the agent since its start"),
 )
 
 CATALOG: Mapping[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -14,9 +14,9 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flexkv_sglang.backends.fleet.members.change_log import ChangeLogs
 from flexkv_sglang.backends.fleet.members.membership import Membership
@@ -24,46 +24,55 @@ from flexkv_sglang.backends.fleet.members.peer_control import PeerControl
 from flexkv_sglang.backends.fleet.replica.writer import PeerSetsWriter
 from flexkv_sglang.backends.fleet.server.server import PageServer
 from flexkv_sglang.backends.fleet.vocabulary import ChangeLog, NodeId, NodeInfo
-from flexkv_sglang.backends.fleet.wire.curve import load_secret
+from flexkv_sglang.backends.fleet.wire.curve import Secret
 from flexkv_sglang.backends.io.probe import IoMode
 from flexkv_sglang.backends.slots.space.places import prepare_directory
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError, FlexKVError
 from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.metrics.registry import Metrics
+from flexkv_sglang.sharing.lifecycle.agent_address import AgentAddress
+from flexkv_sglang.sharing.lifecycle.agent_notes import AgentNotes
+from flexkv_sglang.sharing.lifecycle.fitness import RELEASE
+from flexkv_sglang.sharing.lifecycle.handover import DRAIN_S, AgentLock
 from flexkv_sglang.sharing.node_identity import node_name
-from flexkv_sglang.sharing.node_pages import NodePages, is_shareable, payload_bytes_of
-from flexkv_sglang.sharing.run_dir import RunDir
+from flexkv_sglang.sharing.node_pages import NodePages
+from flexkv_sglang.sharing.run_dir import RunDir, needing
+from flexkv_sglang.sharing.shareable import Shareable, used_by
 
 logger = logging.getLogger(__name__)
 
 _POLL_MIN_S, _POLL_MAX_S = 0.002, 0.02
 _SCAN_S = 1.0
 _READ_DEPTH = 8  # reads in flight at the disk, with io_uring
+_REVEAL_S = 5.0
+"""After its start an agent collects the sets of other nodes for so long; ranks use those of the former one."""
 
-
-def _version() -> str:
-    try:
-        return version("flexkv-sglang")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return ""
-
-
-_VERSION = _version()
+_IDLE_S = 1.0
 
 
 class Agent:
-    """Opens everything at construction; raises ``ConfigError``.
+    """Opens everything at construction, but announces nothing before ``start``; both raise ``ConfigError``.
 
-    ``by_hand``: started by a person, so it stays when no rank process is left.
+    ``card``: of ``fitness``; with ``by_hand`` it was started by a person, so it stays when no rank process is left.
     """
 
-    def __init__(self, config: FlexKVConfig, run_dir: RunDir, *, by_hand: bool) -> None:
+    def __init__(
+        self,
+        config: FlexKVConfig,
+        run_dir: RunDir,
+        secret: Secret | None,
+        card: Mapping[str, Any],
+        notes: AgentNotes,
+    ) -> None:
         self._run_dir = run_dir
-        self._by_hand = by_hand
+        self._card = card
+        self._notes = notes
+        self._by_hand = bool(card["by_hand"])
         self._config = config
         self.metrics = Metrics()
         self._modes: dict[Path, IoMode] = {}
+        self._shareable = Shareable()
         self._refused: dict[str, str] = {}  # directory -> reason
         self._pages: dict[str, NodePages] = {}  # replaced, never changed: other threads read it
         self._counts: Counter[str] = Counter()
@@ -72,21 +81,48 @@ class Agent:
         self._needed_at = time.monotonic()
         self._changes = 0
         self._doubts: dict[tuple[str, str, str], int] = {}  # (rank, namespace, node) -> as reported
+        self._reports: dict[str, dict[str, Any]] = {}
+        self._started_at = 0.0
         self._share = share = config.share
         self._node_id = NodeId(node_name(config))
         self._logs = ChangeLogs(outbox=share.redis_url is not None)
-        secret = load_secret(share)
         run_dir.add_places(config)
-        self._address = ""
         self._server = PageServer(share, secret, self)
-        self._replica = PeerSetsWriter(run_dir.path)
+        self._address = AgentAddress(share, secret, self._server)
+        # the sets of a former agent serve the rank processes until ours are here
+        self._replica = PeerSetsWriter(run_dir.path, hidden=True)
         self._control = PeerControl(share, secret)
         self._membership = Membership(
             share, self._own, self._logs.find, self._control, self._replica, self._count
         )
-        self._round("scan", self._scan)
-        self._address = self._server.start()
+        self._scan_round()
+
+    def start(self, lock: AgentLock, stop: threading.Event) -> bool:
+        """Take the place of the agent that this one succeeds, listen, and join the others.
+
+        False: the other did not hand over. Raises ``ConfigError``, ``OSError``.
+        """
+        self._address.open(first=not lock.waits)
+        if lock.waits and not lock.take_over(stop):
+            logger.warning("flexkv: %s was not handed over; this agent ends", self._run_dir.path)
+            return False
+        self._address.bind()
+        if not 0.0 < self._run_dir.beat_age_s() < self._share.replica_ttl_s:
+            self._replica.reveal()
         self._membership.start()
+        self._started_at = time.monotonic()
+        self._lock = lock
+        self._tell()
+        return True
+
+    def _tell(self) -> None:
+        """Keep the card in the lock up to date. Raises ``OSError``."""
+        self._membership.followers.reveal(time.monotonic() - self._started_at > _REVEAL_S)
+        self._lock.write(
+            ready=True,
+            addresses=[self._address.bound] if self._address.bound else [],
+            trouble=self._address.trouble,
+        )
 
     def info(self) -> NodeInfo:
         """As ``ServedNode``; with the current name of this node."""
@@ -100,17 +136,17 @@ class Agent:
         return NodeInfo(
             node_id=self._node_id,
             epoch=self._logs.epoch,
-            address=self._address,
+            address=self._address.told,
             share_group=self._share.share_group,
-            namespaces=tuple(sorted(self._pages)),
+            namespaces=tuple(sorted(self._pages)) if self._address.told else (),
             engines=self._server.transports,
-            version=_VERSION,
+            version=RELEASE,
         )
 
-    def run(self, stop: threading.Event, in_place: Callable[[], bool] = lambda: True) -> None:
-        """Run until ``stop`` is set, no rank process has lived for ``agent_linger_s``, or it is not ``in_place``.
+    def run(self, stop: threading.Event) -> bool:
+        """Run until ``stop`` is set, no rank process has needed it for ``agent_linger_s``, or its lock is out of place.
 
-        ``in_place``: can rank processes still find this agent?
+        True: a successor is ready.
         """
         pause = _POLL_MIN_S
         scan_at = 0.0
@@ -121,15 +157,33 @@ class Agent:
             now = time.monotonic()
             if now >= scan_at:
                 scan_at = now + _SCAN_S
-                if not in_place():
+                if not self._lock.in_place:
                     logger.warning("flexkv: %s was removed", self._run_dir.path)
-                    return
-                self._round("scan", self._scan)
+                    return False
+                self._scan_round()
+                self._round("address", self._address.follow)
+                self._round("card", self._tell)
+                if self._lock.is_succeeded():
+                    return True
                 # Only right after a scan, which counts rank processes: else a short agent_linger_s could end the
                 # agent while one lives.
                 if now - self._needed_at > self._share.agent_linger_s and not self._by_hand:
                     logger.info("flexkv: no rank process for %g s", self._share.agent_linger_s)
-                    return
+                    return False
+        return False
+
+    def hand_over(self, stop: threading.Event) -> None:
+        """Leave the place to the successor, and end when no read is under way."""
+        logger.info("flexkv: a successor takes over")
+        self._server.unbind()
+        self._membership.close(leave=False)
+        self._lock.close()
+        idle_at = time.monotonic()
+        until = idle_at + DRAIN_S
+        while time.monotonic() < min(until, idle_at + _IDLE_S) and not stop.wait(_POLL_MAX_S):
+            self._round("journals", self._poll)
+            if not self._server.is_idle:
+                idle_at = time.monotonic()
 
     def close(self) -> None:
         """Leave the membership and stop serving. Bounded, idempotent."""
@@ -147,32 +201,40 @@ class Agent:
         return self._pages.get(namespace)
 
     def _poll(self) -> None:
-        for pages in self._pages.values():
-            pages.poll()
+        for namespace, pages in self._pages.items():
+            self._round(f"journals of {namespace}", pages.poll)
         self._changes = sum(pages.changes for pages in self._pages.values())
 
+    def _scan_round(self) -> None:
+        """Scan; then say how it went, also if it failed."""
+        self._round("scan", self._scan)
+        self._round("notes", lambda: self._notes.flush_to(self._run_dir))
+        if self._started_at:
+            self._round("status", lambda: self._run_dir.write_status(self._status()))
+
     def _scan(self) -> None:
-        """Find new and removed directories, namespaces and owners; write the status for ``flexkv nodes``."""
-        if self._run_dir.ranks():
+        """Find new and removed directories, namespaces and owners."""
+        self._run_dir.ranks()  # removes the locks of dead ones
+        self._reports = self._run_dir.reports()
+        if needing(str(self._card["instance"]), self._reports):
             self._needed_at = time.monotonic()
         for path, io_engine in self._run_dir.places().items():
             self._prepare(path, io_engine)
-        found = self._namespaces()
+        found = self._shareable.find(self._modes, used_by(self._reports))
         for namespace in self._pages.keys() - found.keys():
             self._forget(namespace)
         for namespace, payload_bytes in found.items():
             if namespace not in self._pages:
                 self._serve(namespace, payload_bytes)
-        for pages in self._pages.values():
-            pages.scan()
+        for namespace, pages in self._pages.items():
+            self._round(f"scan of {namespace}", pages.scan)
         self._membership.followers.wanted_namespaces(set(self._pages))
         self._round("doubts", self._read_doubts)
-        self._run_dir.write_status(self._status())
 
     def _read_doubts(self) -> None:
         """Rank processes report nodes where reads miss again and again: the set of such a node may be wrong."""
         reported: dict[tuple[str, str, str], int] = {}
-        for rank, report in self._run_dir.reports().items():
+        for rank, report in self._reports.items():
             for namespace, nodes in report.get("doubts", {}).items():
                 reported |= {
                     (rank, namespace, node_id): int(count) for node_id, count in nodes.items()
@@ -198,23 +260,6 @@ class Agent:
         for namespace in tuple(self._pages):  # they may have pages in the new directory too
             self._forget(namespace)
 
-    def _namespaces(self) -> dict[str, int]:
-        """Namespace -> bytes of a page, of all namespaces with pages to share in any directory."""
-        found: dict[str, int] = {}
-        for directory in self._modes:
-            try:
-                folders = list(directory.glob("?" * 26))
-            except OSError as exc:  # a disk that fails does not hide the pages of others
-                self._refused[str(directory)] = f"cannot be listed: {exc.strerror or exc}"
-                continue
-            self._refused.pop(str(directory), None)
-            for folder in folders:
-                if folder.name not in found and is_shareable(folder):
-                    payload_bytes = payload_bytes_of(folder)
-                    if payload_bytes is not None:
-                        found[folder.name] = payload_bytes
-        return found
-
     def _serve(self, namespace: str, payload_bytes: int) -> None:
         log = self._logs.log(namespace)
         pages = NodePages(self._modes, namespace, payload_bytes, log, self.metrics, _READ_DEPTH)
@@ -231,14 +276,21 @@ class Agent:
         return {
             **self._membership.status(),
             "written_at": time.time(),
-            "address": self._address,
+            "address": self._address.told,
+            "instance": self._card["instance"],
+            "protocol": self._card["protocol"],
+            "replica": self._card["replica"],
+            "secret": self._card["secret"],
+            "by_hand": self._by_hand,
+            "trouble": self._address.trouble,
+            "left_out_namespaces": self._shareable.left_out,
             "cluster_id": self._share.cluster_id,
             "pod": self._share.share_group,
             "guarded": self._share.secret_file is not None or self._share.insecure,
-            "version": _VERSION,
+            "version": RELEASE,
             "ranks": self._run_dir.ranks(),
             "directories": sorted(map(str, self._modes)),
-            "refused_directories": self._refused,
+            "refused_directories": {**self._refused, **self._shareable.troubles},
             "served_pages": {name: len(pages) for name, pages in self._pages.items()},
             "counters": {name: n for name, n in self.metrics.snapshot().items() if n},
             "sharing": dict(self._counts),

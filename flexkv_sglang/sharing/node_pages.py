@@ -22,9 +22,10 @@ from flexkv_sglang.backends.io.read_priority import ReadPriority
 from flexkv_sglang.backends.io.ring import Ring
 from flexkv_sglang.backends.io.transfer import IoEngine, Outcome, PageTransfer
 from flexkv_sglang.backends.memory import AlignedMemory
+from flexkv_sglang.backends.slots.following.neighbour_journal import NeighbourPage
 from flexkv_sglang.backends.slots.journal import generations, journal_path
 from flexkv_sglang.backends.slots.manifest import noted
-from flexkv_sglang.backends.slots.neighbours import NeighbourPage, NeighbourStore
+from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.backends.slots.records import HEADER_BYTES, JOURNAL_MAGIC, Header
 from flexkv_sglang.errors import JournalError, TierError

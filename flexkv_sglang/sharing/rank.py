@@ -46,7 +46,12 @@ class Sharing:
         launcher = None
         try:
             launcher = self._launcher = AgentLauncher(
-                config, self._run_dir, self._follow, flexkv=flexkv
+                config,
+                self._run_dir,
+                self._follow,
+                flexkv=flexkv,
+                metrics=metrics,
+                new_secret=self._client.set_secret,
             )
             launcher.start()
         except OSError as exc:
@@ -92,7 +97,12 @@ class Sharing:
         open_ones = {node_id: reason for node_id, reason in states.items() if reason}
         doubts = {pages.namespace: doubts for pages in self._opened if (doubts := pages.doubts())}
         self._launcher.report(
-            {"breakers": open_ones, "usable": self._launcher.usable, "doubts": doubts}
+            {
+                "breakers": open_ones,
+                "usable": self._launcher.usable,
+                "doubts": doubts,
+                "namespaces": sorted({pages.namespace for pages in self._opened}),
+            }
         )
 
     def close(self) -> None:

@@ -1,6 +1,9 @@
 """The run directory: where one node's agent and its rank processes meet. Files and locks, no threads.
 
-    agent.lock          held by the agent; contains its pid and the digest of its settings
+    agent.lock          held by the agent; contains its card (``fitness``)
+    agent.next          held by the agent that will succeed it; contains its card, and ``succeeds``
+    agent.notes         the agent's last warnings, which rank processes copy into the server's log
+    agent.failed        why the last agent that a rank process started has ended at once
     agent.json          the configuration to start it with
     agent.log           its log, two files of 1 MiB
     status.json         shown by ``flexkv nodes``, written every second
@@ -18,15 +21,15 @@ import json
 import os
 import secrets
 import stat
+import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flexkv_sglang.backends.file_lock import FileLock
+from flexkv_sglang.backends.fleet.replica.files import PeersTable
 from flexkv_sglang.backends.safe_files import publish
 from flexkv_sglang.config.settings import FlexKVConfig
-from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.sharing.node_identity import NODE_ID, data_directory, node_mark, read_mark
 
@@ -34,9 +37,6 @@ _MEMORY = Path("/dev/shm")
 _RUN = ".run"
 IN_DATA_DIRECTORY = frozenset({NODE_ID, _RUN})
 """Entries of a data directory beside namespaces: the node's mark, and run directories where /dev/shm is missing."""
-
-_LOCAL = ("listen", "advertise", "run_dir", "node_id")
-"""Settings of ``share`` that differ between nodes and processes without harm."""
 
 
 class RunDir:
@@ -132,17 +132,33 @@ class RunDir:
         text = json.dumps(fields, sort_keys=True)
         publish(self.path, self.status_path.name, [text.encode()])
 
-    def take_agent_lock(self, digest: str) -> FileLock | None:
-        """Held for the agent's life; None while another agent lives. Raises ``OSError``."""
-        lock = FileLock.take(self.path / "agent.lock", os.O_CREAT, tries=5)
+    def take_agent_lock(self, card: Mapping[str, Any], name: str = "agent.lock") -> FileLock | None:
+        """Held for the agent's life; None while another agent lives. Raises ``OSError``.
+
+        ``name``: "agent.next" for the agent that will succeed the living one.
+        """
+        lock = FileLock.take(self.path / name, os.O_CREAT, tries=5)
         if lock is not None:
-            lock.write(json.dumps({"pid": os.getpid(), "settings": digest}))
+            lock.write(json.dumps(card))
         return lock
 
-    def agent(self) -> dict[str, Any] | None:
-        """Content of the living agent's lock ({} if nothing is written yet); None if there is no agent."""
-        path = self.path / "agent.lock"
+    def agent(self, name: str = "agent.lock") -> dict[str, Any] | None:
+        """Card of the living agent ({} if nothing is written yet); None if there is no agent."""
+        path = self.path / name
         return _fields(path) if FileLock.is_held(path) else None
+
+    def write_note(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Replace "agent.notes" or "agent.failed". Raises ``OSError``."""
+        publish(self.path, name, [json.dumps(fields).encode()])
+
+    def note(self, name: str) -> dict[str, Any]:
+        """Content of "agent.notes" or "agent.failed"; {} if there is none."""
+        return _fields(self.path / name)
+
+    def beat_age_s(self) -> float:
+        """Seconds since the agent's last sign of life; 0.0 without a readable table."""
+        table = PeersTable.open(self.path)
+        return 0.0 if table is None else max(0.0, time.monotonic() - table.heartbeat_ns / 1e9)
 
     def take_rank_lock(self) -> FileLock:
         """Held for the life of a rank process. Raises ``OSError``."""
@@ -161,8 +177,9 @@ class RunDir:
     def reports(self) -> dict[str, dict[str, Any]]:
         """Per living rank process its report; {} if it wrote none yet.
 
-        ``usable``: the agent's settings are its own. ``breakers``: node -> reason why it is not read for a while.
-        ``doubts``: namespace -> node -> number of misses of pages that the node's set contains.
+        ``usable``: it uses the agent. ``fits`` or ``unfit``: name of the agent that it wants to keep, or the reason why
+        it wants none that it found. ``breakers``: node -> reason why it is not read for a while. ``doubts``: namespace
+        -> node -> number of misses of pages that the node's set contains. ``namespaces``: those that it uses.
         """
         found = {}
         for path in sorted((self.path / "ranks").glob("*.lock")):
@@ -183,15 +200,18 @@ class RunDir:
         return _fields(self.status_path)
 
 
-def settings_digest(share: ShareConfig) -> str:
-    """Digest of the settings that an agent and the rank processes beside it must have in common.
+def needing(name: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Rank processes, of ``RunDir.reports``, that keep the agent of this name alive.
 
-    Its fields are those of version 0.1, so that an agent of that version and a newer server still share.
+    One that has not decided yet does so, and one of version 0.1, which does not say whom it uses.
     """
-    fields = {**asdict(ShareConfig()), **share.settings(), "serve_depth": 8}
-    fields["pod"] = fields.pop("share_group")
-    fields = {key: value for key, value in fields.items() if key not in _LOCAL}
-    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return [
+        rank
+        for rank, report in reports.items()
+        if "unfit" not in report
+        and report.get("fits", name) == name
+        and ("fits" in report or report.get("usable", True))
+    ]
 
 
 def _make_private(path: Path) -> None:

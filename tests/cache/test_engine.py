@@ -211,7 +211,7 @@ def test_a_batch_larger_than_the_tier_is_granted_a_leading_part(tmp_path: Path) 
 def test_clear_forgets_here_and_at_the_neighbours_and_over_a_restart(tmp_path: Path) -> None:
     engine, neighbour = open_engine(tmp_path, PAGE, SIZE), open_engine(tmp_path, PAGE, SIZE)
     fill(engine, 10)
-    assert neighbour.prefix(keys(10)) == 10
+    assert wait_until(lambda: neighbour.prefix(keys(10)) == 10)
     engine.clear()
     assert engine.prefix(keys(10)) == 0
     assert wait_until(lambda: neighbour.prefix(keys(10)) == 0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ import pytest
 from flexkv_sglang.backends.slots.journal import recover
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.backends.slots.records import JOURNAL_MAGIC
+from flexkv_sglang.cli.directory import patience
 from flexkv_sglang.cli.directory.acting import acting_as
-from flexkv_sglang.cli.doctor import facts
+from flexkv_sglang.cli.doctor import facts, files, setup
 from flexkv_sglang.cli.main import main
 from stores.command import Output, die_after_put, flexkv
 from stores.engines import open_engine
@@ -406,3 +410,61 @@ def test_a_report_of_an_agent_may_hold_anything(
         out = run("nodes", "--run-dir", tmp_path, *more)
         assert out.code == 1
         assert "hunter2" not in out.text
+
+
+def test_more_dead_owners_than_descriptors(folder: Path) -> None:
+    for number in range(42):
+        copy = folder.parent / f"n{number}"
+        shutil.copytree(folder, copy)
+        rewrite_header(copy, namespace=copy.name)
+        with only(copy, "journal").open("ab") as file:
+            file.write(b"torn")
+    program = (
+        "import resource, sys\nfrom flexkv_sglang.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\nsys.exit(main(sys.argv[1:]))"
+    )
+    for command in (["check", "--repair"], ["stats"], ["gc", *ALL]):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", program, command[0], str(folder.parent), *command[1:]],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.returncode == 0, done.stdout[-500:] + done.stderr
+    assert not list(folder.parent.rglob("*.slots"))
+
+
+def test_a_directory_without_an_answer_is_named(
+    folder: Path, run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child that asks hangs; the command goes on without it."""
+    monkeypatch.setattr(patience, "_ask", lambda _: signal.pause())
+    monkeypatch.setattr(facts, "answers", lambda path: patience.answers(path, 0.1))
+    found = run("doctor", folder.parent, "--json")
+    assert found.code == 1
+    assert next(item["what"] for item in found.json["findings"]) == "hung_directory"
+
+
+def test_dead_files_that_fill_the_disk_are_named(folder: Path) -> None:
+    seen = facts.gather([folder.parent], None, facts.Plugin(), time.time())
+    (place,) = seen.places
+    assert place.disk is not None
+    full = replace(seen, places=(replace(place, disk=replace(place.disk, free_bytes=4096)),))
+    finding = files.dead_files(full)
+    assert finding is not None
+    assert f"flexkv gc {folder.parent} --older-than 0s --yes" in finding.remedy
+    assert "1 dead owner with 5" in finding.evidence
+    assert files.dead_files(seen) is None
+
+
+@pytest.mark.parametrize(
+    ("release", "isolates"),
+    [("0.5.11", False), ("0.5.19", False), ("0.5.20", True), ("0.5.10", True)],
+)
+def test_releases_whose_salts_isolate_nothing_are_named(
+    folder: Path, release: str, isolates: bool
+) -> None:
+    seen = facts.gather([folder.parent], None, facts.Plugin(sglang=release), time.time())
+    assert (setup.salts(seen) is None) == isolates

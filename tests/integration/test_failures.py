@@ -29,6 +29,7 @@ class BadDisk:
     """An I/O engine in front of a real one: I/O on ``files`` fails or hangs as long as the test wants."""
 
     kind = "bad"
+    given_up = False
 
     def __init__(self, real: Any, files: set[int]) -> None:
         self._real = real

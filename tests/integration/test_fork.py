@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from flexkv_sglang.backends.slots.journal import new_records
 from flexkv_sglang.backends.slots.ownership import OwnerLock
+from flexkv_sglang.backends.slots.records import RecordOp
 from models.plain_pools import Pool, attach, config, names
 from stores.engines import keys, open_engine, page_memory, soon, wait_until
 
@@ -68,9 +70,11 @@ def test_no_byte_and_no_record_of_a_child_reaches_the_files(tmp_path: Path, io_e
         target, targets = page_memory(8, PAGE)
         put = engine.put(keys(8, 1), buffers, None, soon())
         got = engine.get(keys(8), targets, soon())
+        records = new_records(RecordOp.CLEAR, 1)
+        appended = [store.append(records) for store in engine._tier.stores]
         engine.clear()
         engine.close()
-        return not any(put) and not any(got) and bool((target == 0xA5).all())
+        return not any(appended) and not any(put) and not any(got) and bool((target == 0xA5).all())
 
     assert in_child(work)
     assert (journal.read_bytes(), slots.read_bytes()) == before

@@ -28,13 +28,6 @@ MUTANTS = (
         HOSTILE,
     ),
     (
-        "cli: a header may ask for any number of slots",
-        f"{DIRECTORY}/plausible.py",
-        "        and 1 <= item.slot_count <= _SLOTS_MAX\n",
-        "",
-        HOSTILE,
-    ),
-    (
         "cli: who has lost its lock file is dead",
         f"{DIRECTORY}/trusted_files.py",
         "return True if exc.errno == errno.EAGAIN else None",

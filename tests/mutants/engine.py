@@ -111,8 +111,8 @@ MUTANTS = (
     (
         "no second look at a neighbour",
         "flexkv_sglang/cache/engine.py",
-        "self._neighbours.still_valid(plan.claims), strict=True",
-        "[True] * len(plan.claims), strict=True",
+        "            valid = same and claim.journal.directory in seen\n",
+        "            valid = True\n",
         NEIGHBOURS,
     ),
     (
@@ -152,7 +152,7 @@ MUTANTS = (
     ),
     (
         "a neighbour's less verified pages are believed",
-        "backends/slots/neighbours.py",
+        "backends/slots/following/neighbour_journal.py",
         "length == self._payload_bytes and flags & 0xFF in self._accepted",
         "length == self._payload_bytes",
         ENGINE,

@@ -168,8 +168,8 @@ MUTANTS = (
     (
         "a call pins the memory that it is the first to use",
         "backends/io/ring.py",
-        "                    self._pinning.put(piece)",
-        "                    self._regions.pin(self._fd, piece)",
+        "                self._pinning.put(piece)",
+        "                self._regions.pin(self._fd, piece)",
         "tests/backends/io/test_io_engines.py",
     ),
     (

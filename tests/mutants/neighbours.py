@@ -18,9 +18,10 @@ MOVE = """\
                 transfer = PageTransfer(*extents, part, deadline, verify, writing=True)
                 outcomes = [Outcome.FAILED] * len(rows)
                 try:
-                    with self._watch.call(deadline, frozenset(breakers)):
+                    with self._watch.call(transfer, breakers):
                         outcomes = self._mover.move(transfer)
                 finally:
+                    left |= self._left(transfer, rows, slots, breakers)
                     self._report_health(breakers, outcomes, "write")
                 for row, outcome in zip(rows, outcomes, strict=True):
                     done[row] = outcome is Outcome.DONE
@@ -38,15 +39,15 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "under stress: no second look at a neighbour",
         ENGINE,
-        "self._neighbours.still_valid(plan.claims), strict=True",
-        "[True] * len(plan.claims), strict=True",
+        "            valid = same and claim.journal.directory in seen\n",
+        "            valid = True\n",
         STRESS,
     ),
     (
         "the second look does not read the journal",
-        NEIGHBOURS,
-        "            self._poll_locked()\n            return [page.journal.confirms",
-        "            return [page.journal.confirms",
+        ENGINE,
+        "partial(self._neighbours.poll_directory, d.path), end - time.monotonic()",
+        "bool, end - time.monotonic()",
         STRESS,
     ),
     (

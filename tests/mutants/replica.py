@@ -111,8 +111,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "replica: a frozen set is never written",
         WRITER,
-        "                space.sets[slot].rebase()\n",
-        "",
+        "            space.sets[slot].rebase()\n",
+        "            return True\n",
         OF_REPLICA,
     ),
     (

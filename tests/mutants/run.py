@@ -137,6 +137,7 @@ def passes(tree: Path, tests: list[str]) -> bool:
         },
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=900,
         check=False,
     )

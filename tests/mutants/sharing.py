@@ -45,7 +45,7 @@ MUTANTS = (
     ),
     (
         "sharing: settings that matter are not compared",
-        RUN,
+        "flexkv_sglang/sharing/lifecycle/fitness.py",
         "if key not in _LOCAL}",
         'if key != "cluster_id"}',
         RUNS,

@@ -53,7 +53,7 @@ def test_while_an_agent_lives_none_is_started_and_other_settings_are_logged_once
     config: FlexKVConfig, launches: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = RunDir.of(config)
-    agent = run_dir.take_agent_lock("of other settings")
+    agent = run_dir.take_agent_lock({"pid": 1, "settings": "of others", "by_hand": True})
     assert agent is not None
     idle: list[int] = []
     launcher = AgentLauncher(config, run_dir, lambda: idle.append(1), check_s=0.01)

@@ -14,7 +14,8 @@ import pytest
 
 from flexkv_sglang.config.settings import FlexKVConfig
 from flexkv_sglang.errors import ConfigError
-from flexkv_sglang.sharing.run_dir import RunDir, settings_digest
+from flexkv_sglang.sharing.lifecycle.fitness import new_card, settings_digest, share_digest
+from flexkv_sglang.sharing.run_dir import RunDir, needing
 
 
 @pytest.fixture
@@ -29,11 +30,13 @@ def config(tmp_path: Path) -> FlexKVConfig:
 def test_one_agent_and_its_settings(config: FlexKVConfig) -> None:
     run_dir = RunDir.of(config)
     assert run_dir.agent() is None
-    digest = settings_digest(config.share)
-    lock = run_dir.take_agent_lock(digest)
+    card = new_card(config.share, "", by_hand=False)
+    lock = run_dir.take_agent_lock(card)
     assert lock is not None
-    assert run_dir.take_agent_lock(digest) is None
-    assert run_dir.agent() == {"pid": os.getpid(), "settings": digest}
+    assert run_dir.take_agent_lock(card) is None
+    assert run_dir.agent() == card
+    assert card["pid"] == os.getpid()
+    assert card["settings"] == settings_digest(config.share)
     lock.close()
     assert run_dir.agent() is None
 
@@ -88,6 +91,29 @@ def test_settings_that_differ_without_harm() -> None:
     assert digest(secret_file="/s") != digest()
 
 
+def test_settings_that_an_agent_and_its_servers_must_have_in_common() -> None:
+    def digest(**share: object) -> str:
+        return share_digest(FlexKVConfig.parse({"share": share}).share)
+
+    assert digest(nid="x", run_dir="/r") == digest()
+    assert digest(secret_file="/s") == digest(secret_file="/t")  # compared by content
+    different = [{}, {"secret_file": "/s"}, {"listen": "127.0.0.1:1"}, {"advertise": "h:1"}]
+    different += [{"redis_url": "redis://h"}, {"cluster_id": "blue"}, {"serve_inflight_mb": 8}]
+    assert len({digest(**share) for share in different}) == len(different)
+
+
+def test_ranks_that_keep_an_agent_alive() -> None:
+    reports = {
+        "1-a": {"fits": "mine", "usable": True},
+        "2-b": {"fits": "other", "usable": True},
+        "3-c": {"unfit": "runs with other settings", "usable": False},
+        "4-d": {},  # has not decided yet
+        "5-e": {"usable": True, "breakers": {}},  # of version 0.1, which uses it
+        "6-f": {"usable": False, "breakers": {}},  # of version 0.1, which refuses it
+    }
+    assert needing("mine", reports) == ["1-a", "4-d", "5-e"]
+
+
 def test_an_agent_of_version_0_1_has_the_same_settings() -> None:
     """Its digests, computed by version 0.1: an old agent may outlive the upgrade of the servers beside it."""
     plain = FlexKVConfig.parse({"redis_url": "redis://127.0.0.1:6379/0"})
@@ -133,13 +159,13 @@ def test_a_rank_lock_appears_held(config: FlexKVConfig) -> None:
 
 def test_a_lock_whose_file_was_removed_is_not_in_place(config: FlexKVConfig) -> None:
     run_dir = RunDir.of(config)
-    lock = run_dir.take_agent_lock("")
+    lock = run_dir.take_agent_lock({})
     assert lock is not None
     assert lock.in_place
     shutil.rmtree(run_dir.path)
     assert not lock.in_place
     run_dir.make()
-    other = run_dir.take_agent_lock("")
+    other = run_dir.take_agent_lock({})
     assert other is not None
     assert not lock.in_place
     lock.close()

@@ -84,12 +84,6 @@ class Followers:
         """Count a step of a thread that raised."""
         self.count("share_thread_errors")
 
-    @property
-    def node_id(self) -> NodeId:
-        """This node's name now."""
-        with self._lock:
-            return self._node_id
-
     def own_info(self) -> NodeInfo:
         """This node's entry, with the name it has now."""
         info = self._info()
@@ -116,6 +110,13 @@ class Followers:
                 return
             self.count("share_distrusted")
             self._do((namespace, node_id), follower.invalidate())
+
+    def reveal(self, now_at_the_latest: bool) -> None:
+        """Let the rank processes see the sets of this agent: once all are here, or now."""
+        with self._lock:
+            sets = [follower.has_set for follower in self._followers.values()]
+            if self._sets.hidden and ((sets and all(sets)) or now_at_the_latest):
+                self._write(self._sets.reveal)
 
     def status(self) -> dict[str, object]:
         """State for ``flexkv nodes``: JSON-able, without secrets. Times in seconds ago."""

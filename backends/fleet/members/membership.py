@@ -65,8 +65,8 @@ class Membership:
         for thread in self._threads:
             thread.start()
 
-    def close(self) -> None:
-        """End within 2 seconds, whatever hangs. Idempotent. A thread that still hangs changes nothing any more."""
+    def close(self, *, leave: bool = True) -> None:
+        """End within 2 s, whatever hangs; what hangs changes nothing any more. ``leave``: no successor. Idempotent."""
         if self._closed.is_set():
             return
         self._closed.set()
@@ -75,7 +75,7 @@ class Membership:
         for thread in self._threads:
             thread.stop()
         for feed in self._feeds:
-            if all(thread.join(deadline) for thread in feed.threads):
+            if all(thread.join(deadline) for thread in feed.threads) and leave:
                 feed.close(deadline)
         if not all(thread.join(deadline) for thread in self._threads):
             logger.warning("flexkv: a thread of sharing has not ended in %.1f s", CLOSE_S)

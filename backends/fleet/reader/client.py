@@ -105,6 +105,16 @@ class PeerClient:
         self._post(lambda: self._channel(health).begin(pending))
         return pending
 
+    def set_secret(self, secret: curve.Secret | None) -> None:
+        """Connect with these keys from now on: the content of the secret file has changed."""
+
+        def renew() -> None:
+            for channel in self._channels.values():
+                channel.renew()
+
+        self._secret = secret
+        self._post(renew)
+
     def _health(self, read: RemoteRead) -> PeerHealth:
         with self._lock:
             health = self._healths.get(read.node_id)

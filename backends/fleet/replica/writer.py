@@ -46,11 +46,14 @@ logger = logging.getLogger(__name__)
 class PeerSetsWriter:
     """Keeps the sets of other nodes in ``run_dir``. There is one per directory: the caller has the agent's lock.
 
-    Only the constructor raises on disk errors. Calls for unknown nodes or sets do nothing.
+    Only the constructor and ``reveal`` raise on disk errors. Calls for unknown nodes or sets do nothing.
     """
 
-    def __init__(self, run_dir: Path | str) -> None:
-        """Make ``run_dir`` (mode 0700) and replace its contents. Raises ``PeerError`` if it cannot."""
+    def __init__(self, run_dir: Path | str, *, hidden: bool = False) -> None:
+        """Make ``run_dir`` (mode 0700) and replace its contents. Raises ``PeerError`` if it cannot.
+
+        ``hidden``: leave the contents of the former writer to the readers until ``reveal``.
+        """
         self._run_dir = Path(run_dir)
         self._id = secrets.randbits(63) + 1
         self._entries: dict[NodeId, Entry] = {}
@@ -58,6 +61,17 @@ class PeerSetsWriter:
         self._tenancies = secrets.randbits(62)  # differs from those of earlier writers
         self._namespaces: dict[str, _Namespace] = {}
         self._full = False
+        self._table: PeersTable | None = None
+        if not hidden:
+            self.reveal()
+
+    @property
+    def hidden(self) -> bool:
+        """Do readers still see what the former writer has left?"""
+        return self._table is None
+
+    def reveal(self) -> None:
+        """Replace the contents of the directory by the nodes and sets of now. Raises ``PeerError``."""
         try:
             self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._table = PeersTable.create(self._run_dir, self._id)
@@ -67,6 +81,10 @@ class PeerSetsWriter:
                 f"cannot keep the sets of other nodes in {self._run_dir}: {exc}"
             ) from exc
         self.heartbeat()
+        for entry in self._entries.values():
+            self._table.put(entry)
+        for space in self._namespaces.values():
+            self._write_frozen(space)
 
     @property
     def frozen(self) -> bool:
@@ -83,7 +101,8 @@ class PeerSetsWriter:
 
     def heartbeat(self) -> None:
         """Show readers that the agent lives. At least every second."""
-        self._table.heartbeat_ns = time.monotonic_ns()
+        if self._table is not None:
+            self._table.heartbeat_ns = time.monotonic_ns()
 
     def set_peer(self, node_id: NodeId, epoch: int, address: str, up: bool) -> None:
         """Add or change a node. ``up`` False: lookups skip it, its sets stay.
@@ -151,19 +170,28 @@ class PeerSetsWriter:
 
     def tick(self) -> None:
         """Remove replaced files; write the sets that found no space before. Once a second."""
+        if self._table is None:
+            return
         for space in self._namespaces.values():
             space.sweep()
-            while space.frozen:
-                slot = min(space.frozen)
-                space.sets[slot].rebase()
-                if slot in space.frozen:
-                    return
-                space.count(slot)
+            if not self._write_frozen(space):
+                return
         if self._full:
             self._full = False
             logger.info(
                 "there is space in %s again: the sets of other nodes are up to date", self._run_dir
             )
+
+    @staticmethod
+    def _write_frozen(space: _Namespace) -> bool:
+        """Write the sets that are in memory only. False: there is no space for one."""
+        while space.frozen:
+            slot = min(space.frozen)
+            space.sets[slot].rebase()
+            if slot in space.frozen:
+                return False
+            space.count(slot)
+        return True
 
     def close(self) -> None:
         """Release everything. The files stay: readers use them until they are too old."""
@@ -179,10 +207,14 @@ class PeerSetsWriter:
         self._versions[slot] = (self._versions[slot] + 1) & 0xFFFFFFFF
         entry = replace(entry, version=self._versions[slot])
         self._entries[entry.peer.node_id] = entry
-        self._table.put(entry)
+        if self._table is not None:
+            self._table.put(entry)
 
     def _make(self, space: _Namespace, entry: Entry, fingerprints: U64) -> Parts:
         """Write a set and make it the current one. Without space it is in memory, and readers keep the old one."""
+        if self._table is None:
+            space.frozen.add(entry.peer.slot)
+            return in_memory(fingerprints)
         try:
             if space.index is None:
                 space.index = SetIndex.create(space.directory, self._id)

@@ -15,8 +15,10 @@ import logging
 import os
 import secrets
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 
 import zmq
 
@@ -77,27 +79,34 @@ class PageServer:
         )
         self.transports = ("zmq", self._transport.name) if self._transport else ("zmq",)
         self.counts: Counter[str] = Counter()
-        self._stop_fd = -1
+        self._wake_fd = -1
         self._thread: threading.Thread | None = None
 
-    def start(self) -> str:
-        """Listen. Returns the address to advertise, "host:port". Raises ``ConfigError``."""
+    def start(self, *, listen: bool = True) -> str:
+        """Listen. Returns the address to advertise, "host:port"; "" if the port is in use. Raises ``ConfigError``.
+
+        ``listen``: False leaves that to ``bind``. The default port of a node without Redis gives way to another one.
+        """
         assert self._thread is None, "started twice"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         self._authenticator: ZapAuthenticator | None = None
         if self._secret is not None and curve.uses_curve(self._share, self._secret):
             self._authenticator = ZapAuthenticator(self._context, self._secret)
         self._router = self._open_router()
-        try:
-            self._bind()
-        except zmq.ZMQError as error:
-            self._close_sockets()
-            raise ConfigError(
-                f"share.listen {self._share.listen!r}: {error.strerror}; valid: a free port of an address"
-                " of this machine"
-            ) from None
-        bound = bytes(self._router.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
-        self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._endpoint = ""
+        if listen:
+            try:
+                self._bind()
+            except zmq.ZMQError as error:
+                if error.errno != errno.EADDRINUSE:
+                    self._close_sockets()
+                    raise ConfigError(
+                        f"share.listen {self._share.listen!r}: {error.strerror}; valid: a free port of an address"
+                        " of this machine"
+                    ) from None
+        self._calls: deque[Callable[[], None]] = deque()
+        self._stop = threading.Event()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._disk = JobPool("flexkv-serve-disk", _TURNS_AHEAD)
         self._control = JobPool("flexkv-serve-control", _CONTROL_JOBS)
         self._feeds = ServeFeeds(self._node, self._control, self._send_tracked)
@@ -106,18 +115,89 @@ class PageServer:
         # a loop over sockets that closes them itself, so no thread of threads.py
         self._thread = threading.Thread(target=self._run, name="flexkv-serve", daemon=True)
         self._thread.start()
-        return addresses.advertised(self._share, self._host, int(bound.rpartition(":")[2]))
+        return self.advertised
 
-    def _bind(self) -> None:
+    @property
+    def listens_at(self) -> str:
+        """ "host:port" of the listening socket; "": there is none."""
+        return self._endpoint.removeprefix("tcp://")
+
+    @property
+    def has_fixed_port(self) -> bool:
+        """Is the port given, or the default one that others know?"""
+        return bool(self._port)
+
+    @property
+    def is_idle(self) -> bool:
+        """Is no page of a request on its way?"""
+        return not self._pages.reserved_bytes
+
+    def bind(self, host: str = "", *, any_port: bool = False) -> str:
+        """Listen at another address, or at last. Returns as ``start``, "" also for an address that is not ours.
+
+        ``host``: "" for the one of ``start``. ``any_port``: if the default port is in use.
+        """
+        done: Future[str] = Future()
+
+        def bind() -> None:
+            try:
+                self._unbind()
+                self._host = host or self._host
+                self._router.ipv6 = ":" in self._host
+                self._bind(any_port=any_port)
+            except zmq.ZMQError as error:
+                logger.debug("%s: %s", self._host, error.strerror)
+            except Exception as exc:  # noqa: BLE001 - raised where the result is waited for
+                done.set_exception(exc)
+                return
+            done.set_result(self.advertised)
+
+        return self._ask_loop(bind, done)
+
+    def unbind(self) -> None:
+        """Take no new connections; those that are there are served on."""
+        done: Future[str] = Future()
+
+        def unbind() -> None:
+            self._unbind()
+            done.set_result("")
+
+        self._ask_loop(unbind, done)
+
+    def _ask_loop(self, call: Callable[[], None], done: Future[str]) -> str:
+        self._calls.append(call)
+        os.eventfd_write(self._wake_fd, 1)
+        try:
+            return done.result(_CLOSE_TIMEOUT_S)
+        except TimeoutError:
+            return ""
+
+    @property
+    def advertised(self) -> str:
+        """ "host:port" for other nodes; "" while there is no listening socket."""
+        if not self._endpoint:
+            return ""
+        port = int(self._endpoint.rpartition(":")[2])
+        return addresses.advertised(self._share, self._host, port)
+
+    def _unbind(self) -> None:
+        endpoint, self._endpoint = self._endpoint, ""
+        if endpoint:
+            with suppress(zmq.ZMQError):  # its address is gone
+                self._router.unbind(endpoint)
+
+    def _bind(self, *, any_port: bool = True) -> None:
         """Take another port if the default port is in use; other nodes cannot know it without Redis."""
         try:
             self._router.bind(f"tcp://{addresses.join_address(self._host, self._port)}")
         except zmq.ZMQError as error:
-            if error.errno != errno.EADDRINUSE or self._share.listen != "auto" or not self._port:
+            is_default = self._share.listen == "auto" and self._port
+            if error.errno != errno.EADDRINUSE or not is_default or not any_port:
                 raise
             text = "port %d is in use: serving pages on another one. Set share.listen if others name this node"
             logger.warning(text, self._port)
             self._router.bind(f"tcp://{addresses.join_address(self._host, 0)}")
+        self._endpoint = bytes(self._router.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
     def _open_pages(self) -> ServePages:
         try:
@@ -150,11 +230,12 @@ class PageServer:
         thread, self._thread = self._thread, None
         if thread is None:
             return True
-        os.eventfd_write(self._stop_fd, 1)
+        self._calls.append(self._stop.set)
+        os.eventfd_write(self._wake_fd, 1)
         thread.join(_CLOSE_TIMEOUT_S)
         if thread.is_alive():
             return False
-        os.close(self._stop_fd)
+        os.close(self._wake_fd)
         if self._transport is not None:
             close_transport(self._transport, self._pages)  # before the slabs are freed
         return self._disk.close() & self._control.close()
@@ -163,7 +244,7 @@ class PageServer:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        for entry in (self._router, self._disk.fd, self._control.fd, self._stop_fd):
+        for entry in (self._router, self._disk.fd, self._control.fd, self._wake_fd):
             poller.register(entry, zmq.POLLIN)
         if self._authenticator is not None:
             poller.register(self._authenticator.sock, zmq.POLLIN)
@@ -175,11 +256,15 @@ class PageServer:
 
     def _round(self, ready: dict[object, int]) -> bool:
         """One round of the loop. True: stop."""
-        if self._stop_fd in ready:
-            return True
+        if self._wake_fd in ready:
+            os.eventfd_read(self._wake_fd)
         if self._authenticator is not None and self._authenticator.sock in ready:
             self._authenticator.answer()
             self.counts["refused_connections"] = self._authenticator.refused
+        while self._calls:
+            self._calls.popleft()()
+        if self._stop.is_set():
+            return True
         self._pages.reap()
         if self._router in ready:
             self._take_messages()

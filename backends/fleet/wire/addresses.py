@@ -27,7 +27,7 @@ def listen_address(share: ShareConfig, secret: Secret | None) -> tuple[str, int]
         host, port = _auto_host(share, secret), 0 if share.redis_url else DEFAULT_PORT
     else:
         host, port = split_address(share.listen, "share.listen")
-    if _is_loopback(host):
+    if is_loopback(host):
         return host, port
     if secret is None and not share.insecure:
         raise ConfigError(
@@ -51,7 +51,7 @@ def listen_address(share: ShareConfig, secret: Secret | None) -> tuple[str, int]
 def _auto_host(share: ShareConfig, secret: Secret | None) -> str:
     """The outward host, or loopback if strangers could read pages there."""
     host = outward_host(share)
-    if _is_loopback(host) or secret is not None or share.insecure:
+    if is_loopback(host) or secret is not None or share.insecure:
         return host
     logger.warning(
         "other machines cannot read pages from this one, because share.secret_file is not set: listening on %s,"
@@ -93,8 +93,11 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def outward_host(share: ShareConfig) -> str:
-    """This machine's address on the route to Redis, else to its first peer. No packet is sent."""
+def outward_host(share: ShareConfig, *, quiet: bool = False) -> str:
+    """This machine's address on the route to Redis, else to its first peer. No packet is sent.
+
+    ``quiet``: log nothing if there is no way.
+    """
     if share.redis_url:
         url = urlsplit(share.redis_url)
         host, port = url.hostname or LOOPBACK, 6379
@@ -110,11 +113,13 @@ def outward_host(share: ShareConfig) -> str:
             probe.connect(target)
             return str(probe.getsockname()[0])
     except OSError:
-        logger.warning("no way to %s: pages are served on loopback only", host)
+        if not quiet:
+            logger.warning("no way to %s: pages are served on loopback only", host)
         return LOOPBACK
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Is this a name or an address of this machine alone?"""
     if host == "localhost":
         return True
     try:

@@ -20,7 +20,7 @@ from flexkv_sglang.backends.slots.space.disk_space import (
     unallocated_bytes,
 )
 from flexkv_sglang.backends.slots.space.room import Shortage
-from flexkv_sglang.cache.directories import Directory
+from flexkv_sglang.cache.disks.directories import Directory
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.errors import JournalError, TierError
 from flexkv_sglang.metrics.registry import Metrics

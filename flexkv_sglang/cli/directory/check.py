@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,19 +21,12 @@ def run_check(root: Path, *, repair: bool, as_json: bool) -> int:
         found = scan(root)
     everything: list[OwnerReport] = []
     elsewhere = _of_root(found)
-    with ExitStack() as locks:
-        held: set[tuple[Path, str]] = set()
-        for namespace in found.namespaces:
-            elsewhere += _of_namespace(namespace, repair=repair)
-            for owner in namespace.owners:
-                wanted = repair and not namespace.not_to_change
-                if wanted and _take(locks, namespace, owner):
-                    held.add((owner.directory, owner.name))
-                everything.append(_load(namespace, owner))
-        progress = ProgressLine(sum(item.pages for item in everything))
-        for item in everything:
-            _judge(item, progress, held=(item.owner.directory, item.owner.name) in held)
-        progress.close()
+    for namespace in found.namespaces:
+        elsewhere += _of_namespace(namespace, repair=repair)
+        everything += [_load(namespace, owner) for owner in namespace.owners]
+    progress = ProgressLine(sum(item.pages for item in everything))
+    everything = [_judged(item, progress, repair=repair) for item in everything]
+    progress.close()
     findings = [*elsewhere, *[finding for item in everything for finding in item.findings]]
     left = sum(finding.severity == "problem" and not finding.repaired for finding in findings)
     emit(
@@ -53,17 +46,6 @@ def _close_to_others(found: Scan) -> bool:
     return bool(open_ones)
 
 
-def _take(locks: ExitStack, namespace: Namespace, owner: Owner) -> bool:
-    try:
-        with namespace.acting():
-            lock = take(owner)
-    except OSError:
-        return False  # ``load`` finds out why
-    if lock is not None:
-        locks.enter_context(lock)
-    return lock is not None
-
-
 def _load(namespace: Namespace, owner: Owner) -> OwnerReport:
     try:
         with namespace.acting():
@@ -74,15 +56,24 @@ def _load(namespace: Namespace, owner: Owner) -> OwnerReport:
         return report
 
 
-def _judge(item: OwnerReport, progress: ProgressLine, *, held: bool) -> None:
-    """Verify, and repair what we hold."""
+def _judged(item: OwnerReport, progress: ProgressLine, *, repair: bool) -> OwnerReport:
+    """Verify; with ``repair``, repair a dead owner under its lock, which is held for just so long."""
+    lock = None
     try:
         with item.namespace.acting():
-            verify(item, progress, held=held)
-            if held and item.findings:
-                repair_owner(item)
+            if repair and not item.namespace.not_to_change:
+                lock = take(item.owner)
+            if lock is None:
+                verify(item, progress, held=False)
+                return item
+            with lock:
+                item = load(item.namespace, item.owner)  # it may have changed before we held it
+                verify(item, progress, held=True)
+                if item.findings:
+                    repair_owner(item)
     except Exception as exc:  # noqa: BLE001 - one damaged owner must not hide the others
-        item.note("problem", "repair_failed" if held else "unreadable_owner", said(exc))
+        item.note("problem", "unreadable_owner" if lock is None else "repair_failed", said(exc))
+    return item
 
 
 def _of_root(found: Scan) -> list[Damage]:

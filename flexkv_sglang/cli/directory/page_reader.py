@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
 from flexkv_sglang.backends.memory import AlignedMemory
+from flexkv_sglang.backends.safe_files import open_own
 from flexkv_sglang.backends.slots.records import Records, SlotClass
-from flexkv_sglang.cli.directory.trusted_files import READ
 from flexkv_sglang.cli.output import ProgressLine
 from flexkv_sglang.types import PageKey
 
@@ -98,7 +98,7 @@ class PageReader:
                 if exc.errno != errno.EINVAL:
                     return False
                 os.close(self._fd)  # O_DIRECT accepted at open, refused at read
-                self._fd = os.open(self._path, READ)
+                self._fd = open_own(self._path)
         return False
 
     def _judge(self, record: np.void, address: int) -> Verdict:
@@ -121,8 +121,8 @@ class PageReader:
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, READ | os.O_DIRECT)
+        return open_own(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as exc:
         if exc.errno != errno.EINVAL:
             raise
-        return os.open(path, READ)
+        return open_own(path)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.safe_files import open_own
 from flexkv_sglang.backends.slots.journal import (
     JournalWriter,
     LiveState,
@@ -22,7 +23,6 @@ from flexkv_sglang.backends.slots.journal import (
     stats_path,
 )
 from flexkv_sglang.backends.slots.records import RecordOp, Records
-from flexkv_sglang.cli.directory.trusted_files import READ
 from flexkv_sglang.cli.directory.verify import OwnerReport, slot_class_of, whole_slots
 from flexkv_sglang.types import PageKey
 
@@ -82,7 +82,7 @@ def _rewrite(report: OwnerReport, state: LiveState) -> bool:
         if drop.any():
             journal.append(_tombstones(state.records[drop]))
         journal.rotate(state.records[~drop], (wanted,))
-        fd = os.open(path, READ)
+        fd = open_own(path)
         try:
             os.fdatasync(fd)  # CLOSE says that data and journal are on the medium
         finally:

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from flexkv_sglang.backends.slots.journal import journal_path, stats_path
+from flexkv_sglang.backends.slots.journal import journal_path, recover, stats_path
 from flexkv_sglang.cli.directory.acting import acting_as, refusal
-from flexkv_sglang.cli.directory.plausible import recover_plausible
 from flexkv_sglang.cli.directory.trusted_files import (
     distrust,
     is_being_written,
@@ -208,7 +207,7 @@ def owner_stats(namespace: Namespace, owner: Owner) -> OwnerStats:
         return stats
     try:
         with namespace.acting():
-            stats.live = _live(owner, namespace.uid)
+            stats.live = _live(owner)
             _count_pages(stats, namespace)
     except Exception as exc:  # noqa: BLE001 - one damaged owner must not hide the others
         stats.trouble = said(exc)
@@ -226,7 +225,7 @@ def said(exc: Exception) -> str:
 
 def _count_pages(stats: OwnerStats, namespace: Namespace) -> None:
     owner = stats.owner
-    state = recover_plausible(owner.directory, owner.name, namespace.name)
+    state = recover(owner.directory, owner.name, namespace.name)
     stats.journal_bytes = (
         journal_path(owner.directory, owner.name, state.header.generation).stat().st_size
     )
@@ -309,7 +308,7 @@ def _namespace(directory: Path, folder: os.stat_result) -> Namespace:
         _owner(directory, name, files.get(name, []), temporary.get(name, []), foreign.get(name, []))
         for name in sorted({*files, *temporary, *foreign})
     )
-    fields = manifest_of(read_object(directory / _MANIFEST, folder.st_uid))
+    fields = manifest_of(read_object(directory / _MANIFEST))
     shared = bool(folder.st_mode & 0o022)
     return Namespace(
         directory, fields, owners, tuple(unknown), folder.st_uid, folder.st_gid, shared
@@ -338,6 +337,6 @@ def _stats(paths: Iterable[Path]) -> Iterator[os.stat_result]:
             yield path.lstat()
 
 
-def _live(owner: Owner, uid: int) -> dict[str, Any]:
+def _live(owner: Owner) -> dict[str, Any]:
     path = stats_path(owner.directory, owner.name)
-    return stats_of(read_object(path, uid)) if path in owner.files else {}
+    return stats_of(read_object(path)) if path in owner.files else {}

@@ -15,9 +15,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from flexkv_sglang.backends.safe_files import open_own, read_own
 from flexkv_sglang.cli.directory.acting import user
 
-READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _JSON_BYTES = 1 << 20
 _DEPTH = 32
 _KINDS = {
@@ -56,7 +56,7 @@ def is_locked(path: Path) -> bool:
 
     Shared, and for some microseconds: two that ask do not see each other.
     """
-    fd = os.open(path, READ)
+    fd = open_own(path)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -72,7 +72,7 @@ def is_being_written(path: Path) -> bool | None:
     Asks by a lease, which the kernel grants to the file's owner only while nobody has it open to write.
     """
     try:
-        fd = os.open(path, READ)
+        fd = open_own(path)
     except FileNotFoundError:
         return False
     except OSError:
@@ -91,17 +91,10 @@ def is_being_written(path: Path) -> bool | None:
     return False
 
 
-def read_object(path: Path, uid: int) -> dict[str, Any]:
-    """The JSON object in a file of ``uid``; {} for anything else: too large, too deep, a FIFO, of another user."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of ours; {} for anything else: too large, too deep, a FIFO, of another user."""
     try:
-        fd = os.open(path, READ)
-        try:
-            if distrust(os.fstat(fd), uid, shared=True):
-                return {}
-            raw = os.pread(fd, _JSON_BYTES + 1, 0)
-        finally:
-            os.close(fd)
-        fields = json.loads(raw) if len(raw) <= _JSON_BYTES else None
+        fields = json.loads(read_own(path, _JSON_BYTES, shared=True))
     except (OSError, ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) and _shallow(fields) else {}

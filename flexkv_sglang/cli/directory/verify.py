@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_sglang.backends.safe_files import read_own
 from flexkv_sglang.backends.slots.journal import (
     LiveState,
     generations,
     journal_path,
+    recover,
     slots_path,
     stats_path,
 )
@@ -30,7 +32,6 @@ from flexkv_sglang.backends.slots.records import (
     valid_prefix,
 )
 from flexkv_sglang.cli.directory.page_reader import PageReader, Verdict
-from flexkv_sglang.cli.directory.plausible import recover_plausible
 from flexkv_sglang.cli.directory.scan import Namespace, Owner
 from flexkv_sglang.cli.directory.trusted_files import read_object, stats_of
 from flexkv_sglang.cli.output import ProgressLine, counted
@@ -38,6 +39,7 @@ from flexkv_sglang.errors import JournalError
 
 _LOOKS = 3
 _PAUSE_S = 0.2
+_JOURNAL_BYTES_MAX = 1 << 36
 
 
 @dataclass(slots=True)
@@ -77,14 +79,14 @@ def load(namespace: Namespace, owner: Owner) -> OwnerReport:
     if not owner.locked:
         report.note("problem", "no_lock", _without_lock(owner))
     stats = stats_path(owner.directory, owner.name)
-    if stats in owner.files and not stats_of(read_object(stats, namespace.uid)):
+    if stats in owner.files and not stats_of(read_object(stats)):
         report.note(
             "problem", "bad_stats", f"{stats.name} makes no sense: its figures are not shown"
         )
     reason = ""
     for _ in range(_LOOKS if owner.alive else 1):  # it may start a generation while we read
         try:
-            report.state = recover_plausible(owner.directory, owner.name, namespace.name)
+            report.state = recover(owner.directory, owner.name, namespace.name)
         except JournalError as exc:
             reason = str(exc)
             time.sleep(_PAUSE_S if owner.alive else 0.0)
@@ -134,7 +136,7 @@ def _shape(report: OwnerReport) -> list[Damage]:
     """Findings about generations, journal tail, slot file size and leftovers, as they are now."""
     owner = report.owner
     try:
-        state = recover_plausible(owner.directory, owner.name, report.namespace.name)
+        state = recover(owner.directory, owner.name, report.namespace.name)
         found = [*_tail(owner, state), *_dropped(owner, state), *_slot_file(owner, state)]
     except (JournalError, OSError) as exc:
         return [Damage("problem", "unstable", f"cannot be read again: {exc}")]
@@ -150,8 +152,14 @@ def _shape(report: OwnerReport) -> list[Damage]:
     return found
 
 
+def _journal(owner: Owner, state: LiveState) -> bytes:
+    """All of it; ``recover`` has refused one that is too long. Raises ``OSError``."""
+    path = journal_path(owner.directory, owner.name, state.header.generation)
+    return read_own(path, _JOURNAL_BYTES_MAX)
+
+
 def _tail(owner: Owner, state: LiveState) -> list[Damage]:
-    raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
+    raw = _journal(owner, state)
     rest = raw[state.end :]
     rest = rest[len(valid_prefix(rest, state.header.crc_seed, state.seq)) * RECORD_BYTES :]
     if not rest:
@@ -169,7 +177,7 @@ def _tail(owner: Owner, state: LiveState) -> list[Damage]:
 
 def _dropped(owner: Owner, state: LiveState) -> list[Damage]:
     """Finds valid PUTs of a file or slot that does not exist."""
-    raw = journal_path(owner.directory, owner.name, state.header.generation).read_bytes()
+    raw = _journal(owner, state)
     records = valid_prefix(
         raw[HEADER_BYTES : state.end], state.header.crc_seed, state.header.base_seq
     )
@@ -249,7 +257,7 @@ def _look_again(report: OwnerReport, reader: PageReader, verdicts: npt.NDArray[n
 def _standing(namespace: str, owner: Owner, records: Records) -> npt.NDArray[np.bool_]:
     """Per record: True if the journal still has it."""
     try:
-        state = recover_plausible(owner.directory, owner.name, namespace)
+        state = recover(owner.directory, owner.name, namespace)
     except (JournalError, OSError):
         return np.zeros(len(records), np.bool_)
     now = set(_identities(state.records))

@@ -16,6 +16,7 @@ from flexkv_sglang.config.settings import TierConfig
 
 CAUSES: tuple[Callable[[Facts], Finding | None], ...] = (
     setup.plugin,
+    setup.salts,
     setup.unreachable,
     setup.not_attached,
     setup.other_path,

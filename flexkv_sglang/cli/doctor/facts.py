@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexkv_sglang.cli.directory.acting import acting_as
+from flexkv_sglang.cli.directory.patience import answers
 from flexkv_sglang.cli.directory.scan import (
     Namespace,
     OwnerStats,
@@ -26,7 +27,6 @@ from flexkv_sglang.cli.directory.scan import (
 )
 from flexkv_sglang.cli.doctor.fleet_facts import Fleet, look_at_fleets
 from flexkv_sglang.cli.doctor.machine import Disk, Machine, look_at_disk, look_at_machine
-from flexkv_sglang.cli.doctor.patience import answers
 from flexkv_sglang.cli.doctor.server import Server
 from flexkv_sglang.config.settings import FlexKVConfig
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from flexkv_sglang.cli.directory.trusted_files import refuse_irregular
 from flexkv_sglang.config.settings import FlexKVConfig
-from flexkv_sglang.sharing.run_dir import RunDir, settings_digest
+from flexkv_sglang.sharing.lifecycle.fitness import settings_digest
+from flexkv_sglang.sharing.run_dir import RunDir
 
 _LOG_BYTES = 4096
 

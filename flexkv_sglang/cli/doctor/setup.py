@@ -5,6 +5,7 @@ A cause takes ``Facts`` and returns a ``Finding`` or None. It must not raise or 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,10 @@ from flexkv_sglang.cli.doctor.facts import DirectoryFacts, Facts
 from flexkv_sglang.cli.doctor.machine import NETWORK
 from flexkv_sglang.cli.doctor.server import Server, is_ours
 from flexkv_sglang.cli.output import counted, human_bytes, human_seconds
+
+_RELEASE = re.compile(r"^(\d+)\.(\d+)\.(\d+)")
+_UNSALTED = (0, 5, 11), (0, 5, 19)
+"""First and last release whose storage hash carries no namespace."""
 
 LOW = 0.5
 """Causes that only lower the hit rate are reported below this rate."""
@@ -71,6 +76,24 @@ def plugin(facts: Facts) -> Finding | None:
             "Install a release of flexkv-sglang that knows it (docs/SGLANG.md, Releases), or use the backend dynamic",
         )
     return None
+
+
+def salts(facts: Facts) -> Finding | None:
+    """A release of SGLang whose page hashes do not contain ``cache_salt`` and ``extra_key``."""
+    server = facts.server
+    told = server.flags.get("version") if server is not None else None
+    release = str(told or facts.plugin.sglang or "")
+    match = _RELEASE.match(release)
+    if match is None or not _UNSALTED[0] <= tuple(map(int, match.groups())) <= _UNSALTED[1]:
+        return None
+    return Finding(
+        "salts_isolate_nothing",
+        "cache_salt and extra_key isolate nothing in this SGLang",
+        f"SGLang {release}: its names of stored pages come from the tokens alone",
+        "Requests of several tenants share stored pages whatever their salt. Use SGLang 0.5.20, or a path (and "
+        "cluster_id) for each tenant",
+        "note",
+    )
 
 
 def unreachable(facts: Facts) -> Finding | None:

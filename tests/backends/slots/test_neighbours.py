@@ -16,6 +16,7 @@ from flexkv_sglang.backends.slots.journal import generations, journal_path
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
 from flexkv_sglang.backends.slots.ownership import owners
 from flexkv_sglang.backends.slots.space.places import prepare_directory
+from flexkv_sglang.types import PageKey
 from stores.engines import keys, open_engine, page_memory, soon, wait_until
 
 PAGE = 8192
@@ -32,15 +33,21 @@ def look(directory: Path, namespace: str = "ns", payload: int = PAGE) -> Neighbo
     return store
 
 
+def prefix(store: NeighbourStore, wanted: list[PageKey]) -> int:
+    """As a directory's thread does: look, then answer from memory."""
+    store.poll()
+    return store.prefix(wanted)
+
+
 def test_a_committed_page_is_seen_at_the_next_look(tmp_path: Path) -> None:
     engine = open_engine(tmp_path, PAGE, SIZE)
     store = look(tmp_path)
-    assert store.prefix(keys(3)) == 0
+    assert prefix(store, keys(3)) == 0
     _source, buffers = page_memory(3, PAGE, seed=1)
     engine.put(keys(3), buffers, None, soon())
-    assert wait_until(lambda: store.prefix(keys(3)) == 3)
+    assert wait_until(lambda: prefix(store, keys(3)) == 3)
     engine.clear()
-    assert wait_until(lambda: store.prefix(keys(3)) == 0)
+    assert wait_until(lambda: prefix(store, keys(3)) == 0)
     store.close()
     engine.close()
 
@@ -122,7 +129,7 @@ def test_a_journal_with_a_damaged_record_is_believed_up_to_it(tmp_path: Path) ->
     raw[4096 + 2 * 64 + 40] ^= 1
     path.write_bytes(raw)
     store = look(tmp_path)
-    assert store.prefix(keys(4)) == 2
+    assert prefix(store, keys(4)) == 2
     store.close()
 
 
@@ -137,7 +144,7 @@ def test_rotation_is_followed_without_reading_the_snapshot(tmp_path: Path) -> No
     for snapshot in (tmp_path / "ns").glob("*.snap"):
         snapshot.unlink()
     engine.put(keys(4)[2:], buffers.take(slice(2, 4)), keys(4)[1], soon())
-    assert wait_until(lambda: store.prefix(keys(4)) == 4)
+    assert wait_until(lambda: prefix(store, keys(4)) == 4)
     assert store.neighbour_count == 1
     store.close()
     engine.close()
@@ -149,13 +156,13 @@ def test_a_neighbour_that_dies_and_is_adopted_is_followed(tmp_path: Path) -> Non
     first.put(keys(3), buffers, None, soon())
     store = look(tmp_path)
     first.close()
-    assert store.prefix(keys(3)) == 3  # nobody owns it, the pages are good
+    assert prefix(store, keys(3)) == 3  # nobody owns it, the pages are good
     second = open_engine(tmp_path, PAGE, SIZE)
     assert second.page_count() == 3
     more, more_buffers = page_memory(1, PAGE, seed=2)
     second.put(keys(1, seed=5), more_buffers, None, soon())
-    assert wait_until(lambda: (store.scan(), store.prefix(keys(1, seed=5)))[1] == 1)
-    assert store.prefix(keys(3)) == 3
+    assert wait_until(lambda: (store.scan(), prefix(store, keys(1, seed=5)))[1] == 1)
+    assert prefix(store, keys(3)) == 3
     assert len(more)
     store.close()
     second.close()

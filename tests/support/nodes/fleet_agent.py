@@ -20,8 +20,15 @@ def main() -> int:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--for-ranks", action="store_true")
+    parser.add_argument("--succeed", default="")
     given = parser.parse_args()
-    return run_agent(given.config, given.run_dir, for_ranks=given.for_ranks, times=given.times)
+    return run_agent(
+        given.config,
+        given.run_dir,
+        for_ranks=given.for_ranks,
+        succeed=given.succeed,
+        times=given.times,
+    )
 
 
 if __name__ == "__main__":

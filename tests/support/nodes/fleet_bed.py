@@ -187,12 +187,14 @@ class Node:
         """Is the copy of ``other``'s set right?"""
         log = other.logs.find(namespace)
         assert log is not None
-        mine = self.peer_sets.sets.get((namespace, other.membership.followers.node_id))
+        mine = self.peer_sets.sets.get((namespace, other.membership.followers.own_info().node_id))
         return mine == set(log.snapshot().fingerprints.tolist()) and self.sees(other)
 
     def sees(self, other: Node) -> bool:
         """Is ``other`` up here?"""
-        return self.peer_sets.peers.get(other.membership.followers.node_id, (0, "", False))[2]
+        return self.peer_sets.peers.get(
+            other.membership.followers.own_info().node_id, (0, "", False)
+        )[2]
 
     def __enter__(self) -> Node:
         return self.start()
@@ -235,7 +237,7 @@ class WireNode:
         return self.logs.find(namespace)
 
     def own_info(self) -> NodeInfo:
-        node_id = self.membership.followers.node_id if self.membership else self.node_id
+        node_id = self.membership.followers.own_info().node_id if self.membership else self.node_id
         return NodeInfo(node_id, self.logs.epoch, self.address, "", self.logs.namespaces())
 
     def meet(self, share: ShareConfig) -> None:

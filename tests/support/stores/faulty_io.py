@@ -78,6 +78,7 @@ class FaultyIo:
 
     def __init__(self, inner: IoEngine, faults: Faults) -> None:
         self.kind = inner.kind
+        self.given_up = False
         self.counts = inner.counts
         self._inner = inner
         self._faults = faults

@@ -170,7 +170,7 @@ def test_a_quiet_stream_gets_heartbeats(
     wires = Wires()
     with Node(share, wires, "a") as one, Node(share, wires, "b") as two:
         assert both_know(one, two)
-        key = stream_key("default", NS, one.membership.followers.node_id)
+        key = stream_key("default", NS, one.membership.followers.own_info().node_id)
         assert eventually(lambda: len(server.client().xrange(key)) > 2)
         _entry_id, fields = server.client().xrange(key)[-1]  # type: ignore[index]
         assert fields[b"o"] == b"K"
@@ -220,7 +220,7 @@ def test_a_servers_clock_that_went_back_leaves_no_zombies(
         zombie.heartbeat(ahead_s=3600)  # as all are when the clock goes back an hour
         for node in (one, two):
             server.client().zadd(
-                member_keys("default")[0], {node.membership.followers.node_id: 1e15}
+                member_keys("default")[0], {node.membership.followers.own_info().node_id: 1e15}
             )
         assert eventually(lambda: server.client().zcard(member_keys("default")[0]) == 2)
         heartbeats = one.counts["share_beats"]
@@ -275,10 +275,16 @@ def test_the_same_name_twice(
         wires.nodes.update({"twin:1": one, "twin2:1": other})
         with other:
             assert eventually(
-                lambda: one.membership.followers.node_id != other.membership.followers.node_id
+                lambda: (
+                    one.membership.followers.own_info().node_id
+                    != other.membership.followers.own_info().node_id
+                )
             )
             assert both_know(one, other)
-            assert {"twin"} < {one.membership.followers.node_id, other.membership.followers.node_id}
+            assert {"twin"} < {
+                one.membership.followers.own_info().node_id,
+                other.membership.followers.own_info().node_id,
+            }
         assert any(
             record.levelname == "ERROR" and "same nid" in record.message
             for record in caplog.records

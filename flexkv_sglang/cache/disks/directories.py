@@ -1,7 +1,8 @@
 """Directory: one directory of a tier with its health, its stores, and the threads that touch its files.
 
 A file-system call on a disk that hangs does not return, so nobody makes one who has something else to do. ``upkeep``
-does the regular work (``Duty``) and the probes, ``journal`` the appends and all that must keep their order.
+does the regular work (``Duty``) and the probes, ``journal`` the appends and all that must keep their order,
+``neighbours`` reads the tails of other owners' journals.
 Whoever watches (``Upkeep``) and whoever looks up pages reads memory only.
 """
 
@@ -30,11 +31,13 @@ class Directory:
         self.stores = stores
         self.upkeep = DiskThread("flexkv-upkeep")
         self.journal = DiskThread("flexkv-journal")
+        self.neighbours = DiskThread("flexkv-neighbours")
+        self._threads = (self.upkeep, self.journal, self.neighbours)
 
     @property
     def idle(self) -> bool:
-        """Has every job ended, also the one that hung?"""
-        return self.upkeep.idle and self.journal.idle
+        """Has every job ended, also one that hung?"""
+        return all(thread.idle for thread in self._threads)
 
     @property
     def locked(self) -> bool:
@@ -43,11 +46,11 @@ class Directory:
 
     def hangs(self, now: float) -> bool:
         """Is a job under way overdue at ``now`` (monotonic seconds)?"""
-        return self.upkeep.hangs(now) or self.journal.hangs(now)
+        return any(thread.hangs(now) for thread in self._threads)
 
     def stop(self, deadline: float) -> bool:
         """End the threads; waits until ``deadline`` for jobs under way. False: one still runs."""
-        ended = [thread.stop(deadline) for thread in (self.upkeep, self.journal)]
+        ended = [thread.stop(deadline) for thread in self._threads]
         return all(ended)
 
 
