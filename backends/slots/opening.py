@@ -20,7 +20,7 @@ from flexkv_sglang.backends.slots.records import NO_PARENT, RECORD, SLOTS_MAX, R
 from flexkv_sglang.backends.slots.retired import remove_folder
 from flexkv_sglang.backends.slots.slot_file import OwnedStore, SlotFileTier
 from flexkv_sglang.backends.slots.space.disk_space import is_no_space
-from flexkv_sglang.backends.slots.space.owners import describe_takers, largest_first
+from flexkv_sglang.backends.slots.space.owners import describe_takers, largest_first, with_journals
 from flexkv_sglang.backends.slots.space.places import Place
 from flexkv_sglang.backends.slots.space.room import (
     Shortage,
@@ -34,6 +34,8 @@ from flexkv_sglang.errors import ConfigError, JournalError, TierUnavailableError
 from flexkv_sglang.types import I64, SECTOR, KeyArray, round_up
 
 logger = logging.getLogger(__name__)
+
+_ADOPTED_MAX = 64  # two descriptors each
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +190,10 @@ def _adopt_all(
     """Dead owners of this namespace, the largest first, until ``slots_max`` slots are ours."""
     adopted: list[tuple[OwnedStore, Records]] = []
     left = slots_max
+    complete = with_journals(place.directory)
     for owner in largest_first(place.directory):
-        enough = left < 1 or (asked.share is None and bool(adopted))
-        if enough and generations(place.directory, owner):
+        enough = left < 1 or (asked.share is None and bool(adopted)) or len(adopted) >= _ADOPTED_MAX
+        if enough and owner in complete:
             continue
         lock = _dead_owner(place.directory, owner)
         if lock is None:

@@ -236,3 +236,9 @@ def largest_first(directory: Path) -> list[str]:
             except OSError:
                 continue
     return sorted(sizes, key=lambda owner: (-sizes[owner], owner))
+
+
+def with_journals(directory: Path) -> frozenset[str]:
+    """Owners in a namespace folder that have a journal; the others died while they were being made. One listing."""
+    found = (_FILE.match(name) for name in os.listdir(directory) if name.endswith(".journal"))
+    return frozenset(match[1] for match in found if match)
