@@ -15,6 +15,7 @@ from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.fingerprint import checkpoint, file_digest
 from flexkv_sglang.integration.compat import UNKNOWN, as_text, server_args
 from flexkv_sglang.integration.model_files import ServedModel, directory_of
+from flexkv_sglang.integration.page_hash import refuse_adapters
 
 KV_SETTINGS = (
     "load_format",
@@ -120,6 +121,9 @@ _USUAL: Mapping[str, str] = {
 }
 """Values that mean the same as none."""
 
+_started_with: dict[tuple[str, str], str] = {}
+"""(argument, path) -> content at its first use. Files may be replaced later, while what was loaded stays."""
+
 
 def kv_settings(*, draft: bool = False) -> dict[str, str]:
     """The server arguments that are set and change page bytes. A file counts by its content, not its name.
@@ -135,8 +139,7 @@ def kv_settings(*, draft: bool = False) -> dict[str, str]:
     settings.update(_environment())
     if experts:
         settings["kt_weight_path"] = _weights_at("kt_weight_path", experts)
-    if getattr(args, "enable_lora", False) or getattr(args, "lora_paths", None):
-        _check_adapters_are_in_the_page_hash()
+    refuse_adapters(args)
     adapters = _adapters(getattr(args, "lora_paths", None))
     if adapters:
         settings["lora_paths"] = adapters
@@ -154,10 +157,12 @@ def _text(name: str, value: Any) -> str:
         return _weights_at(name, value)
     if name not in _FILES:
         return as_text(value)
-    try:
-        return f"file:{file_digest(Path(value))}"
-    except OSError as exc:
-        raise ConfigError(f"{name}: {value!r} cannot be read: {exc}. Valid: a file") from exc
+    if (name, value) not in _started_with:
+        try:
+            _started_with[name, value] = f"file:{file_digest(Path(value))}"
+        except OSError as exc:
+            raise ConfigError(f"{name}: {value!r} cannot be read: {exc}. Valid: a file") from exc
+    return _started_with[name, value]
 
 
 def _environment() -> dict[str, str]:
@@ -176,16 +181,6 @@ def _environment() -> dict[str, str]:
     return found
 
 
-def _check_adapters_are_in_the_page_hash() -> None:
-    try:
-        from sglang.srt.mem_cache.utils import storage_namespace_seed  # noqa: F401
-    except ImportError as exc:
-        raise ConfigError(
-            "enable_lora: this release of SGLang leaves the adapter out of its page hash, so pages of "
-            "different adapters would be exchanged. Valid: false, or a newer SGLang"
-        ) from exc
-
-
 def _adapters(given: Any) -> str:
     """Digest of the LoRA adapters of the command line.
 
@@ -202,7 +197,13 @@ def _adapters(given: Any) -> str:
 
 
 def _weights_at(argument: str, path: str) -> str:
-    """Digest of weights beside the model's own; an argument gives their path."""
+    """Digest of weights beside the model's own, at their first use; an argument gives their path."""
+    if (argument, path) not in _started_with:
+        _started_with[argument, path] = _digest_at(argument, path)
+    return _started_with[argument, path]
+
+
+def _digest_at(argument: str, path: str) -> str:
     directory = directory_of(ServedModel(path, None, ""))
     try:
         found = None if directory is None else checkpoint(directory)

@@ -39,6 +39,7 @@ from flexkv_sglang.integration.compat import (
     first_there,
     resolve,
 )
+from flexkv_sglang.integration.page_hash import refuse_adapters
 
 NAME = "flexkv"
 MODULE, CLASS = "flexkv_sglang", "FlexKVStorage"
@@ -113,6 +114,8 @@ def refuse_early(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
 
     So an error comes before a model is loaded.
     """
+    if NAME in (getattr(server_args, flag, None) for flag in _FLAGS):
+        refuse_adapters(server_args)
     if getattr(server_args, "hicache_storage_backend", None) == NAME:
         _refuse_misfit()
         _check_settings(getattr(server_args, "hicache_storage_backend_extra_config", None))

@@ -12,6 +12,7 @@ from flexkv_sglang.identity.epochs import WEIGHTS
 from flexkv_sglang.identity.keys import Identity
 from flexkv_sglang.integration.compat import data_parallel_size
 from flexkv_sglang.integration.kv_settings import kv_settings
+from flexkv_sglang.integration.page_hash import warn_of_salts
 from flexkv_sglang.integration.served_model import model_identity
 from flexkv_sglang.metrics.prometheus import export
 from flexkv_sglang.metrics.registry import Metrics
@@ -52,6 +53,8 @@ class PoolSpecs:
         self._mla = bool(storage_config.is_mla_model)
         self._settings: dict[bool, dict[str, str]] = {}  # by: is it for a draft model's pools?
         self._metrics: dict[str, Metrics] = {}
+        if storage_config.tp_rank == 0:  # one line per server is enough
+            warn_of_salts()
 
     def describe(self, name: str, pool: Any, pages: PoolPages) -> PoolSpec:
         """The specification of a host pool. Raises ``ConfigError`` as ``identity``."""

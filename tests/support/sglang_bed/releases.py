@@ -13,9 +13,10 @@ Release = tuple[int, int, int]
 
 HAS: dict[str, Release] = {
     "publish": (0, 5, 17),  # runtime_context.publish; before: a global in server_args
-    "restorable": (0, 5, 20),  # PoolTransferResult.restorable_prefix_pages
+    "restorable": (0, 5, 19),  # PoolTransferResult.restorable_prefix_pages
+    "storage_attachment": (0, 5, 19),
+    "namespaces": (0, 5, 20),  # the page hash contains adapters, extra keys and salts
     "resolve_once": (0, 5, 20),
-    "storage_attachment": (0, 5, 20),
     "dp_rank": (0, 5, 21),
     "block_groups": (0, 5, 22),
     "spawn_ranks": (0, 5, 22),
