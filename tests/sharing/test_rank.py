@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -61,6 +62,7 @@ def test_what_an_agent_would_refuse_the_server_refuses(
 def test_attached_again_and_again(tmp_path: Path, run_dir: RunDir) -> None:
     """Detaching leaves no thread, no descriptor and no lock; the agent stays, and is found again."""
     pids, counts = set(), []
+    gc.collect()  # of earlier tests
     for _ in range(4):
         sharing = Sharing(config(tmp_path), Metrics())
         pages = sharing.pages(NAMESPACE, {"page_size": 16}, 4096, Metrics())
@@ -75,7 +77,9 @@ def test_attached_again_and_again(tmp_path: Path, run_dir: RunDir) -> None:
         assert run_dir.ranks() == 0
         counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
     assert len(pids) == 1
-    assert counts[1:] == counts[:1] * 3
+    # Descriptors of earlier tests may end meanwhile; one that each round leaves would make the count grow.
+    assert counts[3][0] <= counts[1][0], counts
+    assert {threads for _, threads in counts} == {counts[0][1]}
 
 
 def test_weights_without_a_name_are_not_shared(tmp_path: Path, run_dir: RunDir) -> None:
