@@ -59,6 +59,11 @@ class Tier(ABC):
 
     traits = TierTraits()
 
+    @property
+    def may_grow(self) -> bool:
+        """Would it get more space if it were closed and opened again now? Memory only."""
+        return False
+
     @abstractmethod
     def holds(self, keys: Sequence[PageKey]) -> list[bool]:
         """Per key: can this page be read? Pages behind a missing one count as well. Memory only."""

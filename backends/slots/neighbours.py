@@ -23,6 +23,7 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.io.transfer import Extents, IoMode
+from flexkv_sglang.backends.slots.following.choice import Choice
 from flexkv_sglang.backends.slots.following.neighbour_journal import (
     NeighbourJournal,
     NeighbourPage,
@@ -60,6 +61,7 @@ class NeighbourStore:
         self._namespace = namespace
         self._payload_bytes = payload_bytes
         self._own = frozenset(own)
+        self._choices = {directory: Choice() for directory, _ in places}
         self._lock = threading.Lock()
         self._journals: dict[tuple[Path, str], NeighbourJournal] = {}  # guarded by _lock
         self._reading = {directory: threading.Lock() for directory, _ in places}  # one poller each
@@ -96,9 +98,10 @@ class NeighbourStore:
             kind = directory, str(exc)
             self._log.log(kind, logging.WARNING, "flexkv: cannot list %s: %s", directory, exc)
             names = []
-        for owner in names:
-            if owner not in self._own and (directory, owner) not in self._journals:
-                self._load(directory, owner, mode)
+        known = {owner for place, owner in list(self._journals) if place == directory} | self._own
+        unknown = [owner for owner in names if owner not in known]
+        for owner in self._choices[directory].of(directory, unknown, len(self._journals)):
+            self._load(directory, owner, mode)
         self.poll_directory(directory)
         with self._lock:
             departed, self._departed = self._departed, []

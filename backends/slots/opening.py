@@ -7,7 +7,6 @@ Start-up is the one place where a wrong size or an unusable directory is an erro
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,24 +15,27 @@ import numpy as np
 
 from flexkv_sglang.backends.checksum import ChecksumKind
 from flexkv_sglang.backends.slots.journal import generations
-from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
+from flexkv_sglang.backends.slots.ownership import OwnerLock
 from flexkv_sglang.backends.slots.records import NO_PARENT, RECORD, SLOTS_MAX, Records, SlotClass
 from flexkv_sglang.backends.slots.retired import remove_folder
 from flexkv_sglang.backends.slots.slot_file import OwnedStore, SlotFileTier
 from flexkv_sglang.backends.slots.space.disk_space import is_no_space
-from flexkv_sglang.backends.slots.space.owners import describe_takers
+from flexkv_sglang.backends.slots.space.owners import describe_takers, largest_first, with_journals
 from flexkv_sglang.backends.slots.space.places import Place
 from flexkv_sglang.backends.slots.space.room import (
     Shortage,
     SpaceRequest,
     auto_bytes,
     room_for,
+    slots_without_holes,
 )
 from flexkv_sglang.backends.slots.space.turns import in_turn
 from flexkv_sglang.errors import ConfigError, JournalError, TierUnavailableError
 from flexkv_sglang.types import I64, SECTOR, KeyArray, round_up
 
 logger = logging.getLogger(__name__)
+
+_ADOPTED_MAX = 64  # two descriptors each
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,20 +190,22 @@ def _adopt_all(
     """Dead owners of this namespace, the largest first, until ``slots_max`` slots are ours."""
     adopted: list[tuple[OwnedStore, Records]] = []
     left = slots_max
-    for owner in _by_size(place.directory):
-        enough = left < 1 or (asked.share is None and bool(adopted))
-        if enough and generations(place.directory, owner):
+    complete = with_journals(place.directory)
+    for owner in largest_first(place.directory):
+        enough = left < 1 or (asked.share is None and bool(adopted)) or len(adopted) >= _ADOPTED_MAX
+        if enough and owner in complete:
             continue
         lock = _dead_owner(place.directory, owner)
         if lock is None:
             continue
         try:
+            most = slots_without_holes(place, owner, asked, left)
             store, records = OwnedStore.adopt(
                 lock,
                 asked.namespace,
                 asked.slot_class.payload_bytes,
                 place.mode,
-                slots_max=left,
+                slots_max=most,
                 accepted=asked.accepted,
             )
         except (JournalError, TierUnavailableError, OSError) as exc:
@@ -231,18 +235,6 @@ def _dead_owner(directory: Path, owner: str) -> OwnerLock | None:
     except OSError as exc:
         logger.warning("flexkv: owner %s in %s is left alone: %s", owner, directory, exc)
     return None
-
-
-def _by_size(directory: Path) -> list[str]:
-    sizes = dict.fromkeys(owners(directory), 0)
-    for name in os.listdir(directory):
-        owner = name.partition(".")[0]
-        if name.endswith(".slots") and owner in sizes:
-            try:
-                sizes[owner] += (directory / name).lstat().st_size
-            except OSError:
-                continue
-    return sorted(sizes, key=lambda owner: (-sizes[owner], owner))
 
 
 def _recovered(tier: SlotFileTier, live: Sequence[Records]) -> Recovered:

@@ -145,8 +145,10 @@ class OwnedStore:
         if len(state.header.files) != 1 or state.header.files[0].payload_bytes != payload_bytes:
             raise JournalError(f"owner {lock.owner} holds other pages: {state.header.files}")
         found = state.header.files[0]
-        wanted = replace(found, slot_count=min(found.slot_count, slots_max))
         path = slots_path(directory, lock.owner, found.slot_bytes)
+        whole = path.stat().st_size // found.slot_bytes  # fewer after ``cut``
+        found = replace(found, slot_count=max(1, min(found.slot_count, whole)))
+        wanted = replace(found, slot_count=min(found.slot_count, slots_max))
         slots = SlotFile(path, found, mode, writable=True)
         try:
             trusted = accepted == {ChecksumKind.XXH3_64} or _survived(state)
@@ -195,7 +197,7 @@ class OwnedStore:
         Not sealed: a neighbour missed the changes that could not be recorded, and loads the new snapshot.
         """
         self.journal.repair()
-        self.journal.rotate(live, sealed=False)
+        self.journal.rotate(live, (self.slots.slot_class,), sealed=False)
 
     def shrink(self, slot_count: int, live: Records) -> None:
         """Give the slots from ``slot_count`` on back to the disk; ``live`` is what the others hold.
@@ -206,6 +208,16 @@ class OwnedStore:
         self.journal.rotate(live, (smaller,))
         self.slots.slot_class = smaller
         os.ftruncate(self.slots.fd, smaller.slot_bytes * slot_count)
+
+    def cut(self, slot_count: int) -> None:
+        """As ``shrink`` while the journal takes nothing: the file first, for the journal may need that space.
+
+        ``revive`` tells the journal. An adopter before that finds a shorter file than the journal says, and neighbours
+        read less than a page. Raises ``OSError``.
+        """
+        smaller = replace(self.slots.slot_class, slot_count=slot_count)
+        os.ftruncate(self.slots.fd, smaller.slot_bytes * slot_count)
+        self.slots.slot_class = smaller
 
     def close(self) -> None:
         """Flush, append the clean mark, release the lock. Idempotent."""

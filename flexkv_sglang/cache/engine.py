@@ -27,6 +27,7 @@ from flexkv_sglang.backends.slots.retired import discard
 from flexkv_sglang.backends.slots.slot_file import SlotFileTier
 from flexkv_sglang.cache.disks.call_watch import CallWatch
 from flexkv_sglang.cache.disks.directories import directories_of
+from flexkv_sglang.cache.health.free_space import FreeSpace
 from flexkv_sglang.cache.local_pages import LOCK_SPAN, LocalPages
 from flexkv_sglang.cache.stats_file import Reporter
 from flexkv_sglang.cache.upkeep import Upkeep
@@ -145,6 +146,7 @@ class CacheEngine(Tier):
         self._ages = SlotAges(tier.slot_count, metrics)
         self._closed = False
         self._reporter = Reporter(metrics, tier, neighbours, self.page_count, level)
+        self._free_space = FreeSpace(self._pages, metrics, min_free, recovered.short)
         self._upkeep = Upkeep(
             directories,
             self._pages,
@@ -153,6 +155,7 @@ class CacheEngine(Tier):
             self._watch,
             metrics,
             min_free,
+            self._free_space,
             self._reporter.write,
         )
         self._neighbours.scan()
@@ -195,6 +198,11 @@ class CacheEngine(Tier):
     def slot_count(self) -> int:
         """Slots of this process, including those of directories that are bypassed."""
         return self._tier.slot_count
+
+    @property
+    def may_grow(self) -> bool:
+        """It started with less than its share, and there is room now: opened again it gets more."""
+        return self._free_space.may_grow
 
     def get(self, keys: Sequence[PageKey], targets: PageBuffers, deadline: float) -> list[bool]:
         """Read pages. False from the first page on that was absent, damaged, or late."""

@@ -53,6 +53,11 @@ class Tiers:
             self._backfill = Backfill(backfill_bytes, self.put, metrics)
         self._seen = [_SeenOnce(max(1024, tier.slot_count)) for tier in self._local[:-1]]
 
+    @property
+    def may_grow(self) -> bool:
+        """Would a tier get more space if all were closed and opened again now? Memory only."""
+        return any(tier.may_grow for tier in self.tiers)
+
     def prefix(self, keys: Sequence[PageKey], *, promise: bool = True) -> int:
         """Length of the leading run of pages that some tier has. See ``Tier.prefix``."""
         if self._only is not None:

@@ -19,11 +19,11 @@ from typing import NamedTuple
 from flexkv_sglang.backends.io.mover import PageMover
 from flexkv_sglang.backends.io.probe import can_read, probe_directory
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
-from flexkv_sglang.backends.slots.space.disk_space import floor_bytes, free_bytes
 from flexkv_sglang.cache import stats_file
 from flexkv_sglang.cache.disks.call_watch import CallWatch
 from flexkv_sglang.cache.disks.directories import Directory, Duty, Plan
 from flexkv_sglang.cache.health import in_place
+from flexkv_sglang.cache.health.free_space import FreeSpace
 from flexkv_sglang.cache.health.in_place import InPlace
 from flexkv_sglang.cache.local_pages import LocalPages
 from flexkv_sglang.errors import JournalError, TierError, TierUnavailableError
@@ -36,10 +36,9 @@ logger = logging.getLogger(__name__)
 _ROUND_S = 0.25
 _POLL_S, _POLL_LIMIT_S = 0.02, 5.0
 _FLOOR_ROUND_S = 5.0
+_ROOM_ROUND_S = 5.0
 _PROBE_S = 30.0
 _CATCH_UP_MAX = 8
-_SHRINK_S = 5.0
-_SHRINK_PARTS = 32  # at least one slot in 32 is given back at once
 
 
 class _Probe(NamedTuple):
@@ -65,6 +64,7 @@ class Upkeep:
         watch: CallWatch,
         metrics: Metrics,
         min_free: int | None,
+        free_space: FreeSpace,
         write_stats: Callable[[Directory], None],
     ) -> None:
         self.directories = tuple(directories)
@@ -73,7 +73,6 @@ class Upkeep:
         self._mover = mover
         self._watch = watch
         self._metrics = metrics
-        self._min_free = min_free
         self._files = InPlace(pages, metrics, min_free)
         self._bypassed: dict[Directory, bool] = {}  # still read? Guarded by _state_lock
         self._state_lock = threading.Lock()  # held for work on the index
@@ -83,7 +82,8 @@ class Upkeep:
             [  # one line per duty
                 Duty(lambda d: neighbours.scan_directory(d.path), _ROUND_S, limit_s=10.0),
                 Duty(write_stats, stats_file.INTERVAL_S, always=True),
-                Duty(self.keep_floor, _FLOOR_ROUND_S),
+                Duty(free_space.keep_floor, _FLOOR_ROUND_S),
+                Duty(free_space.look_for_room, _ROOM_ROUND_S),
                 Duty(lambda d: self._files.look(d.stores), in_place.LOOK_S, in_order=True),
                 Duty(self.rotate_if_due, _ROUND_S, limit_s=10.0, in_order=True),
             ]
@@ -244,47 +244,6 @@ class Upkeep:
             if not pages.tier.publish_del(gone, revived=True):
                 break
         raise TierUnavailableError(f"{directory.path}: its journal cannot be brought up to date")
-
-    def keep_floor(self, directory: Directory) -> None:
-        """Give slots back while the disk has less free space than the reserve for others."""
-        for region, store in directory.stores.items():
-            if store.failed or not store.slots.slot_class.slot_count:
-                continue
-            try:
-                floor = floor_bytes(store.lock.directory, self._min_free)
-                missing = floor - free_bytes(store.lock.directory)
-                if missing > 0:
-                    self._shrink(region, directory, missing)
-            except (OSError, TierError, JournalError) as exc:
-                self._metrics.count("shrink_errors")
-                logger.warning("flexkv: cannot shrink %s: %s", store.slots.path, exc)
-
-    def _shrink(self, region: int, directory: Directory, missing: int) -> None:
-        pages, store = self._pages, directory.stores[region]
-        before = store.slots.slot_class
-        wanted = max(-(-missing // before.slot_bytes), before.slot_count // _SHRINK_PARTS)
-
-        def work() -> tuple[int, int]:
-            pages.release_lookup_pins()
-            with pages.lock:
-                gone, left = pages.index.retire(region, wanted)
-                snapshot = pages.index.snapshot()
-            if left < before.slot_count:
-                pages.tier.publish_del(gone)
-                store.shrink(left, pages.tier.snapshot_records(*snapshot.by_age(), region))
-            return len(gone), left
-
-        lost, left = directory.journal.run(work, time.monotonic() + _SHRINK_S)
-        if left == before.slot_count:
-            return
-        self._metrics.count("given_back_slots", before.slot_count - left)
-        logger.warning(
-            "flexkv: %s: the disk is nearly full, %d slots are given back (%d pages), %d left",
-            store.lock.directory,
-            before.slot_count - left,
-            lost,
-            left,
-        )
 
     def rotate_if_due(self, directory: Directory) -> None:
         """Start a new journal generation where most records of the old one are outdated. On the journal's thread."""

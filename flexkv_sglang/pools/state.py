@@ -20,6 +20,7 @@ class Event(Enum):
 
     ADD = auto()
     CLEAR_LATER = auto()
+    GROW = auto()
     EXCHANGE = auto()
     DELETE_FAILED = auto()
     SUSPEND = auto()
@@ -40,6 +41,7 @@ class StoresState:
     ============== ========== ========== ========== ========== =============================================
     ADD            CLOSED     PENDING    PENDING    SUSPENDED  a pool was registered
     CLEAR_LATER    CLOSED     PENDING    PENDING    SUSPENDED  a clear found files being exchanged
+    GROW           CLOSED     PENDING    PENDING    SUSPENDED  a tier that started short would get more now
     EXCHANGE       CLOSED     OPEN       OPEN       SUSPENDED  pending files are opened now
     DELETE_FAILED  CLOSED     SUSPENDED  SUSPENDED  SUSPENDED  files of older weights cannot be deleted
     SUSPEND        CLOSED     SUSPENDED  SUSPENDED  SUSPENDED  a weight update begins
@@ -75,6 +77,7 @@ class StoresState:
 _NEXT = {
     Event.ADD: {State.OPEN: State.PENDING},
     Event.CLEAR_LATER: {State.OPEN: State.PENDING},
+    Event.GROW: {State.OPEN: State.PENDING},
     Event.EXCHANGE: {State.PENDING: State.OPEN},
     Event.DELETE_FAILED: {State.PENDING: State.SUSPENDED, State.OPEN: State.SUSPENDED},
     Event.SUSPEND: {State.PENDING: State.SUSPENDED, State.OPEN: State.SUSPENDED},

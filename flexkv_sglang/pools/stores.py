@@ -158,7 +158,7 @@ class PoolStores:
     def _exchange(self, kv: Pool, pools: Sequence[Pool]) -> None:
         quotas = self._quotas.divide(pools)
         for pool in pools:
-            if pool.quotas != quotas[pool.name]:
+            if pool.quotas != quotas[pool.name] or (pool.store is not None and pool.store.may_grow):
                 pool.close()
                 pool.quotas = ()
         for pool in pools:
@@ -215,6 +215,8 @@ class PoolStores:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """The time of one call, in which no file is exchanged. Raises ``TierUnavailableError`` after a bounded wait."""
+        if self._state.now is State.OPEN and self._may_grow():
+            self._state.apply(Event.GROW)
         if self._state.now is State.PENDING:
             self._opener.run(_OPEN_S)
         with self._gate.shared(_EXCHANGE_S):
@@ -267,6 +269,9 @@ class PoolStores:
         with self._gate.exclusive(_EXCHANGE_S), ExitStack() as stack:
             for pool in self._storable():
                 stack.callback(pool.close)
+
+    def _may_grow(self) -> bool:
+        return any(pool.store is not None and pool.store.may_grow for pool in self._storable())
 
     def _storable(self) -> list[Pool]:
         return [pool for pool in list(self._pools.values()) if pool is not None]

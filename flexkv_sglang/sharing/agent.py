@@ -175,12 +175,20 @@ class Agent:
     def hand_over(self, stop: threading.Event) -> None:
         """Leave the place to the successor, and end when no read is under way."""
         logger.info("flexkv: a successor takes over")
-        self._server.unbind()
         self._membership.close(leave=False)
-        self._lock.close()
+        if self._server.has_fixed_port:  # which the successor needs, and with it go the connections
+            self._drain(stop, 2 * _POLL_MAX_S)
+            self._server.unbind()
+            self._lock.close()
+        else:
+            self._lock.close()
+            self._drain(stop, _IDLE_S)
+
+    def _drain(self, stop: threading.Event, idle_s: float) -> None:
+        """Serve on until nothing was asked for ``idle_s`` seconds, 10 s at most."""
         idle_at = time.monotonic()
         until = idle_at + DRAIN_S
-        while time.monotonic() < min(until, idle_at + _IDLE_S) and not stop.wait(_POLL_MAX_S):
+        while time.monotonic() < min(until, idle_at + idle_s) and not stop.wait(_POLL_MIN_S):
             self._round("journals", self._poll)
             if not self._server.is_idle:
                 idle_at = time.monotonic()

@@ -37,7 +37,7 @@ class _BackfillJob:
 
 
 class Backfill:
-    """``put`` stores pages, as ``Tiers.put``. Buffer and thread are made at the first ``add``.
+    """``put`` stores pages, as ``Tiers.put``. The buffer takes memory only where pages were copied to.
 
     Threads: ``add`` any; ``close`` when no thread calls ``add`` any more.
     """
@@ -47,20 +47,22 @@ class Backfill:
         self._metrics = metrics
         self._row_bytes = round_up(payload_bytes, SECTOR)
         self._rows = max(1, _BUFFER_BYTES // self._row_bytes)
-        self._lock = threading.Lock()  # guards _free, _closed and making the buffer and the thread
+        self._lock = threading.Lock()  # guards _free and _closed
         self._closed = False
         self._free = list(range(self._rows))
-        self._memory: AlignedMemory | None = None
-        self._addresses: U64 = np.zeros(0, np.uint64)  # of the rows
-        self._thread: JobThread[_BackfillJob] | None = None
-        self._lengths = np.zeros(0, np.uint64)
+        self._memory = AlignedMemory(self._rows * self._row_bytes)
+        self._addresses = self._memory.rows(self._row_bytes, self._rows)
+        self._lengths: U64 = np.zeros(
+            0, np.uint64
+        )  # of the parts of a page; the same in every call
+        self._thread = JobThread[_BackfillJob]("flexkv-keeping", self._store, self._failed)
 
     def add(self, keys: Sequence[PageKey], parent: PageKey | None, pages: PageBuffers) -> None:
         """Copy these pages, one chain, and store them later. Pages for which the buffer has no room are dropped."""
         with self._lock:
             if self._closed:
                 return
-            thread = self._thread = self._thread or self._begin(pages)
+            self._lengths = pages.lengths
             count = min(len(keys), len(self._free))
             rows = [self._free.pop() for _ in range(count)]
         self._metrics.count("remote_unkept_pages", len(keys) - count)
@@ -71,20 +73,13 @@ class Backfill:
             for address, length in zip(addresses, pages.lengths.tolist(), strict=True):
                 ctypes.memmove(target, address, length)
                 target += length
-        thread.put(_BackfillJob(keys[:count], parent, rows))
+        self._thread.put(_BackfillJob(keys[:count], parent, rows))
 
     def close(self) -> None:
         """Drop the waiting pages and end the thread. Idempotent; takes no longer than one put."""
         with self._lock:
             self._closed = True
-        if self._thread is not None:
-            self._thread.stop(_JOIN_S)
-
-    def _begin(self, pages: PageBuffers) -> JobThread[_BackfillJob]:
-        self._memory = AlignedMemory(self._rows * self._row_bytes)
-        self._addresses = self._memory.rows(self._row_bytes, self._rows)
-        self._lengths = pages.lengths
-        return JobThread("flexkv-keeping", self._store, self._failed)
+        self._thread.stop(_JOIN_S)
 
     def _store(self, job: _BackfillJob) -> None:
         done = self._put(job.keys, self._pages(job.rows), job.parent, time.monotonic() + _PUT_S)

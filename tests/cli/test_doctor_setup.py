@@ -17,11 +17,11 @@ import pytest
 import sglang
 
 import flexkv_sglang
-import flexkv_sglang.cache.upkeep as upkeep_module
 from doctor.diagnosis import FITS, causes, doctor, facts_of, names, plain, told, write
 from doctor.recorded_sglang import answers, serving
 from flexkv_bed.server import free_port
 from flexkv_sglang.backends.io.probe import file_system
+from flexkv_sglang.cache.health import free_space
 from flexkv_sglang.cli.doctor.command import diagnose
 from flexkv_sglang.cli.doctor.facts import Plugin, gather
 from flexkv_sglang.cli.doctor.server import ask_server
@@ -255,11 +255,11 @@ def test_a_disk_that_others_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         found = doctor(tmp_path, answers(tmp_path, extra={"min_free": "900TB"}))
         assert causes(found)[0] == "disk_full"
         assert "free, min_free is 818.5 TiB; 0 slots given back" in found["disk_full"].evidence
-        monkeypatch.setattr(upkeep_module, "floor_bytes", lambda *_: 10 * 4096)
-        monkeypatch.setattr(upkeep_module, "free_bytes", lambda *_: 0)
-        upkeep = store_of(storage, "kv").tiers[0]._upkeep
-        for directory in upkeep.directories:
-            upkeep.keep_floor(directory)
+        monkeypatch.setattr(free_space, "floor_bytes", lambda *_: 10 * 4096)
+        monkeypatch.setattr(free_space, "free_bytes", lambda *_: 0)
+        engine = store_of(storage, "kv").tiers[0]
+        for directory in engine._upkeep.directories:
+            engine._free_space.keep_floor(directory)
         monkeypatch.undo()
         assert wait_until(lambda: "disk_full" in doctor(tmp_path))
         assert "slots given back" in doctor(tmp_path)["disk_full"].evidence

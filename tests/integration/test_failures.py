@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import flexkv_sglang.cache.upkeep as upkeep_module
 from flexkv_sglang.backends.io.transfer import PageTransfer
 from flexkv_sglang.cache.assembly import Quota, open_tiers, prepare_tiers
 from flexkv_sglang.cache.engine import CacheEngine
+from flexkv_sglang.cache.health import free_space
 from flexkv_sglang.cache.tiers import Tiers
 from flexkv_sglang.config.settings import FlexKVConfig, TierConfig
 from flexkv_sglang.metrics.registry import Metrics
@@ -207,10 +207,10 @@ def test_space_is_given_back_when_others_fill_the_disk(
         put(store, 16, seed)
     path = engine._tier.stores[0].slots.path
     before = path.stat().st_blocks
-    monkeypatch.setattr(upkeep_module, "floor_bytes", lambda *_: 10 * PAGE)
-    monkeypatch.setattr(upkeep_module, "free_bytes", lambda *_: 0)
+    monkeypatch.setattr(free_space, "floor_bytes", lambda *_: 10 * PAGE)
+    monkeypatch.setattr(free_space, "free_bytes", lambda *_: 0)
     for directory in engine._upkeep.directories:
-        engine._upkeep.keep_floor(directory)
+        engine._free_space.keep_floor(directory)
     monkeypatch.undo()
     assert path.stat().st_size == 54 * PAGE
     assert path.stat().st_blocks < before

@@ -168,8 +168,8 @@ MUTANTS = (
     (
         "pools beside KV come on top of the size",
         POOLS,
-        "if pool.quotas != quotas[pool.name]:",
-        "if False:",
+        "if pool.quotas != quotas[pool.name] or (",
+        "if (",
         POOL_TESTS,
     ),
     (

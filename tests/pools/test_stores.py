@@ -25,6 +25,7 @@ from models.plain_pools import (
     store_of,
     transfer,
 )
+from stores.engines import wait_until
 
 pytestmark = pytest.mark.sglang
 
@@ -247,3 +248,29 @@ def test_files_are_not_exchanged_under_a_call_and_the_next_one_tries_again(
         assert storage._stores.get("draft") is None
     assert storage.batch_exists(keys) == 0  # the draft's pages are not there
     assert storage._stores.get("draft") is not None
+
+
+def test_a_server_that_starts_beside_an_old_one_takes_over_its_files_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexkv_sglang.cache.upkeep._ROOM_ROUND_S", 0.2)
+
+    def free(_: Path) -> int:
+        return 1_000_000 - sum(path.stat().st_size for path in tmp_path.rglob("*.slots"))
+
+    monkeypatch.setattr("flexkv_sglang.backends.slots.space.places.free_bytes", free)
+    monkeypatch.setattr("flexkv_sglang.backends.slots.space.places.floor_bytes", lambda *_: 0)
+    old = attach(config(tmp_path, size=1_000_000), Pool(seed=1), {})
+    assert all(old.batch_set_v1(names(3), pool_of(old, "kv").indices(0, 1, 2)))
+    new = attach(config(tmp_path, size=1_000_000), Pool(seed=1), {})
+    assert store_of(new, "kv").tiers[0].slot_count == 0
+    assert new.batch_exists(names(3)) == 3  # it reads its neighbour
+    old.close()
+
+    def grown() -> bool:
+        new.batch_exists(names(1))
+        return bool(store_of(new, "kv").tiers[0].slot_count == 1_000_000 // 4096)
+
+    assert wait_until(grown)
+    assert new.batch_exists(names(3)) == 3
+    new.close()

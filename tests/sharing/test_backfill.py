@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from flexkv_sglang.metrics.registry import Metrics
 from flexkv_sglang.sharing import backfill
@@ -111,9 +112,17 @@ def test_a_store_that_fails_does_not_end_the_thread() -> None:
     assert metrics.snapshot()["upkeep_exceptions"] == 2
 
 
-def test_nothing_is_made_before_it_is_needed() -> None:
-    before = threading.active_count()
-    keeper = Backfill(backfill._BUFFER_BYTES, lambda *_: [], Metrics())
-    assert threading.active_count() == before
-    assert keeper._memory is None
+def test_a_call_needs_no_memory_and_no_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ``add`` is within a get: it must not wait for them, nor fail for lack of them."""
+    store = Store()
+    keeper = Backfill(8000, store.put, Metrics())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(backfill, "AlignedMemory", refuse)
+    keeper.add([key(1)], None, pages(1)[1])
+    store.open.set()
+    assert store.done.acquire(timeout=10)
     keeper.close()

@@ -107,6 +107,7 @@ def test_ranks_that_keep_an_agent_alive() -> None:
         "1-a": {"fits": "mine", "usable": True},
         "2-b": {"fits": "other", "usable": True},
         "3-c": {"unfit": "runs with other settings", "usable": False},
+        "7-g": {"unfit": "is of release 0.1", "usable": True},  # until it is replaced
         "4-d": {},  # has not decided yet
         "5-e": {"usable": True, "breakers": {}},  # of version 0.1, which uses it
         "6-f": {"usable": False, "breakers": {}},  # of version 0.1, which refuses it

@@ -21,6 +21,7 @@ from flexkv_sglang.backends.fleet.vocabulary import BATCH_PAGES, PageStatus
 from flexkv_sglang.backends.fleet.wire import answers, requests
 from flexkv_sglang.backends.fleet.wire.link import Link, LinkState
 from flexkv_sglang.backends.fleet.wire.protocol import Bytes
+from flexkv_sglang.errors import PeerError
 
 if TYPE_CHECKING:
     import zmq
@@ -49,7 +50,10 @@ class Out:
 
 
 class PeerChannel:
-    """``open_link``: opens a link to an address for pages of a size in bytes. ``count``: for metrics."""
+    """``open_link``: opens a link to an address for pages of a size in bytes, or raises ``PeerError``.
+
+    ``count``: for metrics.
+    """
 
     def __init__(
         self, health: PeerHealth, open_link: Callable[[str, int], Link], count: Count
@@ -97,8 +101,17 @@ class PeerChannel:
         fits = all(link.page_bytes >= self._page_bytes for link in self.links)
         if not fits and not self._out:
             self.close_links()
-        while len(self.links) < LINKS:
+        while len(self.links) < LINKS and self._connect():
+            continue
+
+    def _connect(self) -> bool:
+        """Open a link. False: this process cannot, out of descriptors perhaps, and the breaker is open."""
+        try:
             self.links.append(self._open_link(self.health.address, self._page_bytes))
+        except PeerError as exc:
+            self._trip(str(exc))
+            return False
+        return True
 
     def _request(self, link: Link) -> None:
         pending = self._waiting.popleft()
@@ -305,7 +318,7 @@ class PeerChannel:
         elif not self._probe_until and self.health.probe_due():
             self.close_links()
             self._probe_until = now + GREETING_S
-            self.links.append(self._open_link(self.health.address, self._page_bytes))
+            self._connect()
 
     def next_tick(self) -> float:
         """Time of the next ``tick`` (``time.monotonic()`` seconds)."""

@@ -1,5 +1,7 @@
 """Reads pages of other nodes for one rank process. One thread owns all sockets; it starts with the first read.
 
+Whatever that thread meets (no descriptor, no memory left), the reads under way fail, and later ones are tried again.
+
 ``usable`` and ``seconds_for`` read memory only. A read ends by its deadline, and nothing is written to its targets
 after ``wait`` has returned (read.py). A peer that is gone, silent or breaks the protocol is not read from until a
 greeting in the background succeeds (health.py).
@@ -16,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from flexkv_sglang.backends.fleet.reader.channel import Count, PeerChannel
@@ -28,6 +31,8 @@ from flexkv_sglang.backends.fleet.vocabulary import NodeId
 from flexkv_sglang.backends.fleet.wire import curve
 from flexkv_sglang.backends.fleet.wire.link import Link
 from flexkv_sglang.config.share import ShareConfig
+from flexkv_sglang.errors import PeerError
+from flexkv_sglang.log_limit import RateLimitedLog
 
 if TYPE_CHECKING:
     import zmq
@@ -40,6 +45,7 @@ IDLE_S = 60.0
 IO_THREADS = 2
 _PEERS_MAX = 4096
 _ROUND_S = 0.25
+_PAUSE_S = 0.05
 _CLOSE_TIMEOUT_S = 5.0
 _LARGE_PIECE_BYTES = (32 << 20) - (64 << 10)
 
@@ -54,7 +60,10 @@ class PeerClient:
     def __init__(
         self, share: ShareConfig, count: Count, transport: RdmaTransport | None = None
     ) -> None:
+        import zmq  # noqa: F401 - here and not at the first read, which must not wait for it
+
         self._share, self._secret = share, curve.load_secret(share)
+        self._log = RateLimitedLog(logger)
         self._rdma = RdmaMemory.of(share, transport)
         self._count = count
         self._lock = threading.Lock()
@@ -62,6 +71,7 @@ class PeerClient:
         self._closed = False  # guarded by _lock
         self._thread: threading.Thread | None = None  # guarded by _lock
         self._wake_fd = -1
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._todo: deque[Callable[[], None]] = deque()
         self._channels: dict[NodeId, PeerChannel] = {}  # the thread's, like all below
         self._polled: dict[zmq.Socket[bytes], tuple[PeerChannel, Link]] = {}
@@ -133,12 +143,31 @@ class PeerClient:
             if self._closed:
                 return False
             if self._thread is None:
-                self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-                _let_malloc_keep_messages()
-                # a loop over sockets that ends them itself, so no thread of threads.py
-                self._thread = threading.Thread(target=self._run, name="flexkv-peers", daemon=True)
-                self._thread.start()
+                try:
+                    self._open_thread()
+                except Exception as exc:  # noqa: BLE001 - of descriptors, memory, threads; the next read tries again
+                    self._log.log("start", logging.WARNING, "no remote reads for now: %s", exc)
+                    return False
         return True
+
+    def _open_thread(self) -> None:
+        """Start the thread; whatever fails, nothing is left open. Raises ``OSError``, ``ZMQError``, or of threads."""
+        import zmq
+
+        with ExitStack() as opened:
+            wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            opened.callback(os.close, wake_fd)
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=IO_THREADS)
+            opened.callback(context.term)
+            context.set(zmq.MAX_SOCKETS, 4096)
+            context.socket(zmq.PAIR).close(linger=0)  # starts its threads
+            _let_malloc_keep_messages()
+            self._wake_fd, self._context = wake_fd, context
+            # a loop over sockets that ends them itself, so no thread of threads.py
+            thread = threading.Thread(target=self._run, name="flexkv-peers", daemon=True)
+            thread.start()
+            opened.pop_all()
+        self._thread = thread
 
     def _post(self, todo: Callable[[], None]) -> None:
         self._todo.append(todo)
@@ -174,24 +203,31 @@ class PeerClient:
     def _run(self) -> None:
         import zmq
 
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=IO_THREADS)
-        self._context.set(zmq.MAX_SOCKETS, 4096)
         self._poller = zmq.Poller()
         self._poller.register(self._wake_fd, zmq.POLLIN)
-        try:
-            while not self._closed:
+        while not self._closed:
+            try:
                 self._round()
-        except Exception:  # a thread's outermost frame: reads end as FAILED
-            logger.exception("remote reads have ended")
-            with self._lock:
-                self._closed = True
-        finally:
-            while self._todo:
+            except Exception as exc:  # noqa: BLE001 - the thread's end would end all reads to come
+                self._log.log("round", logging.ERROR, "remote reads have failed", exc_info=exc)
+                self._fail_all()
+                time.sleep(_PAUSE_S)
+        while self._todo:
+            with suppress(Exception):  # a read that begins now fails below
                 self._todo.popleft()()
-            for channel in self._channels.values():
-                channel.fail_all(PageOutcome.FAILED)
-                channel.close_links()
+        self._fail_all()
+        if self._context is not None:
             self._context.term()
+
+    def _fail_all(self) -> None:
+        """End all reads as FAILED and close all links, whatever fails meanwhile."""
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            for end in (lambda c=channel: c.fail_all(PageOutcome.FAILED), channel.close_links):
+                with suppress(Exception):
+                    end()
+        with suppress(Exception):
+            self._forget_closed()
 
     def _round(self) -> None:
         now = time.monotonic()
@@ -253,7 +289,11 @@ class PeerClient:
     def _open(self, node_id: NodeId, address: str, page_bytes: int) -> Link:
         import zmq
 
-        link = Link(self._context, address, self._share, self._secret, page_bytes)
+        assert self._context is not None
+        try:
+            link = Link(self._context, address, self._share, self._secret, page_bytes)
+        except (OSError, zmq.ZMQError) as exc:
+            raise PeerError(f"cannot connect: {exc.strerror or exc}") from exc
         channel = self._channels[node_id]
         for sock in (link.sock, link.monitor):
             self._polled[sock] = (channel, link)

@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -41,6 +42,7 @@ from flexkv_sglang.backends.fleet.wire import addresses, answers, curve, protoco
 from flexkv_sglang.backends.fleet.wire.auth import ZapAuthenticator
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.log_limit import RateLimitedLog
 from flexkv_sglang.threads import JobPool
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
 _IDLE_MS, _SENDING_MS, _WAITING_MS = 250, 10, 1
 _TURNS_AHEAD, _CONTROL_JOBS = 2, 64
 _CLOSE_TIMEOUT_S = 6.0
+_PAUSE_S = 0.05
 
 
 class PageServer:
@@ -79,6 +82,7 @@ class PageServer:
         )
         self.transports = ("zmq", self._transport.name) if self._transport else ("zmq",)
         self.counts: Counter[str] = Counter()
+        self._log = RateLimitedLog(logger)
         self._wake_fd = -1
         self._thread: threading.Thread | None = None
 
@@ -155,7 +159,7 @@ class PageServer:
         return self._ask_loop(bind, done)
 
     def unbind(self) -> None:
-        """Take no new connections; those that are there are served on."""
+        """Listen no more. ZeroMQ ends the connections that came this way with it."""
         done: Future[str] = Future()
 
         def unbind() -> None:
@@ -248,14 +252,17 @@ class PageServer:
             poller.register(entry, zmq.POLLIN)
         if self._authenticator is not None:
             poller.register(self._authenticator.sock, zmq.POLLIN)
-        try:
-            while not self._round(dict(poller.poll(self._pause_ms()))):
-                pass
-        finally:
-            self._close_sockets()
+        while not self._stop.is_set():
+            try:
+                self._round(dict(poller.poll(self._pause_ms())))
+            except Exception as exc:  # noqa: BLE001 - the thread's end would end all serving
+                self.counts["errors"] += 1
+                self._log.log("round", logging.ERROR, "a round of serving failed", exc_info=exc)
+                time.sleep(_PAUSE_S)
+        self._close_sockets()
 
-    def _round(self, ready: dict[object, int]) -> bool:
-        """One round of the loop. True: stop."""
+    def _round(self, ready: dict[object, int]) -> None:
+        """One round of the loop. What raises costs what it was about; the next round goes on with the rest."""
         if self._wake_fd in ready:
             os.eventfd_read(self._wake_fd)
         if self._authenticator is not None and self._authenticator.sock in ready:
@@ -264,7 +271,7 @@ class PageServer:
         while self._calls:
             self._calls.popleft()()
         if self._stop.is_set():
-            return True
+            return
         self._pages.reap()
         if self._router in ready:
             self._take_messages()
@@ -273,7 +280,6 @@ class PageServer:
                 then()
         self._pages.issue()
         self._feeds_left = self._feeds.advance()
-        return False
 
     _feeds_left = False
 
@@ -293,9 +299,10 @@ class PageServer:
                 self._dispatch(routing, requests.decode_request(frames))
             except protocol.WireError:
                 self.counts["invalid_messages"] += 1
-            except Exception:
-                # a bug of the server or the agent costs one message, not the server
-                logger.exception("a message could not be answered")
+            except Exception as exc:  # noqa: BLE001 - a bug costs one message, not the server
+                self._log.log(
+                    "message", logging.ERROR, "a message could not be answered", exc_info=exc
+                )
                 self.counts["errors"] += 1
 
     def _dispatch(self, routing: bytes, ask: requests.Request) -> None:

@@ -15,6 +15,12 @@ def free_bytes(directory: Path) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
+def unallocated_bytes(directory: Path) -> int:
+    """As ``free_bytes``, with what is reserved for root: it shows what was freed also while root's part is in use."""
+    stat = os.statvfs(directory)
+    return stat.f_bfree * stat.f_frsize
+
+
 def total_bytes(directory: Path) -> int:
     """Size of the file system of ``directory``."""
     stat = os.statvfs(directory)

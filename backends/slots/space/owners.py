@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flexkv_sglang.backends.file_lock import FileLock
 from flexkv_sglang.backends.slots.manifest import MANIFEST
-from flexkv_sglang.backends.slots.ownership import OwnerLock
+from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
 from flexkv_sglang.backends.slots.records import HEADER_BYTES, JOURNAL_MAGIC, Header
 from flexkv_sglang.errors import JournalError
 from flexkv_sglang.identity.siblings import are_siblings
@@ -223,3 +223,22 @@ def _kind(holding: Holding) -> str:
     if not holding.ours:
         return "of another user"
     return "in use by a running server" if holding.alive else "no process uses it"
+
+
+def largest_first(directory: Path) -> list[str]:
+    """The owners of a namespace folder by the size of their slot files."""
+    sizes = dict.fromkeys(owners(directory), 0)
+    for name in os.listdir(directory):
+        owner = name.partition(".")[0]
+        if name.endswith(".slots") and owner in sizes:
+            try:
+                sizes[owner] += (directory / name).lstat().st_size
+            except OSError:
+                continue
+    return sorted(sizes, key=lambda owner: (-sizes[owner], owner))
+
+
+def with_journals(directory: Path) -> frozenset[str]:
+    """Owners in a namespace folder that have a journal; the others died while they were being made. One listing."""
+    found = (_FILE.match(name) for name in os.listdir(directory) if name.endswith(".journal"))
+    return frozenset(match[1] for match in found if match)

@@ -7,13 +7,15 @@ starts with what there is. Anything else that does not fit is a ``ConfigError``,
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flexkv_sglang.backends.checksum import ChecksumKind
+from flexkv_sglang.backends.slots.journal import slots_path
 from flexkv_sglang.backends.slots.records import SlotClass
-from flexkv_sglang.backends.slots.space.allocation import commit_freed
+from flexkv_sglang.backends.slots.space.allocation import commit_freed, fill_holes, holes
 from flexkv_sglang.backends.slots.space.memory_limit import is_memory, tightest
 from flexkv_sglang.backends.slots.space.owners import (
     Holding,
@@ -21,7 +23,7 @@ from flexkv_sglang.backends.slots.space.owners import (
     make_room,
 )
 from flexkv_sglang.backends.slots.space.places import Place
-from flexkv_sglang.errors import ConfigError
+from flexkv_sglang.errors import ConfigError, JournalError
 
 logger = logging.getLogger(__name__)
 
@@ -116,3 +118,24 @@ def _respect_memory(place: Place, asked: SpaceRequest, needed: int) -> None:
             f"{limit.reserve} stay for the process. Valid: a smaller size of this tier, a larger memory limit, or a "
             "path on a disk"
         )
+
+
+def slots_without_holes(place: Place, owner: str, asked: SpaceRequest, slots_max: int) -> int:
+    """Fill the holes of a sparse copy (rsync -S), or else writes into them would fill the disk in spite of
+    ``min_free``. Returns how many slots can be adopted: fewer than ``slots_max`` where the disk has too little room.
+    """
+    path = slots_path(place.directory, owner, asked.slot_class.slot_bytes)
+    missing = holes(path)
+    if not missing:
+        return slots_max
+    size, beyond = path.stat().st_size, missing - place.spare_bytes()
+    if beyond > 0:
+        keep = (size - beyond) // asked.slot_class.slot_bytes
+        if keep < 1:
+            raise JournalError(f"{path} is a sparse copy, and the disk has no room for its holes")
+        os.truncate(path, keep * asked.slot_class.slot_bytes)
+        slots_max = min(slots_max, keep)
+    filled = fill_holes(path)
+    text = "flexkv: %s is a sparse copy: %d bytes had no blocks%s"
+    logger.warning(text, path, missing, "" if filled else ", and this file system cannot add them")
+    return slots_max

@@ -1,8 +1,8 @@
 """Handover: an agent that succeeds another one takes its place without a gap. Files and waiting, no threads.
 
 The successor opens everything and takes ``agent.next``; its card there names the agent that it ``succeeds``, and says
-when it is ``ready``. The living agent sees that within a second, takes no new connections, stops its heartbeats
-without leaving the list of members, and releases ``agent.lock``. It serves the reads under way for up to 10 s more.
+when it is ``ready``. The living agent sees that within a second, stops its heartbeats without leaving the list of
+members, ends the reads under way (10 s at most) and releases ``agent.lock``, at an own port the other way round.
 If the successor ends first, nothing happens: only a held ``agent.next`` counts.
 """
 

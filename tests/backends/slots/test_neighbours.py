@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from flexkv_sglang.backends.checksum import ACCEPTED_KINDS
+from flexkv_sglang.backends.slots.following.choice import Choice
 from flexkv_sglang.backends.slots.journal import generations, journal_path
 from flexkv_sglang.backends.slots.neighbours import NeighbourStore
-from flexkv_sglang.backends.slots.ownership import owners
+from flexkv_sglang.backends.slots.ownership import OwnerLock, owners
 from flexkv_sglang.backends.slots.space.places import prepare_directory
 from flexkv_sglang.types import PageKey
 from stores.engines import keys, open_engine, page_memory, soon, wait_until
@@ -231,3 +232,20 @@ def test_the_owner_name_of_a_journal_is_checked(tmp_path: Path) -> None:
     assert store.neighbour_count == 1
     store.close()
     engine.close()
+
+
+def test_dead_owners_leave_descriptors_for_those_that_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (320, 320))  # ten places
+    (tmp_path / "ns").mkdir()
+    names = [f"{number:012x}" for number in range(30)]
+    for name in names:
+        (tmp_path / "ns" / f"{name}.lock").touch()
+    lock = OwnerLock.try_take(tmp_path / "ns", names[-1])
+    assert lock is not None
+    choice = Choice()
+    assert choice.of(tmp_path / "ns", names, 0) == [names[-1], *names[:4]]
+    assert choice.of(tmp_path / "ns", names[4:-1], 5) == []
+    lock.close()
+    assert Choice().of(tmp_path / "ns", names[:5], 0) == names[:5]

@@ -162,13 +162,13 @@ def test_a_rank_does_not_take_the_files_of_another_rank_that_has_not_started_yet
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = [{"model": "m", "pool": "kv", "tp": [rank, 2]} for rank in range(2)]
-    disk = Disk(tmp_path, 1 << 30, monkeypatch)
+    disk = Disk(tmp_path, SIZE + SIZE // 4, monkeypatch)
     for rank in range(2):
         tier, _ = disk.start(f"r{rank}", SIZE, fields[rank], share=SIZE // 2)
         end(tier)
-    tier, _ = disk.start("r0", 2 * SIZE, fields[0], share=SIZE)  # twice the size as before
+    with pytest.raises(ConfigError, match="a size that fits"):  # twice the size as before
+        disk.start("r0", 2 * SIZE, fields[0], share=SIZE)
     assert owners(tmp_path / "r1")
-    end(tier)
 
 
 def test_siblings_are_what_one_server_uses_side_by_side() -> None:

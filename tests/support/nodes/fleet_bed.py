@@ -187,14 +187,12 @@ class Node:
         """Is the copy of ``other``'s set right?"""
         log = other.logs.find(namespace)
         assert log is not None
-        mine = self.peer_sets.sets.get((namespace, other.membership.followers.own_info().node_id))
+        mine = self.peer_sets.sets.get((namespace, other.membership.followers._node_id))
         return mine == set(log.snapshot().fingerprints.tolist()) and self.sees(other)
 
     def sees(self, other: Node) -> bool:
         """Is ``other`` up here?"""
-        return self.peer_sets.peers.get(
-            other.membership.followers.own_info().node_id, (0, "", False)
-        )[2]
+        return self.peer_sets.peers.get(other.membership.followers._node_id, (0, "", False))[2]
 
     def __enter__(self) -> Node:
         return self.start()
@@ -237,7 +235,7 @@ class WireNode:
         return self.logs.find(namespace)
 
     def own_info(self) -> NodeInfo:
-        node_id = self.membership.followers.own_info().node_id if self.membership else self.node_id
+        node_id = self.membership.followers._node_id if self.membership else self.node_id
         return NodeInfo(node_id, self.logs.epoch, self.address, "", self.logs.namespaces())
 
     def meet(self, share: ShareConfig) -> None:
@@ -273,7 +271,7 @@ class HandNode:
         self.node_id = NodeId(node_id)
         self.logs = ChangeLogs()
         self.log = self.logs.log(NS)
-        self.membership = SimpleNamespace(followers=SimpleNamespace(node_id=self.node_id))
+        self.membership = SimpleNamespace(followers=SimpleNamespace(_node_id=self.node_id))
         self._cluster_id = cluster_id
         wires.nodes[f"{node_id}:1"] = cast(Node, self)
 

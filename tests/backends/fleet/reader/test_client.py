@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zmq
 
 from flexkv_sglang.backends.checksum import ChecksumKind, page_checksum
+from flexkv_sglang.backends.fleet.reader.channel import PeerChannel
 from flexkv_sglang.backends.fleet.reader.health import PeerHealth
 from flexkv_sglang.backends.fleet.reader.read import PageOutcome, Pending, RemoteRead
-from flexkv_sglang.backends.fleet.vocabulary import PageStatus
+from flexkv_sglang.backends.fleet.vocabulary import NodeId, PageStatus
 from flexkv_sglang.backends.fleet.wire import answers
 from flexkv_sglang.config.share import ShareConfig
 from flexkv_sglang.types import PageKey
 from nodes.delay_proxy import DelayProxy
-from nodes.page_servers import EPOCH, NID, ServerProcess, begin, reading, serving, until
+from nodes.page_servers import (
+    EPOCH,
+    FULL,
+    NID,
+    SPACE,
+    ServerProcess,
+    begin,
+    reading,
+    serving,
+    until,
+)
 from nodes.page_sources import MemorySource, PageMemory, keys_of
 
 OK, MISS, BUSY, LATE = PageOutcome.OK, PageOutcome.MISS, PageOutcome.BUSY, PageOutcome.LATE
@@ -187,6 +205,71 @@ def test_a_server_killed_while_it_answers_fails_at_once() -> None:
         assert FAILED in outcomes
         assert time.monotonic() < pending.read.deadline - 20
         assert not client.usable(NID, EPOCH, proxy.address)
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process can open nothing more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd")) + 1
+    held = [os.dup(0) for _ in range(highest - len(os.listdir("/proc/self/fd")))]  # the gaps
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+    try:
+        while True:
+            held.append(os.dup(0))
+    except OSError:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in held:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_out_of_descriptors_costs_the_reads_of_that_time_only(started: bool) -> None:
+    keys, memory = keys_of(4), PageMemory(4, [4096])
+    with ServerProcess(4, 4096) as server, ServerProcess(4, 4096) as other, reading() as client:
+        where = NodeId("node-2"), EPOCH, server.address, SPACE  # whose links are not open yet
+        read = RemoteRead(*where, keys, memory.buffers, FULL, 0.0)
+        if started:
+            assert begin(client, other.address, keys, PageMemory(4, [4096])).wait() == [OK] * 4
+        with no_descriptors():
+            for _ in range(3):
+                pending = client.begin(replace(read, deadline=time.monotonic() + 30))
+                assert pending.wait()[0] is FAILED
+                assert time.monotonic() < pending.read.deadline - 20
+        assert client.usable(NID, EPOCH, other.address)
+        again = replace(
+            read, deadline=time.monotonic() + 30, epoch=EPOCH + 1
+        )  # not after a pause of 2 s
+        assert client.begin(again).wait() == [OK] * 4
+
+
+def test_a_round_that_raises_fails_its_reads_and_the_next_ones_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = keys_of(4)
+
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    with ServerProcess(4, 4096) as server, reading() as client:
+        assert begin(client, server.address, keys, PageMemory(4, [4096])).wait() == [OK] * 4
+        with monkeypatch.context() as patched:
+            patched.setattr(PeerChannel, "receive", broken)
+            pending = begin(client, server.address, keys, PageMemory(4, [4096]), 30)
+            assert pending.wait()[0] is FAILED
+            assert time.monotonic() < pending.read.deadline - 20
+        assert begin(client, server.address, keys, PageMemory(4, [4096])).wait() == [OK] * 4
+
+
+def test_the_first_read_imports_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys; from flexkv_sglang.backends.fleet.reader.client import PeerClient\n"
+        "from flexkv_sglang.config.share import ShareConfig\n"
+        "PeerClient(ShareConfig(), lambda name, amount: None); assert 'zmq' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_a_stopped_server_costs_one_deadline_and_comes_back() -> None:

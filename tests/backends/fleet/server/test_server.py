@@ -343,11 +343,50 @@ def test_requests_of_followers_end_in_time() -> None:
         control.hello("127.0.0.1:1", 5)
 
 
-def test_a_taken_port_is_a_config_error() -> None:
+def test_a_taken_port_is_taken_when_it_is_free() -> None:
+    keys = keys_of(1)
     with serving(None) as (server, address):
-        other = type(server)(ShareConfig(listen=address), None, FixedNode())
-        with pytest.raises(ConfigError, match=r"share\.listen"):
-            other.start()
+        other = PageServer(
+            ShareConfig(listen=address), None, FixedNode({NAME: MemorySource(keys, 4096)})
+        )
+        assert other.start() == ""
+        assert other.listens_at == other.bind() == ""
+        server.unbind()
+        until(lambda: other.bind() == address)
+        with RawPeer(address) as peer:
+            peer.say(read(1, keys))
+            assert [page.status for page in peer.hear_all()[:-1]] == [OK]
+        assert other.close()
+
+
+def test_an_address_that_is_not_ours_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"share\.listen"):
+        PageServer(ShareConfig(listen="192.0.2.7:0", insecure=True), None, FixedNode()).start()
+
+
+def test_a_server_moves_to_another_address() -> None:
+    keys = keys_of(1)
+    with serving(MemorySource(keys, 4096)) as (server, address):
+        moved = server.bind("127.0.0.2")
+        assert moved.startswith("127.0.0.2:")
+        with RawPeer(moved) as late:
+            late.say(read(1, keys))
+            assert [page.status for page in late.hear_all()[:-1]] == [OK]
+        assert moved != address
+
+
+def test_a_round_that_raises_does_not_end_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = keys_of(1)
+
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    with serving(MemorySource(keys, 4096)) as (server, address), RawPeer(address) as peer:
+        with monkeypatch.context() as patched:
+            patched.setattr(type(server._feeds), "advance", broken)
+            until(lambda: server.counts["errors"] > 1)
+        peer.say(read(1, keys))
+        assert [page.status for page in peer.hear_all()[:-1]] == [OK]
 
 
 def test_slabs_are_joined_again() -> None:
