@@ -109,6 +109,8 @@ def run(version: str, *, servers: bool) -> dict[str, object]:
         print(f"sglang {version}: {exc}", flush=True)
         return {"ok": False, "why": "no wheel"}
     settings = {"PYTHONPATH": path, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
+    # SGLang compiles its page hash at the first use; releases disturb each other in one folder
+    settings["TORCH_EXTENSIONS_DIR"] = str(CACHE / f"extensions-{version}")
     command = [sys.executable, "-P", "-m", *(_DEMO if servers else _SUITE)]
     if servers:
         settings["TRITON_INTERPRET"] = "1"  # releases before 0.5.22 want a driver otherwise

@@ -32,6 +32,7 @@ from flexkv_bed.controller import (
 from flexkv_sglang import FlexKVStorage
 from flexkv_sglang.errors import ConfigError
 from flexkv_sglang.identity.epochs import Epoch
+from flexkv_sglang.integration import kv_settings as settings_module
 from flexkv_sglang.integration.kv_settings import kv_settings
 from flexkv_sglang.integration.served_model import model_identity
 from models.checkpoints import write_checkpoint
@@ -266,6 +267,7 @@ def test_adapters_of_the_command_line_are_told_apart_by_content(place: Path) -> 
     link = place / "link"
     seen = set()
     for target in ("adapter", "retrained"):
+        settings_module._started_with.clear()  # as in a process that has just started
         link.unlink(missing_ok=True)
         link.symlink_to(place / target / "x")
         boot(
@@ -303,6 +305,30 @@ def test_files_replaced_under_a_running_server_do_not_rename_its_weights(place: 
     before = model_identity(None, Epoch())
     write_checkpoint(place / "model", fill=9)
     assert model_identity(None, Epoch()) == before
+
+
+def test_adapters_and_files_replaced_under_a_running_server_do_not_rename_its_pages(
+    place: Path,
+) -> None:
+    """Else what the old adapter wrote after a new attach would be read by a server with the new one."""
+    boot(
+        place / "model",
+        load_format="auto",
+        enable_lora=True,
+        lora_paths=[f"name={place / 'adapter' / 'x'}"],
+        max_lora_rank=8,
+        lora_target_modules=["q_proj"],
+        quantization_param_path=str(place / "scales.json"),
+    )
+    before = kv_settings()
+    assert before.keys() >= {"lora_paths", "quantization_param_path"}
+    write_checkpoint(place / "adapter" / "x", fill=9)
+    (place / "scales.json").write_text("3")
+    assert kv_settings() == before
+    settings_module._started_with.clear()
+    after = kv_settings()
+    for name in ("lora_paths", "quantization_param_path"):
+        assert after[name] != before[name]
 
 
 def test_draft_pools_depend_on_both_models(place: Path) -> None:

@@ -34,8 +34,12 @@ MUTANTS = (
     (
         "evict pages of the own batch",
         INDEX,
-        "        self.pin(present)  # a batch",
-        "        pass  # a batch",
+        "        slots, victims, declined = self._take([keys[position] for position in wanted])",
+        (
+            "        self.unpin(present)\n"
+            "        slots, victims, declined = self._take([keys[position] for position in wanted])\n"
+            "        self.pin(present)"
+        ),
         MODEL,
     ),
     (

@@ -16,7 +16,7 @@ HAS: dict[str, Release] = {
     "restorable": (0, 5, 19),  # PoolTransferResult.restorable_prefix_pages
     "storage_attachment": (0, 5, 19),
     "namespaces": (0, 5, 20),  # the page hash contains adapters, extra keys and salts
-    "resolve_once": (0, 5, 20),
+    "resolve_once": (0, 5, 19),
     "dp_rank": (0, 5, 21),
     "block_groups": (0, 5, 22),
     "spawn_ranks": (0, 5, 22),
