@@ -116,7 +116,8 @@ def assert_read(ranks: Sequence[FlexKVStorage], whole: torch.Tensor, keys: list[
         held(storage.mem_pool_host).fill_(POISON)
         # pages that a rank adopts which starts at the same moment are seen a quarter of a second later
         assert wait_until(lambda rank=storage: rank.batch_exists(keys) == len(keys))  # type: ignore[misc]
-        assert all(storage.batch_get_v1(keys, tokens(places)))
+        # on a busy machine the second look at the other's journal may take longer than it may: a miss, and no harm
+        assert wait_until(lambda rank=storage: all(rank.batch_get_v1(keys, tokens(places))))  # type: ignore[misc]
         assert torch.equal(held(storage.mem_pool_host)[:, places], part(whole, rank, len(ranks)))
 
 
@@ -223,8 +224,11 @@ def test_windows_are_shared_as_well(tmp_path: Path) -> None:
         answer = storage.batch_set_v2([transfer("swa", ends, tokens([1, 2, 5]))])
         assert answer == {"swa": [True] * 3}
         assert all(storage.batch_set_v1(keys, tokens(range(PAGES))))
-    found = alone.batch_exists_v2(keys, [transfer("swa", [], window=2)])
-    assert found.restorable_prefix_pages == [3]
+
+    def restorable() -> list[int]:
+        return alone.batch_exists_v2(keys, [transfer("swa", [], window=2)]).restorable_prefix_pages
+
+    assert wait_until(lambda: restorable() == [3])
     target = alone.registered_pools["swa"]
     held(target).fill_(POISON)
     answer = alone.batch_get_v2([transfer("swa", ends, tokens([1, 2, 5]))])

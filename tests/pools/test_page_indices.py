@@ -14,6 +14,7 @@ from flexkv_sglang.identity.keys import page_key
 from flexkv_sglang.pools.host_pages import UnsupportedPoolError, open_pages
 from models import pool_matrix
 from models.plain_pools import PAGES, FlatPool, LogicalPool, Pool, attach, config, names, transfer
+from stores.engines import wait_until
 
 pytestmark = pytest.mark.sglang
 
@@ -114,7 +115,7 @@ def test_a_rank_that_writes_no_pages_answers_true_for_what_the_others_write(tmp_
     assert ranks[1].batch_exists(names(2)) == 0, "it stored nothing"
     assert ranks[1].batch_set_v1(names(2), indices + 1) == [False, False]
     assert ranks[0].batch_set_v1(names(2), indices) == [True, True]
-    assert ranks[1].batch_exists(names(2)) == 2
+    assert wait_until(lambda: ranks[1].batch_exists(names(2)) == 2)
     for storage in ranks:
         storage.close()
 

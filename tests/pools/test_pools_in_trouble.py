@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from flexkv_sglang import FlexKVStorage
-from flexkv_sglang.cache import engine
 from flexkv_sglang.cache.assembly import open_tiers
 from flexkv_sglang.integration.storage import CALL_SECONDS_MAX
 from flexkv_sglang.pools import stores as pools
+from flexkv_sglang.threads import OVERDUE_S
 from models.plain_pools import (
     LogicalPool,
     Pool,
@@ -209,6 +209,6 @@ def test_nonsense_is_answered_in_the_right_shape(storage: FlexKVStorage, keys: A
 
 
 def test_a_call_and_its_waits_fit_into_the_time_of_a_detach() -> None:
-    """SGLang joins its threads for 10 s."""
-    assert BEFORE_A_CALL_S + CALL_SECONDS_MAX + engine._PUBLISH_S < 10
-    assert CALL_SECONDS_MAX + engine._PUBLISH_S < pools._SUSPEND_S < 10
+    """SGLang joins its threads for 10 s. A put may leave a write, and then its record, each late by that much."""
+    assert BEFORE_A_CALL_S + CALL_SECONDS_MAX + 2 * OVERDUE_S < 10
+    assert CALL_SECONDS_MAX + 2 * OVERDUE_S < pools._SUSPEND_S < 10
