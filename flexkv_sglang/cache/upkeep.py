@@ -174,12 +174,17 @@ class Upkeep:
             self._neighbours.bypass(directory.path)
             directory.upkeep.drop()
             directory.neighbours.drop()
-        text = "takes no more pages" if readable else f"is bypassed, {count} pages miss"
         if back:
-            text = "is read again, but takes no pages"
-        else:
-            self._metrics.count("breaker_opened")
-        logger.error("flexkv: %s %s: %s", directory.path, text, breaker.reason)
+            text = "flexkv: %s is read again, but takes no pages: %s"
+            logger.error(text, directory.path, breaker.reason)
+            return
+        self._metrics.count("breaker_opened")
+        logger.error(
+            "flexkv: %s %s: %s",
+            directory.path,
+            "takes no more pages" if readable else f"is bypassed, {count} pages miss",
+            breaker.reason,
+        )
 
     def _begin_probe(self, directory: Directory) -> None:
         future = directory.upkeep.post(lambda: self._probe(directory), _PROBE_S)

@@ -31,7 +31,7 @@ def refuse_adapters(args: Any) -> None:
     allowed = getattr(args, "enable_lora", False) or getattr(args, "lora_paths", None)
     if allowed and not contains_namespace():
         raise ConfigError(
-            f"enable_lora: {_release()} leaves the adapter out of its page hash, so pages of "
+            f"enable_lora: SGLang {_release()} leaves the adapter out of its page hash, so pages of "
             "different adapters would be exchanged. Valid: false (and no lora_paths), or SGLang 0.5.20 or newer"
         )
 
@@ -40,8 +40,8 @@ def warn_of_salts() -> None:
     """Say in the log that salts isolate nothing, if they do not."""
     if not contains_namespace():
         logger.warning(
-            "flexkv: %s names stored pages by their tokens alone: cache_salt and extra_key isolate nothing here, "
-            "and requests of all tenants share stored pages. Remedy: SGLang 0.5.20 or newer, or for each tenant "
+            "flexkv: SGLang %s names stored pages by their tokens alone: cache_salt and extra_key isolate nothing "
+            "here, and requests of all tenants share stored pages. Remedy: SGLang 0.5.20 or newer, or for each tenant "
             "a server with its own path (and share.cluster_id)",
             _release(),
         )
@@ -50,4 +50,4 @@ def warn_of_salts() -> None:
 def _release() -> str:
     import sglang
 
-    return f"SGLang {sglang.__version__}"
+    return str(sglang.__version__)

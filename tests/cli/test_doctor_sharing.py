@@ -159,8 +159,14 @@ def test_of_a_real_agent(node: Node) -> None:
     # Before Redis has refused the password, the evidence of redis_down is "no answer yet".
     assert wait_until(lambda: "AuthenticationError" in evidence())
     assert "redis_down" in found(*look())
-    said = [{"usable": True, "breakers": {}, "doubts": {}}]
-    assert wait_until(lambda: list(look()[0].ranks.values()) == said)
+
+    def said() -> list[dict[str, object]]:
+        return [
+            {name: rank.get(name) for name in ("usable", "breakers", "doubts")}
+            for rank in look()[0].ranks.values()
+        ]
+
+    assert wait_until(lambda: said() == [{"usable": True, "breakers": {}, "doubts": {}}])
     (fleet,) = look()
     assert fleet.reports
     assert "wrong-one" not in evidence() + str(fleet)

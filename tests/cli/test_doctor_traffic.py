@@ -194,7 +194,7 @@ def test_a_hybrid_model_with_a_pool_that_cannot_be_stored(tmp_path: Path) -> Non
         assert wait_until(lambda: "hybrid_pool" in causes(doctor(tmp_path)))
         found = doctor(tmp_path)
     assert "'mamba'" in found["hybrid_pool"].title
-    assert found["hybrid_pool"].evidence.startswith("it is not stored: it could not be looked at")
+    assert found["hybrid_pool"].evidence.startswith("it is not stored: object: AttributeError")
 
 
 def test_a_healthy_hybrid_model(tmp_path: Path) -> None:
