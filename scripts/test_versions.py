@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".versions"
-SUPPORTED = ("0.5.11", "0.5.14", "0.5.17", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
+SUPPORTED = ("0.5.11", "0.5.14", "0.5.17", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
 OLD_TOKENIZERS = "0.22.2"
 """For releases that pin none: a version that the transformers of that time accept."""
 
