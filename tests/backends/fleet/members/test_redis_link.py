@@ -95,6 +95,7 @@ def test_a_wrong_password_is_an_outage_until_the_file_is_right(
 ) -> None:
     caplog.set_level(logging.DEBUG, "flexkv_sglang")
     file = tmp_path / "password"
+    file.touch(mode=0o600)
     file.write_text("wrong-donkey\n")
     with RedisServer(tmp_path, f"requirepass {SECRET}") as server:
         share = ShareConfig(redis_url=server.url, redis_password_file=str(file), heartbeat_s=0.1)
@@ -107,7 +108,9 @@ def test_a_wrong_password_is_an_outage_until_the_file_is_right(
             file.unlink()
             before = one.counts["share_redis_errors"]
             assert eventually(lambda: one.counts["share_redis_errors"] > before)
-            file.write_text(SECRET)
+            file.write_text(SECRET)  # with mode 0644
+            assert eventually(lambda: "0644" in str(one.membership.status()["feeds"]))
+            file.chmod(0o600)
             assert eventually(lambda: one.knows(two) and two.knows(one))
             said = caplog.text + str(one.membership.status())
     assert SECRET not in said
