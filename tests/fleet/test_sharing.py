@@ -126,7 +126,7 @@ def test_with_a_secret(
     secrets = {}
     for which in ("right", "wrong"):
         secrets[which] = tmp_path / which
-        secrets[which].write_bytes(which.encode() * 8)
+        secrets[which].write_bytes(f"{which} 0123456789".encode() * 4)
         secrets[which].chmod(0o600)
     common = {"redis_url": redis_server.url, "auth": auth, "listen": "127.0.0.1:0"}
     a, b = (make_node(name, secret_file=str(secrets["right"]), **common) for name in "ab")
