@@ -73,7 +73,7 @@ DAMAGE: list[tuple[str, str, Any, int]] = [
     ("zeroed slots", ".slots", zero, 0),
     ("zeroed journal", ".journal", zero, 0),
     ("zeroed snapshot", ".snap", zero, 0),
-    ("cut slots", ".slots", half, 0),
+    ("cut slots", ".slots", half, SLOTS // 2),
     ("cut journal header", ".journal", half, 0),
     ("cut snapshot", ".snap", half, 0),
     ("empty journal", ".journal", bytearray.clear, 0),
