@@ -222,6 +222,8 @@ class Ring:
             wider += full * (time.monotonic() - asked_at >= _STALL_S)
             if failure is None and len(ids):
                 failure = _report(transfer, *todo.results(ids, moved))
+        if not in_flight:
+            transfer.land()  # pages that were begun and given back: late, which is no hang
         if failure is not None and not in_flight:
             raise failure
         return in_flight

@@ -197,6 +197,10 @@ class PageTransfer:
         """Has an operation begun on any page of this part?"""
         return bool((self.moved != NOT_TRIED).any() or self.flying[self._rows].any())
 
+    def land(self) -> None:
+        """No operation of this part is under way any more, whatever of it was reported. ``ended`` stays as it is."""
+        self.flying[self._rows] = False
+
     def settle(self) -> None:
         """Of a write that was left: nothing of this part flies any more."""
         self.flying[self._rows] = False

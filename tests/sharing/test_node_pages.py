@@ -120,6 +120,7 @@ def test_a_slot_that_is_given_away_while_it_is_read(
             def meanwhile(*arguments: Any) -> list[Outcome]:
                 outcomes = move(*arguments)
                 engine.clear()
+                assert engine.put(keys(1, seed=9), buffers.take(slice(1)), None, soon()) == [True]
                 return outcomes
 
             assert read(pages, keys(4)) == expected(buffers)

@@ -157,6 +157,10 @@ class Life:
         else:
             self._ledger.note(Kind.CLEAR_BEGIN)
             engine.clear()
+            for (
+                directory
+            ) in engine._upkeep.directories:  # a kill before the record brings pages back
+                directory.journal.run(lambda: None, time.monotonic() + 5.0)
             self._ledger.note(Kind.CLEAR_END)
 
     def _put(self, engine: CacheEngine, index: int, first: int, count: int) -> None:
